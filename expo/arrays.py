@@ -1,0 +1,184 @@
+"""extrapolate(): the formula over NumPy arrays and torch tensors, on any device."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .engines import Engine, choose, cpu_count
+from .errors import UsageError
+from .kernels.contract import ITEMSIZE, working_alpha
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+    Array = TypeVar("Array", npt.NDArray[Any], torch.Tensor)
+
+SPLIT = 1 << 22  # elements from which several threads share a call: below, starting them costs more than it saves
+THREADS = 8  # at most; they saturate a memory controller
+
+
+def extrapolate(sft: Array, aligned: Array, alpha: float, *, out: Array | None = None) -> Array:
+    """Return aligned + alpha * (aligned - sft), the formula of ExPO (arXiv 2404.16792), rounded once.
+
+    sft, aligned: two NumPy arrays or two torch tensors of one shape, any shape; torch tensors on one device, any
+        device. dtype bf16 (in NumPy: ml_dtypes.bfloat16), fp16, fp32 or fp64, which may differ; the arithmetic is fp32,
+        or fp64 where one of them is. The result has aligned's dtype, the same bits on every device.
+    alpha: any number that is finite in fp32; 0 copies aligned bit for bit.
+    out: where to put the result, of aligned's shape and dtype; it may be aligned or sft itself, else it must not
+        overlap them. Without it the result is a new array of the caller's own. autograd is not recorded.
+
+    Contiguous memory on the CPU takes the compiled engine (NumPy where that is not built), which releases the GIL;
+    CUDA tensors take the Triton kernel. Raises UsageError for arguments that do not fit together.
+    """
+    torch = sys.modules.get("torch")  # who holds a tensor has imported it
+    if torch is not None and isinstance(aligned, torch.Tensor):
+        return _tensors(torch, sft, aligned, alpha, out)  # type: ignore[no-any-return]
+    return _arrays(sft, aligned, alpha, out)  # type: ignore[no-any-return]
+
+
+@cache
+def _cpu_engine() -> Engine:
+    return choose("auto", "cpu")
+
+
+@cache
+def _torch_names() -> dict[Any, str]:
+    from .kernels.twin import DTYPES
+
+    return {dtype: name for name, dtype in DTYPES.items()}
+
+
+@cache
+def _numpy_names() -> dict[Any, str]:
+    import ml_dtypes
+    import numpy as np
+
+    kinds = {np.float16: "F16", np.float32: "F32", np.float64: "F64", ml_dtypes.bfloat16: "BF16"}
+    return {np.dtype(kind): name for kind, name in kinds.items()}
+
+
+def _check(sft: Any, aligned: Any, out: Any, kind: Any) -> None:
+    if not isinstance(sft, kind) or not isinstance(out, kind):
+        raise UsageError(
+            f"sft, aligned and out must all be {kind.__module__}.{kind.__name__}, got {type(sft).__name__}, "
+            f"{type(aligned).__name__} and {type(out).__name__}"
+        )
+    if sft.shape != aligned.shape or out.shape != aligned.shape:
+        raise UsageError(
+            f"shapes differ: sft {tuple(sft.shape)}, aligned {tuple(aligned.shape)}, out {tuple(out.shape)}"
+        )
+    if out.dtype != aligned.dtype:
+        raise UsageError(f"out is {out.dtype}, but the result has aligned's dtype {aligned.dtype}")
+
+
+def _working(alpha: float, sft: Any, aligned: Any, names: tuple[str | None, str | None]) -> float:
+    if names[0] is None or names[1] is None:
+        raise UsageError(f"dtypes must be bf16, fp16, fp32 or fp64, got sft {sft.dtype} and aligned {aligned.dtype}")
+    try:
+        return working_alpha(alpha, names[0], names[1])
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"alpha must be a number that is finite in float32, got {alpha!r}") from error
+
+
+def _tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
+    if out is None:
+        out = torch.empty_like(aligned, requires_grad=False)
+    _check(sft, aligned, out, torch.Tensor)
+    names = _torch_names()
+    dtypes = names.get(sft.dtype), names.get(aligned.dtype)
+    al = _working(alpha, sft, aligned, dtypes)
+    device = aligned.device
+    if sft.device != device or out.device != device:
+        raise UsageError(f"devices differ: sft {sft.device}, aligned {device}, out {out.device}")
+    if al == 0:
+        out.detach().copy_(aligned.detach())
+    elif not (sft.is_contiguous() and aligned.is_contiguous() and out.is_contiguous()):
+        out.detach().copy_(extrapolate(sft.detach().contiguous(), aligned.detach().contiguous(), alpha))
+    elif device.type == "cpu":
+        addresses = sft.data_ptr(), aligned.data_ptr(), out.data_ptr()
+        _on_cpu(addresses, dtypes, aligned.numel(), al)
+    else:
+        _on_device(sft.detach(), aligned.detach(), al, out.detach())
+    return out
+
+
+def _on_device(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
+    if aligned.device.type == "cuda":
+        from .kernels import extrapolate as kernels
+
+        kernels.run(sft, aligned, alpha, out)
+    else:
+        from .kernels.twin import twin
+
+        out.copy_(twin(sft, aligned, alpha))
+
+
+def _arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
+    import numpy as np
+
+    if out is None:
+        out = np.empty_like(aligned)
+    if not isinstance(aligned, np.ndarray):
+        raise UsageError(f"aligned must be a NumPy array or a torch tensor, got {type(aligned).__name__}")
+    _check(sft, aligned, out, np.ndarray)
+    names = _numpy_names()
+    dtypes = names.get(sft.dtype), names.get(aligned.dtype)
+    al = _working(alpha, sft, aligned, dtypes)
+    if not out.flags.writeable:
+        raise UsageError("out is read-only")
+    if al == 0:
+        out[...] = aligned
+    elif not (sft.flags.c_contiguous and aligned.flags.c_contiguous and out.flags.c_contiguous):
+        out[...] = extrapolate(np.ascontiguousarray(sft), np.ascontiguousarray(aligned), alpha).reshape(out.shape)
+    else:
+        addresses = tuple(x.__array_interface__["data"][0] for x in (sft, aligned, out))
+        _on_cpu(addresses, dtypes, aligned.size, al)
+    return out
+
+
+def _on_cpu(addresses: tuple[int, ...], dtypes: tuple[Any, ...], n: int, alpha: float) -> None:
+    """n contiguous elements at each of the addresses of sft, aligned and out, by as many threads as pay."""
+    items = ITEMSIZE[dtypes[0]], ITEMSIZE[dtypes[1]], ITEMSIZE[dtypes[1]]
+    _check_overlap(addresses, items, n)
+    threads = min(cpu_count(), THREADS, n // SPLIT + 1)
+    if threads == 1:
+        return _run(addresses, dtypes, n, alpha)
+    share = -(-n // threads)
+    work = [
+        threading.Thread(
+            target=_run,
+            args=([a + at * item for a, item in zip(addresses, items, strict=True)], dtypes, min(share, n - at), alpha),
+        )
+        for at in range(0, n, share)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    return None
+
+
+def _run(addresses: Sequence[int], dtypes: tuple[Any, ...], n: int, alpha: float) -> None:
+    engine = _cpu_engine()
+    memories: Sequence[Any] = addresses
+    if engine.name != "cpu" or "F64" in dtypes:  # NumPy wants buffers
+        kinds = (*dtypes, dtypes[1])
+        memories = [
+            (ctypes.c_ubyte * (n * ITEMSIZE[kind])).from_address(address)
+            for address, kind in zip(addresses, kinds, strict=True)
+        ]
+    engine.run(memories[0], dtypes[0], memories[1], dtypes[1], n, memories[2:], (alpha,), False)
+
+
+def _check_overlap(addresses: tuple[int, ...], items: tuple[int, ...], n: int) -> None:
+    out, size = addresses[2], n * items[2]
+    for name, start, item in (("sft", addresses[0], items[0]), ("aligned", addresses[1], items[1])):
+        same = start == out and item == items[2]
+        if not same and start < out + size and out < start + n * item:
+            raise UsageError(f"out overlaps {name} in part; it may be all of it, or none")

@@ -1,0 +1,217 @@
+"""A checkpoint on disk, read-only: one .safetensors file, or a folder with one file or with shards and an index.
+
+Opening reads headers alone. Tensor bytes are reached through a mapping, opened when first asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import CheckpointError
+from .header import Header, TensorInfo, header_length, parse
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_JSON = 100_000_000  # bytes of an index or a config
+
+
+class Shard:
+    """One safetensors file: its header, and its bytes once they are asked for."""
+
+    def __init__(self, path: str) -> None:
+        """Read and check the header. Raises CheckpointError."""
+        self.path = path
+        self._map: mmap.mmap | None = None
+        try:
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                length = header_length(path, file.read(64), self.size)
+                file.seek(8)
+                text = file.read(length)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+        self.header: Header = parse(path, text, self.size)
+
+    def map(self) -> memoryview:
+        """The file's bytes, mapped read-only: `tensor.start` and `.stop` index it. Raises CheckpointError."""
+        if self._map is None:
+            try:
+                with open(self.path, "rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if size != self.size:
+                        raise CheckpointError(
+                            f"{self.path}: {size} bytes now, {self.size} when its header was read: it is being changed"
+                        )
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be mapped: {error.strerror}") from error
+        return memoryview(self._map)
+
+    def ahead(self, start: int, stop: int) -> None:
+        """Ask the system to start reading bytes [start, stop) from the disk."""
+        self.map()
+        self._advise("MADV_WILLNEED", start, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        """Let go of the pages of bytes [start, stop): a mapped page counts as this process's memory."""
+        self._advise("MADV_DONTNEED", start, stop)
+
+    def _advise(self, advice: str, start: int, stop: int) -> None:
+        option = getattr(mmap, advice, None)  # absent outside Linux, where it is an optimisation to do without
+        if option is not None and self._map is not None and start < stop:
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(option, first, min(stop, self.size) - first)
+
+    def close(self) -> None:
+        """Unmap; a no-op when nothing is mapped. Every memoryview of `map` must have been let go."""
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the headers say: no tensor byte has been read.
+
+    path: as the user gave it. folder: None for a bare file. shards: by file name, in the order of the names.
+    tensors: TensorInfo by name. weight_map: the name of each tensor's shard. config: config.json's object, {} if there
+    is none. index: the index file's object, None without shards. files: every other regular file of the folder, as
+    relative paths, sorted.
+    """
+
+    path: str
+    folder: str | None
+    shards: dict[str, Shard]
+    tensors: dict[str, TensorInfo]
+    weight_map: dict[str, str]
+    config: dict[str, Any] = field(default_factory=dict)
+    index: dict[str, Any] | None = None
+    files: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, without .safetensors: what an output is named after."""
+        return os.path.basename(os.path.abspath(self.path)).removesuffix(".safetensors")
+
+    def shard(self, tensor: str) -> Shard:
+        return self.shards[self.weight_map[tensor]]
+
+    def close(self) -> None:
+        for shard in self.shards.values():
+            shard.close()
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read the headers of a checkpoint: a .safetensors file, or a folder as transformers saves it.
+
+    Where a folder has both a single file and an index, the single file counts, as it does for transformers.
+    Raises CheckpointError naming file, tensor and values.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        config = _load_json(os.path.join(path, "config.json"), missing={})
+        single, index = os.path.join(path, SINGLE), os.path.join(path, INDEX)
+        if os.path.exists(single):
+            return _assemble(path, path, {SINGLE: Shard(single)}, config, None)
+        if os.path.exists(index):
+            return _open_sharded(path, config, _load_json(index))
+        raise CheckpointError(_nothing_to_read(path))
+    if not os.path.exists(path):
+        raise CheckpointError(f"{path}: no such file or folder")
+    return _assemble(path, None, {os.path.basename(path): Shard(path)}, {}, None)
+
+
+def _open_sharded(folder: str, config: dict[str, Any], index: dict[str, Any]) -> Checkpoint:
+    where = os.path.join(folder, INDEX)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: no weight_map object that gives each tensor its file")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name or name in (".", "..") or os.path.basename(name) != name:
+            raise CheckpointError(
+                f"{where}: tensor {tensor!r} is said to be in {name!r}, which is not a file name in this folder"
+            )
+    shards = {}
+    for name in sorted(set(weight_map.values())):
+        if not os.path.exists(os.path.join(folder, name)):
+            raise CheckpointError(f"{where}: it names {name}, which is not in the folder; download it again")
+        shards[name] = Shard(os.path.join(folder, name))
+    checkpoint = _assemble(folder, folder, shards, config, index)
+    for tensor, name in weight_map.items():
+        if checkpoint.weight_map.get(tensor) != name:
+            raise CheckpointError(
+                f"{where}: tensor {tensor!r} is said to be in {name}, but it is in {checkpoint.weight_map.get(tensor)}"
+            )
+    if len(checkpoint.weight_map) > len(weight_map):
+        tensor, name = next(item for item in checkpoint.weight_map.items() if item[0] not in weight_map)
+        raise CheckpointError(f"{os.path.join(folder, name)}: tensor {tensor!r} is not in {INDEX}")
+    return checkpoint
+
+
+def _assemble(
+    path: str, folder: str | None, shards: dict[str, Shard], config: dict[str, Any], index: dict[str, Any] | None
+) -> Checkpoint:
+    tensors: dict[str, TensorInfo] = {}
+    weight_map: dict[str, str] = {}
+    for name, shard in shards.items():
+        for tensor in shard.header.tensors:
+            if tensor.name in tensors:
+                raise CheckpointError(f"{shard.path}: tensor {tensor.name!r} is also in {weight_map[tensor.name]}")
+            tensors[tensor.name] = tensor
+            weight_map[tensor.name] = name
+    if not tensors:
+        raise CheckpointError(f"{path}: no tensors in it")
+    files = _other_files(folder, {*shards, INDEX}) if folder else ()
+    return Checkpoint(path, folder, shards, tensors, weight_map, config, index, files)
+
+
+def _other_files(folder: str, weights: set[str]) -> tuple[str, ...]:
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (os.path.join(place, name) for name in names)
+        found += [os.path.relpath(path, folder) for path in paths if os.path.isfile(path)]
+    return tuple(sorted(set(found) - weights))
+
+
+def _load_json(path: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    try:
+        if os.path.getsize(path) > MAX_JSON:
+            raise CheckpointError(f"{path}: {os.path.getsize(path)} bytes, but at most {MAX_JSON} are read")
+        with open(path, "rb") as file:
+            value = json.loads(file.read())
+    except FileNotFoundError:
+        if missing is not None:
+            return missing
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON {type(value).__name__} where an object is expected")
+    return value
+
+
+def _nothing_to_read(folder: str) -> str:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    other = {
+        "a PEFT adapter": "adapter_model.safetensors",
+        "a PyTorch .bin checkpoint": ".bin",
+        "a GGUF checkpoint": ".gguf",
+    }
+    for kind, suffix in other.items():
+        found = next((name for name in names if name.endswith(suffix)), None)
+        if found:
+            return (
+                f"{folder}: {kind} ({found}), which cannot be read; load it with transformers and "
+                "save_pretrained() it, which writes safetensors"
+            )
+    return f"{folder}: neither {SINGLE} nor {INDEX} is in it"

@@ -1,0 +1,82 @@
+"""Which engine computes here, and why.
+
+An engine is a function with the contract's signature (`kernels.contract.EngineFunction`); every worker has one, and
+all workers take chunks from one queue, so it does not matter for the result which engine met which chunk.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from .errors import EngineError, UsageError
+from .kernels.contract import EngineFunction
+
+ENGINES = ("auto", "numpy", "cpu", "triton")
+
+
+class Engine(NamedTuple):
+    """name: as in `--engine`; run: the function; why: one phrase for the summary."""
+
+    name: str
+    run: EngineFunction
+    why: str
+
+
+def choose(engine: str = "auto", device: str = "auto") -> Engine:
+    """The engine for a merge from file to file.
+
+    engine: "auto", "numpy", "cpu" or "triton"; device: "auto", "cpu" or "cuda[:index]". auto is the compiled engine,
+    or NumPy where that is not built: from file to file the disk or the PCIe link is slower than either processor.
+    Raises UsageError for an unknown name, EngineError for an engine asked for by name that cannot run here.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
+        raise UsageError(f"device must be auto, cpu or cuda[:index], got {device!r}")
+    on_gpu = device.startswith("cuda")
+    if on_gpu and engine in ("numpy", "cpu"):
+        raise UsageError(f"--engine {engine} computes on the CPU, but --device is {device}; leave one of them out")
+    if engine == "triton" or on_gpu:
+        return _triton(device)
+    if engine == "numpy":
+        return _numpy("asked for")
+    try:
+        from .kernels import cpu
+    except ImportError as error:
+        if engine == "cpu":
+            raise EngineError(
+                f"the compiled engine is not built ({error}): install a C compiler and run pip install again, "
+                "or use --engine numpy"
+            ) from error
+        return _numpy("the compiled engine is not built")
+    return Engine("cpu", cpu.extrapolate, "asked for" if engine == "cpu" else "compiled, as fast as memory")
+
+
+def _numpy(why: str) -> Engine:
+    from .kernels import numerics
+
+    return Engine("numpy", numerics.extrapolate, why)
+
+
+def _triton(device: str) -> Engine:
+    try:
+        from .kernels import extrapolate
+    except ImportError as error:
+        raise EngineError(f"--engine triton needs torch and triton, which cannot be imported: {error}") from error
+    device = "cuda" if device == "auto" else device
+    try:
+        run = extrapolate.HostEngine(device)
+    except RuntimeError as error:
+        raise EngineError(f"--engine triton cannot run here: {error}; --engine cpu needs no GPU") from error
+    return Engine("triton", run, f"asked for, on {device}")
+
+
+def worker_count(engine: Engine) -> int:
+    """One more thread than processors, as a worker waits while it writes; one where a GPU computes; 8 at most."""
+    return 1 if engine.name == "triton" else min(cpu_count() + 1, 8)
+
+
+def cpu_count() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

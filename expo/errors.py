@@ -1,0 +1,54 @@
+"""The errors a user can cause, and nothing else; anything outside this tree is a bug.
+
+    ExpoError
+    ├── UsageError       an argument that makes no sense: a wrong alpha, rule or engine name       (exit code 2)
+    ├── EngineError      an engine asked for by name that cannot run here                          (exit code 2)
+    ├── CheckpointError  an input that is missing, damaged or of a kind that cannot be read        (exit code 3)
+    ├── PlanError        two readable inputs that cannot be merged                                 (exit code 3)
+    ├── OutputError      an output that could not be written                                       (exit code 4)
+    └── Cancelled        the caller asked to stop; nothing was left behind                         (exit code 130)
+
+A message says what, where (file and tensor), both values, and the fix.
+"""
+
+
+class ExpoError(Exception):
+    """Base of every expected error; `str(error)` is a message for a person."""
+
+    exit_code = 1
+
+
+class UsageError(ExpoError, ValueError):
+    """An argument that makes no sense."""
+
+    exit_code = 2
+
+
+class EngineError(ExpoError, RuntimeError):
+    """An engine asked for by name that cannot run on this machine or on these tensors."""
+
+    exit_code = 2
+
+
+class CheckpointError(ExpoError):
+    """An input that is missing, damaged, or of a kind that cannot be read."""
+
+    exit_code = 3
+
+
+class PlanError(ExpoError):
+    """Two readable inputs that cannot be merged; the message lists every reason at once."""
+
+    exit_code = 3
+
+
+class OutputError(ExpoError):
+    """An output that could not be written; the inputs are untouched and nothing stands at the output's path."""
+
+    exit_code = 4
+
+
+class Cancelled(ExpoError):
+    """The caller's `cancel` event was set; the staging folder was removed."""
+
+    exit_code = 130

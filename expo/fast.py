@@ -1,0 +1,225 @@
+"""The command line: python -m expo.fast --sft A --aligned B --alpha 0.3 [--out C]
+
+Arguments to merge() to summary, and nothing else: results on stdout, progress and messages on stderr.
+Exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the output could not be written;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from . import __version__
+from .engines import ENGINES
+from .errors import ExpoError, UsageError
+from .pipeline import Preview, merge, preview
+from .plan import POLICIES, describe
+from .progress import Bar, size
+from .result import Merged
+
+INTERRUPTED = 130
+SHOWN = 8  # copied tensors that the summary names one by one
+EPILOG = """\
+out = aligned + alpha * (aligned - sft), in fp32, rounded once to aligned's dtype (ExPO, arXiv 2404.16792).
+exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the output could not be written; 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        with _signals():
+            return _plan(options) if options.plan else _merge(options)
+    except ExpoError as error:
+        print(f"expo: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("expo: interrupted; nothing was left behind", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m expo.fast",
+        description="Extrapolate two checkpoints of a language model to a better-aligned third.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--sft", required=True, metavar="A", help="the weaker checkpoint: a folder or a .safetensors file")
+    add("--aligned", required=True, metavar="B", help="the checkpoint trained from it: a folder or a file")
+    add("--alpha", required=True, nargs="+", type=float, help="how far past aligned; several: one read, an output each")
+    add("--out", metavar="C", help="output; with several alphas it contains {alpha} (default: ./<B>-expo-<alpha>)")
+    add(
+        "--alpha-for", action="append", default=[], metavar="REGEX=FLOAT",
+        help="alpha of the tensors whose name matches; repeatable, the last match wins, 0 keeps aligned's",
+    )  # fmt: skip
+    add("--on-unpaired", choices=POLICIES, default="error", help="a tensor in one input only: error, or aligned's word")
+    add("--on-mismatch", choices=POLICIES, default="error", help="a tensor of two shapes: error, or aligned's tensor")
+    add("--engine", choices=ENGINES, default="auto", help="auto: compiled CPU code, else NumPy; triton needs a GPU")
+    add("--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda[:index]")
+    add("--plan", action="store_true", help="read headers only, print every tensor's fate, write nothing")
+    add("--json", action="store_true", help="print the result, or the plan, as one JSON object")
+    add("--overwrite", action="store_true", help="replace an output that is there")
+    add("--verify", action="store_true", help="read the output back and compare it with a recomputation")
+    add("--quiet", action="store_true", help="no progress and no summary")
+    add("--version", action="version", version=f"expo {__version__}")
+    return parser
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a merge as Ctrl-C does: staging removed, exit code 130."""
+    caught = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in caught]
+    try:
+        yield
+    finally:
+        for number, handler in zip(caught, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _rules(texts: Sequence[str]) -> dict[str, float]:
+    rules: dict[str, float] = {}
+    for text in texts:
+        pattern, equals, value = text.rpartition("=")
+        try:
+            alpha = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise UsageError(f"--alpha-for takes REGEX=FLOAT, got {text!r}")
+        rules.pop(pattern, None)  # a repeated pattern counts where it stands last
+        rules[pattern] = alpha
+    return rules
+
+
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "alpha_for": _rules(options.alpha_for),
+        "on_unpaired": options.on_unpaired,
+        "on_mismatch": options.on_mismatch,
+        "engine": options.engine,
+        "device": options.device,
+        "overwrite": options.overwrite,
+    }
+
+
+def _merge(options: argparse.Namespace) -> int:
+    bar = None if options.quiet else Bar()
+    try:
+        merged = merge(
+            options.sft, options.aligned, options.alpha, options.out,
+            **_choices(options), verify=options.verify, progress=bar,
+        )  # fmt: skip
+    finally:
+        if bar is not None:
+            bar.close()
+    for warning in merged.warnings:
+        print(f"expo: warning: {warning}", file=sys.stderr)
+    if options.json:
+        print(_json(asdict(merged)))
+    elif not options.quiet:
+        print("\n".join(_summary(merged)))
+    return 0
+
+
+def _summary(merged: Merged) -> Iterator[str]:
+    moved = merged.bytes_read + merged.bytes_written
+    yield (
+        f"{size(merged.bytes_read)} read, {size(merged.bytes_written)} written in {merged.seconds:.2f} s, "
+        f"{size(moved / merged.seconds)}/s"
+    )
+    yield f"  tensors  {merged.extrapolated} extrapolated, {len(merged.copied)} copied, {len(merged.dropped)} dropped"
+    for name, reason in merged.copied[:SHOWN]:
+        yield f"           copied {name}: {reason}"
+    if len(merged.copied) > SHOWN:
+        yield f"           and {len(merged.copied) - SHOWN} more; --plan names them all"
+    for name in merged.dropped[:SHOWN]:
+        yield f"           dropped {name}: only in sft"
+    for name, reason in merged.left_out:
+        yield f"  left out {name}: {reason}"
+    written = "past the page cache" if merged.direct else "through the page cache"
+    yield f"  engine   {merged.engine}, {merged.workers} workers ({merged.why}); written {written}"
+    for output in merged.outputs:
+        yield (
+            f"  alpha {output.alpha:g}  {output.changed:.1%} of elements changed, |change| / |aligned| "
+            f"{output.relative_change:.3g}, {output.non_finite} non-finite"
+        )
+        yield f"           -> {output.path}" + (" (verified)" if merged.verified else "")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    found = preview(options.sft, options.aligned, options.alpha, options.out, **_choices(options))
+    if options.json:
+        print(_json(_plan_object(found)))
+    elif not options.quiet:
+        print("\n".join(_plan_text(found)))
+    if found.error is not None:
+        raise found.error
+    return 0
+
+
+def _plan_text(found: Preview) -> Iterator[str]:
+    plan = found.plan
+    width = max(len(step.name) for step in plan.steps)
+    for step in plan.steps:
+        detail = step.reason or "alpha " + " ".join(f"{alpha:g}" for alpha in step.alphas)
+        what = f"{step.action.value:11}  {step.name:{width}}  {describe(step.aligned):22}  {detail}"
+        yield f"{what}  {size(step.aligned.nbytes)}"
+    for name in plan.dropped:
+        yield f"{'drop':11}  {name:{width}}  only in sft"
+    for name in plan.carried:
+        yield f"{'carry':11}  {name}"
+    for name, reason in plan.left_out:
+        yield f"{'leave out':11}  {name}: {reason}"
+    yield f"reads {size(plan.input_bytes)}, writes {size(plan.output_bytes)}; {size(found.free)} are free"
+    yield f"memory about {size(found.memory)}; engine {found.engine}, {found.workers} workers ({found.why})"
+    for out in found.outs:
+        yield f"-> {out}"
+
+
+def _plan_object(found: Preview) -> dict[str, Any]:
+    plan = found.plan
+    files = {step.name: shard.name for shard in plan.shards for step, _ in shard.steps}
+    return {
+        "steps": [
+            {
+                "name": step.name, "action": step.action.value, "reason": step.reason, "alphas": step.alphas,
+                "dtype": step.aligned.dtype, "shape": step.aligned.shape, "bytes": step.aligned.nbytes,
+                "file": files[step.name],
+            }
+            for step in plan.steps
+        ],
+        "dropped": plan.dropped, "carried": plan.carried, "left_out": dict(plan.left_out), "outputs": found.outs,
+        "bytes_read": plan.input_bytes, "bytes_written": plan.output_bytes, "bytes_free": found.free,
+        "memory": found.memory, "engine": found.engine, "why": found.why, "workers": found.workers,
+        "problems": [str(found.error)] if found.error and not plan.problems else plan.problems,
+    }  # fmt: skip
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no inf and no NaN: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

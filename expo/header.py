@@ -1,0 +1,172 @@
+"""The safetensors header, parsed strictly and emitted.
+
+A file is: 8 bytes little-endian header length, the header (a JSON object), the data. Each tensor's entry gives its
+dtype, its shape, and data_offsets [begin, end) relative to the data. Sorted by offset the tensors cover the data
+exactly, from its first byte to its last. Source: github.com/huggingface/safetensors, README, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from .errors import CheckpointError
+
+MAX_HEADER = 100_000_000  # bytes; the reference implementation's limit
+ALIGNMENT = 4096  # our data start here, so that a file can be cut and written in whole blocks
+
+# Bits per element, in the order in which safetensors' own writer sorts tensors (last first).
+DTYPES = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
+    "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a file: its bytes are [start, stop) of the file itself, header included."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+class Header(NamedTuple):
+    """A parsed header: tensors in the order of their data, and the file's own metadata."""
+
+    tensors: tuple[TensorInfo, ...]
+    metadata: dict[str, str]
+
+
+def header_length(path: str, first: bytes, size: int) -> int:
+    """The JSON's length in bytes, from the file's first 8 bytes and its size; CheckpointError if it cannot be."""
+    if len(first) < 8:
+        raise CheckpointError(f"{path}: {size} bytes, but a safetensors file has at least 8; download it again")
+    length = int.from_bytes(first[:8], "little")
+    if first.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+    if length > MAX_HEADER:
+        raise CheckpointError(
+            f"{path}: header of {length} bytes, but at most {MAX_HEADER} are allowed; not a safetensors file?"
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{path}: header ends at byte {8 + length}, but the file has {size}: truncated; download it again"
+        )
+    return length
+
+
+def parse(path: str, text: bytes, size: int) -> Header:
+    """Check every rule of the format and return the tensors.
+
+    path names the file in messages; text is the header's JSON; size is the whole file's, in bytes.
+    Raises CheckpointError naming the file, the tensor and the two values that disagree.
+    """
+    entries = _load(path, text)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ is not an object of strings")
+    start = 8 + len(text)
+    tensors = [_tensor(path, name, entry, start) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    end, before = start, "the header"
+    for tensor in tensors:
+        if tensor.start != end:
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name!r} starts at byte {tensor.start}, but {before} ends at {end}"
+            )
+        end, before = tensor.stop, f"tensor {tensor.name!r}"
+    if end != size:
+        kind = "truncated; download it again" if size < end else "bytes that belong to no tensor"
+        raise CheckpointError(f"{path}: {before} ends at byte {end}, but the file has {size}: {kind}")
+    return Header(tuple(tensors), metadata)
+
+
+def _load(path: str, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: {twice!r} stands twice in the header")
+        return found
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is not JSON ({error}); not a safetensors file?") from error
+    if not text.startswith(b"{") or not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: the header is not a JSON object that starts with '{{'")
+    return entries
+
+
+def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorInfo:
+    def fail(what: str) -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {name!r}: {what}")
+
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise fail("its name is not valid Unicode") from None
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise fail("its entry is not an object of dtype, shape and data_offsets alone")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise fail(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if not _naturals(shape):
+        raise fail(f"shape {shape!r} is not a list of whole numbers from 0 to 2^63 - 1")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise fail(f"data_offsets {offsets!r} are not [begin, end] with begin <= end")
+    bits = DTYPES[dtype]
+    for length in shape:
+        bits *= length
+        if bits >= 2**66:
+            raise fail(f"shape {shape} of {dtype} is over 2^63 bytes")
+    begin, end = offsets
+    if bits % 8 or bits // 8 != end - begin:
+        raise fail(f"shape {shape} of {dtype} takes {bits / 8:g} bytes, but its data_offsets span {end - begin}")
+    return TensorInfo(name, dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def emit(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The first bytes of a new file, and where each (name, dtype, shape) goes in it.
+
+    The order is safetensors' own, widest dtype first and then by name; the header is padded with spaces so that the
+    data start at a multiple of 4096. The dict is in the order of the data.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (-_RANK[tensor[1]], tensor[0]))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, dtype, shape in ordered:
+        begin, offset = offset, offset + element_count(shape) * DTYPES[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, offset]}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    start = 8 + len(text)
+    placed = {}
+    for name, dtype, shape in ordered:
+        begin, end = entries[name]["data_offsets"]
+        placed[name] = TensorInfo(name, dtype, shape, start + begin, start + end)
+    return len(text).to_bytes(8, "little") + text, placed
+
+
+def element_count(shape: tuple[int, ...]) -> int:
+    """Elements of a tensor of this shape; 1 for a scalar's ()."""
+    count = 1
+    for length in shape:
+        count *= length
+    return count

@@ -1,0 +1,114 @@
+"""What a merge reports: the result's types, and the tally of how far the weights moved."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .kernels.contract import Statistics
+from .plan import Step
+
+TOO_FAR = 0.5  # |aligned - sft| / |aligned|: below 0.1 for related models, above 1 for unrelated ones
+
+
+@dataclass(frozen=True)
+class Output:
+    """One finished output.
+
+    changed: share of the extrapolated elements whose value differs from aligned's. relative_change: the 2-norm of
+    alpha * (aligned - sft) over that of aligned, both over the extrapolated tensors. non_finite: inf and NaN written.
+    """
+
+    path: str
+    alpha: float
+    changed: float
+    relative_change: float
+    non_finite: int
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What merge() did: one Output for each alpha, numbers of tensors and bytes, and seconds of wall time.
+
+    copied: (tensor, reason). dropped: tensors of sft alone. left_out: (file of aligned's folder, reason).
+    relative_distance: the 2-norm of aligned - sft over that of aligned. engine, why, workers: what computed, the reason
+    it was chosen, its threads. direct: whether all of it was written with O_DIRECT. verified: read back and compared.
+    """
+
+    outputs: tuple[Output, ...]
+    extrapolated: int
+    copied: tuple[tuple[str, str], ...]
+    dropped: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    relative_distance: float
+    engine: str
+    why: str
+    workers: int
+    direct: bool
+    verified: bool
+    warnings: tuple[str, ...]
+
+
+class Tally:
+    """Statistics of all pieces; exact sums, so that the order in which workers finish does not show."""
+
+    def __init__(self, alphas: int) -> None:
+        self._lock = threading.Lock()
+        self.elements = 0
+        self.changed = [0] * alphas
+        self.non_finite = [0] * alphas
+        self._d: list[float] = []
+        self._aligned: list[float] = []
+        self._moved: list[list[float]] = [[] for _ in range(alphas)]
+
+    def add(self, step: Step, elements: int, active: Sequence[int], moved: Statistics) -> None:
+        """active: the outputs whose alpha is not 0, in the order of moved.counts."""
+        with self._lock:
+            self.elements += elements
+            self._d.append(moved.d_squared)
+            self._aligned.append(moved.aligned_squared)
+            for k, (changed, non_finite) in zip(active, moved.counts, strict=True):
+                self.changed[k] += changed
+                self.non_finite[k] += non_finite
+                self._moved[k].append(step.alphas[k] ** 2 * moved.d_squared)
+
+    @property
+    def relative_distance(self) -> float:
+        """|aligned - sft| / |aligned|; 0 where there is nothing to measure."""
+        return _ratio(self._d, self._aligned)
+
+    def output(self, k: int, path: str, alpha: float) -> Output:
+        changed = self.changed[k] / self.elements if self.elements else 0.0
+        return Output(path, alpha, changed, _ratio(self._moved[k], self._aligned), self.non_finite[k])
+
+    def warnings(self) -> list[str]:
+        """What the numbers say about the pair of inputs."""
+        found = []
+        distance = self.relative_distance
+        if distance >= TOO_FAR or math.isnan(distance):
+            found.append(
+                f"aligned - sft is {distance:.2g} times as large as aligned itself; for a model and the one it was "
+                "trained from it is below 0.1: are these two unrelated?"
+            )
+        elif self.elements and not any(self._d):
+            found.append("sft and aligned are equal: the output is aligned; is one of the two paths wrong?")
+        if any(self.non_finite):
+            found.append(f"{max(self.non_finite)} elements of an output are inf or NaN")
+        return found
+
+
+def _ratio(squares: list[float], of: list[float]) -> float:
+    below = _total(of)
+    return math.sqrt(_total(squares) / below) if below else 0.0
+
+
+def _total(squares: list[float]) -> float:
+    try:
+        return math.fsum(squares)
+    except OverflowError:
+        return math.inf

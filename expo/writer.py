@@ -1,0 +1,289 @@
+"""Writing an output: shards with O_DIRECT where the filesystem takes it, in a staging folder that is committed whole.
+
+Nothing stands at the output's path before `Staging.commit`: shards are written and synced in a hidden folder
+beside it, the index last, and one rename puts the folder (or the one file) in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+
+from .errors import OutputError
+from .plan import OutputShard
+
+BLOCK = 4096  # O_DIRECT wants memory, offset and length in multiples of the device's block
+EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
+O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+def aligned_buffer(size: int) -> memoryview:
+    """Anonymous memory of `size` bytes that starts on a page, in huge pages where the system has them."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
+
+
+@contextlib.contextmanager
+def output_errors(path: str) -> Iterator[None]:
+    """Turn an OSError into an OutputError that names the path and the fix."""
+    try:
+        yield
+    except OSError as error:
+        fixes = {
+            errno.ENOSPC: "free some space or choose another --out",
+            errno.EDQUOT: "free some of your quota or choose another --out",
+            errno.EACCES: "choose an --out that you may write to",
+            errno.EPERM: "choose an --out that you may write to",
+            errno.EROFS: "the filesystem is read-only: choose another --out",
+            errno.EFBIG: "the filesystem or a limit (ulimit -f) refuses files of this size",
+        }
+        fix = fixes.get(error.errno or 0)
+        raise OutputError(f"{path}: {error.strerror or error}" + (f"; {fix}" if fix else "")) from error
+
+
+class ShardWriter:
+    """One output file, written in chunks by any number of threads, synced and closed with the last one.
+
+    The file is allocated at once: a full disk shows early, and writes into allocated blocks run in parallel.
+    """
+
+    def __init__(self, path: str, shard: OutputShard) -> None:
+        """Create the file with its full size. Raises OutputError."""
+        self.path = path
+        self.size = shard.size
+        self.direct = bool(O_DIRECT)
+        self._missing = shard.size
+        self._lock = threading.Lock()
+        self._fd = -1
+        with output_errors(path):
+            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            try:
+                allocate(fd, shard.size)
+            finally:
+                os.close(fd)
+
+    def write(self, offset: int, data: memoryview, length: int) -> None:
+        """Write data[:length] at offset, both multiples of 4096 but for the file's end. Raises OutputError.
+
+        data is page-aligned and as long as the next multiple of 4096: the file's last block is written whole and
+        cut off afterwards.
+        """
+        with output_errors(self.path):
+            fd = self._open()
+            done = 0
+            while done < length:
+                whole = length - done if not self.direct else -(-(length - done) // BLOCK) * BLOCK
+                try:
+                    done += os.pwrite(fd, data[done : done + whole], offset + done)
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not self.direct:
+                        raise
+                    fd = self._reopen_buffered()
+            with self._lock:
+                self._missing -= length
+                last = self._missing == 0
+            if last:
+                self._finish()
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._fd < 0:
+                try:
+                    self._fd = os.open(self.path, os.O_WRONLY | (O_DIRECT if self.direct else 0))
+                except OSError as error:
+                    if error.errno != errno.EINVAL:  # a filesystem without O_DIRECT, some network ones among them
+                        raise
+                    self.direct = False
+                    self._fd = os.open(self.path, os.O_WRONLY)
+            return self._fd
+
+    def _reopen_buffered(self) -> int:
+        """Some filesystems take the flag and refuse the write: drop it on the descriptor that all threads share."""
+        with self._lock:
+            if self.direct:
+                fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~O_DIRECT)
+                self.direct = False
+            return self._fd
+
+    def _finish(self) -> None:
+        os.ftruncate(self._fd, self.size)
+        os.fsync(self._fd)
+        self.close()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+
+def allocate(fd: int, size: int) -> None:
+    """Give a file its size and, where the filesystem can do so at once, its blocks."""
+    import ctypes  # here: only a merge needs it
+
+    # Not os.posix_fallocate: where the filesystem cannot, glibc would write into every block instead.
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+    if fallocate is not None:
+        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        if fallocate(fd, 0, 0, size) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code))
+    os.ftruncate(fd, size)
+
+
+def check_free(out: str, single_file: bool, overwrite: bool) -> None:
+    """Raise OutputError where something stands at `out` that must not be replaced."""
+    if not os.path.exists(out):
+        return
+    if not overwrite:
+        raise OutputError(f"{out} exists; choose another --out, or --overwrite replaces it")
+    if os.path.isdir(out) == single_file:
+        kinds = ("file", "folder") if single_file else ("folder", "file")
+        raise OutputError(f"{out}: a {kinds[0]} is to be written, but a {kinds[1]} is there; choose another --out")
+    names = os.listdir(out) if not single_file else []
+    if names and not any(name.endswith(".safetensors") for name in names):
+        raise OutputError(f"{out} is a folder without a model, which --overwrite does not replace")
+
+
+class Staging:
+    """The hidden folder beside an output in which it is made; a context that removes it unless committed."""
+
+    def __init__(self, out: str, single_file: bool, overwrite: bool) -> None:
+        """Create and lock the folder. out: the final path; single_file: commit the one file in it, not the folder.
+
+        Raises OutputError where the output exists (without overwrite), the folder is there already, or cannot be made.
+        """
+        self.out = os.path.realpath(out)
+        self.single_file = single_file
+        self.overwrite = overwrite
+        self.parent, name = os.path.split(self.out)
+        self.folder = os.path.join(self.parent, f".{name}.expo-staging")
+        self._lock = -1
+        self._made: list[str] = []
+        check_free(out, single_file, overwrite)
+        with output_errors(self.folder):
+            parent = self.parent
+            while not os.path.exists(parent):
+                self._made.append(parent)
+                parent = os.path.dirname(parent)
+            os.makedirs(self.parent, exist_ok=True)
+            self._create()
+
+    def _create(self) -> None:
+        try:
+            os.mkdir(self.folder)
+        except FileExistsError:
+            if not self._try_lock():
+                raise OutputError(f"{self.out}: another merge is writing it now, in {self.folder}") from None
+            if not self.overwrite:
+                os.close(self._lock)
+                raise OutputError(
+                    f"{self.folder} was left by a merge that was killed; delete it, or --overwrite starts anew"
+                ) from None
+            for entry in os.scandir(self.folder):
+                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+        else:
+            self._try_lock()
+
+    def _try_lock(self) -> bool:
+        """Take the lock on the folder, which dies with this process."""
+        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(self._lock)
+                return False  # held by another; any other error: a filesystem without locks
+        return True
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the folder if it is still there, parents made for it if they are empty, and let go of the lock."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        os.close(self._lock)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small file durably, in a subfolder if the name has one. Raises OutputError."""
+        path = self.path(name)
+        with output_errors(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def commit(self) -> bool:
+        """Put the finished output in place: sync the folder, rename, sync the parent.
+
+        Returns False where an old folder could not be replaced in one atomic step. Raises OutputError.
+        """
+        atomic = True
+        with output_errors(self.out):
+            for place, _, _ in os.walk(self.folder):
+                sync_folder(place)
+            source = self.folder
+            if self.single_file:
+                (name,) = os.listdir(self.folder)
+                source = self.path(name)
+            if os.path.isdir(self.out):
+                atomic = self._replace_folder()
+            elif self.overwrite or not self.single_file:
+                os.rename(source, self.out)
+            else:
+                os.link(source, self.out)  # unlike rename, it refuses a file that has appeared meanwhile
+            sync_folder(self.parent)
+        return atomic
+
+    def _replace_folder(self) -> bool:
+        """Swap staging and the old output in one step; `__exit__` then removes the old one."""
+        if exchange(self.folder, self.out):
+            return True
+        old = f"{self.folder}-old"
+        os.rename(self.out, old)
+        os.rename(self.folder, self.out)
+        shutil.rmtree(old)
+        return False
+
+
+def exchange(first: str, second: str) -> bool:
+    """Swap two paths atomically; False where the system cannot."""
+    import ctypes
+
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_cwd = -100
+    if renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,253 @@
+/* The compiled CPU engine: out = aligned + alpha * (aligned - sft), one pass.
+ *
+ *   d = f32(a) - f32(s);  p = alpha * d;  r = f32(a) + p;  out = round-to-nearest-even(r -> dtype of a)
+ *
+ * Every fp32 operation rounds once, to nearest even: build with -ffp-contract=off and without -ffast-math.
+ * The calling thread's floating-point mode (flush-denormal, rounding) is set to IEEE's default for the
+ * computation and restored after it.  Bytes moved: one read of sft, one of aligned, one write per alpha.
+ * Inputs and outputs may be unaligned; with one alpha and no
+ * statistics the output may be the very memory of an input; overlapping in part is never right.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <fenv.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+#define MAX_ALPHAS 64
+#define BLOCK 2048 /* elements: both inputs and an output stay in the L1 cache between the passes over a block */
+#define LANES 32   /* independent fp32 sums in a block: order fixed by this number, not by the vector width */
+
+typedef uint16_t BF16 __attribute__((aligned(1), may_alias));
+typedef struct { uint16_t bits; } __attribute__((packed, may_alias)) F16;
+typedef float F32 __attribute__((aligned(1), may_alias));
+
+static inline float as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+static inline uint32_t as_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
+
+static inline float load_BF16(const BF16 *p) { return as_float((uint32_t)*p << 16); }
+static inline float load_F32(const F32 *p) { return *p; }
+
+/* Exact: fp16's exponent moved to fp32's place and rebiased by a multiplication, which serves subnormals too. */
+static inline float load_F16(const F16 *p) {
+    uint32_t magnitude = (uint32_t)(p->bits & 0x7fff) << 13;
+    uint32_t bits = as_bits(as_float(magnitude) * 0x1p112f);
+    bits = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : bits;
+    return as_float(bits | (uint32_t)(p->bits & 0x8000) << 16);
+}
+
+/* NaN is tested before rounding: adding to 0x7fffffff would carry into the sign and give -0. */
+static inline void store_BF16(BF16 *p, float r) {
+    uint32_t bits = as_bits(r);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    *p = r != r ? 0x7fc0 : (uint16_t)rounded;
+}
+
+static inline void store_F32(F32 *p, float r) { *p = r; }
+
+static inline void store_F16(F16 *p, float r) {
+    uint32_t bits = as_bits(r), magnitude = bits & 0x7fffffff;
+    uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13; /* rebias by -112, round */
+    uint32_t small = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u; /* 0.5's ulp is fp16's least step: + rounds */
+    uint32_t half = magnitude < 0x38800000u ? small : normal;
+    half = magnitude >= 0x477ff000u ? 0x7c00 : half; /* halfway past the largest finite fp16 */
+    half = magnitude > 0x7f800000u ? 0x7e00 : half;
+    p->bits = (uint16_t)(half | ((bits >> 16) & 0x8000));
+}
+
+typedef struct {
+    double d_squared, aligned_squared; /* over elements whose d is finite */
+    float max_abs_d;                   /* over the same elements */
+} Distance;
+
+typedef struct { int64_t changed, non_finite; } Count;
+
+/* One merge kernel and one distance kernel for each pair of input dtypes. */
+#define PAIR(S, A)                                                                                        \
+    CLONES static void merge_##S##_##A(const char *sft, const char *aligned, char *out, Py_ssize_t n,    \
+                                       float alpha) {                                                     \
+        const S *s = (const S *)sft;                                                                      \
+        const A *a = (const A *)aligned;                                                                  \
+        A *o = (A *)out;                                                                                  \
+        for (Py_ssize_t i = 0; i < n; i++) {                                                              \
+            float x = load_##A(a + i), d = x - load_##S(s + i), p = alpha * d;                            \
+            store_##A(o + i, x + p);                                                                      \
+        }                                                                                                 \
+    }                                                                                                     \
+    CLONES static void distance_##S##_##A(const char *sft, const char *aligned, Py_ssize_t n,            \
+                                          Distance *total) {                                              \
+        const S *s = (const S *)sft;                                                                      \
+        const A *a = (const A *)aligned;                                                                  \
+        float dd[LANES] = {0}, aa[LANES] = {0}, top[LANES] = {0};                                         \
+        Py_ssize_t i = 0;                                                                                 \
+        for (; i + LANES <= n; i += LANES)                                                                \
+            for (int l = 0; l < LANES; l++) LANE(S, A)                                                    \
+        for (int l = 0; l < n - i; l++) LANE(S, A)                                                        \
+        for (int l = 0; l < LANES; l++) {                                                                 \
+            total->d_squared += dd[l];                                                                    \
+            total->aligned_squared += aa[l];                                                              \
+            total->max_abs_d = top[l] > total->max_abs_d ? top[l] : total->max_abs_d;                     \
+        }                                                                                                 \
+    }
+
+#define LANE(S, A)                                                                                        \
+    {                                                                                                     \
+        float x = load_##A(a + i + l), d = x - load_##S(s + i + l);                                       \
+        float size = as_float(as_bits(d) & 0x7fffffff);                                                   \
+        x = size < INFINITY ? x : 0.0f;                                                                   \
+        size = size < INFINITY ? size : 0.0f;                                                             \
+        dd[l] += size * size;                                                                             \
+        aa[l] += x * x;                                                                                   \
+        top[l] = size > top[l] ? size : top[l];                                                           \
+    }
+
+/* Changed is IEEE's "not equal": -0 equals +0, NaN equals nothing. */
+#define ALIGNED(A)                                                                                        \
+    CLONES static void count_##A(const char *aligned, const char *out, Py_ssize_t n, Count *total) {     \
+        const A *a = (const A *)aligned, *o = (const A *)out;                                             \
+        uint32_t changed = 0, non_finite = 0;                                                             \
+        for (Py_ssize_t i = 0; i < n; i++) {                                                              \
+            float before = load_##A(a + i), after = load_##A(o + i);                                      \
+            changed += before != after ? 1u : 0u;                                                          \
+            non_finite += ((as_bits(after) >> 23 & 0xff) + 1) >> 8; /* exponent 255 */                         \
+        }                                                                                                 \
+        total->changed += changed;                                                                        \
+        total->non_finite += non_finite;                                                                  \
+    }                                                                                                     \
+    PAIR(BF16, A)                                                                                         \
+    PAIR(F16, A)                                                                                          \
+    PAIR(F32, A)
+
+ALIGNED(BF16)
+ALIGNED(F16)
+ALIGNED(F32)
+
+typedef struct {
+    void (*merge)(const char *, const char *, char *, Py_ssize_t, float);
+    void (*distance)(const char *, const char *, Py_ssize_t, Distance *);
+} Kernels;
+
+/* Indexed by dtype code: 0 BF16, 1 F16, 2 F32. */
+static const Py_ssize_t ITEMSIZE[3] = {2, 2, 4};
+static void (*const COUNT[3])(const char *, const char *, Py_ssize_t, Count *) = {count_BF16, count_F16, count_F32};
+#define ENTRY(S, A) {merge_##S##_##A, distance_##S##_##A}
+static const Kernels KERNELS[3][3] = {
+    {ENTRY(BF16, BF16), ENTRY(BF16, F16), ENTRY(BF16, F32)},
+    {ENTRY(F16, BF16), ENTRY(F16, F16), ENTRY(F16, F32)},
+    {ENTRY(F32, BF16), ENTRY(F32, F16), ENTRY(F32, F32)},
+};
+
+typedef struct {
+    const char *sft, *aligned;
+    int sft_dtype, aligned_dtype, alphas, measure;
+    Py_ssize_t n;
+    char *out[MAX_ALPHAS];
+    float alpha[MAX_ALPHAS];
+    Distance distance;
+    Count count[MAX_ALPHAS];
+} Job;
+
+/* Block by block, so that the second alpha and the statistics find the inputs in the cache. */
+static void run(Job *job) {
+    const Kernels kernels = KERNELS[job->sft_dtype][job->aligned_dtype];
+    const Py_ssize_t sft_item = ITEMSIZE[job->sft_dtype], item = ITEMSIZE[job->aligned_dtype];
+    const Py_ssize_t block = job->measure || job->alphas > 1 ? BLOCK : job->n;
+    for (Py_ssize_t i = 0; i < job->n; i += block) {
+        const Py_ssize_t n = job->n - i < block ? job->n - i : block;
+        const char *sft = job->sft + i * sft_item, *aligned = job->aligned + i * item;
+        if (job->measure) kernels.distance(sft, aligned, n, &job->distance);
+        for (int k = 0; k < job->alphas; k++) {
+            kernels.merge(sft, aligned, job->out[k] + i * item, n, job->alpha[k]);
+            if (job->measure) COUNT[job->aligned_dtype](aligned, job->out[k] + i * item, n, &job->count[k]);
+        }
+    }
+}
+
+/* A buffer's memory, or an address passed as an int (for tensors that export no buffer; the caller vouches for it).
+ * On success view->obj is NULL where there is nothing to release. */
+static char *memory(PyObject *object, Py_ssize_t bytes, int writable, Py_buffer *view) {
+    view->obj = NULL;
+    if (PyLong_Check(object)) return PyLong_AsVoidPtr(object);
+    if (PyObject_GetBuffer(object, view, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) return NULL;
+    if (view->len < bytes) {
+        PyErr_Format(PyExc_ValueError, "buffer of %zd bytes where %zd are needed", view->len, bytes);
+        return NULL;
+    }
+    return view->buf;
+}
+
+static PyObject *statistics(const Job *job) {
+    PyObject *counts = PyTuple_New(job->alphas);
+    if (!counts) return NULL;
+    for (int k = 0; k < job->alphas; k++) {
+        PyObject *pair = Py_BuildValue("(LL)", (long long)job->count[k].changed, (long long)job->count[k].non_finite);
+        if (!pair) { Py_DECREF(counts); return NULL; }
+        PyTuple_SET_ITEM(counts, k, pair);
+    }
+    return Py_BuildValue("(dddN)", job->distance.d_squared, job->distance.aligned_squared,
+                         (double)job->distance.max_abs_d, counts);
+}
+
+static PyObject *extrapolate(PyObject *module, PyObject *args) {
+    Job job = {0};
+    PyObject *sft, *aligned, *outs, *alphas;
+    Py_buffer views[MAX_ALPHAS + 2] = {{0}};
+    int held = 0;
+    PyObject *result = NULL;
+    fenv_t mode;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OiOinO!O!p", &sft, &job.sft_dtype, &aligned, &job.aligned_dtype, &job.n, &PyTuple_Type,
+                          &outs, &PyTuple_Type, &alphas, &job.measure))
+        return NULL;
+    if (job.sft_dtype < 0 || job.sft_dtype > 2 || job.aligned_dtype < 0 || job.aligned_dtype > 2 || job.n < 0 ||
+        job.n > PY_SSIZE_T_MAX / 4 || PyTuple_GET_SIZE(outs) != PyTuple_GET_SIZE(alphas) ||
+        PyTuple_GET_SIZE(outs) < 1 || PyTuple_GET_SIZE(outs) > MAX_ALPHAS) {
+        PyErr_SetString(PyExc_ValueError, "dtype codes are 0 to 2, n >= 0, and as many outputs as alphas, 1 to 64");
+        return NULL;
+    }
+    job.alphas = (int)PyTuple_GET_SIZE(outs);
+    const Py_ssize_t bytes = job.n * ITEMSIZE[job.aligned_dtype];
+    job.sft = memory(sft, job.n * ITEMSIZE[job.sft_dtype], 0, &views[held++]);
+    if (PyErr_Occurred()) goto release;
+    job.aligned = memory(aligned, bytes, 0, &views[held++]);
+    if (PyErr_Occurred()) goto release;
+    for (int k = 0; k < job.alphas; k++) {
+        job.alpha[k] = (float)PyFloat_AsDouble(PyTuple_GET_ITEM(alphas, k));
+        if (PyErr_Occurred()) goto release;
+        job.out[k] = memory(PyTuple_GET_ITEM(outs, k), bytes, 1, &views[held++]);
+        if (PyErr_Occurred()) goto release;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    fegetenv(&mode);
+    fesetenv(FE_DFL_ENV);
+    run(&job);
+    fesetenv(&mode);
+    Py_END_ALLOW_THREADS
+    if (job.measure)
+        result = statistics(&job);
+    else
+        result = Py_NewRef(Py_None);
+release:
+    for (int v = 0; v < held; v++) PyBuffer_Release(&views[v]);
+    return result;
+}
+
+static PyMethodDef methods[] = {
+    {"extrapolate", extrapolate, METH_VARARGS,
+     "extrapolate(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure)\n--\n\n"
+     "Write aligned + alpha * (aligned - sft) into outs[k] for each alphas[k]; n elements; dtype codes 0 BF16, 1 F16,\n"
+     "2 F32; an output has aligned's dtype.  Each memory is a contiguous buffer or an address.  Returns None, or with\n"
+     "measure (sum of d*d, sum of aligned*aligned, max |d|, ((changed, non-finite), ...))."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__cpu(void) { return PyModule_Create(&module); }

@@ -1,0 +1,54 @@
+"""What every engine agrees on: dtype names, the working alpha, and the statistics of a merge.
+
+    al = f32(alpha);  d = f32(aligned) - f32(sft);  p = al * d;  r = f32(aligned) + p
+    out = round-to-nearest-even(r -> dtype of aligned)
+
+Each fp32 operation rounds once; no fused multiply-add, no flush of subnormals. If either tensor is F64 the
+same steps run in fp64 with alpha as a double. Alpha 0 is a copy of aligned, bit for bit: callers copy and
+never ask an engine for it. The formula is ExPO's, "Model Extrapolation Expedites Alignment" (arXiv 2404.16792).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+# Floating dtypes that are extrapolated, by their safetensors name, and bytes per element.
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+
+
+class Statistics(NamedTuple):
+    """How far a piece of a tensor moved; `d` is aligned - sft in fp32 (fp64 for F64 tensors).
+
+    d_squared, aligned_squared: sums of d*d and aligned*aligned over the elements whose d is finite, accumulated in
+        fp32 over short runs and in fp64 across them (relative error below 1e-5).
+    max_abs_d: the largest finite |d|.
+    counts: for each alpha (changed, non_finite): outputs that compare unequal to aligned by IEEE's rule (-0 equals
+        +0, NaN equals nothing), and outputs that are inf or NaN.
+    """
+
+    d_squared: float
+    aligned_squared: float
+    max_abs_d: float
+    counts: tuple[tuple[int, int], ...]
+
+
+# engine(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure): n elements, memory as buffers of raw
+# little-endian bytes at any address, one output buffer for each alpha; Statistics where `measure`, else None.
+EngineFunction = Callable[[Any, str, Any, str, int, Sequence[Any], Sequence[float], bool], "Statistics | None"]
+
+
+def working_alpha(alpha: float, *dtypes: str) -> float:
+    """Alpha as the arithmetic of these dtypes uses it: rounded to fp32, or the double itself where one is F64.
+
+    Raises ValueError for an alpha that is not finite in fp32, whatever the dtypes.
+    """
+    try:
+        (rounded,) = struct.unpack("<f", struct.pack("<f", alpha))
+    except OverflowError:
+        rounded = math.inf
+    if not math.isfinite(rounded):
+        raise ValueError(f"alpha must be finite in float32, got {alpha!r}")
+    return float(alpha) if "F64" in dtypes else float(rounded)

@@ -1,0 +1,47 @@
+"""The build: two packages from two top-level folders, and one optional C extension."""
+
+from setuptools import Extension, setup
+
+CPU_ENGINE = Extension(
+    "expo.kernels._cpu",
+    ["kernels/_cpu.c"],
+    # -ffp-contract=off: a fused multiply-add would round once where the numerics contract rounds twice.
+    extra_compile_args=["-O3", "-ffp-contract=off", "-std=gnu11"],
+    optional=True,  # without a compiler the NumPy engine takes over
+)
+
+setup(
+    name="expo-merge",
+    version="0.1.0",
+    description="ExPO: extrapolate two checkpoints of a language model to a better-aligned third, as fast as copying",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # `kernels` is also the import name of another package, so ours is only ever imported as expo.kernels.
+    packages=["expo", "expo.kernels", "expo.demo"],
+    package_dir={"expo": "expo", "expo.kernels": "kernels", "expo.demo": "expo/demo"},
+    package_data={"expo": ["py.typed"], "expo.demo": ["sft/*", "aligned/*"]},
+    ext_modules=[CPU_ENGINE],
+    install_requires=[
+        "torch>=2.4",
+        "triton>=3.0; platform_system == 'Linux'",
+        "safetensors>=0.4.3",
+        "transformers>=4.44",
+        "numpy>=1.26",
+        "ml_dtypes>=0.4",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "hypothesis>=6.100",
+            "mypy>=1.11",
+            "ruff>=0.6",
+            "accelerate>=0.33",
+        ],
+        "bench": ["pytest>=8", "pytest-benchmark>=4"],
+    },
+    zip_safe=False,
+)
