@@ -1,5 +1,7 @@
 """The build: two packages from two top-level folders, and one optional C extension."""
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 
 CPU_ENGINE = Extension(
@@ -14,7 +16,7 @@ setup(
     name="expo-merge",
     version="0.1.0",
     description="ExPO: extrapolate two checkpoints of a language model to a better-aligned third, as fast as copying",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

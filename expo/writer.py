@@ -7,6 +7,7 @@ beside it, the index last, and one rename puts the folder (or the one file) in p
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -128,8 +129,6 @@ class ShardWriter:
 
 def allocate(fd: int, size: int) -> None:
     """Give a file its size and, where the filesystem can do so at once, its blocks."""
-    import ctypes  # here: only a merge needs it
-
     # Not os.posix_fallocate: where the filesystem cannot, glibc would write into every block instead.
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
     if fallocate is not None:
@@ -266,8 +265,6 @@ class Staging:
 
 def exchange(first: str, second: str) -> bool:
     """Swap two paths atomically; False where the system cannot."""
-    import ctypes
-
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

@@ -17,6 +17,7 @@
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define F16C
 #else
 #define CLONES
 #endif
@@ -26,7 +27,7 @@
 #define LANES 32   /* independent fp32 sums in a block: order fixed by this number, not by the vector width */
 
 typedef uint16_t BF16 __attribute__((aligned(1), may_alias));
-typedef struct { uint16_t bits; } __attribute__((packed, may_alias)) F16;
+typedef uint16_t F16 __attribute__((aligned(1), may_alias));
 typedef float F32 __attribute__((aligned(1), may_alias));
 
 static inline float as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
@@ -34,14 +35,7 @@ static inline uint32_t as_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); r
 
 static inline float load_BF16(const BF16 *p) { return as_float((uint32_t)*p << 16); }
 static inline float load_F32(const F32 *p) { return *p; }
-
-/* Exact: fp16's exponent moved to fp32's place and rebiased by a multiplication, which serves subnormals too. */
-static inline float load_F16(const F16 *p) {
-    uint32_t magnitude = (uint32_t)(p->bits & 0x7fff) << 13;
-    uint32_t bits = as_bits(as_float(magnitude) * 0x1p112f);
-    bits = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : bits;
-    return as_float(bits | (uint32_t)(p->bits & 0x8000) << 16);
-}
+static inline void store_F32(F32 *p, float r) { *p = r; }
 
 /* NaN is tested before rounding: adding to 0x7fffffff would carry into the sign and give -0. */
 static inline void store_BF16(BF16 *p, float r) {
@@ -50,17 +44,48 @@ static inline void store_BF16(BF16 *p, float r) {
     *p = r != r ? 0x7fc0 : (uint16_t)rounded;
 }
 
-static inline void store_F32(F32 *p, float r) { *p = r; }
-
-static inline void store_F16(F16 *p, float r) {
-    uint32_t bits = as_bits(r), magnitude = bits & 0x7fffffff;
-    uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13; /* rebias by -112, round */
-    uint32_t small = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u; /* 0.5's ulp is fp16's least step: + rounds */
-    uint32_t half = magnitude < 0x38800000u ? small : normal;
-    half = magnitude >= 0x477ff000u ? 0x7c00 : half; /* halfway past the largest finite fp16 */
-    half = magnitude > 0x7f800000u ? 0x7e00 : half;
-    p->bits = (uint16_t)(half | ((bits >> 16) & 0x8000));
+/* fp16 goes through a block of fp32 in the L1 cache.  Widening is exact: the exponent is moved to fp32's place and
+ * rebiased by a multiplication, which serves subnormals too. */
+CLONES static void widen_portable(const F16 *from, float *to, Py_ssize_t n) {
+    for (Py_ssize_t i = 0; i < n; i++) {
+        uint32_t half = from[i], magnitude = (half & 0x7fff) << 13;
+        uint32_t bits = as_bits(as_float(magnitude) * 0x1p112f);
+        bits = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : bits;
+        to[i] = as_float(bits | (half & 0x8000) << 16);
+    }
 }
+
+CLONES static void narrow_portable(const float *from, F16 *to, Py_ssize_t n) {
+    for (Py_ssize_t i = 0; i < n; i++) {
+        uint32_t bits = as_bits(from[i]), magnitude = bits & 0x7fffffff;
+        uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13; /* rebias by -112, round */
+        uint32_t small = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u; /* 0.5's ulp is fp16's least step */
+        uint32_t half = magnitude < 0x38800000u ? small : normal;
+        half = magnitude >= 0x477ff000u ? 0x7c00 : half; /* halfway past the largest finite fp16 */
+        half = magnitude > 0x7f800000u ? 0x7e00 : half;
+        to[i] = (F16)(half | ((bits >> 16) & 0x8000));
+    }
+}
+
+static void (*widen_F16)(const F16 *, float *, Py_ssize_t) = widen_portable;
+static void (*narrow_F16)(const float *, F16 *, Py_ssize_t) = narrow_portable;
+
+#ifdef F16C
+#include <immintrin.h>
+
+__attribute__((target("avx,f16c"))) static void widen_f16c(const F16 *from, float *to, Py_ssize_t n) {
+    Py_ssize_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+    widen_portable(from + i, to + i, n - i);
+}
+
+__attribute__((target("avx,f16c"))) static void narrow_f16c(const float *from, F16 *to, Py_ssize_t n) {
+    Py_ssize_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    narrow_portable(from + i, to + i, n - i);
+}
+#endif
 
 typedef struct {
     double d_squared, aligned_squared; /* over elements whose d is finite */
@@ -69,7 +94,7 @@ typedef struct {
 
 typedef struct { int64_t changed, non_finite; } Count;
 
-/* One merge kernel and one distance kernel for each pair of input dtypes. */
+/* One merge kernel and one distance kernel for each pair of input dtypes, fp16 being fp32 by now. */
 #define PAIR(S, A)                                                                                        \
     CLONES static void merge_##S##_##A(const char *sft, const char *aligned, char *out, Py_ssize_t n,    \
                                        float alpha) {                                                     \
@@ -122,26 +147,24 @@ typedef struct { int64_t changed, non_finite; } Count;
         total->non_finite += non_finite;                                                                  \
     }                                                                                                     \
     PAIR(BF16, A)                                                                                         \
-    PAIR(F16, A)                                                                                          \
     PAIR(F32, A)
 
 ALIGNED(BF16)
-ALIGNED(F16)
 ALIGNED(F32)
 
 typedef struct {
     void (*merge)(const char *, const char *, char *, Py_ssize_t, float);
     void (*distance)(const char *, const char *, Py_ssize_t, Distance *);
+    void (*count)(const char *, const char *, Py_ssize_t, Count *);
 } Kernels;
 
-/* Indexed by dtype code: 0 BF16, 1 F16, 2 F32. */
+enum { CODE_BF16, CODE_F16, CODE_F32 };
 static const Py_ssize_t ITEMSIZE[3] = {2, 2, 4};
-static void (*const COUNT[3])(const char *, const char *, Py_ssize_t, Count *) = {count_BF16, count_F16, count_F32};
-#define ENTRY(S, A) {merge_##S##_##A, distance_##S##_##A}
-static const Kernels KERNELS[3][3] = {
-    {ENTRY(BF16, BF16), ENTRY(BF16, F16), ENTRY(BF16, F32)},
-    {ENTRY(F16, BF16), ENTRY(F16, F16), ENTRY(F16, F32)},
-    {ENTRY(F32, BF16), ENTRY(F32, F16), ENTRY(F32, F32)},
+
+/* Indexed by [sft is F32][aligned is F32]. */
+static const Kernels KERNELS[2][2] = {
+    {{merge_BF16_BF16, distance_BF16_BF16, count_BF16}, {merge_BF16_F32, distance_BF16_F32, count_F32}},
+    {{merge_F32_BF16, distance_F32_BF16, count_BF16}, {merge_F32_F32, distance_F32_F32, count_F32}},
 };
 
 typedef struct {
@@ -154,18 +177,25 @@ typedef struct {
     Count count[MAX_ALPHAS];
 } Job;
 
-/* Block by block, so that the second alpha and the statistics find the inputs in the cache. */
+/* Block by block, so that fp16's fp32 copies, the second alpha and the statistics find their inputs in the cache. */
 static void run(Job *job) {
-    const Kernels kernels = KERNELS[job->sft_dtype][job->aligned_dtype];
+    const int half = job->aligned_dtype == CODE_F16, sft_half = job->sft_dtype == CODE_F16;
+    const Kernels kernels = KERNELS[job->sft_dtype != CODE_BF16][job->aligned_dtype != CODE_BF16];
     const Py_ssize_t sft_item = ITEMSIZE[job->sft_dtype], item = ITEMSIZE[job->aligned_dtype];
-    const Py_ssize_t block = job->measure || job->alphas > 1 ? BLOCK : job->n;
+    const Py_ssize_t block = job->measure || job->alphas > 1 || half || sft_half ? BLOCK : job->n;
+    float wide_sft[BLOCK], wide_aligned[BLOCK], wide_out[BLOCK];
     for (Py_ssize_t i = 0; i < job->n; i += block) {
         const Py_ssize_t n = job->n - i < block ? job->n - i : block;
         const char *sft = job->sft + i * sft_item, *aligned = job->aligned + i * item;
+        if (sft_half) widen_F16((const F16 *)sft, wide_sft, n), sft = (const char *)wide_sft;
+        if (half) widen_F16((const F16 *)aligned, wide_aligned, n), aligned = (const char *)wide_aligned;
         if (job->measure) kernels.distance(sft, aligned, n, &job->distance);
         for (int k = 0; k < job->alphas; k++) {
-            kernels.merge(sft, aligned, job->out[k] + i * item, n, job->alpha[k]);
-            if (job->measure) COUNT[job->aligned_dtype](aligned, job->out[k] + i * item, n, &job->count[k]);
+            char *out = job->out[k] + i * item, *result = half ? (char *)wide_out : out;
+            kernels.merge(sft, aligned, result, n, job->alpha[k]);
+            if (half) narrow_F16(wide_out, (F16 *)out, n);
+            if (half && job->measure) widen_F16((const F16 *)out, wide_out, n);
+            if (job->measure) kernels.count(aligned, result, n, &job->count[k]);
         }
     }
 }
@@ -250,4 +280,9 @@ static PyMethodDef methods[] = {
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__cpu(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__cpu(void) {
+#ifdef F16C
+    if (__builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c")) widen_F16 = widen_f16c, narrow_F16 = narrow_f16c;
+#endif
+    return PyModule_Create(&module);
+}

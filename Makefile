@@ -1,0 +1,35 @@
+# TORCH: what pip installs for torch; torch==2.13.0 or an index with CPU builds avoids gigabytes of CUDA.
+TORCH ?= torch
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all bench format clean
+
+demo: .venv/installed
+	$(BIN)/python -W error::UserWarning -m expo.demo
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# Also what takes minutes: every pair of bf16 values.
+test-all: .venv/installed
+	$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
+
+bench: .venv/installed
+	$(BIN)/python -m pytest --benchmark-only
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/installed: setup.py pyproject.toml kernels/_cpu.c
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[test,bench]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info kernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

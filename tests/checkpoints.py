@@ -1,0 +1,114 @@
+"""Small checkpoints for tests, built from raw bytes with the format's rules alone, not with the code under test."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Tensors by name: (safetensors dtype, shape, bytes).
+Tensors = Mapping[str, tuple[str, tuple[int, ...], bytes]]
+
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "BOOL": 1, "U8": 1}
+
+
+def safetensors_bytes(tensors: Tensors, metadata: Mapping[str, str] | None = None, pad: int = 0) -> bytes:
+    """A whole file; the tensors in the order given, the header padded by `pad` spaces (so offsets may be odd)."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
+    text = json.dumps(header).encode() + b" " * pad
+    return len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in tensors.values())
+
+
+def write_folder(
+    folder: Path,
+    tensors: Tensors,
+    shards: int | Sequence[Sequence[str]] = 0,
+    config: Mapping[str, Any] | None = None,
+    pad: int = 0,
+) -> Path:
+    """A folder: one model.safetensors (shards=0), or shards (a number, or the names in each) and an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config if config is not None else {"model_type": "llama"}))
+    if not shards:
+        (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors, {"format": "pt"}, pad))
+        return folder
+    names = list(tensors)
+    groups = [names[i::shards] for i in range(shards)] if isinstance(shards, int) else shards
+    weight_map = {}
+    for i, group in enumerate(groups):
+        file = f"model-{i + 1:05}-of-{len(groups):05}.safetensors"
+        data = safetensors_bytes({name: tensors[name] for name in group}, {"format": "pt"}, pad)
+        (folder / file).write_bytes(data)
+        weight_map.update(dict.fromkeys(group, file))
+    total = sum(len(data) for _, _, data in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def random_tensors(shapes: Mapping[str, tuple[str, tuple[int, ...]]], seed: int, scale: float = 0.02) -> Tensors:
+    """Normal weights of the given (dtype, shape); integer dtypes count up from the seed."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for name, (dtype, shape) in shapes.items():
+        values = (rng.standard_normal(shape) * scale).astype(np.float32)
+        made[name] = (dtype, shape, _encode(values, dtype, seed))
+    return made
+
+
+def _encode(values: Any, dtype: str, seed: int) -> bytes:
+    if dtype == "BF16":
+        return ((values.view(np.uint32) + 0x8000) >> 16).astype("<u2").tobytes()
+    kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+    if dtype in kinds:
+        return values.astype(kinds[dtype]).tobytes()
+    count = np.arange(seed, seed + values.size)
+    return (count % 2 if dtype == "BOOL" else count % 251).astype({1: "u1", 8: "<i8"}[ITEMSIZE[dtype]]).tobytes()
+
+
+def read_file(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """The tensors of one file, in the order of their data."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:start])
+    entries.pop("__metadata__", None)
+    found = {}
+    for name, entry in sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        begin, end = entry["data_offsets"]
+        found[name] = (entry["dtype"], tuple(entry["shape"]), data[start + begin : start + end])
+    return found
+
+
+def read_folder(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """The tensors of all .safetensors files of a folder."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in read_file(path).items()}
+
+
+def fingerprint(*places: Path) -> dict[str, bytes]:
+    """Every file below the given folders (or the files themselves) and its content's digest, links followed."""
+    files = [path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*")))]
+    return {str(path): hashlib.sha256(path.read_bytes()).digest() for path in files if path.is_file()}
+
+
+def sparse_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> Path:
+    """A file of zeros that takes no room on a disk with holes, whatever its size."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        stop = offset + ITEMSIZE[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    return path

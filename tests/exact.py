@@ -1,0 +1,139 @@
+"""The numerics contract in exact rational arithmetic: the reference that shares nothing with any engine.
+
+Values are fractions; a rounding is Python's exact half-to-even `round`. Slow, small, and obviously right is the point.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import Enum
+from fractions import Fraction
+from typing import NamedTuple
+
+
+class Format(NamedTuple):
+    """A binary IEEE format: width of the whole, bits of the stored fraction, exponent of the least normal number."""
+
+    bits: int
+    fraction: int
+    least: int
+
+    @property
+    def mask(self) -> int:
+        """All bits but the sign."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def infinity(self) -> int:
+        """The bits of +inf: the exponent all ones, the fraction zero."""
+        return self.mask >> self.fraction << self.fraction
+
+
+FORMATS = {
+    "BF16": Format(16, 7, -126),
+    "F16": Format(16, 10, -14),
+    "F32": Format(32, 23, -126),
+    "F64": Format(64, 52, -1022),
+}
+
+
+class Kind(Enum):
+    FINITE = "finite"
+    INFINITE = "infinite"
+    NAN = "nan"
+
+
+class Value(NamedTuple):
+    """A number with its sign, which zeros have too; size is the magnitude of a finite one."""
+
+    kind: Kind
+    negative: bool
+    size: Fraction = Fraction(0)
+
+    def __neg__(self) -> Value:
+        return self._replace(negative=not self.negative)
+
+
+NAN = Value(Kind.NAN, False)
+
+
+def decode(bits: int, dtype: str) -> Value:
+    """The value of a bit pattern."""
+    form = FORMATS[dtype]
+    negative, magnitude = bool(bits >> (form.bits - 1)), bits & form.mask
+    if magnitude >= form.infinity:
+        return NAN if magnitude > form.infinity else Value(Kind.INFINITE, negative)
+    exponent, fraction = magnitude >> form.fraction, magnitude & ((1 << form.fraction) - 1)
+    significand = fraction if exponent == 0 else fraction + (1 << form.fraction)
+    return Value(Kind.FINITE, negative, significand * power_of_two(form.least - form.fraction + max(exponent - 1, 0)))
+
+
+def encode(value: Value, dtype: str) -> int:
+    """The bit pattern of a value, rounded once to nearest even; every NaN is the quiet one of positive sign."""
+    form = FORMATS[dtype]
+    if value.kind is Kind.NAN:
+        return form.infinity | 1 << (form.fraction - 1)
+    sign = int(value.negative) << (form.bits - 1)
+    if value.kind is Kind.INFINITE:
+        return sign | form.infinity
+    scale = max(exponent_of(value.size), form.least) if value.size else form.least
+    significand = round(value.size / power_of_two(scale - form.fraction))  # half to even, exactly
+    # A significand that reached the next power of two carries into the exponent, as the bits are laid out to do.
+    return sign | min(significand + ((scale - form.least) << form.fraction), form.infinity)
+
+
+def rounded(value: Value, dtype: str) -> Value:
+    """The value of that format nearest to this one; past the largest finite one, infinity."""
+    return decode(encode(value, dtype), dtype)
+
+
+def power_of_two(exponent: int) -> Fraction:
+    return Fraction(1 << exponent) if exponent >= 0 else Fraction(1, 1 << -exponent)
+
+
+def exponent_of(size: Fraction) -> int:
+    """The e with 2^e <= size < 2^(e+1)."""
+    e = size.numerator.bit_length() - size.denominator.bit_length()
+    return e if size >= power_of_two(e) else e - 1
+
+
+def add(x: Value, y: Value) -> Value:
+    """The exact sum; a zero sum is +0 unless both terms are negative, as rounding to nearest has it."""
+    if Kind.NAN in (x.kind, y.kind):
+        return NAN
+    if Kind.INFINITE in (x.kind, y.kind):
+        if x.kind is y.kind and x.negative != y.negative:
+            return NAN
+        return x if x.kind is Kind.INFINITE else y
+    total = (-x.size if x.negative else x.size) + (-y.size if y.negative else y.size)
+    return Value(Kind.FINITE, x.negative and y.negative if total == 0 else total < 0, abs(total))
+
+
+def multiply(x: Value, y: Value) -> Value:
+    """The exact product; a zero has the sign of its factors, and inf * 0 is NaN."""
+    if Kind.NAN in (x.kind, y.kind):
+        return NAN
+    negative = x.negative != y.negative
+    if Kind.INFINITE in (x.kind, y.kind):
+        zero = any(v.kind is Kind.FINITE and v.size == 0 for v in (x, y))
+        return NAN if zero else Value(Kind.INFINITE, negative)
+    return Value(Kind.FINITE, negative, x.size * y.size)
+
+
+def working(alpha: float, dtype: str) -> Value:
+    """Alpha, a double, as the arithmetic of that format uses it."""
+    return rounded(decode(struct.unpack("<Q", struct.pack("<d", alpha))[0], "F64"), dtype)
+
+
+def extrapolate(sft: int, sft_dtype: str, aligned: int, aligned_dtype: str, alpha: float, fused: bool = False) -> int:
+    """aligned + alpha * (aligned - sft) on bit patterns, by the contract; a NaN has one fixed payload.
+
+    fused: what the contract forbids, product and sum rounded together.
+    """
+    work = "F64" if "F64" in (sft_dtype, aligned_dtype) else "F32"
+    a = decode(aligned, aligned_dtype)
+    d = rounded(add(a, -decode(sft, sft_dtype)), work)
+    p = multiply(working(alpha, work), d)
+    if not fused:
+        p = rounded(p, work)
+    return encode(rounded(add(a, p), work), aligned_dtype)

@@ -1,0 +1,44 @@
+"""The README's commands and code, run as they stand, in one folder and in order."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(console|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the clone's root to the commands."""
+    path = tmp_path_factory.mktemp("clone")
+    (path / "expo").symlink_to(ROOT / "expo")
+    return path
+
+
+def commands(block: str) -> list[list[str]]:
+    """The lines behind a `$` that call our modules; make and pip are other tests' business."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line[2:]) for line in lines if line.startswith("$ python -m expo")]
+
+
+def test_the_readme_has_something_to_run() -> None:
+    assert sum(len(commands(text)) for kind, text in BLOCKS if kind == "console") >= 4
+    assert sum(kind == "python" for kind, _ in BLOCKS) >= 3
+
+
+@pytest.mark.parametrize(("kind", "text"), BLOCKS, ids=range(len(BLOCKS)))
+def test_block(kind: str, text: str, folder: Path) -> None:
+    runs = [[sys.executable, "-W", "error", "-c", text]]
+    if kind == "console":
+        runs = [[sys.executable, *words[1:]] for words in commands(text)]
+    for command in runs:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
