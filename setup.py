@@ -30,7 +30,7 @@ setup(
         "torch>=2.4",
         "triton>=3.0; platform_system == 'Linux'",
         "safetensors>=0.4.3",
-        "transformers>=4.44",
+        "transformers>=4.56",
         "numpy>=1.26",
         "ml_dtypes>=0.4",
     ],

@@ -72,9 +72,9 @@ def _triton(device: str) -> Engine:
     return Engine("triton", run, f"asked for, on {device}")
 
 
-def worker_count(engine: Engine) -> int:
-    """One more thread than processors, as a worker waits while it writes; one where a GPU computes; 8 at most."""
-    return 1 if engine.name == "triton" else min(cpu_count() + 1, 8)
+def crew_of(engine: Engine) -> tuple[Engine, ...]:
+    """An engine for each worker: one more than processors, as a worker waits while it writes; a GPU has one; 8 at most."""
+    return (engine,) * (1 if engine.name == "triton" else min(cpu_count() + 1, 8))
 
 
 def cpu_count() -> int:

@@ -64,8 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         "--alpha-for", action="append", default=[], metavar="REGEX=FLOAT",
         help="alpha of the tensors whose name matches; repeatable, the last match wins, 0 keeps aligned's",
     )  # fmt: skip
-    add("--on-unpaired", choices=POLICIES, default="error", help="a tensor in one input only: error, or aligned's word")
-    add("--on-mismatch", choices=POLICIES, default="error", help="a tensor of two shapes: error, or aligned's tensor")
+    add(
+        "--on-unpaired",
+        choices=POLICIES,
+        default="error",
+        help="a tensor in one input only: refuse, or do as aligned does",
+    )
+    add("--on-mismatch", choices=POLICIES, default="error", help="a tensor of two shapes: refuse, or keep aligned's")
     add("--engine", choices=ENGINES, default="auto", help="auto: compiled CPU code, else NumPy; triton needs a GPU")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda[:index]")
     add("--plan", action="store_true", help="read headers only, print every tensor's fate, write nothing")
@@ -171,7 +176,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _plan_text(found: Preview) -> Iterator[str]:
-    plan = found.plan
+    plan, engine = found.plan, found.crew[0]
     width = max(len(step.name) for step in plan.steps)
     for step in plan.steps:
         detail = step.reason or "alpha " + " ".join(f"{alpha:g}" for alpha in step.alphas)
@@ -184,13 +189,13 @@ def _plan_text(found: Preview) -> Iterator[str]:
     for name, reason in plan.left_out:
         yield f"{'leave out':11}  {name}: {reason}"
     yield f"reads {size(plan.input_bytes)}, writes {size(plan.output_bytes)}; {size(found.free)} are free"
-    yield f"memory about {size(found.memory)}; engine {found.engine}, {found.workers} workers ({found.why})"
+    yield f"memory about {size(found.memory)}; engine {engine.name}, {len(found.crew)} workers ({engine.why})"
     for out in found.outs:
         yield f"-> {out}"
 
 
 def _plan_object(found: Preview) -> dict[str, Any]:
-    plan = found.plan
+    plan, engine = found.plan, found.crew[0]
     files = {step.name: shard.name for shard in plan.shards for step, _ in shard.steps}
     return {
         "steps": [
@@ -203,7 +208,7 @@ def _plan_object(found: Preview) -> dict[str, Any]:
         ],
         "dropped": plan.dropped, "carried": plan.carried, "left_out": dict(plan.left_out), "outputs": found.outs,
         "bytes_read": plan.input_bytes, "bytes_written": plan.output_bytes, "bytes_free": found.free,
-        "memory": found.memory, "engine": found.engine, "why": found.why, "workers": found.workers,
+        "memory": found.memory, "engine": engine.name, "why": engine.why, "workers": len(found.crew),
         "problems": [str(found.error)] if found.error and not plan.problems else plan.problems,
     }  # fmt: skip
 

@@ -9,14 +9,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .engines import Engine, choose, worker_count
+from .engines import Engine, choose, crew_of
 from .errors import ExpoError, OutputError, PlanError, UsageError
 from .plan import Action, Chunk, Plan, make_plan
 from .result import Merged, Tally
-from .work import Pass, Progress, Source, chunk_size
+from .work import Pass, Progress, Sink, Source, chunk_size
 from .writer import ShardWriter, Staging, check_free, output_errors
 
 StrPath = str | os.PathLike[str]
@@ -58,54 +57,66 @@ def merge(
     """
     began = time.perf_counter()
     choices = (alpha_for, on_unpaired, on_mismatch, engine, device, overwrite)
-    with _prepare(sft, aligned, alpha, out, *choices) as job:
+    with _prepare(sft, aligned, alpha, out, *choices) as (weak, strong, job):
         if job.error is not None:
             raise job.error
-        plan, source, tally = job.plan, Source(job.sft, job.aligned, job.engine), Tally(len(job.plan.alphas))
+        plan, source, tally = job.plan, Source(weak, strong), Tally(len(job.plan.alphas))
         with ExitStack() as stack:
-            single = job.aligned.folder is None
-            stagings = [stack.enter_context(Staging(path, single, overwrite)) for path in job.outs]
-            direct = _write(plan, source, job.workers, stagings, tally, progress, cancel)
+            stagings = [stack.enter_context(Staging(path, strong.folder is None, overwrite)) for path in job.outs]
+            writers = _create(plan, stagings)
+            work = Pass(plan, source, job.crew, _writing(writers), tally)
+            with _closing_all(writers):
+                work.run(_part(progress, 0, 1 + verify), cancel)
             if verify:
-                Pass(plan, source, job.workers, _comparison(stagings)).run(progress, cancel)
-            warnings = tally.warnings()
+                Pass(plan, source, job.crew, _comparison(stagings)).run(_part(progress, 1, 2), cancel)
             for staging in stagings:
-                _complete(plan, job.aligned, staging)
-            for staging in stagings:
-                if not staging.commit():
-                    warnings.append(f"{staging.out} was replaced in two steps: this filesystem cannot swap folders")
-    copied = tuple((step.name, step.reason) for step in plan.steps if step.action is Action.COPY)
+                _complete(plan, strong, staging)
+            warnings = tally.warnings() + [note for staging in stagings for note in staging.commit()]
     return Merged(
         outputs=tuple(tally.output(k, path, plan.alphas[k]) for k, path in enumerate(job.outs)),
-        extrapolated=len(plan.steps) - len(copied),
-        copied=copied,
+        extrapolated=sum(step.action is Action.EXTRAPOLATE for step in plan.steps),
+        copied=tuple((step.name, step.reason) for step in plan.steps if step.action is Action.COPY),
         dropped=plan.dropped,
         left_out=plan.left_out,
         bytes_read=plan.input_bytes,
         bytes_written=plan.output_bytes,
         seconds=time.perf_counter() - began,
         relative_distance=tally.relative_distance,
-        engine=job.engine.name,
-        why=job.engine.why,
-        workers=job.workers,
-        direct=direct,
+        engine=job.crew[0].name,
+        why=job.crew[0].why,
+        workers=len(job.crew),
+        shares=work.shares,
+        direct=all(writer.direct for files in writers for writer in files.values()),
         verified=verify,
         warnings=tuple(warnings),
     )
 
 
+def _part(progress: Progress | None, before: int, passes: int) -> Progress | None:
+    """Progress of one pass of several equal ones, as progress of all of them."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(before * total + done, passes * total)
+
+
 @dataclass(frozen=True)
 class Preview:
-    """What merge() would do. free, memory: bytes of disk and memory; error: what merge() would raise, or None."""
+    """What merge() would do, and with what.
+
+    free: bytes that may still be written to the output's disk. error: what merge() would raise, or None.
+    """
 
     plan: Plan
     outs: tuple[str, ...]
+    crew: tuple[Engine, ...]
     free: int
-    memory: int
-    engine: str
-    why: str
-    workers: int
     error: ExpoError | None
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory it takes: buffers, the pages mapped at a time, and the interpreter."""
+        outputs = len(self.outs)
+        return BASE_MEMORY + len(self.crew) * chunk_size(len(self.crew), outputs) * (outputs + 2)
 
 
 def preview(
@@ -126,21 +137,8 @@ def preview(
     Raises what merge() raises where there is no plan at all: UsageError, EngineError, CheckpointError.
     """
     choices = (alpha_for, on_unpaired, on_mismatch, engine, device, overwrite)
-    with _prepare(sft, aligned, alpha, out, *choices) as job:
-        buffers = job.workers * chunk_size(job.workers, len(job.outs)) * (len(job.outs) + 2)
-        free, engine_, why = free_bytes(job.outs[0]), job.engine.name, job.engine.why
-        return Preview(job.plan, job.outs, free, BASE_MEMORY + buffers, engine_, why, job.workers, job.error)
-
-
-@dataclass(frozen=True)
-class _Job:
-    sft: Checkpoint
-    aligned: Checkpoint
-    plan: Plan
-    outs: tuple[str, ...]
-    engine: Engine
-    workers: int
-    error: ExpoError | None  # why it must not be carried out
+    with _prepare(sft, aligned, alpha, out, *choices) as (_, _, job):
+        return job
 
 
 @contextmanager
@@ -155,7 +153,7 @@ def _prepare(
     engine: str,
     device: str,
     overwrite: bool,
-) -> Iterator[_Job]:
+) -> Iterator[tuple[Checkpoint, Checkpoint, Preview]]:
     """Open both checkpoints, plan, and find out whether the plan can be carried out."""
     alphas = alphas_of(alpha)
     chosen = choose(engine, device)
@@ -170,7 +168,7 @@ def _prepare(
                 check_free(path, strong.folder is None, overwrite)
         except (PlanError, OutputError) as found:
             error = found
-        yield _Job(weak, strong, plan, outs, chosen, worker_count(chosen), error)
+        yield weak, strong, Preview(plan, outs, crew_of(chosen), free_bytes(outs[0]), error)
 
 
 def alphas_of(alpha: float | Sequence[float]) -> tuple[float, ...]:
@@ -221,33 +219,34 @@ def free_bytes(out: str) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _write(
-    plan: Plan,
-    source: Source,
-    workers: int,
-    stagings: Sequence[Staging],
-    tally: Tally,
-    progress: Progress | None,
-    cancel: threading.Event | None,
-) -> bool:
-    """Write all shards of all outputs into staging; True where all of it went past the page cache."""
-    writers = [
-        {shard.name: ShardWriter(staging.path(shard.name), shard) for shard in plan.shards} for staging in stagings
-    ]
+Writers = list[dict[str, ShardWriter]]  # for each output, by the name of the shard
+
+
+def _create(plan: Plan, stagings: Sequence[Staging]) -> Writers:
+    """Allocate every file of every output, so that a disk that is too small shows before the work."""
+    return [{shard.name: ShardWriter(staging.path(shard.name), shard) for shard in plan.shards} for staging in stagings]
+
+
+def _writing(writers: Writers) -> Sink:
+    """A sink that writes chunks at their places."""
 
     def sink(k: int, chunk: Chunk, data: memoryview) -> None:
         writers[k][chunk.shard.name].write(chunk.start, data, chunk.stop - chunk.start)
 
+    return sink
+
+
+@contextmanager
+def _closing_all(writers: Writers) -> Iterator[None]:
     try:
-        Pass(plan, source, workers, sink, tally).run(progress, cancel)
+        yield
     finally:
         for files in writers:
             for writer in files.values():
                 writer.close()
-    return all(writer.direct for files in writers for writer in files.values())
 
 
-def _comparison(stagings: Sequence[Staging]) -> Any:
+def _comparison(stagings: Sequence[Staging]) -> Sink:
     """A sink that compares recomputed chunks with the staged files."""
 
     def sink(k: int, chunk: Chunk, data: memoryview) -> None:

@@ -170,7 +170,7 @@ def _step(aligned: TensorInfo, sft: TensorInfo | None, alphas: tuple[float, ...]
         return Step(aligned.name, Action.COPY, f"sft has {describe(sft)}", zeros, aligned, None)
     if aligned.dtype not in ITEMSIZE:
         return Step(aligned.name, Action.COPY, f"{aligned.dtype} is no floating-point dtype", zeros, aligned, None)
-    alphas = tuple(working_alpha(alpha, aligned.dtype, sft.dtype) for alpha in alphas)
+    alphas = tuple(alpha if working_alpha(alpha, aligned.dtype, sft.dtype) else 0.0 for alpha in alphas)
     if not any(alphas):
         return Step(aligned.name, Action.COPY, "alpha is 0", zeros, aligned, None)
     return Step(aligned.name, Action.EXTRAPOLATE, "", alphas, aligned, sft)

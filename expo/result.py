@@ -34,7 +34,8 @@ class Merged:
 
     copied: (tensor, reason). dropped: tensors of sft alone. left_out: (file of aligned's folder, reason).
     relative_distance: the 2-norm of aligned - sft over that of aligned. engine, why, workers: what computed, the reason
-    it was chosen, its threads. direct: whether all of it was written with O_DIRECT. verified: read back and compared.
+    it was chosen, its threads. shares: bytes of output by engine. direct: whether all of it was written with O_DIRECT.
+    verified: whether it was read back and compared.
     """
 
     outputs: tuple[Output, ...]
@@ -49,6 +50,7 @@ class Merged:
     engine: str
     why: str
     workers: int
+    shares: dict[str, int]
     direct: bool
     verified: bool
     warnings: tuple[str, ...]

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from .checkpoint import open_checkpoint
-from .engines import choose
+from .engines import Engine, choose
 from .errors import UsageError
 from .header import TensorInfo
 from .pipeline import StrPath, alphas_of
@@ -50,7 +50,7 @@ def stream(
         strong = stack.enter_context(closing(open_checkpoint(aligned)))
         plan = make_plan(weak, strong, alphas_of(alpha), alpha_for, on_unpaired, on_mismatch)
         plan.check()
-        return _stream(plan, Source(weak, strong, chosen), _wrapper(framework), stack.pop_all())
+        return _stream(plan, Source(weak, strong), chosen, _wrapper(framework), stack.pop_all())
 
 
 def _wrapper(framework: str) -> Wrapper:
@@ -80,7 +80,7 @@ def _wrapper(framework: str) -> Wrapper:
     return as_tensor
 
 
-def _stream(plan: Plan, source: Source, wrap: Wrapper, stack: ExitStack) -> Iterator[tuple[str, Any]]:
+def _stream(plan: Plan, source: Source, engine: Engine, wrap: Wrapper, stack: ExitStack) -> Iterator[tuple[str, Any]]:
     stop = threading.Event()
 
     def compute(step: Step) -> Any:
@@ -89,7 +89,7 @@ def _stream(plan: Plan, source: Source, wrap: Wrapper, stack: ExitStack) -> Iter
             if stop.is_set():
                 return None
             end = min(start + CHUNK, len(memory))
-            source.compute(step, start, end, [memory[start:end]])
+            source.compute(engine, step, start, end, [memory[start:end]])
         return wrap(memory, step.aligned)
 
     ahead: deque[tuple[str, Future[Any]]] = deque()

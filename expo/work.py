@@ -35,12 +35,11 @@ def chunk_size(workers: int, outputs: int) -> int:
 
 
 class Source:
-    """Both checkpoints' bytes and the engine: computes any run of a step's bytes. Safe for any number of threads."""
+    """Both checkpoints' bytes: has any run of a step's bytes computed. Safe for any number of threads."""
 
-    def __init__(self, sft: Checkpoint, aligned: Checkpoint, engine: Engine) -> None:
+    def __init__(self, sft: Checkpoint, aligned: Checkpoint) -> None:
         self._sft = sft
         self._aligned = aligned
-        self._engine = engine
 
     def ahead(self, piece: Piece) -> None:
         """Ask the system to start reading what a piece will need."""
@@ -50,7 +49,9 @@ class Source:
             low, high = _twin_bytes(step, start, stop)
             self._sft.shard(step.name).ahead(low, high)
 
-    def compute(self, step: Step, start: int, stop: int, outs: Sequence[Any], tally: Tally | None = None) -> None:
+    def compute(
+        self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], tally: Tally | None = None
+    ) -> None:
         """Fill outs[k], one for each alpha, with bytes [start, stop) of the step's tensor; cut between elements.
 
         Raises EngineError where the engine refuses.
@@ -63,11 +64,12 @@ class Source:
             if k not in active:
                 out[:] = aligned
         if step.sft is not None and active:
-            self._extrapolate(step, start, aligned, [(outs[k], step.alphas[k]) for k in active], active, tally)
+            self._extrapolate(engine, step, start, aligned, [(outs[k], step.alphas[k]) for k in active], active, tally)
         aligned_shard.release(first + start, first + stop)
 
     def _extrapolate(
         self,
+        engine: Engine,
         step: Step,
         start: int,
         aligned: memoryview,
@@ -82,11 +84,9 @@ class Source:
         outs, alphas = [out for out, _ in work], [alpha for _, alpha in work]
         sft = shard.map()[low:high]
         try:
-            moved = self._engine.run(
-                sft, step.sft.dtype, aligned, step.aligned.dtype, n, outs, alphas, tally is not None
-            )
+            moved = engine.run(sft, step.sft.dtype, aligned, step.aligned.dtype, n, outs, alphas, tally is not None)
         except RuntimeError as error:
-            raise EngineError(f"--engine {self._engine.name} failed on {step.name}: {error}") from error
+            raise EngineError(f"--engine {engine.name} failed on {step.name}: {error}") from error
         shard.release(low, high)
         if tally is not None and moved is not None:
             tally.add(step, n, active, moved)
@@ -122,17 +122,23 @@ class Queue:
 
 
 class Pass:
-    """One pass over a plan's chunks by `workers` threads."""
+    """One pass over a plan's chunks by a crew: a thread for each engine in it, the faster ones take more.
 
-    def __init__(self, plan: Plan, source: Source, workers: int, sink: Sink, tally: Tally | None = None) -> None:
+    shares: bytes of output by the name of the engine that computed them.
+    """
+
+    def __init__(
+        self, plan: Plan, source: Source, crew: Sequence[Engine], sink: Sink, tally: Tally | None = None
+    ) -> None:
         self._plan = plan
         self._source = source
-        self._workers = workers
+        self._crew = crew
+        self.shares = dict.fromkeys((engine.name for engine in crew), 0)
         self._sink = sink
         self._tally = tally
-        self._size = chunk_size(workers, len(plan.alphas))
+        self._size = chunk_size(len(crew), len(plan.alphas))
         self._queue = Queue(plan, source, self._size)
-        self._finished: deque[int] = deque()
+        self._finished: deque[tuple[str, int]] = deque()  # (engine, bytes) of chunks that progress has not heard of
         self._stop = threading.Event()
         self._failure: BaseException | None = None
 
@@ -141,7 +147,9 @@ class Pass:
 
         Raises Cancelled when `cancel` is set, else whatever a worker or `progress` raised; no thread is left running.
         """
-        threads = [threading.Thread(target=self._work, name=f"expo-{i}") for i in range(self._workers)]
+        threads = [
+            threading.Thread(target=self._work, args=(engine,), name=f"expo-{engine.name}") for engine in self._crew
+        ]
         total, done = self._plan.output_bytes, 0
         try:
             for thread in threads:
@@ -164,30 +172,32 @@ class Pass:
     def _report(self, progress: Progress | None, done: int, total: int) -> int:
         before = done
         while self._finished:
-            done += self._finished.popleft()
+            name, count = self._finished.popleft()
+            self.shares[name] += count
+            done += count
         if progress is not None and (done > before or not done):
             progress(done, total)
         return done
 
-    def _work(self) -> None:
+    def _work(self, engine: Engine) -> None:
         try:
             buffers = [aligned_buffer(self._size) for _ in self._plan.alphas]
             while not self._stop.is_set():
                 chunk = self._queue.take()
                 if chunk is None:
                     return
-                self._fill(chunk, buffers)
+                self._fill(engine, chunk, buffers)
                 for k, buffer in enumerate(buffers):
                     self._sink(k, chunk, buffer)
-                self._finished.append((chunk.stop - chunk.start) * len(buffers))
+                self._finished.append((engine.name, (chunk.stop - chunk.start) * len(buffers)))
         except BaseException as error:  # whatever it is, the thread that called run() raises it
             self._failure = self._failure or error
             self._stop.set()
 
-    def _fill(self, chunk: Chunk, buffers: Sequence[memoryview]) -> None:
+    def _fill(self, engine: Engine, chunk: Chunk, buffers: Sequence[memoryview]) -> None:
         header = chunk.shard.header[chunk.start : chunk.stop]
         for buffer in buffers:
             buffer[: len(header)] = header
         for step, start, stop, at in chunk.pieces:
             outs = [buffer[at : at + stop - start] for buffer in buffers]
-            self._source.compute(step, start, stop, outs, self._tally)
+            self._source.compute(engine, step, start, stop, outs, self._tally)

@@ -230,12 +230,12 @@ class Staging:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def commit(self) -> bool:
+    def commit(self) -> list[str]:
         """Put the finished output in place: sync the folder, rename, sync the parent.
 
-        Returns False where an old folder could not be replaced in one atomic step. Raises OutputError.
+        Returns warnings: that an old folder could not be replaced in one atomic step. Raises OutputError.
         """
-        atomic = True
+        warnings = []
         with output_errors(self.out):
             for place, _, _ in os.walk(self.folder):
                 sync_folder(place)
@@ -244,23 +244,23 @@ class Staging:
                 (name,) = os.listdir(self.folder)
                 source = self.path(name)
             if os.path.isdir(self.out):
-                atomic = self._replace_folder()
+                warnings = self._replace_folder()
             elif self.overwrite or not self.single_file:
                 os.rename(source, self.out)
             else:
                 os.link(source, self.out)  # unlike rename, it refuses a file that has appeared meanwhile
             sync_folder(self.parent)
-        return atomic
+        return warnings
 
-    def _replace_folder(self) -> bool:
+    def _replace_folder(self) -> list[str]:
         """Swap staging and the old output in one step; `__exit__` then removes the old one."""
         if exchange(self.folder, self.out):
-            return True
+            return []
         old = f"{self.folder}-old"
         os.rename(self.out, old)
         os.rename(self.folder, self.out)
         shutil.rmtree(old)
-        return False
+        return [f"{self.out} was replaced in two steps: this filesystem cannot swap folders"]
 
 
 def exchange(first: str, second: str) -> bool:
