@@ -73,7 +73,7 @@ def _triton(device: str) -> Engine:
 
 
 def crew_of(engine: Engine) -> tuple[Engine, ...]:
-    """An engine for each worker: one more than processors, as a worker waits while it writes; a GPU has one; 8 at most."""
+    """An engine for each worker: one more than processors, as a worker waits while it writes; 1 on a GPU; 8 at most."""
     return (engine,) * (1 if engine.name == "triton" else min(cpu_count() + 1, 8))
 
 

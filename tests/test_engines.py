@@ -1,0 +1,89 @@
+"""Which engine is chosen and why, and engines of different kinds on one queue."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import expo
+from expo import pipeline
+from expo.demo import ALIGNED, SFT
+from expo.engines import Engine, choose
+from expo.kernels import numerics
+from expo.kernels.contract import Statistics
+
+
+@pytest.fixture
+def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the C extension had not been compiled."""
+    pytest.importorskip("expo.kernels.cpu")
+    monkeypatch.delattr("expo.kernels.cpu")
+    monkeypatch.setitem(sys.modules, "expo.kernels.cpu", None)
+
+
+def test_auto_is_the_compiled_engine() -> None:
+    pytest.importorskip("expo.kernels.cpu")
+    assert choose()[::2] == ("cpu", "compiled, as fast as memory")
+    assert choose("cpu", "cpu")[::2] == ("cpu", "asked for")
+    assert choose("numpy")[::2] == ("numpy", "asked for")
+
+
+@pytest.mark.usefixtures("not_built")
+def test_numpy_takes_over_by_itself_and_a_named_engine_does_not() -> None:
+    assert choose()[::2] == ("numpy", "the compiled engine is not built")
+    with pytest.raises(expo.EngineError, match=r"not built .*--engine numpy"):
+        choose("cpu")
+
+
+def test_triton_without_a_gpu_says_so() -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for engine, device in (("triton", "auto"), ("auto", "cuda"), ("triton", "cuda:0")):
+        with pytest.raises(expo.EngineError, match=r"cannot run here: torch sees no CUDA device; --engine cpu"):
+            choose(engine, device)
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "said"),
+    [
+        ("fortran", "auto", "'fortran'"),
+        ("auto", "tpu", "'tpu'"),
+        ("numpy", "cuda", "--engine numpy computes on the CPU, but --device is cuda"),
+        ("cpu", "cuda:1", "--engine cpu computes on the CPU, but --device is cuda:1"),
+    ],
+)
+def test_names_that_make_no_sense(engine: str, device: str, said: str) -> None:
+    with pytest.raises(expo.UsageError, match=said):
+        choose(engine, device)
+
+
+def meeting(engine: Engine, here: threading.Event, there: threading.Event) -> Engine:
+    """The engine, held until an engine of the other kind has a chunk in hand too."""
+
+    def run(*arguments: Any) -> Statistics | None:
+        here.set()
+        assert there.wait(30)
+        return engine.run(*arguments)
+
+    return engine._replace(run=run)
+
+
+def test_engines_of_two_kinds_share_one_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever computes a chunk, the bytes are the same, and the shares add up."""
+    monkeypatch.setattr("expo.work.CHUNK", 64 << 10)
+    alone = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "alone")
+    first, second = threading.Event(), threading.Event()
+    other = meeting(Engine("other", numerics.extrapolate, "a test's"), second, first)
+    monkeypatch.setattr(pipeline, "crew_of", lambda engine: (meeting(engine, first, second), other))
+    shared = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "shared")
+    assert set(shared.shares) == {alone.engine, "other"}
+    assert min(shared.shares.values()) > 0
+    assert sum(shared.shares.values()) == alone.bytes_written == shared.bytes_written
+    for path in (tmp_path / "alone").iterdir():
+        assert path.read_bytes() == (tmp_path / "shared" / path.name).read_bytes()
