@@ -137,3 +137,32 @@ def extrapolate(sft: int, sft_dtype: str, aligned: int, aligned_dtype: str, alph
     if not fused:
         p = rounded(p, work)
     return encode(rounded(add(a, p), work), aligned_dtype)
+
+
+def is_nan(bits: int, dtype: str) -> bool:
+    return bits & FORMATS[dtype].mask > FORMATS[dtype].infinity
+
+
+def specials(dtype: str) -> list[int]:
+    """Bit patterns of dtype where engines go wrong: the edges of the format, and every rounding edge it can hold."""
+    form = FORMATS[dtype]
+    one = encode(Value(Kind.FINITE, False, Fraction(1)), dtype)
+    least_normal, quiet = 1 << form.fraction, form.infinity | 1 << (form.fraction - 1)
+    magnitudes = [0, 1, 2, 3, least_normal - 1, least_normal, least_normal + 1, one - 1, one, one + 1]
+    magnitudes += [form.infinity - 1, form.infinity, form.infinity + 1, quiet, form.mask]
+    magnitudes += [encode(Value(Kind.FINITE, False, size), dtype) for size in rounding_edges()]
+    distinct = dict.fromkeys(magnitudes)
+    return [*distinct, *(magnitude | 1 << (form.bits - 1) for magnitude in distinct)]
+
+
+def rounding_edges() -> list[Fraction]:
+    """Ties of the narrower formats, to even below and above, into overflow and to zero; and their neighbours."""
+    edges = []
+    for form in (FORMATS["BF16"], FORMATS["F16"], FORMATS["F32"]):
+        ulp = power_of_two(-form.fraction)
+        largest = 1 - form.least  # exponent of the largest finite number
+        ties = [1 + ulp / 2, 1 + ulp * 3 / 2, (2 - ulp / 2) * power_of_two(largest), power_of_two(form.least) * ulp / 2]
+        for tie in ties:
+            # 2^-40 is lost in fp32: what decides a rounding of fp64 that must not be done in two steps.
+            edges += [tie, tie * (1 + power_of_two(-40)), tie * (1 - power_of_two(-40)), tie * (1 - power_of_two(-20))]
+    return edges
