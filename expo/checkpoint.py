@@ -5,11 +5,15 @@ Opening reads headers alone. Tensor bytes are reached through a mapping, opened 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
+import re
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import CheckpointError
 from .header import Header, TensorInfo, header_length, parse
@@ -27,7 +31,7 @@ class Shard:
         self.path = path
         self._map: mmap.mmap | None = None
         try:
-            with open(path, "rb") as file:
+            with _reading(path) as file:
                 self.size = os.fstat(file.fileno()).st_size
                 length = header_length(path, file.read(64), self.size)
                 file.seek(8)
@@ -40,7 +44,7 @@ class Shard:
         """The file's bytes, mapped read-only: `tensor.start` and `.stop` index it. Raises CheckpointError."""
         if self._map is None:
             try:
-                with open(self.path, "rb") as file:
+                with _reading(self.path) as file:
                     size = os.fstat(file.fileno()).st_size
                     if size != self.size:
                         raise CheckpointError(
@@ -67,10 +71,11 @@ class Shard:
             self._map.madvise(option, first, min(stop, self.size) - first)
 
     def close(self) -> None:
-        """Unmap; a no-op when nothing is mapped. Every memoryview of `map` must have been let go."""
-        if self._map is not None:
-            self._map.close()
-            self._map = None
+        """Unmap; a no-op when nothing is mapped. A memoryview that is still held keeps its mapping until it is gone."""
+        mapped, self._map = self._map, None
+        if mapped is not None:
+            with contextlib.suppress(BufferError):  # held by the traceback of an error, which must not be hidden
+                mapped.close()
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             return _open_sharded(path, config, _load_json(index))
         raise CheckpointError(_nothing_to_read(path))
     if not os.path.exists(path):
-        raise CheckpointError(f"{path}: no such file or folder")
+        hint = "; hub ids are not fetched: download it first" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
+        raise CheckpointError(f"{path}: {_missing(path)}{hint}")
     return _assemble(path, None, {os.path.basename(path): Shard(path)}, {}, None)
 
 
@@ -142,10 +148,9 @@ def _open_sharded(folder: str, config: dict[str, Any], index: dict[str, Any]) ->
         shards[name] = Shard(os.path.join(folder, name))
     checkpoint = _assemble(folder, folder, shards, config, index)
     for tensor, name in weight_map.items():
-        if checkpoint.weight_map.get(tensor) != name:
-            raise CheckpointError(
-                f"{where}: tensor {tensor!r} is said to be in {name}, but it is in {checkpoint.weight_map.get(tensor)}"
-            )
+        found = checkpoint.weight_map.get(tensor, "none of the shards")
+        if found != name:
+            raise CheckpointError(f"{where}: tensor {tensor!r} is said to be in {name}, but it is in {found}")
     if len(checkpoint.weight_map) > len(weight_map):
         tensor, name = next(item for item in checkpoint.weight_map.items() if item[0] not in weight_map)
         raise CheckpointError(f"{os.path.join(folder, name)}: tensor {tensor!r} is not in {INDEX}")
@@ -178,11 +183,20 @@ def _other_files(folder: str, weights: set[str]) -> tuple[str, ...]:
     return tuple(sorted(set(found) - weights))
 
 
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[BinaryIO]:
+    """A regular file, open. Raises OSError, and CheckpointError for a FIFO, which would wait for a writer."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        yield file
+
+
 def _load_json(path: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     try:
         if os.path.getsize(path) > MAX_JSON:
             raise CheckpointError(f"{path}: {os.path.getsize(path)} bytes, but at most {MAX_JSON} are read")
-        with open(path, "rb") as file:
+        with _reading(path) as file:
             value = json.loads(file.read())
     except FileNotFoundError:
         if missing is not None:
@@ -197,11 +211,18 @@ def _load_json(path: str, missing: dict[str, Any] | None = None) -> dict[str, An
     return value
 
 
+def _missing(path: str) -> str:
+    return "a broken link" if os.path.islink(path) else "no such file or folder"
+
+
 def _nothing_to_read(folder: str) -> str:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         return f"{folder}: {error.strerror}"
+    for name in (SINGLE, INDEX):
+        if name in names:  # and yet it does not exist
+            return f"{os.path.join(folder, name)}: a broken link; download it again"
     other = {
         "a PEFT adapter": "adapter_model.safetensors",
         "a PyTorch .bin checkpoint": ".bin",

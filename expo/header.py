@@ -8,6 +8,7 @@ exactly, from its first byte to its last. Source: github.com/huggingface/safeten
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -74,6 +75,8 @@ def parse(path: str, text: bytes, size: int) -> Header:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is not an object of strings")
+    if not _unicode(*metadata, *metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ is not valid Unicode")
     start = 8 + len(text)
     tensors = [_tensor(path, name, entry, start) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
@@ -94,13 +97,12 @@ def _load(path: str, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise CheckpointError(f"{path}: {twice!r} stands twice in the header")
         return found
 
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not JSON ({error}); not a safetensors file?") from error
     if not text.startswith(b"{") or not isinstance(entries, dict):
@@ -112,10 +114,8 @@ def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorInfo:
     def fail(what: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r}: {what}")
 
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        raise fail("its name is not valid Unicode") from None
+    if not _unicode(name):
+        raise fail("its name is not valid Unicode")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise fail("its entry is not an object of dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -134,6 +134,21 @@ def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorInfo:
     if bits % 8 or bits // 8 != end - begin:
         raise fail(f"shape {shape} of {dtype} takes {bits / 8:g} bytes, but its data_offsets span {end - begin}")
     return TensorInfo(name, dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _whole(digits: str) -> int:
+    if digits == "-0":  # a float to the reference implementation
+        raise ValueError("-0 is no whole number")
+    return int(digits)
+
+
+def _unicode(*texts: str) -> bool:
+    """Whether UTF-8 can hold them: JSON can escape half of a surrogate pair, which then could not be written."""
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _naturals(value: Any) -> bool:

@@ -176,7 +176,7 @@ def alphas_of(alpha: float | Sequence[float]) -> tuple[float, ...]:
     values = alpha if isinstance(alpha, Sequence) and not isinstance(alpha, str) else (alpha,)
     try:
         return tuple(float(value) for value in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"alpha must be a number or several, got {alpha!r}") from None
 
 

@@ -151,8 +151,10 @@ def _check_arguments(
     rules = []
     for pattern, alpha in alpha_for.items():
         try:
+            if not isinstance(pattern, str):
+                raise TypeError(f"it is a {type(pattern).__name__}")
             rules.append(Rule(re.compile(pattern), alpha))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError, TypeError) as error:
             raise UsageError(f"alpha_for {pattern!r} is not a regular expression: {error}") from error
     return rules
 
@@ -170,10 +172,11 @@ def _step(aligned: TensorInfo, sft: TensorInfo | None, alphas: tuple[float, ...]
         return Step(aligned.name, Action.COPY, f"sft has {describe(sft)}", zeros, aligned, None)
     if aligned.dtype not in ITEMSIZE:
         return Step(aligned.name, Action.COPY, f"{aligned.dtype} is no floating-point dtype", zeros, aligned, None)
-    alphas = tuple(alpha if working_alpha(alpha, aligned.dtype, sft.dtype) else 0.0 for alpha in alphas)
-    if not any(alphas):
-        return Step(aligned.name, Action.COPY, "alpha is 0", zeros, aligned, None)
-    return Step(aligned.name, Action.EXTRAPOLATE, "", alphas, aligned, sft)
+    working = tuple(alpha if working_alpha(alpha, aligned.dtype, sft.dtype) else 0.0 for alpha in alphas)
+    if not any(working):
+        reason = "alpha rounds to 0 in fp32" if any(alphas) else "alpha is 0"
+        return Step(aligned.name, Action.COPY, reason, zeros, aligned, None)
+    return Step(aligned.name, Action.EXTRAPOLATE, "", working, aligned, sft)
 
 
 def _model_problems(sft: Checkpoint, aligned: Checkpoint) -> list[str]:
@@ -217,7 +220,11 @@ def _tensor_problems(
     if unpaired and on_unpaired == "error":
         problems.append(_listing("without a twin", "--on-unpaired aligned keeps aligned's, drops sft's", unpaired))
     if mismatched and on_mismatch == "error":
-        problems.append(_listing("whose twin has another shape", "--on-mismatch aligned keeps aligned's", mismatched))
+        problems.append(
+            _listing(
+                "whose twin has another shape or kind of dtype", "--on-mismatch aligned keeps aligned's", mismatched
+            )
+        )
     return problems
 
 
@@ -238,7 +245,7 @@ def _lay_out(aligned: Checkpoint, steps: Sequence[Step]) -> tuple[OutputShard, .
         by_shard[aligned.weight_map[step.name]][step.name] = step
     shards = []
     for name, members in by_shard.items():
-        metadata = {**aligned.shards[name].header.metadata, "format": "pt"}  # transformers insists on the format
+        metadata = {"format": "pt", **aligned.shards[name].header.metadata}  # transformers wants to know the format
         header, placed = emit(((s.name, s.aligned.dtype, s.aligned.shape) for s in members.values()), metadata)
         size = len(header) + sum(tensor.nbytes for tensor in placed.values())
         shards.append(OutputShard(name, header, size, tuple((members[t.name], t) for t in placed.values())))
@@ -254,7 +261,7 @@ def _index(aligned: Checkpoint) -> bytes | None:
         "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
         "weight_map": dict(sorted(aligned.weight_map.items())),
     }
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    return (json.dumps(index, indent=2) + "\n").encode("ascii")  # escaped as transformers does it
 
 
 def sort_files(files: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:

@@ -1,0 +1,277 @@
+"""The Triton kernel against the numerics contract: the same bits, and no access outside its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import exact
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+import expo
+from expo.demo import ALIGNED, SFT
+from expo.kernels import extrapolate, numerics
+from expo.kernels.contract import ITEMSIZE, Statistics, working_alpha
+from expo.kernels.twin import DTYPES
+
+NARROW = ("BF16", "F16", "F32")
+PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
+WIDE_PAIRS = [("F64", "BF16"), ("F64", "F16"), ("BF16", "F64"), ("F64", "F64")]
+ALPHAS = (0.3, 0.5, 1.0, -0.7, 2.5, 25.0, 1e-30, 3e38)
+BLOCK = extrapolate.BLOCK
+BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
+POISON, GUARD = 0xA5, 32  # the byte that fills outputs; elements beside a tensor that must not be touched
+
+
+def pack(bits: Sequence[int], dtype: str) -> bytes:
+    return b"".join(b.to_bytes(ITEMSIZE[dtype], "little") for b in bits)
+
+
+def reference(sft: bytes, aligned: bytes, pair: tuple[str, str], alpha: float) -> Any:
+    out = bytearray(len(aligned))
+    n = len(aligned) // ITEMSIZE[pair[1]]
+    numerics.extrapolate(sft, pair[0], aligned, pair[1], n, [out], [alpha], False)
+    return np.frombuffer(out, BITS[pair[1]])
+
+
+def assert_same(out: Any, expected: Any, dtype: str) -> None:
+    form = exact.FORMATS[dtype]
+    both_nan = (out & form.mask > form.infinity) & (expected & form.mask > form.infinity)
+    at = np.flatnonzero((out != expected) & ~both_nan)
+    shown = [(int(i), hex(out[i]), hex(expected[i])) for i in at[:5]]
+    assert not at.size, f"{at.size} of {out.size} differ; (index, got, expected): {shown}"
+
+
+def random_bits(seed: int, pair: tuple[str, str], n: int) -> tuple[bytes, bytes]:
+    rng = np.random.default_rng(seed)
+    return rng.bytes(n * ITEMSIZE[pair[0]]), rng.bytes(n * ITEMSIZE[pair[1]])
+
+
+def bits_of(tensor: torch.Tensor, dtype: str) -> Any:
+    return tensor.view(torch.uint8).numpy().view(BITS[dtype])
+
+
+class Fenced(NamedTuple):
+    """A tensor in the middle of poisoned memory, `shift` elements past an aligned address."""
+
+    memory: torch.Tensor
+    tensor: torch.Tensor
+
+    @classmethod
+    def of(cls, data: bytes, dtype: str, shift: int = 0) -> Fenced:
+        item = ITEMSIZE[dtype]
+        n, start = len(data) // item, GUARD + shift
+        memory = torch.full(((start + n + GUARD) * item,), POISON, dtype=torch.uint8)
+        memory[start * item : (start + n) * item] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[
+            : len(data)
+        ]
+        return cls(memory, memory.view(DTYPES[dtype])[start : start + n])
+
+    def guards_stand(self) -> bool:
+        start = self.tensor.data_ptr() - self.memory.data_ptr()
+        size = self.tensor.numel() * self.tensor.element_size()
+        around = torch.cat([self.memory[:start], self.memory[start + size :]])
+        return bool((around == POISON).all())
+
+
+class Fence:
+    """Every address that a kernel touches, checked before it is touched; `moved` bytes are taken off it first."""
+
+    def __init__(self) -> None:
+        self.readable: list[range] = []
+        self.writable: list[range] = []
+        self.moved: dict[Any, int] = {}
+
+    def check(self, ptrs: Any, mask: Any, allowed: Sequence[range]) -> Any:
+        element = ptrs.get_element_ty()
+        addresses = ptrs.data - np.uint64(self.moved.get(element, 0))
+        for address in addresses[mask.data].tolist():
+            assert any(address in region for region in allowed), f"an access of {element} outside its tensor"
+        return interpreter.TensorHandle(addresses, ptrs.dtype)
+
+
+def extent(tensor: torch.Tensor) -> range:
+    """The addresses of its elements."""
+    step = tensor.element_size()
+    return range(tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * step, step)
+
+
+@pytest.fixture
+def fence(monkeypatch: pytest.MonkeyPatch) -> Fence:
+    fence = Fence()
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, fence.check(ptrs, mask, fence.readable), mask, *rest)
+
+    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, fence.check(ptrs, mask, fence.writable), value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
+    return fence
+
+
+def launch_fenced(
+    fence: Fence, sft: bytes, aligned: bytes, pair: tuple[str, str], alpha: float = 0.3, shift: int = 0
+) -> Any:
+    """The kernel's output bits, with every access checked and every guard element intact."""
+    s, a = Fenced.of(sft, pair[0], shift), Fenced.of(aligned, pair[1], shift)
+    out = Fenced.of(bytes([POISON]) * len(aligned), pair[1], shift)
+    fence.readable = [extent(s.tensor), extent(a.tensor)]
+    fence.writable = [extent(out.tensor)]
+    extrapolate.launch(s.tensor, a.tensor, working_alpha(alpha, *pair), out.tensor)
+    assert all(each.guards_stand() for each in (s, a, out))
+    assert s.tensor.view(torch.uint8).numpy().tobytes() == sft
+    assert a.tensor.view(torch.uint8).numpy().tobytes() == aligned
+    return bits_of(out.tensor, pair[1])
+
+
+def test_the_interpreter_still_truncates(unpatched: Callable[..., Any]) -> None:
+    """If this fails, Triton has fixed its downcast: take the patch out of conftest.py."""
+    above_the_tie = np.array([1 + 2.0**-8 + 2.0**-20], np.float32)
+    assert unpatched(above_the_tie, tl.float32, tl.bfloat16, None).tolist() == [0x3F80]
+    assert interpreter._convert_float(above_the_tie, tl.float32, tl.bfloat16, None).tolist() == [0x3F81]
+
+
+def test_the_patch_rounds_as_exact_arithmetic() -> None:
+    bits = exact.specials("F32")
+    data = np.array(bits, np.uint32).view(np.float32)
+    rounded = interpreter._convert_float(data, tl.float32, tl.bfloat16, None)
+    expected = [exact.encode(exact.decode(b, "F32"), "BF16") for b in bits]
+    assert_same(rounded, np.array(expected, np.uint16), "BF16")
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_special_values(pair: tuple[str, str], alpha: float) -> None:
+    """All special values of one dtype with all of the other's."""
+    both = list(product(exact.specials(pair[0]), exact.specials(pair[1])))
+    sft, aligned = pack([s for s, _ in both], pair[0]), pack([a for _, a in both], pair[1])
+    s, a = Fenced.of(sft, pair[0]), Fenced.of(aligned, pair[1])
+    out = torch.empty_like(a.tensor)
+    alpha = working_alpha(alpha, *pair)
+    extrapolate.launch(s.tensor, a.tensor, alpha, out)
+    assert_same(bits_of(out, pair[1]), reference(sft, aligned, pair, alpha), pair[1])
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_every_length(fence: Fence, pair: tuple[str, str], shift: int) -> None:
+    """Lengths around the tail of 8 lanes and around blocks, at an aligned address and one element past it."""
+    for n in (*range(41), *range(BLOCK - 9, BLOCK + 10), 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1):
+        sft, aligned = random_bits(n, pair, n)
+        out = launch_fenced(fence, sft, aligned, pair, shift=shift)
+        assert_same(out, reference(sft, aligned, pair, working_alpha(0.3)), pair[1])
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_in_place(pair: tuple[str, str], shift: int) -> None:
+    """The output may be aligned itself, or sft where the dtypes are equal."""
+    n, alpha = 3 * BLOCK + 13, working_alpha(0.3)
+    sft, aligned = random_bits(1, pair, n)
+    expected = reference(sft, aligned, pair, alpha)
+    for place in ("aligned", "sft") if pair[0] == pair[1] else ("aligned",):
+        s, a = Fenced.of(sft, pair[0], shift), Fenced.of(aligned, pair[1], shift)
+        out = a if place == "aligned" else s
+        extrapolate.launch(s.tensor, a.tensor, alpha, out.tensor)
+        assert_same(bits_of(out.tensor, pair[1]), expected, pair[1])
+        assert s.guards_stand()
+        assert a.guards_stand()
+
+
+@pytest.mark.parametrize("rest", [5, 8, BLOCK, BLOCK + 3])
+def test_offsets_past_two_to_the_31(fence: Fence, monkeypatch: pytest.MonkeyPatch, rest: int) -> None:
+    """The last programs over more than 2^31 elements, whose addresses are moved back onto small tensors."""
+    blocks = 2**31 // BLOCK + 3
+    sft, aligned = random_bits(2, ("BF16", "BF16"), rest)
+    s, a, out = (Fenced.of(data, "BF16") for data in (sft, aligned, bytes([POISON]) * 2 * rest))
+    fence.readable, fence.writable = [extent(s.tensor), extent(a.tensor)], [extent(out.tensor)]
+    fence.moved = {tl.bfloat16: 2 * blocks * BLOCK}
+    builder = interpreter.InterpreterBuilder
+    near = builder.create_get_program_id
+
+    def far(self: Any, axis: int) -> Any:
+        handle = near(self, axis)
+        return interpreter.TensorHandle(handle.data + np.int32(blocks), handle.dtype)
+
+    monkeypatch.setattr(builder, "create_get_program_id", far)
+    alpha, n = working_alpha(0.3), blocks * BLOCK + rest
+    extrapolate._extrapolate[(-(-rest // BLOCK),)](s.tensor, a.tensor, out.tensor, n, alpha, BLOCK=BLOCK)
+    assert_same(bits_of(out.tensor, "BF16"), reference(sft, aligned, ("BF16", "BF16"), alpha), "BF16")
+    assert out.guards_stand()
+
+
+# Behind the contract's signature
+
+
+def by_host_engine(
+    sft: bytes, aligned: bytes, pair: tuple[str, str], alphas: Sequence[float], measure: bool
+) -> tuple[Statistics | None, list[bytearray]]:
+    engine = extrapolate.HostEngine("cuda")
+    outs = [bytearray([POISON]) * len(aligned) for _ in alphas]
+    n = len(aligned) // ITEMSIZE[pair[1]]
+    return engine(sft, pair[0], aligned, pair[1], n, outs, alphas, measure), outs
+
+
+@pytest.mark.parametrize("n", [0, 1, 1000, BLOCK + 77])
+@pytest.mark.parametrize("pair", PAIRS + WIDE_PAIRS, ids="-".join)
+def test_host_engine(pair: tuple[str, str], n: int) -> None:
+    """Outputs and statistics as NumPy's, weights with an infinity and a NaN among them."""
+    rng = np.random.default_rng(3)
+    a = rng.standard_normal(n) * 0.02
+    s = a + rng.standard_normal(n) * 0.0005
+    s[::5] = a[::5]
+    a[7::50], s[9::60] = np.inf, np.nan
+    sft, aligned = (
+        torch.from_numpy(x).to(DTYPES[dtype]).view(torch.uint8).numpy().tobytes() if n else b""
+        for x, dtype in ((s, pair[0]), (a, pair[1]))
+    )
+    alphas = [working_alpha(alpha, *pair) for alpha in (0.3, 1.0, -0.7)]
+    statistics, outs = by_host_engine(sft, aligned, pair, alphas, True)
+    expected = [bytearray(len(aligned)) for _ in alphas]
+    plain = numerics.extrapolate(sft, pair[0], aligned, pair[1], n, expected, alphas, True)
+    for out, right in zip(outs, expected, strict=True):
+        assert_same(np.frombuffer(out, BITS[pair[1]]), np.frombuffer(right, BITS[pair[1]]), pair[1])
+    assert statistics is not None
+    assert plain is not None
+    assert statistics.counts == plain.counts
+    assert statistics.max_abs_d == plain.max_abs_d
+    assert statistics[:2] == pytest.approx(plain[:2], rel=1e-5, abs=0)
+
+
+def test_host_engine_measures_only_when_asked() -> None:
+    statistics, outs = by_host_engine(pack([0x3F80], "BF16"), pack([0x4000], "BF16"), ("BF16", "BF16"), [0.5], False)
+    assert statistics is None
+    assert outs == [bytearray(pack([0x4020], "BF16"))]
+
+
+def test_host_engine_with_memory_longer_than_asked() -> None:
+    """n says how much is computed, not the buffers, as with every engine."""
+    sft, aligned, out = pack([0x3F80] * 11, "BF16"), pack([0x4000] * 9, "BF16"), bytearray([POISON]) * 18
+    extrapolate.HostEngine("cuda")(sft, "BF16", aligned, "BF16", 5, [out], [0.5], False)
+    assert out == pack([0x4020] * 5, "BF16") + bytes([POISON]) * 8
+
+
+@pytest.mark.parametrize("engine", ["cpu", "numpy"])
+def test_whole_merge(tmp_path: Path, engine: str) -> None:
+    """The demo pair file to file: every file equal in bytes to that of an engine on the CPU."""
+    if engine == "cpu":
+        pytest.importorskip("expo.kernels._cpu", reason="the compiled engine is not built", exc_type=ImportError)
+    merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "triton", engine="triton")
+    expo.merge(SFT, ALIGNED, 0.3, tmp_path / engine, engine=engine)
+    assert merged.engine == "triton"
+    ours, theirs = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("triton", engine))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+    tensors = [name for name in ours if name.endswith(".safetensors")]
+    assert tensors
+    assert all(ours[name] != (ALIGNED / name).read_bytes() for name in tensors)

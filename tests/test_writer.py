@@ -1,0 +1,576 @@
+"""The writer under faults: no O_DIRECT, short writes, full disks, and every system call failing once."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import itertools
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import fingerprint, random_tensors, read_folder, write_folder
+
+import expo
+import expo.pipeline
+import expo.work
+import expo.writer
+from expo.plan import OutputShard
+from expo.writer import BLOCK, O_DIRECT, ShardWriter, Staging, aligned_buffer, exchange
+
+ROOT = Path(__file__).resolve().parent.parent
+Pair = tuple[Path, Path]
+SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {"a": ("BF16", (64, 65)), "b": ("F32", (33,)), "c": ("I64", (3,))}
+
+
+@pytest.fixture(autouse=True)
+def closes_what_it_opens(tmp_path: Path) -> Iterator[None]:
+    """No descriptor under the test's folder is left open, whatever failed."""
+    yield
+    left = []
+    for fd in os.listdir("/proc/self/fd"):
+        if os.path.exists(f"/proc/self/fd/{fd}"):
+            left.append(os.readlink(f"/proc/self/fd/{fd}"))
+    assert [target for target in left if target.startswith(str(tmp_path))] == []
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    made = tuple(
+        write_folder(tmp_path / name, random_tensors(SHAPES, seed), 2) for seed, name in enumerate(("sft", "al"))
+    )
+    before = fingerprint(*made)
+    yield made[0], made[1]
+    assert fingerprint(*made) == before
+
+
+def shard(size: int) -> OutputShard:
+    return OutputShard("model.safetensors", b"", size, ())
+
+
+def content(size: int) -> bytes:
+    return np.random.default_rng(size).bytes(size)
+
+
+def write_all(path: Path, data: bytes, chunk: int = BLOCK, threads: int = 1) -> ShardWriter:
+    """Write data through a ShardWriter, in chunks and by several threads."""
+    writer = ShardWriter(str(path), shard(len(data)))
+    starts = iter(range(0, len(data), chunk))
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        buffer = aligned_buffer(chunk)
+        try:
+            for start in starts:
+                length = min(chunk, len(data) - start)
+                buffer[:length] = data[start : start + length]
+                writer.write(start, buffer, length)
+        except BaseException as error:
+            failures.append(error)
+
+    try:
+        if threads == 1:
+            work()
+        else:
+            crew = [threading.Thread(target=work) for _ in range(threads)]
+            for thread in crew:
+                thread.start()
+            for thread in crew:
+                thread.join()
+    finally:
+        writer.close()
+    if failures:
+        raise failures[0]
+    return writer
+
+
+# --- ShardWriter ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 8192, 100_001])
+@pytest.mark.parametrize("chunk", [4096, 16384])
+def test_the_file_is_what_was_written_to_the_byte(tmp_path: Path, size: int, chunk: int) -> None:
+    write_all(tmp_path / "file", content(size), chunk)
+    assert (tmp_path / "file").read_bytes() == content(size)
+
+
+def test_the_file_has_its_full_size_before_the_first_write(tmp_path: Path) -> None:
+    ShardWriter(str(tmp_path / "file"), shard(123_457)).close()
+    assert (tmp_path / "file").stat().st_size == 123_457
+
+
+def test_a_file_that_is_there_is_never_written_into(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(expo.OutputError, match=f"{tmp_path}/file: File exists"):
+        ShardWriter(str(tmp_path / "file"), shard(4096))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def refuse_at_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def fake(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", fake)
+
+
+def refuse_at_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+
+    def fake(fd: int, data: Any, offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", fake)
+
+
+def refuse_at_third_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.pwrite, itertools.count()
+
+    def fake(fd: int, data: Any, offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & O_DIRECT and next(calls) >= 2:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", fake)
+
+
+def no_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expo.writer, "O_DIRECT", 0)
+
+
+REFUSALS = [refuse_at_open, refuse_at_write, refuse_at_third_write, no_direct]
+
+
+@pytest.mark.parametrize("refuse", REFUSALS)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_filesystem_without_o_direct_gets_buffered_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[pytest.MonkeyPatch], None], threads: int
+) -> None:
+    data = content(50 * BLOCK + 17)
+    refuse(monkeypatch)
+    writer = write_all(tmp_path / "file", data, threads=threads)
+    assert not writer.direct
+    assert (tmp_path / "file").read_bytes() == data
+
+
+@pytest.mark.parametrize("refuse", REFUSALS)
+def test_a_merge_without_o_direct_says_so(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    expo.merge(*pair, 0.3, tmp_path / "plain")
+    refuse(monkeypatch)
+    assert not expo.merge(*pair, 0.3, tmp_path / "out", verify=True).direct or refuse is refuse_at_third_write
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("most", [BLOCK, 3 * BLOCK, 1000, 1])
+@pytest.mark.parametrize("direct", [True, False])
+def test_short_writes_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, direct: bool) -> None:
+    real = os.pwrite
+    if not direct:
+        no_direct(monkeypatch)
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:most], offset))
+    data = content(4 * BLOCK + 5)
+    write_all(tmp_path / "file", data, chunk=2 * BLOCK)
+    assert (tmp_path / "file").read_bytes() == data
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, None])
+def test_a_filesystem_that_cannot_allocate_gets_a_file_with_holes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    class Library:
+        """A C library whose fallocate fails, or that has none."""
+
+    def fallocate(*_: Any) -> int:
+        ctypes.set_errno(code or 0)
+        return -1
+
+    library = Library()
+    if code:
+        library.fallocate64 = fallocate  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+        write_all(tmp_path / "file", content(9999))
+    assert (tmp_path / "file").read_bytes() == content(9999)
+
+
+# --- every call fails once --------------------------------------------------------------------------------------------
+
+ERRORS = [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT, errno.EROFS]
+CALLS = ["open", "pwrite", "fsync", "ftruncate", "rename", "mkdir", "link", "allocate", "open()"]
+
+
+class Fault:
+    """The k-th call of one function fails once, with an OSError; all others go through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str, k: int, code: int) -> None:
+        self.hit = False
+        self._calls = itertools.count()
+        self._k = k
+        self._error = OSError(code, os.strerror(code))
+        if call == "allocate":
+            monkeypatch.setattr(expo.writer, call, self._wrap(expo.writer.allocate))
+        elif call == "open()":
+            monkeypatch.setattr(expo.writer, "open", self._wrap(open), raising=False)
+        else:
+            monkeypatch.setattr(os, call, self._wrap(getattr(os, call)))
+
+    def _wrap(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def fake(*arguments: Any, **named: Any) -> Any:
+            if next(self._calls) == self._k:
+                self.hit = True
+                raise self._error
+            return real(*arguments, **named)
+
+        return fake
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("code", ERRORS, ids=lambda code: errno.errorcode[code])
+def test_any_call_may_fail_and_nothing_is_left(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    """A folder and a bare file, in a folder that has to be made: there and complete, or nothing at all."""
+    files = tuple(sorted(place.glob("*.safetensors"))[0] for place in pair)
+    failures = [fail_every_call(inputs, tmp_path, monkeypatch, call, code) for inputs in (pair, files)]
+    assert any(failures)
+
+
+def fail_every_call(
+    inputs: tuple[Path, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> int:
+    """Merge again and again, with the first call failing, then the second, until none fails; how many did."""
+    out = folder / "new" / "out"
+    merge = partial(expo.merge, *inputs, 0.3, out, on_unpaired="aligned")
+    for k in itertools.count():
+        with monkeypatch.context() as patch:
+            fault = Fault(patch, call, k, code)
+            merged, error = attempt(merge)
+        if error is None:
+            assert out.exists()
+            # Once the output is in place, a fault is no reason to call it missing.
+            assert not fault.hit or any(str(out) in warning for warning in merged.warnings)
+            remove(folder / "new")
+        else:
+            assert isinstance(error, expo.OutputError), f"call {k}: {error!r}"
+            assert str(error).startswith(str(folder / "new"))
+            assert os.strerror(code) in str(error)
+            assert "Errno" not in str(error)
+            left = sorted(str(path.relative_to(folder)) for path in folder.rglob("new*"))
+            assert left == [], f"call {k} failed and left {left}"
+        if not fault.hit:
+            return k
+    raise AssertionError("unreachable")
+
+
+def attempt(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What it returned, or what it raised."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
+
+
+def remove(place: Path) -> None:
+    for path in sorted(place.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    place.rmdir()
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call != "link"])
+@pytest.mark.parametrize("swap", [True, False])
+def test_whatever_fails_while_overwriting_an_old_or_the_new_model_is_there(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, swap: bool
+) -> None:
+    out = tmp_path / "out"
+    if not swap:
+        monkeypatch.setattr(expo.writer, "exchange", lambda *_: False)
+    expo.merge(*pair, 0.3, tmp_path / "expected")
+    new = read_folder(tmp_path / "expected")
+    remove(tmp_path / "expected")
+    merge = partial(expo.merge, *pair, 0.3, out, overwrite=True)
+    for k in itertools.count():
+        out.mkdir()
+        (out / "old.safetensors").write_text("old")
+        with monkeypatch.context() as patch:
+            fault = Fault(patch, call, k, errno.EIO)
+            _, error = attempt(merge)
+        assert error is None or (fault.hit and isinstance(error, expo.OutputError)), f"call {k}: {error!r}"
+        assert sorted(os.listdir(tmp_path)) == ["al", "out", "sft"], f"after call {k} failed"
+        names = os.listdir(out)
+        assert names == ["old.safetensors"] or read_folder(out) == new, f"after call {k} failed"
+        remove(out)
+        if not fault.hit:
+            break
+
+
+def test_a_filesystem_that_cannot_swap_replaces_in_two_steps_and_says_so(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expo.merge(*pair, 0.5, tmp_path / "out")
+    (tmp_path / "out" / "stale.json").write_text("{}")
+    monkeypatch.setattr(expo.writer, "exchange", lambda *_: False)
+    merged = expo.merge(*pair, 0.3, tmp_path / "out", overwrite=True)
+    message = f"{tmp_path}/out was replaced in two steps: this filesystem cannot swap folders"
+    assert message in merged.warnings
+    assert not (tmp_path / "out" / "stale.json").exists()
+    assert sorted(os.listdir(tmp_path)) == ["al", "out", "sft"]
+
+
+def test_exchange_swaps_two_folders(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"was-{name}").touch()
+    if not exchange(str(tmp_path / "one"), str(tmp_path / "two")):
+        pytest.skip("this filesystem cannot swap two folders")
+    assert os.listdir(tmp_path / "one") == ["was-two"]
+    assert os.listdir(tmp_path / "two") == ["was-one"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, None])
+def test_exchange_says_where_the_system_cannot(monkeypatch: pytest.MonkeyPatch, code: int | None) -> None:
+    class Library:
+        """A C library whose renameat2 fails, or that has none."""
+
+    def renameat2(*_: Any) -> int:
+        ctypes.set_errno(code or 0)
+        return -1
+
+    library = Library()
+    if code:
+        library.renameat2 = renameat2  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+        assert exchange("a", "b") is False
+
+
+def test_exchange_raises_what_is_no_lack_of_support(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        exchange(str(tmp_path / "one"), str(tmp_path / "two"))
+
+
+# --- real limits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A function that mounts a tmpfs with the given options; skips where this process may not mount."""
+    made: list[Path] = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"mount{len(made)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"this process may not mount a filesystem: {error}")
+        made.append(place)
+        return place
+
+    yield mount
+    for place in made:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("fallocates", [True, False])
+def test_a_disk_that_is_full(mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, fallocates: bool) -> None:
+    place = mounted("size=256k")
+    if not fallocates:
+        monkeypatch.setattr(expo.writer, "allocate", os.ftruncate)
+    with pytest.raises(expo.OutputError, match=rf"{place}/file: No space left on device; free some space or choose"):
+        write_all(place / "file", content(1 << 20))
+
+
+@pytest.mark.parametrize("fallocates", [True, False])
+def test_a_disk_that_fills_up_during_a_merge(
+    tmp_path: Path, mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, fallocates: bool
+) -> None:
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {"w": ("BF16", (400, 500))}
+    pair = [write_folder(tmp_path / name, random_tensors(shapes, 1)) for name in ("sft", "aligned")]
+    place = mounted("size=256k")
+    with pytest.raises(
+        expo.OutputError, match=f"{place}/out: .* are needed, but .* are free; free some space or choose"
+    ):
+        expo.merge(*pair, 0.3, place / "out")
+    monkeypatch.setattr(expo.pipeline, "free_bytes", lambda _: 1 << 40)
+    if not fallocates:
+        monkeypatch.setattr(expo.writer, "allocate", os.ftruncate)
+    with pytest.raises(expo.OutputError, match="No space left on device; free some space or choose another --out"):
+        expo.merge(*pair, 0.3, place / "out")
+    assert os.listdir(place) == []
+
+
+def test_a_read_only_filesystem(pair: Pair, mounted: Callable[[str], Path]) -> None:
+    place = mounted("ro")
+    message = f"{place}.*: Read-only file system; the filesystem is read-only: choose another --out"
+    with pytest.raises(expo.OutputError, match=message):
+        expo.merge(*pair, 0.3, place / "new" / "out")
+    assert os.listdir(place) == []
+
+
+def test_a_limit_on_the_size_of_files(pair: Pair, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "expo.fast", "--sft", str(pair[0]), "--aligned", str(pair[1]), "--alpha", "0.3"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "File too large; the filesystem or a limit (ulimit -f) refuses files of this size" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["al", "sft"]
+
+
+# --- Staging ----------------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from expo.writer import Staging
+staging = Staging(sys.argv[1], False, False)
+staging.put("half.json", b"{")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_lock_on_the_folder_dies_with_its_owner(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "ready\n"
+        for overwrite in (False, True):
+            with pytest.raises(expo.OutputError, match=f"{out}: another merge is writing it now"):
+                Staging(out, False, overwrite)
+        owner.send_signal(signal.SIGKILL)
+    assert os.listdir(tmp_path) == [".out.expo-staging"]
+    with pytest.raises(expo.OutputError, match="was left by a merge that was killed"):
+        Staging(out, False, False)
+    assert os.listdir(tmp_path / ".out.expo-staging") == ["half.json"]
+    with Staging(out, False, True) as staging:
+        assert os.listdir(staging.folder) == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_of_two_that_start_at_the_same_moment_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other takes the lock on the folder between the making of it and the locking."""
+    real = os.mkdir
+    others: list[int] = []
+
+    def mkdir(path: Any, *rest: Any, **named: Any) -> None:
+        real(path, *rest, **named)
+        others.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+        fcntl.flock(others[0], fcntl.LOCK_EX)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    try:
+        with (
+            pytest.raises(expo.OutputError, match="another merge is writing it now"),
+            Staging(str(tmp_path / "out"), False, True),
+        ):
+            pass
+        assert os.listdir(tmp_path) == [".out.expo-staging"]  # it is the other's
+    finally:
+        os.close(others[0])
+
+
+def test_what_is_cleaned_up_after_a_commit_is_not_anothers(tmp_path: Path) -> None:
+    """Between a commit and the end of its merge, another may begin to overwrite the output."""
+    out = str(tmp_path / "out")
+    with Staging(out, False, False) as first:
+        first.put("model.safetensors", b"first")
+        first.commit()
+        second = Staging(out, False, True)
+        second.put("model.safetensors", b"second")
+    with second:
+        second.put("config.json", b"{}")
+        second.commit()
+    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
+    assert (Path(out) / "model.safetensors").read_bytes() == b"second"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_filesystem_without_locks_is_written_all_the_same(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    expo.merge(*pair, 0.3, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["al", "out", "sft"]
+
+
+def test_a_leftover_that_cannot_be_emptied_is_an_error_that_leaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = tmp_path / ".out.expo-staging"
+    staging.mkdir()
+    (staging / "half.json").write_text("{")
+
+    def unlink(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", unlink)
+        with pytest.raises(expo.OutputError, match=f"{staging}: Permission denied"):
+            Staging(str(tmp_path / "out"), False, True)
+
+
+def test_put_makes_subfolders_and_refuses_to_write_twice(tmp_path: Path) -> None:
+    with Staging(str(tmp_path / "out"), False, False) as staging:
+        staging.put("sub/code.py", b"x = 1")
+        with pytest.raises(expo.OutputError, match=r"sub/code\.py: File exists"):
+            staging.put("sub/code.py", b"x = 2")
+        staging.commit()
+    assert (tmp_path / "out" / "sub" / "code.py").read_bytes() == b"x = 1"
+
+
+def test_without_a_commit_nothing_appears(tmp_path: Path) -> None:
+    with Staging(str(tmp_path / "a" / "b" / "out"), False, False) as staging:
+        staging.put("config.json", b"{}")
+        assert os.listdir(tmp_path / "a" / "b") == [".out.expo-staging"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_everything_is_synced_before_the_rename_and_the_parent_after(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def log_fsync(fd: int) -> None:
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def log_rename(*arguments: Any) -> None:
+        events.append("rename")
+        rename(*arguments)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(os, "rename", log_rename)
+    expo.merge(*pair, 0.3, tmp_path / "out")
+    shards = sorted(path.name for path in pair[1].glob("*.safetensors"))
+    assert sorted(events[:2]) == shards
+    index = "model.safetensors.index.json"
+    assert events[2:] == ["config.json", index, ".out.expo-staging", "rename", tmp_path.name]
