@@ -172,7 +172,7 @@ typedef struct {
     int sft_dtype, aligned_dtype, alphas, measure;
     Py_ssize_t n;
     char *out[MAX_ALPHAS];
-    float alpha[MAX_ALPHAS];
+    double alpha[MAX_ALPHAS]; /* rounded to fp32 in the floating-point mode of the computation, not of the caller */
     Distance distance;
     Count count[MAX_ALPHAS];
 } Job;
@@ -192,7 +192,7 @@ static void run(Job *job) {
         if (job->measure) kernels.distance(sft, aligned, n, &job->distance);
         for (int k = 0; k < job->alphas; k++) {
             char *out = job->out[k] + i * item, *result = half ? (char *)wide_out : out;
-            kernels.merge(sft, aligned, result, n, job->alpha[k]);
+            kernels.merge(sft, aligned, result, n, (float)job->alpha[k]);
             if (half) narrow_F16(wide_out, (F16 *)out, n);
             if (half && job->measure) widen_F16((const F16 *)out, wide_out, n);
             if (job->measure) kernels.count(aligned, result, n, &job->count[k]);
@@ -249,7 +249,7 @@ static PyObject *extrapolate(PyObject *module, PyObject *args) {
     job.aligned = memory(aligned, bytes, 0, &views[held++]);
     if (PyErr_Occurred()) goto release;
     for (int k = 0; k < job.alphas; k++) {
-        job.alpha[k] = (float)PyFloat_AsDouble(PyTuple_GET_ITEM(alphas, k));
+        job.alpha[k] = PyFloat_AsDouble(PyTuple_GET_ITEM(alphas, k));
         if (PyErr_Occurred()) goto release;
         job.out[k] = memory(PyTuple_GET_ITEM(outs, k), bytes, 1, &views[held++]);
         if (PyErr_Occurred()) goto release;

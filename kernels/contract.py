@@ -49,6 +49,8 @@ def working_alpha(alpha: float, *dtypes: str) -> float:
         (rounded,) = struct.unpack("<f", struct.pack("<f", alpha))
     except OverflowError:
         rounded = math.inf
+    if abs(alpha) < 2.0**-126:  # subnormal in fp32: rounded in doubles, as the thread may flush the conversion's result
+        rounded = math.copysign(math.ldexp(round(math.ldexp(abs(alpha), 149)), -149), alpha)
     if not math.isfinite(rounded):
         raise ValueError(f"alpha must be finite in float32, got {alpha!r}")
     return float(alpha) if "F64" in dtypes else float(rounded)

@@ -17,6 +17,7 @@ from .contract import Statistics
 Array = npt.NDArray[Any]
 
 STORAGE: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+RUN = 1 << 12  # elements summed in fp32 at a time: a longer running sum of like terms would err by more than 1e-5
 BLOCK = 1 << 15  # elements: the block's few fp32 temporaries stay in a 1 MiB cache
 
 
@@ -114,9 +115,10 @@ def accumulate(totals: list[float], x: Array, d: Array) -> None:
     finite = np.isfinite(d)
     if not finite.all():
         x, d = x[finite], d[finite]
+    for i in range(0, d.size, RUN):
+        totals[0] += float(np.dot(d[i : i + RUN], d[i : i + RUN]))
+        totals[1] += float(np.dot(x[i : i + RUN], x[i : i + RUN]))
     if d.size:
-        totals[0] += float(np.dot(d, d))
-        totals[1] += float(np.dot(x, x))
         totals[2] = max(totals[2], float(np.abs(d).max()))
 
 

@@ -19,8 +19,8 @@ def twin(sft: torch.Tensor, aligned: torch.Tensor, alpha: float) -> torch.Tensor
     work = torch.float64 if torch.float64 in (sft.dtype, aligned.dtype) else torch.float32
     a = aligned.to(work)
     r = torch.add(a, torch.mul(torch.sub(a, sft.to(work)), alpha))
-    if work is torch.float64 and aligned.dtype is torch.bfloat16:
-        r = _round_to_odd(r)  # torch narrows fp64 to bf16 through fp32, which would round twice
+    if work is torch.float64 and aligned.dtype in (torch.bfloat16, torch.float16):
+        r = _round_to_odd(r)  # torch narrows fp64 to 16 bits through fp32, which would round twice
     return r.to(aligned.dtype)
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import math
 import platform
 import random
+import shutil
 import struct
+import subprocess
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import exact
@@ -430,18 +435,22 @@ def test_agrees_on_special_values(name: str, pair: tuple[str, str]) -> None:
         assert_same(out, expected, pair[1], sft, aligned)
 
 
+def fp32_ties(dtype: str) -> Any:
+    """The bits of every fp32 tie between two neighbours of a 16-bit dtype, and of the fp32 values beside it."""
+    form = exact.FORMATS[dtype]
+    patterns = np.arange(1 << 16, dtype=np.uint32)
+    finite = patterns[patterns & form.mask < form.infinity].astype(np.uint16)
+    below, above = (bits.view(KINDS[dtype]).astype(np.float64) for bits in (finite, finite + np.uint16(1)))
+    with np.errstate(all="ignore"):
+        ties = ((below + above) / 2).astype(np.float32)
+    bits = ties[np.isfinite(ties)].view(np.uint32)
+    return np.concatenate([bits, bits + np.uint32(1), bits - np.uint32(1)])
+
+
 @pytest.mark.parametrize("pair", [("F32", "BF16"), ("F32", "F16")], ids="-".join)
 def test_agrees_on_ties(cpu: EngineFunction, pair: tuple[str, str]) -> None:
     """Every tie between two 16-bit neighbours, and the fp32 values beside it: alpha 1 with aligned 0 rounds -sft."""
-    finite = np.arange(1 << 16, dtype=np.uint32)
-    form = exact.FORMATS[pair[1]]
-    finite = finite[finite & form.mask < form.infinity].astype(np.uint16)
-    value = finite.view(KINDS[pair[1]]).astype(np.float32)
-    above = (finite + np.uint16(1)).view(KINDS[pair[1]]).astype(np.float64)
-    with np.errstate(all="ignore"):
-        ties = ((value.astype(np.float64) + above) / 2).astype(np.float32)
-    ties = ties[np.isfinite(ties)].view(np.uint32)
-    ties = np.concatenate([ties, ties + np.uint32(1), ties - np.uint32(1)])
+    ties = fp32_ties(pair[1])
     sft, aligned = ties.tobytes(), bytes(2 * ties.size)
     (out,), (expected,) = (compute(run, sft, aligned, pair, [1.0]) for run in (cpu, numerics.extrapolate))
     assert np.unique(out).size > 63_000  # the ties reach the whole range
@@ -548,6 +557,52 @@ def test_memory_shorter_than_asked(host_engine: EngineFunction, short: str) -> N
     with pytest.raises(ValueError, match="buffer"):
         host_engine(bytes(sizes["sft"]), "BF16", bytes(sizes["aligned"]), "BF16", 8, [out], [0.5], False)
     assert not any(out)
+
+
+# The compiled engine's code for processors without fp16 conversions
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> EngineFunction:
+    """The compiled engine, built anew to believe that the processor has none."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = Path(numerics.__file__).with_name("_cpu.c")
+    built = tmp_path_factory.mktemp("portable") / "_cpu.so"
+    flags = ["-O2", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC", "-D__builtin_cpu_supports(feature)=0"]
+    headers = sysconfig.get_paths()["include"]
+    subprocess.run([compiler, *flags, f"-I{headers}", str(source), "-o", str(built)], check=True, capture_output=True)
+    spec = importlib.util.spec_from_file_location("portable._cpu", built)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    codes = {dtype: code for code, dtype in enumerate(NARROW)}
+
+    def run(s: Any, s_dtype: str, a: Any, a_dtype: str, n: int, outs: Any, alphas: Any, measure: bool) -> None:
+        module.extrapolate(s, codes[s_dtype], a, codes[a_dtype], n, tuple(outs), tuple(alphas), measure)
+
+    return run
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if "F16" in pair], ids="-".join)
+def test_portable_fp16(portable: EngineFunction, pair: tuple[str, str]) -> None:
+    rng = np.random.default_rng(14)
+    for sft, aligned in (crossed_specials(pair), tuple(random_bits(rng, dtype, 50_021) for dtype in pair)):
+        outs = compute(portable, sft, aligned, pair, ALPHAS)
+        for out, expected in zip(outs, compute(numerics.extrapolate, sft, aligned, pair, ALPHAS), strict=True):
+            assert_same(out, expected, pair[1], sft, aligned)
+
+
+def test_portable_fp16_ties(portable: EngineFunction) -> None:
+    """Both roundings of all fp32 values on and beside a tie between two fp16 ones."""
+    sft = fp32_ties("F16").tobytes()
+    aligned = bytes(len(sft) // 2)
+    (out,), (expected,) = (
+        compute(run, sft, aligned, ("F32", "F16"), [1.0]) for run in (portable, numerics.extrapolate)
+    )
+    assert_same(out, expected, "F16", sft, aligned)
 
 
 # All pairs of bf16 values
