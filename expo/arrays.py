@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .engines import Engine, choose, cpu_count
-from .errors import UsageError
+from .errors import EngineError, UsageError
 from .kernels.contract import ITEMSIZE, working_alpha
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def _tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
     if out is None:
         out = torch.empty_like(aligned, requires_grad=False)
     _check(sft, aligned, out, torch.Tensor)
+    _check_layouts(torch, sft, aligned, out)
     names = _torch_names()
     dtypes = names.get(sft.dtype), names.get(aligned.dtype)
     al = _working(alpha, sft, aligned, dtypes)
@@ -97,15 +98,25 @@ def _tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
     if sft.device != device or out.device != device:
         raise UsageError(f"devices differ: sft {sft.device}, aligned {device}, out {out.device}")
     if al == 0:
-        out.detach().copy_(aligned.detach())
-    elif not (sft.is_contiguous() and aligned.is_contiguous() and out.is_contiguous()):
-        out.detach().copy_(extrapolate(sft.detach().contiguous(), aligned.detach().contiguous(), alpha))
+        source = aligned.detach()
+        apart = out is aligned or out.untyped_storage().data_ptr() != aligned.untyped_storage().data_ptr()
+        out.detach().copy_(source if apart else source.clone())  # copy_ is wrong where they overlap
+    elif not all(x.is_contiguous() and not x.is_neg() for x in (sft, aligned, out)):
+        plain = [x.detach().resolve_neg().contiguous() for x in (sft, aligned)]
+        out.detach().copy_(extrapolate(plain[0], plain[1], alpha))
     elif device.type == "cpu":
         addresses = sft.data_ptr(), aligned.data_ptr(), out.data_ptr()
         _on_cpu(addresses, dtypes, aligned.numel(), al)
     else:
         _on_device(sft.detach(), aligned.detach(), al, out.detach())
     return out
+
+
+def _check_layouts(torch: Any, sft: Any, aligned: Any, out: Any) -> None:
+    if any(x.layout != torch.strided for x in (sft, aligned, out)):
+        raise UsageError(f"tensors must be dense, got sft {sft.layout}, aligned {aligned.layout}, out {out.layout}")
+    if out.numel() and any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+        raise UsageError(f"out has elements that share memory: shape {tuple(out.shape)}, strides {out.stride()}")
 
 
 def _on_device(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
@@ -122,10 +133,10 @@ def _on_device(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
 def _arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
     import numpy as np
 
-    if out is None:
-        out = np.empty_like(aligned)
     if not isinstance(aligned, np.ndarray):
         raise UsageError(f"aligned must be a NumPy array or a torch tensor, got {type(aligned).__name__}")
+    if out is None:
+        out = np.empty_like(aligned)
     _check(sft, aligned, out, np.ndarray)
     names = _numpy_names()
     dtypes = names.get(sft.dtype), names.get(aligned.dtype)
@@ -150,17 +161,19 @@ def _on_cpu(addresses: tuple[int, ...], dtypes: tuple[Any, ...], n: int, alpha: 
     if threads == 1:
         return _run(addresses, dtypes, n, alpha)
     share = -(-n // threads)
-    work = [
-        threading.Thread(
-            target=_run,
-            args=([a + at * item for a, item in zip(addresses, items, strict=True)], dtypes, min(share, n - at), alpha),
-        )
-        for at in range(0, n, share)
-    ]
-    for thread in work:
-        thread.start()
-    for thread in work:
-        thread.join()
+    with ThreadPoolExecutor(threads) as pool:
+        work = [
+            pool.submit(
+                _run,
+                [a + at * item for a, item in zip(addresses, items, strict=True)],
+                dtypes,
+                min(share, n - at),
+                alpha,
+            )
+            for at in range(0, n, share)
+        ]
+        for future in work:
+            future.result()
     return None
 
 
@@ -173,7 +186,10 @@ def _run(addresses: Sequence[int], dtypes: tuple[Any, ...], n: int, alpha: float
             (ctypes.c_ubyte * (n * ITEMSIZE[kind])).from_address(address)
             for address, kind in zip(addresses, kinds, strict=True)
         ]
-    engine.run(memories[0], dtypes[0], memories[1], dtypes[1], n, memories[2:], (alpha,), False)
+    try:
+        engine.run(memories[0], dtypes[0], memories[1], dtypes[1], n, memories[2:], (alpha,), False)
+    except RuntimeError as error:
+        raise EngineError(str(error)) from error
 
 
 def _check_overlap(addresses: tuple[int, ...], items: tuple[int, ...], n: int) -> None:

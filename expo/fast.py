@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import math
+import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,6 +39,8 @@ exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the outpu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text, and a terminal no UTF-8
     try:
         with _signals():
             return _plan(options) if options.plan else _merge(options)
@@ -55,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # argparse takes -0.1 for a number, but -1e-3 for an option
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     add = parser.add_argument
     add("--sft", required=True, metavar="A", help="the weaker checkpoint: a folder or a .safetensors file")
     add("--aligned", required=True, metavar="B", help="the checkpoint trained from it: a folder or a file")
@@ -85,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end a merge as Ctrl-C does: staging removed, exit code 130."""
-    caught = (signal.SIGTERM, signal.SIGHUP)
+    # nohup has SIGHUP ignored, and it stays so
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
     before = [signal.signal(number, signal.default_int_handler) for number in caught]
     try:
         yield
@@ -133,9 +141,9 @@ def _merge(options: argparse.Namespace) -> int:
     for warning in merged.warnings:
         print(f"expo: warning: {warning}", file=sys.stderr)
     if options.json:
-        print(_json(asdict(merged)))
+        _print(_json(asdict(merged)))
     elif not options.quiet:
-        print("\n".join(_summary(merged)))
+        _print("\n".join(_summary(merged)))
     return 0
 
 
@@ -167,12 +175,19 @@ def _summary(merged: Merged) -> Iterator[str]:
 def _plan(options: argparse.Namespace) -> int:
     found = preview(options.sft, options.aligned, options.alpha, options.out, **_choices(options))
     if options.json:
-        print(_json(_plan_object(found)))
+        _print(_json(_plan_object(found)))
     elif not options.quiet:
-        print("\n".join(_plan_text(found)))
+        _print("\n".join(_plan_text(found)))
     if found.error is not None:
         raise found.error
     return 0
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # ... | head: nobody is left to read the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _plan_text(found: Preview) -> Iterator[str]:
@@ -214,7 +229,7 @@ def _plan_object(found: Preview) -> dict[str, Any]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(value), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .engines import Engine, choose, crew_of
-from .errors import ExpoError, OutputError, PlanError, UsageError
+from .errors import CheckpointError, ExpoError, OutputError, PlanError, UsageError
 from .plan import Action, Chunk, Plan, make_plan
+from .progress import size
 from .result import Merged, Tally
 from .work import Pass, Progress, Sink, Source, chunk_size
 from .writer import ShardWriter, Staging, check_free, output_errors
@@ -184,6 +185,8 @@ def output_paths(out: StrPath | None, aligned: Checkpoint, alphas: Sequence[floa
     """One path for each alpha. Raises UsageError where several alphas would share one."""
     suffix = ".safetensors" if aligned.folder is None else ""
     template = f"{aligned.name}-expo-{{alpha}}{suffix}" if out is None else os.fspath(out)
+    if not template:
+        raise UsageError("--out is empty: name a folder or a file")
     if len(alphas) > 1 and "{alpha}" not in template:
         raise UsageError(f"{len(alphas)} alphas need an output each: put {{alpha}} into --out, got {template!r}")
     return tuple(template.replace("{alpha}", alpha_text(alpha)) for alpha in alphas)
@@ -199,15 +202,17 @@ def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) 
     for out in outs:
         place = os.path.realpath(out)
         for checkpoint in inputs:
-            source = os.path.realpath(checkpoint.path)
-            if os.path.commonpath((place, source)) in (place, source):
-                raise OutputError(
-                    f"{out} is, contains or lies inside the input {checkpoint.path}; choose another --out"
-                )
+            for path in (
+                checkpoint.path,
+                *(shard.path for shard in checkpoint.shards.values()),
+            ):  # a shard may be a link
+                source = os.path.realpath(path)
+                if os.path.commonpath((place, source)) in (place, source):
+                    raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another --out")
     needed, free = plan.output_bytes, free_bytes(outs[0])
     if free < needed:
         raise OutputError(
-            f"{outs[0]}: {needed} bytes are needed, but {free} are free; free some space or choose another --out"
+            f"{outs[0]}: {size(needed)} are needed, but {size(free)} are free; free some space or choose another --out"
         )
 
 
@@ -269,7 +274,12 @@ def _complete(plan: Plan, aligned: Checkpoint, staging: Staging) -> None:
     """Aligned's other files, and the index last of all."""
     if aligned.folder is not None:
         for name in plan.carried:
-            with open(os.path.join(aligned.folder, name), "rb") as file:
-                staging.put(name, file.read())
+            path = os.path.join(aligned.folder, name)
+            try:
+                with open(path, "rb") as file:
+                    data = file.read()
+            except OSError as error:
+                raise CheckpointError(f"{path}: {error.strerror}") from error
+            staging.put(name, data)
         if plan.index is not None:
             staging.put("model.safetensors.index.json", plan.index)

@@ -43,12 +43,15 @@ def stream(
     """
     if framework not in ("torch", "numpy"):
         raise UsageError(f"framework must be torch or numpy, got {framework!r}")
+    alphas = alphas_of(alpha)
+    if len(alphas) != 1:
+        raise UsageError(f"stream() takes one alpha, got {alpha!r}")
     chosen = choose(engine, device)
     stack = ExitStack()
     with stack:
         weak = stack.enter_context(closing(open_checkpoint(sft)))
         strong = stack.enter_context(closing(open_checkpoint(aligned)))
-        plan = make_plan(weak, strong, alphas_of(alpha), alpha_for, on_unpaired, on_mismatch)
+        plan = make_plan(weak, strong, alphas, alpha_for, on_unpaired, on_mismatch)
         plan.check()
         return _stream(plan, Source(weak, strong), chosen, _wrapper(framework), stack.pop_all())
 

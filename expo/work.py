@@ -167,6 +167,8 @@ class Pass:
                     thread.join()
         if self._failure is not None:
             raise self._failure
+        if cancel is not None and cancel.is_set():
+            raise Cancelled("cancelled; nothing was left behind")
         self._report(progress, done, total)
 
     def _report(self, progress: Progress | None, done: int, total: int) -> int:

@@ -169,31 +169,44 @@ class Staging:
         self.parent, name = os.path.split(self.out)
         self.folder = os.path.join(self.parent, f".{name}.expo-staging")
         self._lock = -1
+        self._ours = False  # whether what stands at self.folder is this merge's to remove
         self._made: list[str] = []
-        check_free(out, single_file, overwrite)
-        with output_errors(self.folder):
-            parent = self.parent
-            while not os.path.exists(parent):
-                self._made.append(parent)
-                parent = os.path.dirname(parent)
-            os.makedirs(self.parent, exist_ok=True)
-            self._create()
+        check_free(self.out, single_file, overwrite)
+        try:
+            with output_errors(self.folder):
+                self._make_parents()
+                self._create()
+        except BaseException:
+            self._clean_up()
+            raise
+
+    def _make_parents(self) -> None:
+        parent = self.parent
+        while not os.path.exists(parent):
+            self._made.append(parent)
+            parent = os.path.dirname(parent)
+        if not os.path.isdir(parent):
+            raise OutputError(f"{self.out}: {parent} is no folder; choose another --out")
+        os.makedirs(self.parent, exist_ok=True)
 
     def _create(self) -> None:
         try:
             os.mkdir(self.folder)
+            self._ours = True
         except FileExistsError:
-            if not self._try_lock():
-                raise OutputError(f"{self.out}: another merge is writing it now, in {self.folder}") from None
-            if not self.overwrite:
-                os.close(self._lock)
-                raise OutputError(
-                    f"{self.folder} was left by a merge that was killed; delete it, or --overwrite starts anew"
-                ) from None
-            for entry in os.scandir(self.folder):
+            pass
+        found = not self._ours
+        if not self._try_lock():
+            self._ours = False
+            raise OutputError(f"{self.out}: another merge is writing it now, in {self.folder}")
+        if found and not self.overwrite:
+            raise OutputError(
+                f"{self.folder} was left by a merge that was killed; delete it, or --overwrite starts anew"
+            )
+        self._ours = True
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
                 shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
-        else:
-            self._try_lock()
 
     def _try_lock(self) -> bool:
         """Take the lock on the folder, which dies with this process."""
@@ -201,21 +214,26 @@ class Staging:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(self._lock)
-                return False  # held by another; any other error: a filesystem without locks
+            # held by another; any other error: a filesystem without locks
+            return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
         return True
 
     def __enter__(self) -> Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove the folder if it is still there, parents made for it if they are empty, and let go of the lock."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Remove the folder unless it was committed, parents made for it if they are empty, and let go of the lock."""
+        if self._ours:
+            shutil.rmtree(self.folder, ignore_errors=True)
         for folder in self._made:
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
-        os.close(self._lock)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -233,9 +251,10 @@ class Staging:
     def commit(self) -> list[str]:
         """Put the finished output in place: sync the folder, rename, sync the parent.
 
-        Returns warnings: that an old folder could not be replaced in one atomic step. Raises OutputError.
+        Returns warnings: that an old folder could not be replaced in one atomic step, that the parent could not be
+        synced. Raises OutputError.
         """
-        warnings = []
+        warnings: list[str] = []
         with output_errors(self.out):
             for place, _, _ in os.walk(self.folder):
                 sync_folder(place)
@@ -243,13 +262,19 @@ class Staging:
             if self.single_file:
                 (name,) = os.listdir(self.folder)
                 source = self.path(name)
-            if os.path.isdir(self.out):
+            if self.overwrite and os.path.isdir(self.out):
                 warnings = self._replace_folder()
-            elif self.overwrite or not self.single_file:
+            elif not self.single_file:
+                os.rename(source, self.out)  # refuses a file, and a folder with anything in it, that appeared meanwhile
+                self._ours = False
+            elif self.overwrite:
                 os.rename(source, self.out)
             else:
                 os.link(source, self.out)  # unlike rename, it refuses a file that has appeared meanwhile
+        try:
             sync_folder(self.parent)
+        except OSError as error:
+            warnings.append(f"{self.out} is complete, but may be gone after a power failure: {error.strerror}")
         return warnings
 
     def _replace_folder(self) -> list[str]:
@@ -258,8 +283,13 @@ class Staging:
             return []
         old = f"{self.folder}-old"
         os.rename(self.out, old)
-        os.rename(self.folder, self.out)
-        shutil.rmtree(old)
+        try:
+            os.rename(self.folder, self.out)
+        except OSError:
+            os.rename(old, self.out)
+            raise
+        self._ours = False
+        shutil.rmtree(old, ignore_errors=True)
         return [f"{self.out} was replaced in two steps: this filesystem cannot swap folders"]
 
 

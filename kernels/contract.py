@@ -47,7 +47,7 @@ def working_alpha(alpha: float, *dtypes: str) -> float:
     """
     try:
         (rounded,) = struct.unpack("<f", struct.pack("<f", alpha))
-    except OverflowError:
+    except (OverflowError, struct.error):  # too large, or no number
         rounded = math.inf
     if abs(alpha) < 2.0**-126:  # subnormal in fp32: rounded in doubles, as the thread may flush the conversion's result
         rounded = math.copysign(math.ldexp(round(math.ldexp(abs(alpha), 149)), -149), alpha)

@@ -122,7 +122,8 @@ def accumulate(totals: list[float], x: Array, d: Array) -> None:
         totals[2] = max(totals[2], float(np.abs(d).max()))
 
 
-_TINY = np.array([2.0**-149, 2.0**-126, 1.0, 1.0 + 2.0**-23], np.float32)
+# 2^-149, 2^-126, 1 and 1 + 2^-23 by their bits: a conversion would flush them if the mode is set at import.
+_TINY = np.array([1, 0x00800000, 0x3F800000, 0x3F800001], np.uint32).view(np.float32)
 _HALF = np.array([1.0, 0.5, 2.0**-24, 2.0**-24], np.float32)
 
 
