@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import INDEX, Checkpoint, open_checkpoint
 from .engines import Engine, choose, crew_of
 from .errors import CheckpointError, ExpoError, OutputError, PlanError, UsageError
 from .plan import Action, Chunk, Plan, make_plan
 from .progress import size
 from .result import Merged, Tally
-from .work import Pass, Progress, Sink, Source, chunk_size
+from .work import MIB, Pass, Progress, Sink, Source, chunk_size
 from .writer import ShardWriter, Staging, check_free, output_errors
 
 StrPath = str | os.PathLike[str]
@@ -274,12 +274,16 @@ def _complete(plan: Plan, aligned: Checkpoint, staging: Staging) -> None:
     """Aligned's other files, and the index last of all."""
     if aligned.folder is not None:
         for name in plan.carried:
-            path = os.path.join(aligned.folder, name)
-            try:
-                with open(path, "rb") as file:
-                    data = file.read()
-            except OSError as error:
-                raise CheckpointError(f"{path}: {error.strerror}") from error
-            staging.put(name, data)
+            staging.put(name, _parts(os.path.join(aligned.folder, name)))
         if plan.index is not None:
-            staging.put("model.safetensors.index.json", plan.index)
+            staging.put(INDEX, [plan.index])
+
+
+def _parts(path: str) -> Iterator[bytes]:
+    """A file of aligned's, a MiB at a time. Raises CheckpointError."""
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(MIB):
+                yield part
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error

@@ -92,12 +92,14 @@ class Tally:
         """What the numbers say about the pair of inputs."""
         found = []
         distance = self.relative_distance
-        if distance >= TOO_FAR or math.isnan(distance):
+        if not math.isfinite(distance):
+            found.append("aligned - sft is so large that its norm overflows fp32: are these two unrelated?")
+        elif distance >= TOO_FAR:
             found.append(
                 f"aligned - sft is {distance:.2g} times as large as aligned itself; for a model and the one it was "
                 "trained from it is below 0.1: are these two unrelated?"
             )
-        elif self.elements and not any(self._d):
+        elif self.elements and not any(self._d) and not any(self.non_finite):
             found.append("sft and aligned are equal: the output is aligned; is one of the two paths wrong?")
         if any(self.non_finite):
             found.append(f"{max(self.non_finite)} elements of an output are inf or NaN")

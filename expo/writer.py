@@ -14,7 +14,7 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from .errors import OutputError
 from .plan import OutputShard
@@ -238,13 +238,13 @@ class Staging:
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    def put(self, name: str, data: bytes) -> None:
-        """Write a small file durably, in a subfolder if the name has one. Raises OutputError."""
+    def put(self, name: str, parts: Iterable[bytes]) -> None:
+        """Write a file durably, in a subfolder if the name has one. Raises OutputError."""
         path = self.path(name)
         with output_errors(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "xb") as file:
-                file.write(data)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -270,7 +270,7 @@ class Staging:
             elif self.overwrite:
                 os.rename(source, self.out)
             else:
-                os.link(source, self.out)  # unlike rename, it refuses a file that has appeared meanwhile
+                _place_new(source, self.out)
         try:
             sync_folder(self.parent)
         except OSError as error:
@@ -278,19 +278,47 @@ class Staging:
         return warnings
 
     def _replace_folder(self) -> list[str]:
-        """Swap staging and the old output in one step; `__exit__` then removes the old one."""
-        if exchange(self.folder, self.out):
-            return []
-        old = f"{self.folder}-old"
+        """Swap staging and the old output, in one step where the system can, and remove the old one."""
+        warnings = []
+        old = self.folder
+        lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(
+                OSError
+            ):  # the old output is about to bear staging's name: nobody else may take it
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not exchange(self.folder, self.out):
+                old = f"{self.folder}-old"
+                self._swap_in_two_steps(old)
+                warnings.append(f"{self.out} was replaced in two steps: this filesystem cannot swap folders")
+            self._ours = False
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                warnings.append(f"{old}, the model that was replaced, could not be removed: {error.strerror}")
+        finally:
+            os.close(lock)
+        return warnings
+
+    def _swap_in_two_steps(self, old: str) -> None:
         os.rename(self.out, old)
         try:
             os.rename(self.folder, self.out)
         except OSError:
             os.rename(old, self.out)
             raise
-        self._ours = False
-        shutil.rmtree(old, ignore_errors=True)
-        return [f"{self.out} was replaced in two steps: this filesystem cannot swap folders"]
+
+
+def _place_new(source: str, out: str) -> None:
+    """Give a file its final name, which must be free: a link refuses what a rename would replace."""
+    try:
+        os.link(source, out)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):  # a filesystem without hard links
+            raise
+        if os.path.lexists(out):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+        os.rename(source, out)
 
 
 def exchange(first: str, second: str) -> bool:

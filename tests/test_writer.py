@@ -448,7 +448,7 @@ HOLDER = """
 import sys
 from expo.writer import Staging
 staging = Staging(sys.argv[1], False, False)
-staging.put("half.json", b"{")
+staging.put("half.json", [b"{"])
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -500,12 +500,12 @@ def test_what_is_cleaned_up_after_a_commit_is_not_anothers(tmp_path: Path) -> No
     """Between a commit and the end of its merge, another may begin to overwrite the output."""
     out = str(tmp_path / "out")
     with Staging(out, False, False) as first:
-        first.put("model.safetensors", b"first")
+        first.put("model.safetensors", [b"first"])
         first.commit()
         second = Staging(out, False, True)
-        second.put("model.safetensors", b"second")
+        second.put("model.safetensors", [b"second"])
     with second:
-        second.put("config.json", b"{}")
+        second.put("config.json", [b"{}"])
         second.commit()
     assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
     assert (Path(out) / "model.safetensors").read_bytes() == b"second"
@@ -542,16 +542,16 @@ def test_a_leftover_that_cannot_be_emptied_is_an_error_that_leaks_nothing(
 
 def test_put_makes_subfolders_and_refuses_to_write_twice(tmp_path: Path) -> None:
     with Staging(str(tmp_path / "out"), False, False) as staging:
-        staging.put("sub/code.py", b"x = 1")
+        staging.put("sub/code.py", [b"x = 1"])
         with pytest.raises(expo.OutputError, match=r"sub/code\.py: File exists"):
-            staging.put("sub/code.py", b"x = 2")
+            staging.put("sub/code.py", [b"x = 2"])
         staging.commit()
     assert (tmp_path / "out" / "sub" / "code.py").read_bytes() == b"x = 1"
 
 
 def test_without_a_commit_nothing_appears(tmp_path: Path) -> None:
     with Staging(str(tmp_path / "a" / "b" / "out"), False, False) as staging:
-        staging.put("config.json", b"{}")
+        staging.put("config.json", [b"{}"])
         assert os.listdir(tmp_path / "a" / "b") == [".out.expo-staging"]
     assert os.listdir(tmp_path) == []
 
@@ -577,3 +577,65 @@ def test_everything_is_synced_before_the_rename_and_the_parent_after(
     assert sorted(events[:2]) == shards
     index = "model.safetensors.index.json"
     assert events[2:] == ["config.json", index, ".out.expo-staging", "rename", tmp_path.name]
+
+
+def test_a_bare_file_on_a_filesystem_without_hard_links(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename does it there, unless the name has been taken meanwhile."""
+    sft, aligned = (sorted(place.glob("*.safetensors"))[0] for place in pair)
+    out = tmp_path / "out.safetensors"
+
+    def link(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    merge = partial(expo.merge, sft, aligned, 0.3, out, on_unpaired="aligned")
+    with pytest.raises(expo.OutputError, match="File exists"):
+        merge(progress=lambda *_: out.write_text("years of work"))
+    assert out.read_text() == "years of work"
+    out.unlink()
+    merge()
+    assert out.stat().st_size > 0
+    assert sorted(os.listdir(tmp_path)) == ["al", "out.safetensors", "sft"]
+
+
+def test_an_old_model_that_cannot_be_removed_is_named(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    expo.merge(*pair, 0.3, out)
+
+    def rmtree(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        merged = expo.merge(*pair, 0.5, out, overwrite=True)
+    old = tmp_path / ".out.expo-staging"
+    warning = f"{old}, the model that was replaced, could not be removed: Permission denied"
+    assert merged.warnings[-1] == warning
+    assert old.exists()
+    assert read_folder(out) != read_folder(old)
+
+
+def test_the_replaced_model_is_locked_until_it_is_gone(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under staging's name it would look like a leftover, which another merge might take over."""
+    out = tmp_path / "out"
+    expo.merge(*pair, 0.3, out)
+    refused: list[str] = []
+    rmtree = shutil.rmtree
+
+    def meanwhile(path: Any, *rest: Any, **named: Any) -> None:
+        if not refused:
+            with pytest.raises(expo.OutputError, match="another merge is writing it now") as caught:
+                Staging(str(out), False, True)
+            refused.append(str(caught.value))
+        rmtree(path, *rest, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", meanwhile)
+    expo.merge(*pair, 0.5, out, overwrite=True)
+    assert len(refused) == 1
+    assert sorted(os.listdir(tmp_path)) == ["al", "out", "sft"]
