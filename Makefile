@@ -19,7 +19,8 @@ test-all: .venv/installed
 	$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
 
 bench: .venv/installed
-	$(BIN)/python -m pytest --benchmark-only
+	$(BIN)/python -m pytest --benchmark-only --benchmark-json=.benchmarks.json
+	$(BIN)/python bench/report.py .benchmarks.json
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
@@ -32,4 +33,4 @@ format: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info kernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build *.egg-info kernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks*

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from expo.header import emit
 
@@ -104,4 +105,5 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         filesystem=filesystem,
         python=platform.python_version(),
         numpy=np.__version__,
+        torch=torch.__version__,
     )

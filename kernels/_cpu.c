@@ -69,6 +69,8 @@ CLONES static void narrow_portable(const float *from, F16 *to, Py_ssize_t n) {
 
 static void (*widen_F16)(const F16 *, float *, Py_ssize_t) = widen_portable;
 static void (*narrow_F16)(const float *, F16 *, Py_ssize_t) = narrow_portable;
+/* fp16 with fp16 in one pass through the registers; NULL where the processor cannot. */
+static void (*merge_F16_F16)(const F16 *, const F16 *, F16 *, Py_ssize_t, float) = NULL;
 
 #ifdef F16C
 #include <immintrin.h>
@@ -84,6 +86,26 @@ __attribute__((target("avx,f16c"))) static void narrow_f16c(const float *from, F
     for (; i + 8 <= n; i += 8)
         _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
     narrow_portable(from + i, to + i, n - i);
+}
+
+__attribute__((target("avx,f16c"))) static inline void merge_eight(const F16 *sft, const F16 *aligned, F16 *out,
+                                                                   __m256 alpha) {
+    const __m256 x = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)aligned));
+    const __m256 d = _mm256_sub_ps(x, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)sft)));
+    const __m256 r = _mm256_add_ps(x, _mm256_mul_ps(alpha, d));
+    _mm_storeu_si128((__m128i *)out, _mm256_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT));
+}
+
+__attribute__((target("avx,f16c"))) static void merge_f16c(const F16 *sft, const F16 *aligned, F16 *out, Py_ssize_t n,
+                                                           float alpha) {
+    const __m256 wide = _mm256_set1_ps(alpha);
+    const Py_ssize_t whole = n / 8 * 8;
+    for (Py_ssize_t i = 0; i < whole; i += 8) merge_eight(sft + i, aligned + i, out + i, wide);
+    F16 last[3][8] = {{0}};
+    memcpy(last[0], sft + whole, 2 * (n - whole));
+    memcpy(last[1], aligned + whole, 2 * (n - whole));
+    merge_eight(last[0], last[1], last[2], wide);
+    memcpy(out + whole, last[2], 2 * (n - whole));
 }
 #endif
 
@@ -184,6 +206,10 @@ static void run(Job *job) {
     const Py_ssize_t sft_item = ITEMSIZE[job->sft_dtype], item = ITEMSIZE[job->aligned_dtype];
     const Py_ssize_t block = job->measure || job->alphas > 1 || half || sft_half ? BLOCK : job->n;
     float wide_sft[BLOCK], wide_aligned[BLOCK], wide_out[BLOCK];
+    if (half && sft_half && merge_F16_F16 && job->alphas == 1 && !job->measure) {
+        merge_F16_F16((const F16 *)job->sft, (const F16 *)job->aligned, (F16 *)job->out[0], job->n, (float)job->alpha[0]);
+        return;
+    }
     for (Py_ssize_t i = 0; i < job->n; i += block) {
         const Py_ssize_t n = job->n - i < block ? job->n - i : block;
         const char *sft = job->sft + i * sft_item, *aligned = job->aligned + i * item;
@@ -282,7 +308,11 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", NULL, -1, met
 
 PyMODINIT_FUNC PyInit__cpu(void) {
 #ifdef F16C
-    if (__builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c")) widen_F16 = widen_f16c, narrow_F16 = narrow_f16c;
+    if (__builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c")) {
+        widen_F16 = widen_f16c;
+        narrow_F16 = narrow_f16c;
+        merge_F16_F16 = merge_f16c;
+    }
 #endif
     return PyModule_Create(&module);
 }
