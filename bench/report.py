@@ -25,7 +25,7 @@ def keep(raw: dict[str, Any]) -> dict[str, Any]:
     return {
         "machine": raw["machine_info"],
         "date": raw["datetime"][:10],
-        "commit": raw["commit_info"]["id"],
+        "commit": raw["commit_info"]["id"] + (" with changes" if raw["commit_info"]["dirty"] else ""),
         "benchmarks": {
             bench["name"]: {
                 **{key: round(bench["stats"][key], 6) for key in ("median", "iqr", "min", "max", "rounds")},

@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -30,6 +31,7 @@ class Shard:
         """Read and check the header. Raises CheckpointError."""
         self.path = path
         self._map: mmap.mmap | None = None
+        self._lock = threading.Lock()
         try:
             with _reading(path) as file:
                 self.size = os.fstat(file.fileno()).st_size
@@ -42,18 +44,22 @@ class Shard:
 
     def map(self) -> memoryview:
         """The file's bytes, mapped read-only: `tensor.start` and `.stop` index it. Raises CheckpointError."""
-        if self._map is None:
-            try:
-                with _reading(self.path) as file:
-                    size = os.fstat(file.fileno()).st_size
-                    if size != self.size:
-                        raise CheckpointError(
-                            f"{self.path}: {size} bytes now, {self.size} when its header was read: it is being changed"
-                        )
-                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be mapped: {error.strerror}") from error
-        return memoryview(self._map)
+        with self._lock:
+            if self._map is None:
+                self._map = self._mapped()
+            return memoryview(self._map)
+
+    def _mapped(self) -> mmap.mmap:
+        try:
+            with _reading(self.path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != self.size:
+                    raise CheckpointError(
+                        f"{self.path}: {size} bytes now, {self.size} when its header was read: it is being changed"
+                    )
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be mapped: {error.strerror}") from error
 
     def ahead(self, start: int, stop: int) -> None:
         """Ask the system to start reading bytes [start, stop) from the disk."""

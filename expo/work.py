@@ -110,15 +110,20 @@ class Queue:
         self._chunks = cut(plan, size)
         self._source = source
         self._lock = threading.Lock()
-        self._next = next(self._chunks, None)
+        self._coming: Chunk | None = None
+        self._advance()
 
     def take(self) -> Chunk | None:
         """The next chunk, or None after the last."""
         with self._lock:
-            chunk, self._next = self._next, next(self._chunks, None)
-            for piece in self._next.pieces if self._next else ():
-                self._source.ahead(piece)
+            chunk = self._coming
+            self._advance()
             return chunk
+
+    def _advance(self) -> None:
+        self._coming = next(self._chunks, None)
+        for piece in self._coming.pieces if self._coming else ():
+            self._source.ahead(piece)
 
 
 class Pass:
