@@ -21,6 +21,10 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter takes the compiler's place", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+if not triton.__version__.startswith("3.8."):
+    pytest.skip(
+        f"what a compiler emits is its version's: 3.8 is pinned, not {triton.__version__}", allow_module_level=True
+    )
 extrapolate = pytest.importorskip("expo.kernels.extrapolate")
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 ASTSource = pytest.importorskip("triton.compiler").ASTSource
@@ -111,7 +115,7 @@ def sass(folder: Path, **options: Any) -> list[str]:
 def amd_fused(pair: tuple[str, str] = ("bf16", "bf16"), **options: Any) -> list[str]:
     """The fused multiply-adds in AMD assembly; one whose factor is 1 or -1 adds and widens fp16, and rounds once."""
     fused = re.findall(r"\bv_\w*(?:fma|mad|mac).*", compiled(MI300, pair, **options)["amdgcn"])
-    return [line for line in fused if not re.match(r"v_fma_mix_f32 v\d+, v\d+, -?1\.0,", line)]
+    return [line for line in fused if not re.match(r"v_fma_mix_f32 v\d+, -?v\d+, -?1\.0,", line)]
 
 
 def opcodes(instructions: list[str]) -> list[str]:
