@@ -39,6 +39,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=4",
             "hypothesis>=6.100",
+            "safetensors>=0.8",  # the reader that ours is compared with
             "mypy>=1.11",
             "ruff>=0.6",
             "accelerate>=0.33",
