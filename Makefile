@@ -1,4 +1,4 @@
-# TORCH: what pip installs for torch; torch==2.13.0 or an index with CPU builds avoids gigabytes of CUDA.
+# TORCH: what pip is asked for, options too: a version, or an index that has builds for the CPU alone.
 TORCH ?= torch
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,13 +14,13 @@ test: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# Also what takes minutes: every pair of bf16 values.
+# Also what is left out above: every pair of bf16 values, some 20 seconds.
 test-all: .venv/installed
 	$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
 
 bench: .venv/installed
 	$(BIN)/python -m pytest --benchmark-only --benchmark-json=.benchmarks.json
-	$(BIN)/python bench/report.py .benchmarks.json
+	$(BIN)/python bench/report.py .benchmarks.json bench/results/$$(nproc)-cores.json
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
@@ -28,7 +28,7 @@ format: .venv/installed
 
 .venv/installed: setup.py pyproject.toml kernels/_cpu.c
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable ".[test,bench]"
 	touch $@
 

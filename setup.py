@@ -40,9 +40,10 @@ setup(
             "pytest-benchmark>=4",
             "hypothesis>=6.100",
             "safetensors>=0.8",  # the reader that ours is compared with
-            "mypy>=1.11",
-            "ruff>=0.6",
-            "accelerate>=0.33",
+            "mypy>=2.4,<3",
+            "ruff>=0.17,<0.18",
+            "setuptools>=68",  # the tests build wheels
+            "wheel",
         ],
         "bench": ["pytest>=8", "pytest-benchmark>=4"],
     },

@@ -104,11 +104,13 @@ def _tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
     elif not all(x.is_contiguous() and not x.is_neg() for x in (sft, aligned, out)):
         plain = [x.detach().resolve_neg().contiguous() for x in (sft, aligned)]
         out.detach().copy_(extrapolate(plain[0], plain[1], alpha))
-    elif device.type == "cpu":
-        addresses = sft.data_ptr(), aligned.data_ptr(), out.data_ptr()
-        _on_cpu(addresses, dtypes, aligned.numel(), al)
     else:
-        _on_device(sft.detach(), aligned.detach(), al, out.detach())
+        addresses, n = (sft.data_ptr(), aligned.data_ptr(), out.data_ptr()), aligned.numel()
+        _check_overlap(addresses, dtypes, n)
+        if device.type == "cpu":
+            _on_cpu(addresses, dtypes, n, al)
+        else:
+            _on_device(sft.detach(), aligned.detach(), al, out.detach())
     return out
 
 
@@ -149,6 +151,7 @@ def _arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
         out[...] = extrapolate(np.ascontiguousarray(sft), np.ascontiguousarray(aligned), alpha).reshape(out.shape)
     else:
         addresses = tuple(x.__array_interface__["data"][0] for x in (sft, aligned, out))
+        _check_overlap(addresses, dtypes, aligned.size)
         _on_cpu(addresses, dtypes, aligned.size, al)
     return out
 
@@ -156,7 +159,6 @@ def _arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
 def _on_cpu(addresses: tuple[int, ...], dtypes: tuple[Any, ...], n: int, alpha: float) -> None:
     """n contiguous elements at each of the addresses of sft, aligned and out, by as many threads as pay."""
     items = ITEMSIZE[dtypes[0]], ITEMSIZE[dtypes[1]], ITEMSIZE[dtypes[1]]
-    _check_overlap(addresses, items, n)
     threads = min(cpu_count(), THREADS, n // SPLIT + 1)
     if threads == 1:
         return _run(addresses, dtypes, n, alpha)
@@ -192,9 +194,10 @@ def _run(addresses: Sequence[int], dtypes: tuple[Any, ...], n: int, alpha: float
         raise EngineError(str(error)) from error
 
 
-def _check_overlap(addresses: tuple[int, ...], items: tuple[int, ...], n: int) -> None:
-    out, size = addresses[2], n * items[2]
-    for name, start, item in (("sft", addresses[0], items[0]), ("aligned", addresses[1], items[1])):
-        same = start == out and item == items[2]
-        if not same and start < out + size and out < start + n * item:
+def _check_overlap(addresses: tuple[int, ...], dtypes: tuple[Any, ...], n: int) -> None:
+    sft_item, aligned_item = ITEMSIZE[dtypes[0]], ITEMSIZE[dtypes[1]]
+    out, size = addresses[2], n * aligned_item
+    for name, start, item in (("sft", addresses[0], sft_item), ("aligned", addresses[1], aligned_item)):
+        same = start == out and item == aligned_item
+        if out and not same and start < out + size and out < start + n * item:  # 0: a tensor without memory
             raise UsageError(f"out overlaps {name} in part; it may be all of it, or none")

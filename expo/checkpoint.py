@@ -74,7 +74,8 @@ class Shard:
         option = getattr(mmap, advice, None)  # absent outside Linux, where it is an optimisation to do without
         if option is not None and self._map is not None and start < stop:
             first = start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(option, first, min(stop, self.size) - first)
+            with contextlib.suppress(OSError):
+                self._map.madvise(option, first, min(stop, self.size) - first)
 
     def close(self) -> None:
         """Unmap; a no-op when nothing is mapped. A memoryview that is still held keeps its mapping until it is gone."""

@@ -7,6 +7,7 @@ all workers take chunks from one queue, so it does not matter for the result whi
 from __future__ import annotations
 
 import os
+import re
 from typing import NamedTuple
 
 from .errors import EngineError, UsageError
@@ -27,16 +28,18 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
     """The engine for a merge from file to file.
 
     engine: "auto", "numpy", "cpu" or "triton"; device: "auto", "cpu" or "cuda[:index]". auto is the compiled engine,
-    or NumPy where that is not built: from file to file the disk or the PCIe link is slower than either processor.
+    or NumPy where that is not built: from file to file the disk is the limit, and a GPU has nothing to add.
     Raises UsageError for an unknown name, EngineError for an engine asked for by name that cannot run here.
     """
     if engine not in ENGINES:
         raise UsageError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"device must be auto, cpu or cuda[:index], got {device!r}")
     on_gpu = device.startswith("cuda")
     if on_gpu and engine in ("numpy", "cpu"):
         raise UsageError(f"--engine {engine} computes on the CPU, but --device is {device}; leave one of them out")
+    if engine == "triton" and device == "cpu":
+        raise UsageError("--engine triton computes on a GPU, but --device is cpu; leave one of them out")
     if engine == "triton" or on_gpu:
         return _triton(device)
     if engine == "numpy":

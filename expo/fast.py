@@ -29,7 +29,7 @@ from .progress import Bar, size
 from .result import Merged
 
 INTERRUPTED = 130
-SHOWN = 8  # copied tensors that the summary names one by one
+SHOWN = 8  # copied or dropped tensors and left-out files that the summary names one by one
 EPILOG = """\
 out = aligned + alpha * (aligned - sft), in fp32, rounded once to aligned's dtype (ExPO, arXiv 2404.16792).
 exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the output could not be written; 130 interrupted
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ExpoError as error:
         print(f"expo: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("expo: interrupted; nothing was left behind", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"expo: interrupted; {str(interrupt) or 'nothing was left behind'}", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -92,13 +92,23 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end a merge as Ctrl-C does: staging removed, exit code 130."""
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     # nohup has SIGHUP ignored, and it stays so
-    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = [signal.signal(number, signal.default_int_handler) for number in caught]
+    before = {number: signal.getsignal(number) for number in stops if signal.getsignal(number) is not signal.SIG_IGN}
+
+    def interrupt(*_: object) -> None:
+        # For good: a second Ctrl-C must not cut the removal of the staging folder short, nor change the exit code.
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        before.clear()
+        raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number, handler in zip(caught, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -151,17 +161,12 @@ def _summary(merged: Merged) -> Iterator[str]:
     moved = merged.bytes_read + merged.bytes_written
     yield (
         f"{size(merged.bytes_read)} read, {size(merged.bytes_written)} written in {merged.seconds:.2f} s, "
-        f"{size(moved / merged.seconds)}/s"
+        f"{size(moved / merged.seconds)}/s moved"
     )
     yield f"  tensors  {merged.extrapolated} extrapolated, {len(merged.copied)} copied, {len(merged.dropped)} dropped"
-    for name, reason in merged.copied[:SHOWN]:
-        yield f"           copied {name}: {reason}"
-    if len(merged.copied) > SHOWN:
-        yield f"           and {len(merged.copied) - SHOWN} more; --plan names them all"
-    for name in merged.dropped[:SHOWN]:
-        yield f"           dropped {name}: only in sft"
-    for name, reason in merged.left_out:
-        yield f"  left out {name}: {reason}"
+    yield from _some([f"copied {name}: {reason}" for name, reason in merged.copied])
+    yield from _some([f"dropped {name}: only in sft" for name in merged.dropped])
+    yield from _some([f"left out {name}: {reason}" for name, reason in merged.left_out])
     written = "past the page cache" if merged.direct else "through the page cache"
     yield f"  engine   {merged.engine}, {merged.workers} workers ({merged.why}); written {written}"
     for output in merged.outputs:
@@ -170,6 +175,12 @@ def _summary(merged: Merged) -> Iterator[str]:
             f"{output.relative_change:.3g}, {output.non_finite} non-finite"
         )
         yield f"           -> {output.path}" + (" (verified)" if merged.verified else "")
+
+
+def _some(lines: Sequence[str]) -> Iterator[str]:
+    """The first lines, and how many there are besides."""
+    shown = [*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more; --plan names them all"] if len(lines) > SHOWN else [])]
+    yield from (f"           {line}" for line in shown)
 
 
 def _plan(options: argparse.Namespace) -> int:

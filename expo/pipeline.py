@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ BASE_MEMORY = 25_000_000  # bytes: the interpreter with what a CPU merge imports
 def merge(
     sft: StrPath,
     aligned: StrPath,
-    alpha: float | Sequence[float],
+    alpha: float | Iterable[float],
     out: StrPath | None = None,
     *,
     alpha_for: Mapping[str, float] | None = None,
@@ -72,7 +72,7 @@ def merge(
                 Pass(plan, source, job.crew, _comparison(stagings)).run(_part(progress, 1, 2), cancel)
             for staging in stagings:
                 _complete(plan, strong, staging)
-            warnings = tally.warnings() + [note for staging in stagings for note in staging.commit()]
+            warnings = tally.warnings() + _commit(stagings)
     return Merged(
         outputs=tuple(tally.output(k, path, plan.alphas[k]) for k, path in enumerate(job.outs)),
         extrapolated=sum(step.action is Action.EXTRAPOLATE for step in plan.steps),
@@ -83,6 +83,7 @@ def merge(
         bytes_written=plan.output_bytes,
         seconds=time.perf_counter() - began,
         relative_distance=tally.relative_distance,
+        max_abs_difference=tally.max_abs_d,
         engine=job.crew[0].name,
         why=job.crew[0].why,
         workers=len(job.crew),
@@ -93,11 +94,23 @@ def merge(
     )
 
 
+def _commit(stagings: Sequence[Staging]) -> list[str]:
+    """Put the outputs in place, one by one; what stops it in between says which are there already."""
+    try:
+        return [note for staging in stagings for note in staging.commit()]
+    except (KeyboardInterrupt, OutputError) as error:
+        done = [staging.out for staging in stagings if staging.committed]
+        if not done:
+            raise
+        before = f"{error}; " if isinstance(error, OutputError) else ""
+        raise type(error)(f"{before}already in place: {', '.join(done)}") from error
+
+
 def _part(progress: Progress | None, before: int, passes: int) -> Progress | None:
-    """Progress of one pass of several equal ones, as progress of all of them."""
+    """Progress of one pass of several as progress of all of them: each counts for its share of the bytes."""
     if progress is None:
         return None
-    return lambda done, total: progress(before * total + done, passes * total)
+    return lambda done, total: progress((before * total + done) // passes, total)
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,7 @@ class Preview:
 def preview(
     sft: StrPath,
     aligned: StrPath,
-    alpha: float | Sequence[float],
+    alpha: float | Iterable[float],
     out: StrPath | None = None,
     *,
     alpha_for: Mapping[str, float] | None = None,
@@ -146,7 +159,7 @@ def preview(
 def _prepare(
     sft: StrPath,
     aligned: StrPath,
-    alpha: float | Sequence[float],
+    alpha: float | Iterable[float],
     out: StrPath | None,
     alpha_for: Mapping[str, float] | None,
     on_unpaired: str,
@@ -172,10 +185,10 @@ def _prepare(
         yield weak, strong, Preview(plan, outs, crew_of(chosen), free_bytes(outs[0]), error)
 
 
-def alphas_of(alpha: float | Sequence[float]) -> tuple[float, ...]:
+def alphas_of(alpha: float | Iterable[float]) -> tuple[float, ...]:
     """One number or several, as a tuple of floats. Raises UsageError."""
-    values = alpha if isinstance(alpha, Sequence) and not isinstance(alpha, str) else (alpha,)
     try:
+        values = tuple(alpha) if isinstance(alpha, Iterable) and not isinstance(alpha, str) else (alpha,)
         return tuple(float(value) for value in values)
     except (TypeError, ValueError, OverflowError):
         raise UsageError(f"alpha must be a number or several, got {alpha!r}") from None

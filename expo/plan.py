@@ -272,7 +272,7 @@ def sort_files(files: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, 
         if base.startswith("."):
             left_out.append((path, "hidden"))
         elif base.endswith(OTHER_WEIGHTS):
-            left_out.append((path, "weights in another form"))
+            left_out.append((path, "weights in another form, or training state"))
         elif path == "README.md":
             left_out.append((path, "describes aligned, not the merge"))
         elif base in TRAINING:

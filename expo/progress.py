@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -22,8 +23,10 @@ class Bar:
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if self._live:
-            filled = WIDTH * done // total if total else WIDTH
-            self._stream.write(f"\r{'█' * filled}{'░' * (WIDTH - filled)} {self._text(done, total, now)}\x1b[K")
+            text = self._text(done, total, now)
+            width = max(0, min(WIDTH, shutil.get_terminal_size().columns - len(text) - 2))  # a wrapped line piles up
+            filled = width * done // total if total else width
+            self._stream.write(f"\r{'█' * filled}{'░' * (width - filled)} {text}\x1b[K")
             self._stream.flush()
             self._open = True
         elif now - self._drawn >= LOG_EVERY:

@@ -33,9 +33,9 @@ class Merged:
     """What merge() did: one Output for each alpha, numbers of tensors and bytes, and seconds of wall time.
 
     copied: (tensor, reason). dropped: tensors of sft alone. left_out: (file of aligned's folder, reason).
-    relative_distance: the 2-norm of aligned - sft over that of aligned. engine, why, workers: what computed, the reason
-    it was chosen, its threads. shares: bytes of output by engine. direct: whether all of it was written with O_DIRECT.
-    verified: whether it was read back and compared.
+    relative_distance: the 2-norm of aligned - sft over that of aligned; max_abs_difference: its largest element.
+    engine, why, workers: what computed, the reason it was chosen, its threads. shares: bytes of output by engine.
+    direct: whether all of it was written with O_DIRECT. verified: whether it was read back and compared.
     """
 
     outputs: tuple[Output, ...]
@@ -47,6 +47,7 @@ class Merged:
     bytes_written: int
     seconds: float
     relative_distance: float
+    max_abs_difference: float
     engine: str
     why: str
     workers: int
@@ -64,6 +65,7 @@ class Tally:
         self.elements = 0
         self.changed = [0] * alphas
         self.non_finite = [0] * alphas
+        self.max_abs_d = 0.0
         self._d: list[float] = []
         self._aligned: list[float] = []
         self._moved: list[list[float]] = [[] for _ in range(alphas)]
@@ -72,6 +74,7 @@ class Tally:
         """active: the outputs whose alpha is not 0, in the order of moved.counts."""
         with self._lock:
             self.elements += elements
+            self.max_abs_d = max(self.max_abs_d, moved.max_abs_d)
             self._d.append(moved.d_squared)
             self._aligned.append(moved.aligned_squared)
             for k, (changed, non_finite) in zip(active, moved.counts, strict=True):

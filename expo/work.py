@@ -22,7 +22,6 @@ from .writer import BLOCK, aligned_buffer
 MIB = 1 << 20
 BUFFERS = 32 * MIB  # bytes of all workers' buffers together, at most
 CHUNK = 4 * MIB  # bytes of one output; 2 to 8 MiB were equally fast, and less of it is less memory
-READ_AHEAD = int(__import__("os").environ.get("RA", "32")) * MIB  # bytes of one output
 TICK = 0.05  # seconds between two reports of progress
 
 Progress = Callable[[int, int], None]

@@ -82,11 +82,12 @@ class ShardWriter:
             fd = self._open()
             done = 0
             while done < length:
-                whole = length - done if not self.direct else -(-(length - done) // BLOCK) * BLOCK
+                direct = self.direct  # as it is now: another thread may be the one that learns that it cannot be
+                whole = -(-(length - done) // BLOCK) * BLOCK if direct else length - done
                 try:
                     done += os.pwrite(fd, data[done : done + whole], offset + done)
                 except OSError as error:
-                    if error.errno != errno.EINVAL or not self.direct:
+                    if error.errno != errno.EINVAL or not direct:
                         raise
                     fd = self._reopen_buffered()
             with self._lock:
@@ -150,7 +151,8 @@ def check_free(out: str, single_file: bool, overwrite: bool) -> None:
     if os.path.isdir(out) == single_file:
         kinds = ("file", "folder") if single_file else ("folder", "file")
         raise OutputError(f"{out}: a {kinds[0]} is to be written, but a {kinds[1]} is there; choose another --out")
-    names = os.listdir(out) if not single_file else []
+    with output_errors(out):
+        names = os.listdir(out) if not single_file else []
     if names and not any(name.endswith(".safetensors") for name in names):
         raise OutputError(f"{out} is a folder without a model, which --overwrite does not replace")
 
@@ -169,6 +171,7 @@ class Staging:
         self.parent, name = os.path.split(self.out)
         self.folder = os.path.join(self.parent, f".{name}.expo-staging")
         self._lock = -1
+        self.committed = False
         self._ours = False  # whether what stands at self.folder is this merge's to remove
         self._made: list[str] = []
         check_free(self.out, single_file, overwrite)
@@ -271,8 +274,10 @@ class Staging:
                 os.rename(source, self.out)
             else:
                 _place_new(source, self.out)
+            self.committed = True
         try:
-            sync_folder(self.parent)
+            for folder in (self.parent, *map(os.path.dirname, self._made)):
+                sync_folder(folder)
         except OSError as error:
             warnings.append(f"{self.out} is complete, but may be gone after a power failure: {error.strerror}")
         return warnings
@@ -290,12 +295,14 @@ class Staging:
             if not exchange(self.folder, self.out):
                 old = f"{self.folder}-old"
                 self._swap_in_two_steps(old)
+                self._ours = False
                 warnings.append(f"{self.out} was replaced in two steps: this filesystem cannot swap folders")
-            self._ours = False
+            self.committed = True
             try:
                 shutil.rmtree(old)
             except OSError as error:
                 warnings.append(f"{old}, the model that was replaced, could not be removed: {error.strerror}")
+            self._ours = False  # not before: an interrupted removal is finished by `_clean_up`
         finally:
             os.close(lock)
         return warnings

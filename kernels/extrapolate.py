@@ -8,6 +8,7 @@ Bytes moved per element: itemsize of sft + 2 * itemsize of aligned; 6 for bf16.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,9 @@ def launch(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Te
     n = aligned.numel()
     if n:
         grid = (triton.cdiv(n, BLOCK),)
-        _extrapolate[grid](sft, aligned, out, n, alpha, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(aligned.device) if aligned.is_cuda else contextlib.nullcontext():
+            _extrapolate[grid](sft, aligned, out, n, alpha, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)
 
 
 def available() -> str:
@@ -86,6 +89,7 @@ class HostEngine:
             raise RuntimeError(reason)
         interpreted = not isinstance(_extrapolate, triton.runtime.JITFunction)
         self._device = torch.device("cpu" if interpreted else device)
+        torch.empty(0, device=self._device)  # an index that is not there fails here, not in the middle of a merge
 
     def __call__(
         self,

@@ -54,6 +54,8 @@ def test_triton_without_a_gpu_says_so() -> None:
     [
         ("fortran", "auto", "'fortran'"),
         ("auto", "tpu", "'tpu'"),
+        ("auto", "cuda:x", "'cuda:x'"),
+        ("triton", "cpu", "--engine triton computes on a GPU, but --device is cpu"),
         ("numpy", "cuda", "--engine numpy computes on the CPU, but --device is cuda"),
         ("cpu", "cuda:1", "--engine cpu computes on the CPU, but --device is cuda:1"),
     ],

@@ -59,7 +59,7 @@ def steady(text: str, folder: Path) -> str:
 # --- a merge ----------------------------------------------------------------------------------------------------------
 
 SUMMARY = """\
-4.0 MB read, 2.0 MB written in SECONDS s, RATE/s
+4.0 MB read, 2.0 MB written in SECONDS s, RATE/s moved
   tensors  38 extrapolated, 0 copied, 0 dropped
   engine   ENGINE, N workers (WHY); written past the page cache
   alpha 0.3  54.6% of elements changed, |change| / |aligned| 0.00248, 0 non-finite
@@ -108,14 +108,14 @@ ODD_ALIGNED: dict[str, tuple[str, tuple[int, ...]]] = {
     "a": ("BF16", (8, 8)), "b": ("F32", (8, 8)), "e": ("BF16", (8,)), "new": ("BF16", (3,)), "i": ("I64", (4,)),
 }  # fmt: skip
 ODD_SUMMARY = """\
-694 bytes read, 9.1 kB written in SECONDS s, RATE/s
+694 bytes read, 9.1 kB written in SECONDS s, RATE/s moved
   tensors  1 extrapolated, 4 copied, 1 dropped
            copied a: alpha is 0
            copied e: sft has BF16 [9]
            copied new: not in sft
            copied i: I64 is no floating-point dtype
            dropped gone: only in sft
-  left out README.md: describes aligned, not the merge
+           left out README.md: describes aligned, not the merge
   engine   ENGINE, N workers (WHY); written past the page cache
   alpha 0.1  100.0% of elements changed, |change| / |aligned| 0.963, 0 non-finite
            -> TMP/x-0.1 (verified)
@@ -444,6 +444,16 @@ def start(arguments: Sequence[str], folder: Path, prepare: Callable[[], Any] | N
 def test_a_signal_in_the_middle_leaves_nothing(large: Sequence[str], tmp_path: Path, number: signal.Signals) -> None:
     process = start(large, tmp_path)
     process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, b"", b"expo: interrupted; nothing was left behind\n")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_second_signal_does_not_cut_the_removal_short(large: Sequence[str], tmp_path: Path) -> None:
+    process = start(large, tmp_path)
+    for _ in range(8):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, b"", b"expo: interrupted; nothing was left behind\n")
     assert os.listdir(tmp_path) == []

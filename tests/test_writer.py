@@ -639,3 +639,42 @@ def test_the_replaced_model_is_locked_until_it_is_gone(
     expo.merge(*pair, 0.5, out, overwrite=True)
     assert len(refused) == 1
     assert sorted(os.listdir(tmp_path)) == ["al", "out", "sft"]
+
+
+def test_an_interrupt_after_the_swap_says_what_is_in_place(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model that was replaced is removed all the same, and nobody is told that nothing has happened."""
+    out = tmp_path / "out"
+    expo.merge(*pair, 0.5, tmp_path / "expected")
+    expo.merge(*pair, 0.3, out)
+    rmtree, calls = shutil.rmtree, itertools.count()
+
+    def interrupted(*arguments: Any, **named: Any) -> None:
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        rmtree(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=f"^already in place: {out}$"):
+            expo.merge(*pair, 0.5, out, overwrite=True)
+    assert read_folder(out) == read_folder(tmp_path / "expected")
+    assert sorted(os.listdir(tmp_path)) == ["al", "expected", "out", "sft"]
+
+
+def test_of_several_outputs_an_error_names_those_in_place(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, calls = os.rename, itertools.count()
+
+    def second_fails(*arguments: Any) -> None:
+        if next(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(*arguments)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    first, second = tmp_path / "out0.1", tmp_path / "out0.3"
+    with pytest.raises(expo.OutputError, match=f"^{second}: Input/output error; already in place: {first}$"):
+        expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}")
+    assert sorted(os.listdir(tmp_path)) == ["al", "out0.1", "sft"]
