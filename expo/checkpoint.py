@@ -134,7 +134,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(_nothing_to_read(path))
     if not os.path.exists(path):
         hint = "; hub ids are not fetched: download it first" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
-        raise CheckpointError(f"{path}: {_missing(path)}{hint}")
+        raise CheckpointError(f"{path or repr(path)}: {_missing(path)}{hint}")
     return _assemble(path, None, {os.path.basename(path): Shard(path)}, {}, None)
 
 
@@ -219,6 +219,12 @@ def _load_json(path: str, missing: dict[str, Any] | None = None) -> dict[str, An
 
 
 def _missing(path: str) -> str:
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        return error.strerror or str(error)
+    except (OSError, ValueError):
+        pass
     return "a broken link" if os.path.islink(path) else "no such file or folder"
 
 

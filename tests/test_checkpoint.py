@@ -308,7 +308,15 @@ def test_mapping_that_the_system_refuses(single: Path, monkeypatch: pytest.Monke
 def test_missing_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.chdir(tmp_path)
     hint = "; hub ids are not fetched: download it first" if path.count("/") == 1 else ""
-    assert refusal(path) == f"{path}: no such file or folder{hint}"
+    assert refusal(path) == f"{path or repr(path)}: no such file or folder{hint}"
+
+
+def test_a_path_that_may_not_be_looked_at_is_not_called_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stat(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert refusal("closed") == "closed: Permission denied"
 
 
 def test_empty_folder(tmp_path: Path) -> None:
