@@ -5,8 +5,8 @@
  * Every fp32 operation rounds once, to nearest even: build with -ffp-contract=off and without -ffast-math.
  * The calling thread's floating-point mode (flush-denormal, rounding) is set to IEEE's default for the
  * computation and restored after it.  Bytes moved: one read of sft, one of aligned, one write per alpha.
- * Inputs and outputs may be unaligned; with one alpha and no
- * statistics the output may be the very memory of an input; overlapping in part is never right.
+ * Inputs and outputs may be unaligned.  With one alpha and no statistics the output may be the very memory of an
+ * input; overlapping in part is never right.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -15,11 +15,14 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+/* One build for every x86-64: the loader picks the variant.  Older compilers do not know these levels. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define F16C
 #else
 #define CLONES
+#endif
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) /* clang cannot ask the processor for f16c */
+#define F16C
 #endif
 
 #define MAX_ALPHAS 64
