@@ -215,10 +215,8 @@ def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) 
     for out in outs:
         place = os.path.realpath(out)
         for checkpoint in inputs:
-            for path in (
-                checkpoint.path,
-                *(shard.path for shard in checkpoint.shards.values()),
-            ):  # a shard may be a link
+            # A shard may be a link to a place outside the checkpoint's folder.
+            for path in (checkpoint.path, *(shard.path for shard in checkpoint.shards.values())):
                 source = os.path.realpath(path)
                 if os.path.commonpath((place, source)) in (place, source):
                     raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another --out")

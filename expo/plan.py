@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -141,7 +140,7 @@ def _check_arguments(
     for value in (*alphas, *alpha_for.values()):
         try:
             working_alpha(value)
-        except (ValueError, TypeError, struct.error) as error:
+        except (ValueError, TypeError) as error:
             raise UsageError(f"alpha must be a number that is finite in float32, got {value!r}") from error
     if not 1 <= len(alphas) <= MAX_ALPHAS or len(set(alphas)) < len(alphas):
         raise UsageError(f"alphas must be 1 to {MAX_ALPHAS} different numbers, got {list(alphas)}")

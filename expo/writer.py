@@ -288,9 +288,8 @@ class Staging:
         old = self.folder
         lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            with contextlib.suppress(
-                OSError
-            ):  # the old output is about to bear staging's name: nobody else may take it
+            # The old output is about to bear staging's name: nobody else may take it.
+            with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not exchange(self.folder, self.out):
                 old = f"{self.folder}-old"

@@ -14,6 +14,17 @@ import numpy as np
 # Tensors by name: (safetensors dtype, shape, bytes).
 Tensors = Mapping[str, tuple[str, tuple[int, ...], bytes]]
 
+# Integers, a scalar, empty tensors, and one tensor longer than several small chunks.
+ODD_SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "count": ("I64", (5,)),
+    "mask": ("BOOL", (7,)),
+    "bytes": ("U8", (3, 3)),
+    "scalar": ("BF16", ()),
+    "empty": ("F32", (0, 4)),
+    "hollow": ("BF16", (0,)),
+    "long": ("BF16", (100, 333)),
+}
+
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "BOOL": 1, "U8": 1}
 
 

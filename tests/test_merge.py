@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from checkpoints import (
     ITEMSIZE,
+    ODD_SHAPES,
     Tensors,
     fingerprint,
     random_tensors,
@@ -42,16 +43,10 @@ ALPHAS = (0.3, -0.25, 1.0, 0.0)
 SHARD = "model-00001-of-00002.safetensors"
 Pair = tuple[Path, Path]
 
-# Every pair of floating dtypes, integers, a scalar, empty tensors, and one tensor longer than several small chunks.
+# Every pair of floating dtypes, and what is odd in other ways.
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     **{f"{a}.{s}": (a, (37, 11)) for a in FLOATS for s in FLOATS},
-    "count": ("I64", (5,)),
-    "mask": ("BOOL", (7,)),
-    "bytes": ("U8", (3, 3)),
-    "scalar": ("BF16", ()),
-    "empty": ("F32", (0, 4)),
-    "hollow": ("BF16", (0,)),
-    "long": ("BF16", (100, 333)),
+    **ODD_SHAPES,
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import fingerprint, random_tensors, read_file, write_folder
+from checkpoints import ODD_SHAPES, fingerprint, random_tensors, read_file, write_folder
 
 import expo
 import expo.streaming
@@ -24,13 +24,7 @@ from expo.streaming import AHEAD
 Pair = tuple[Path, Path]
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     **{dtype: (dtype, (19, 7)) for dtype in ("BF16", "F16", "F32", "F64")},
-    "count": ("I64", (5,)),
-    "mask": ("BOOL", (7,)),
-    "bytes": ("U8", (3, 3)),
-    "scalar": ("BF16", ()),
-    "empty": ("F32", (0, 4)),
-    "hollow": ("BF16", (0,)),
-    "long": ("BF16", (100, 333)),
+    **ODD_SHAPES,
 }
 TORCH = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -191,22 +193,23 @@ def test_short_writes_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "file").read_bytes() == data
 
 
-@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, None])
-def test_a_filesystem_that_cannot_allocate_gets_a_file_with_holes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
-) -> None:
-    class Library:
-        """A C library whose fallocate fails, or that has none."""
+@contextlib.contextmanager
+def c_library_whose(function: str, code: int | None) -> Iterator[None]:
+    """A C library whose function fails with this errno, or that has no such function."""
 
-    def fallocate(*_: Any) -> int:
+    def fail(*_: Any) -> int:
         ctypes.set_errno(code or 0)
         return -1
 
-    library = Library()
-    if code:
-        library.fallocate64 = fallocate  # type: ignore[attr-defined]
-    with monkeypatch.context() as patch:
+    library = SimpleNamespace(**({function: fail} if code else {}))
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+        yield
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, None])
+def test_a_filesystem_that_cannot_allocate_gets_a_file_with_holes(tmp_path: Path, code: int | None) -> None:
+    with c_library_whose("fallocate64", code):
         write_all(tmp_path / "file", content(9999))
     assert (tmp_path / "file").read_bytes() == content(9999)
 
@@ -347,19 +350,8 @@ def test_exchange_swaps_two_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, None])
-def test_exchange_says_where_the_system_cannot(monkeypatch: pytest.MonkeyPatch, code: int | None) -> None:
-    class Library:
-        """A C library whose renameat2 fails, or that has none."""
-
-    def renameat2(*_: Any) -> int:
-        ctypes.set_errno(code or 0)
-        return -1
-
-    library = Library()
-    if code:
-        library.renameat2 = renameat2  # type: ignore[attr-defined]
-    with monkeypatch.context() as patch:
-        patch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+def test_exchange_says_where_the_system_cannot(code: int | None) -> None:
+    with c_library_whose("renameat2", code):
         assert exchange("a", "b") is False
 
 
