@@ -3,7 +3,10 @@
     out = aligned + alpha * (aligned - sft)
 
 merge() goes from file to file, stream() from file into the caller's memory, extrapolate() over arrays and tensors.
+torch.ops.expo.extrapolate is the last of them as an operator, where torch is imported first; else import expo.op.
 """
+
+import sys
 
 from .arrays import extrapolate
 from .errors import (
@@ -18,6 +21,9 @@ from .errors import (
 from .pipeline import merge
 from .result import Merged, Output
 from .streaming import stream
+
+if "torch" in sys.modules:  # it is never imported for its operator's sake
+    from . import op as _op  # noqa: F401
 
 __version__ = "0.1.0"
 

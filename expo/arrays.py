@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from .engines import Engine, choose, cpu_count
 from .errors import EngineError, UsageError
@@ -18,12 +18,19 @@ if TYPE_CHECKING:
     import torch
 
     Array = TypeVar("Array", npt.NDArray[Any], torch.Tensor)
+    Several = Sequence[Array] | Iterator[Array]
 
 SPLIT = 1 << 22  # elements from which several threads share a call: below, starting them costs more than it saves
 THREADS = 8  # at most; they saturate a memory controller
 
 
-def extrapolate(sft: Array, aligned: Array, alpha: float, *, out: Array | None = None) -> Array:
+@overload
+def extrapolate(sft: Array, aligned: Array, alpha: float, *, out: Array | None = None) -> Array: ...
+@overload
+def extrapolate(
+    sft: Several[Array], aligned: Several[Array], alpha: float, *, out: Several[Array] | None = None
+) -> list[Array]: ...
+def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any:
     """Return aligned + alpha * (aligned - sft), the formula of ExPO (arXiv 2404.16792), rounded once.
 
     sft, aligned: two NumPy arrays or two torch tensors of one shape, any shape; torch tensors on one device, any
@@ -33,13 +40,53 @@ def extrapolate(sft: Array, aligned: Array, alpha: float, *, out: Array | None =
     out: where to put the result, of aligned's shape and dtype; it may be aligned or sft itself, else it must not
         overlap them. Without it the result is a new array of the caller's own. autograd is not recorded.
 
+    All three may also be as many arrays or tensors in sequences or iterators, such as model.parameters(); the result
+    is then a list. On a GPU a whole model takes one launch.
+
     Contiguous memory on the CPU takes the compiled engine (NumPy where that is not built), which releases the GIL;
     CUDA tensors take the Triton kernel. Raises UsageError for arguments that do not fit together.
     """
     torch = sys.modules.get("torch")  # who holds a tensor has imported it
     if torch is not None and isinstance(aligned, torch.Tensor):
-        return _tensors(torch, sft, aligned, alpha, out)  # type: ignore[no-any-return]
-    return _arrays(sft, aligned, alpha, out)  # type: ignore[no-any-return]
+        return _tensors(torch, sft, aligned, alpha, out)
+    if isinstance(aligned, Iterable) and not isinstance(aligned, str | bytes) and not hasattr(aligned, "dtype"):
+        return _many(torch, list(sft), list(aligned), alpha, None if out is None else list(out))
+    return _arrays(sft, aligned, alpha, out)
+
+
+def _many(torch: Any, sft: list[Any], aligned: list[Any], alpha: float, out: list[Any] | None) -> list[Any]:
+    """One by one, but for what one launch on a GPU can do together."""
+    outs = [None] * len(aligned) if out is None else out
+    if not len(sft) == len(aligned) == len(outs):
+        raise UsageError(f"as many of each are needed, got sft {len(sft)}, aligned {len(aligned)}, out {len(outs)}")
+    results, together = [], []
+    for s, a, o in zip(sft, aligned, outs, strict=True):
+        if torch is None or not isinstance(a, torch.Tensor) or not _on_gpu(a):
+            results.append(extrapolate(s, a, alpha, out=o))
+            continue
+        checked = _checked(torch, s, a, alpha, o)
+        if _plain(s, a, checked.out) and checked.alpha and "F64" not in checked.dtypes:
+            together.append((s.detach(), a.detach(), checked.out.detach()))
+        else:
+            _compute(s, a, checked)
+        results.append(checked.out)
+    if together:
+        from .kernels.whole_model import Table
+
+        Table(*zip(*together, strict=True)).launch(working_alpha(alpha))
+    return results
+
+
+def _on_gpu(tensor: Any) -> bool:
+    return bool(tensor.is_cuda)
+
+
+class _Checked(NamedTuple):
+    """Arguments that fit together: where the result goes, the dtypes of sft and aligned, the working alpha."""
+
+    out: Any
+    dtypes: tuple[Any, Any]
+    alpha: float
 
 
 @cache
@@ -87,6 +134,12 @@ def _working(alpha: float, sft: Any, aligned: Any, names: tuple[str | None, str 
 
 
 def _tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
+    checked = _checked(torch, sft, aligned, alpha, out)
+    _compute(sft, aligned, checked)
+    return checked.out
+
+
+def _checked(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> _Checked:
     if out is None:
         out = torch.empty_like(aligned, requires_grad=False)
     _check(sft, aligned, out, torch.Tensor)
@@ -97,21 +150,29 @@ def _tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
     device = aligned.device
     if sft.device != device or out.device != device:
         raise UsageError(f"devices differ: sft {sft.device}, aligned {device}, out {out.device}")
+    if al and _plain(sft, aligned, out):
+        _check_overlap((sft.data_ptr(), aligned.data_ptr(), out.data_ptr()), dtypes, aligned.numel())
+    return _Checked(out, dtypes, al)
+
+
+def _plain(*tensors: Any) -> bool:
+    """Whether the elements lie one after the other, as they are."""
+    return all(x.is_contiguous() and not x.is_neg() for x in tensors)
+
+
+def _compute(sft: Any, aligned: Any, checked: _Checked) -> None:
+    out, dtypes, al = checked
     if al == 0:
         source = aligned.detach()
         apart = out is aligned or out.untyped_storage().data_ptr() != aligned.untyped_storage().data_ptr()
         out.detach().copy_(source if apart else source.clone())  # copy_ is wrong where they overlap
-    elif not all(x.is_contiguous() and not x.is_neg() for x in (sft, aligned, out)):
+    elif not _plain(sft, aligned, out):
         plain = [x.detach().resolve_neg().contiguous() for x in (sft, aligned)]
-        out.detach().copy_(extrapolate(plain[0], plain[1], alpha))
+        out.detach().copy_(extrapolate(plain[0], plain[1], al))
+    elif aligned.device.type == "cpu":
+        _on_cpu((sft.data_ptr(), aligned.data_ptr(), out.data_ptr()), dtypes, aligned.numel(), al)
     else:
-        addresses, n = (sft.data_ptr(), aligned.data_ptr(), out.data_ptr()), aligned.numel()
-        _check_overlap(addresses, dtypes, n)
-        if device.type == "cpu":
-            _on_cpu(addresses, dtypes, n, al)
-        else:
-            _on_device(sft.detach(), aligned.detach(), al, out.detach())
-    return out
+        _on_device(sft.detach(), aligned.detach(), al, out.detach())
 
 
 def _check_layouts(torch: Any, sft: Any, aligned: Any, out: Any) -> None:

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import EngineError, UsageError
 from .kernels.contract import EngineFunction
 
 ENGINES = ("auto", "numpy", "cpu", "triton")
+MOST_WORKERS = 8
 
 
 class Engine(NamedTuple):
-    """name: as in `--engine`; run: the function; why: one phrase for the summary."""
+    """name: as in `--engine`; run: the function; why: one phrase for the summary; gpu: a `ring.Device` to stream to."""
 
     name: str
     run: EngineFunction
     why: str
+    gpu: Any = None
 
 
 def choose(engine: str = "auto", device: str = "auto") -> Engine:
-    """The engine for a merge from file to file.
+    """The engine that is asked for, or the best for the CPU.
 
     engine: "auto", "numpy", "cpu" or "triton"; device: "auto", "cpu" or "cuda[:index]". auto is the compiled engine,
     or NumPy where that is not built: from file to file the disk is the limit, and a GPU has nothing to add.
@@ -64,20 +66,30 @@ def _numpy(why: str) -> Engine:
 
 def _triton(device: str) -> Engine:
     try:
-        from .kernels import extrapolate
+        from .kernels import device as gpu
+        from .kernels import extrapolate, host
     except ImportError as error:
         raise EngineError(f"--engine triton needs torch and triton, which cannot be imported: {error}") from error
     device = "cuda" if device == "auto" else device
     try:
-        run = extrapolate.HostEngine(device)
+        stream_to = None if extrapolate.interpreted() else gpu.Cuda(device)
+        return Engine("triton", host.HostEngine(device), f"asked for, on {device}", stream_to)
     except RuntimeError as error:
         raise EngineError(f"--engine triton cannot run here: {error}; --engine cpu needs no GPU") from error
-    return Engine("triton", run, f"asked for, on {device}")
 
 
-def crew_of(engine: Engine) -> tuple[Engine, ...]:
-    """An engine for each worker: one more than processors, as a worker waits while it writes; 1 on a GPU; 8 at most."""
-    return (engine,) * (1 if engine.name == "triton" else min(cpu_count() + 1, 8))
+def crew(engine: str = "auto", device: str = "auto") -> tuple[Engine, ...]:
+    """An engine for each worker of a merge from file to file.
+
+    On the CPU one more than processors, as a worker waits while it writes, 8 at most. Two for a GPU: one reads while
+    the other writes; with engine "auto" and a GPU as the device those of the CPU help it. Raises what choose() raises.
+    """
+    first = choose(engine, device)
+    many = min(cpu_count() + 1, MOST_WORKERS)
+    if first.name != "triton":
+        return (first,) * many
+    alone = (first,) * (2 if first.gpu else 1)
+    return alone + (choose("auto", "cpu"),) * many if engine == "auto" else alone
 
 
 def cpu_count() -> int:

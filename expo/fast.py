@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--on-mismatch", choices=POLICIES, default="error", help="a tensor of two shapes: refuse, or keep aligned's")
     add("--engine", choices=ENGINES, default="auto", help="auto: compiled CPU code, else NumPy; triton needs a GPU")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda[:index]")
+    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, or cuda[:index]: a GPU too")
     add("--plan", action="store_true", help="read headers only, print every tensor's fate, write nothing")
     add("--json", action="store_true", help="print the result, or the plan, as one JSON object")
     add("--overwrite", action="store_true", help="replace an output that is there")
@@ -168,7 +168,9 @@ def _summary(merged: Merged) -> Iterator[str]:
     yield from _some([f"dropped {name}: only in sft" for name in merged.dropped])
     yield from _some([f"left out {name}: {reason}" for name, reason in merged.left_out])
     written = "past the page cache" if merged.direct else "through the page cache"
-    yield f"  engine   {merged.engine}, {merged.workers} workers ({merged.why}); written {written}"
+    parts = [f"{name} {done / merged.bytes_written:.0%}" for name, done in merged.shares.items()]
+    shares = f"; {', '.join(parts)} of the bytes" if len(parts) > 1 else ""
+    yield f"  engine   {merged.engine}, {merged.workers} workers ({merged.why}){shares}; written {written}"
     for output in merged.outputs:
         yield (
             f"  alpha {output.alpha:g}  {output.changed:.1%} of elements changed, |change| / |aligned| "

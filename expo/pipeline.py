@@ -11,16 +11,17 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 from .checkpoint import INDEX, Checkpoint, open_checkpoint
-from .engines import Engine, choose, crew_of
+from .engines import Engine, crew
 from .errors import CheckpointError, ExpoError, OutputError, PlanError, UsageError
 from .plan import Action, Chunk, Plan, make_plan
 from .progress import size
 from .result import Merged, Tally
-from .work import MIB, Pass, Progress, Sink, Source, chunk_size
+from .work import MIB, RING_SLOTS, Pass, Progress, Sink, Source, chunk_size
 from .writer import ShardWriter, Staging, check_free, output_errors
 
 StrPath = str | os.PathLike[str]
 BASE_MEMORY = 25_000_000  # bytes: the interpreter with what a CPU merge imports
+TORCH_MEMORY = 500_000_000  # about what torch and triton take once imported; a GPU's driver takes more
 
 
 def merge(
@@ -49,7 +50,7 @@ def merge(
     out: where to write; with several alphas it contains "{alpha}". Default: "<aligned's name>-expo-{alpha}" here.
     alpha_for: regular expression on tensor names to the alpha used instead; the last match wins, 0 keeps aligned's.
     on_unpaired, on_mismatch: "error", or "aligned" to keep aligned's tensor where sft has none or one of another shape.
-    engine, device: see `choose`. overwrite: replace an output. verify: read it back and compare before it is committed.
+    engine, device: see `engines.crew`. overwrite: replace an output. verify: read it back, compare, and then commit.
     progress(done, total): bytes of output, called in this thread. cancel: set it from any thread to stop.
 
     Nothing stands at `out` until the whole of it is durable; any exception removes what was written. Works from any
@@ -129,8 +130,10 @@ class Preview:
     @property
     def memory(self) -> int:
         """Bytes of memory it takes: buffers, the pages mapped at a time, and the interpreter."""
-        outputs = len(self.outs)
-        return BASE_MEMORY + len(self.crew) * chunk_size(len(self.crew), outputs) * (outputs + 2)
+        outputs, size = len(self.outs), chunk_size(len(self.crew), len(self.outs))
+        slots = sum(1 if engine.gpu is None else 1 + RING_SLOTS for engine in self.crew)
+        on_gpu = any(engine.name == "triton" for engine in self.crew)
+        return BASE_MEMORY + on_gpu * TORCH_MEMORY + slots * size * (outputs + 2)
 
 
 def preview(
@@ -170,7 +173,7 @@ def _prepare(
 ) -> Iterator[tuple[Checkpoint, Checkpoint, Preview]]:
     """Open both checkpoints, plan, and find out whether the plan can be carried out."""
     alphas = alphas_of(alpha)
-    chosen = choose(engine, device)
+    workers = crew(engine, device)
     with closing(open_checkpoint(sft)) as weak, closing(open_checkpoint(aligned)) as strong:
         plan = make_plan(weak, strong, alphas, alpha_for, on_unpaired, on_mismatch)
         outs = output_paths(out, strong, alphas)
@@ -182,7 +185,7 @@ def _prepare(
                 check_free(path, strong.folder is None, overwrite)
         except (PlanError, OutputError) as found:
             error = found
-        yield weak, strong, Preview(plan, outs, crew_of(chosen), free_bytes(outs[0]), error)
+        yield weak, strong, Preview(plan, outs, workers, free_bytes(outs[0]), error)
 
 
 def alphas_of(alpha: float | Iterable[float]) -> tuple[float, ...]:

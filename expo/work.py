@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any, Protocol
 
 from .checkpoint import Checkpoint
 from .engines import Engine
@@ -22,6 +23,7 @@ from .writer import BLOCK, aligned_buffer
 MIB = 1 << 20
 BUFFERS = 32 * MIB  # bytes of all workers' buffers together, at most
 CHUNK = 4 * MIB  # bytes of one output; 2 to 8 MiB were equally fast, and less of it is less memory
+RING_SLOTS = 3  # chunks under way on a GPU: one that the host fills or empties, one going up, one coming down
 TICK = 0.05  # seconds between two reports of progress
 
 Progress = Callable[[int, int], None]
@@ -48,6 +50,23 @@ class Source:
             low, high = _twin_bytes(step, start, stop)
             self._sft.shard(step.name).ahead(low, high)
 
+    @contextmanager
+    def reading(self, step: Step, start: int, stop: int) -> Iterator[tuple[memoryview, memoryview]]:
+        """The mapped bytes of (sft, aligned) for bytes [start, stop) of the step's tensor; sft's are empty for a copy.
+
+        The pages are let go afterwards.
+        """
+        shard, first = self._aligned.shard(step.name), step.aligned.start
+        aligned = shard.map()[first + start : first + stop]
+        if step.sft is None:
+            yield memoryview(b""), aligned
+        else:
+            low, high = _twin_bytes(step, start, stop)
+            twin = self._sft.shard(step.name)
+            yield twin.map()[low:high], aligned
+            twin.release(low, high)
+        shard.release(first + start, first + stop)
+
     def compute(
         self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], tally: Tally | None = None
     ) -> None:
@@ -55,40 +74,38 @@ class Source:
 
         Raises EngineError where the engine refuses.
         """
-        aligned_shard = self._aligned.shard(step.name)
-        first = step.aligned.start
-        aligned = aligned_shard.map()[first + start : first + stop]
-        active = [k for k, alpha in enumerate(step.alphas) if alpha]
-        for k, out in enumerate(outs):
-            if k not in active:
-                out[:] = aligned
-        if step.sft is not None and active:
-            self._extrapolate(engine, step, start, aligned, [(outs[k], step.alphas[k]) for k in active], active, tally)
-        aligned_shard.release(first + start, first + stop)
+        active = active_outputs(step)
+        with self.reading(step, start, stop) as (sft, aligned):
+            for k, out in enumerate(outs):
+                if k not in active:
+                    out[:] = aligned
+            if active:
+                _extrapolate(engine, step, sft, aligned, [outs[k] for k in active], active, tally)
 
-    def _extrapolate(
-        self,
-        engine: Engine,
-        step: Step,
-        start: int,
-        aligned: memoryview,
-        work: Sequence[tuple[Any, float]],
-        active: Sequence[int],
-        tally: Tally | None,
-    ) -> None:
-        assert step.sft is not None
-        n = len(aligned) * 8 // DTYPES[step.aligned.dtype]
-        low, high = _twin_bytes(step, start, start + len(aligned))
-        shard = self._sft.shard(step.name)
-        outs, alphas = [out for out, _ in work], [alpha for _, alpha in work]
-        sft = shard.map()[low:high]
-        try:
-            moved = engine.run(sft, step.sft.dtype, aligned, step.aligned.dtype, n, outs, alphas, tally is not None)
-        except RuntimeError as error:
-            raise EngineError(f"--engine {engine.name} failed on {step.name}: {error}") from error
-        shard.release(low, high)
-        if tally is not None and moved is not None:
-            tally.add(step, n, active, moved)
+
+def active_outputs(step: Step) -> list[int]:
+    """The numbers of the outputs for which the step is not a copy."""
+    return [] if step.sft is None else [k for k, alpha in enumerate(step.alphas) if alpha]
+
+
+def _extrapolate(
+    engine: Engine,
+    step: Step,
+    sft: memoryview,
+    aligned: memoryview,
+    outs: Sequence[Any],
+    active: Sequence[int],
+    tally: Tally | None,
+) -> None:
+    assert step.sft is not None
+    n = len(aligned) * 8 // DTYPES[step.aligned.dtype]
+    alphas = [step.alphas[k] for k in active]
+    try:
+        moved = engine.run(sft, step.sft.dtype, aligned, step.aligned.dtype, n, outs, alphas, tally is not None)
+    except RuntimeError as error:
+        raise EngineError(f"--engine {engine.name} failed on {step.name}: {error}") from error
+    if tally is not None and moved is not None:
+        tally.add(step, n, active, moved)
 
 
 def _twin_bytes(step: Step, start: int, stop: int) -> tuple[int, int]:
@@ -123,6 +140,52 @@ class Queue:
         self._coming = next(self._chunks, None)
         for piece in self._coming.pieces if self._coming else ():
             self._source.ahead(piece)
+
+
+class Lane(Protocol):
+    """What a worker computes chunks with: `depth` of them may be under way; for one thread."""
+
+    depth: int
+
+    def begin(self, chunk: Chunk) -> None:
+        """Start a chunk."""
+
+    def finish(self) -> Sequence[memoryview]:
+        """The bytes of the chunk begun first, for each output; they stay until `depth` more have begun."""
+
+    def close(self) -> None:
+        """Wait for whatever is under way, and let go of it."""
+
+
+class Direct:
+    """The lane of an engine on the CPU: a chunk is computed when it begins."""
+
+    depth = 1
+
+    def __init__(self, engine: Engine, outputs: int, source: Source, size: int, tally: Tally | None) -> None:
+        self._engine = engine
+        self._source = source
+        self._tally = tally
+        self._buffers = [aligned_buffer(size) for _ in range(outputs)]
+
+    def begin(self, chunk: Chunk) -> None:
+        put_header(chunk, self._buffers)
+        for step, start, stop, at in chunk.pieces:
+            outs = [buffer[at : at + stop - start] for buffer in self._buffers]
+            self._source.compute(self._engine, step, start, stop, outs, self._tally)
+
+    def finish(self) -> Sequence[memoryview]:
+        return self._buffers
+
+    def close(self) -> None:
+        pass
+
+
+def put_header(chunk: Chunk, buffers: Sequence[memoryview]) -> None:
+    """The part of the file's header that lies in the chunk."""
+    header = chunk.shard.header[chunk.start : chunk.stop]
+    for buffer in buffers:
+        buffer[: len(header)] = header
 
 
 class Pass:
@@ -185,25 +248,39 @@ class Pass:
             progress(done, total)
         return done
 
+    def _lane(self, engine: Engine) -> Lane:
+        if engine.gpu is None:
+            return Direct(engine, len(self._plan.alphas), self._source, self._size, self._tally)
+        from .ring import Ring
+
+        return Ring(engine.gpu, self._plan, self._source, self._size, self._tally)
+
     def _work(self, engine: Engine) -> None:
         try:
-            buffers = [aligned_buffer(self._size) for _ in self._plan.alphas]
-            while not self._stop.is_set():
-                chunk = self._queue.take()
-                if chunk is None:
-                    return
-                self._fill(engine, chunk, buffers)
-                for k, buffer in enumerate(buffers):
-                    self._sink(k, chunk, buffer)
-                self._finished.append((engine.name, (chunk.stop - chunk.start) * len(buffers)))
+            with closing(self._lane(engine)) as lane:
+                self._drive(lane, engine.name)
+        except RuntimeError as error:  # of a GPU: out of memory, a kernel that does not compile
+            self._fail(EngineError(f"--engine {engine.name} failed: {error}"))
         except BaseException as error:  # whatever it is, the thread that called run() raises it
-            self._failure = self._failure or error
-            self._stop.set()
+            self._fail(error)
 
-    def _fill(self, engine: Engine, chunk: Chunk, buffers: Sequence[memoryview]) -> None:
-        header = chunk.shard.header[chunk.start : chunk.stop]
-        for buffer in buffers:
-            buffer[: len(header)] = header
-        for step, start, stop, at in chunk.pieces:
-            outs = [buffer[at : at + stop - start] for buffer in buffers]
-            self._source.compute(engine, step, start, stop, outs, self._tally)
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self._stop.set()
+
+    def _drive(self, lane: Lane, name: str) -> None:
+        """Begin chunks until as many are under way as may be, then hand the first to the sink for every one begun."""
+        under_way: deque[Chunk] = deque()
+        while not self._stop.is_set():
+            chunk = self._queue.take()
+            if chunk is not None:
+                lane.begin(chunk)
+                under_way.append(chunk)
+            if not under_way:
+                return
+            if chunk is None or len(under_way) == lane.depth:
+                done = under_way.popleft()
+                buffers = lane.finish()
+                for k, buffer in enumerate(buffers):
+                    self._sink(k, done, buffer)
+                self._finished.append((name, (done.stop - done.start) * len(buffers)))

@@ -1,4 +1,4 @@
-"""out = aligned + alpha * (aligned - sft) on a GPU, in one pass: the Triton kernel and its launchers.
+"""out = aligned + alpha * (aligned - sft) on a GPU, in one pass: the Triton kernel and its launcher.
 
     d = f32(a) - f32(s);  p = alpha * d;  r = f32(a) + p;  out = round-to-nearest-even(r -> dtype of a)
 
@@ -9,46 +9,64 @@ Bytes moved per element: itemsize of sft + 2 * itemsize of aligned; 6 for bf16.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from .contract import ITEMSIZE, Statistics
-from .twin import DTYPES, twin
+from .twin import twin
 
 BLOCK = 2048  # elements a program: 16 for each of 128 threads, two 128-bit accesses per bf16 operand
-WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # of every kernel of this project
 LANES = tl.constexpr(8)  # bf16 elements in a 128-bit access
 
 
+@triton.jit
+def widen(x):  # type: ignore[no-untyped-def]
+    """To fp32, exactly."""
+    if x.dtype == tl.bfloat16:
+        # Through integers, which the compiler folds into one instruction for each half of a register.
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _rounded(sft, aligned, alpha, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    a = aligned.to(tl.float32)
-    d = a - sft.to(tl.float32)
+def rounded(a, d, alpha, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The formula, from a and d in fp32."""
     p = alpha * d
     return (a + p).to(dtype)
 
 
+@triton.jit
+def write(sft_ptr, aligned_ptr, out_ptr, alpha, at, inside):  # type: ignore[no-untyped-def]
+    """The elements `at`, where `inside`; all of them for None."""
+    sft = tl.load(sft_ptr + at, mask=inside)
+    aligned = tl.load(aligned_ptr + at, mask=inside)
+    a = widen(aligned)
+    d = a - widen(sft)
+    tl.store(out_ptr + at, rounded(a, d, alpha, out_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _extrapolate(sft_ptr, aligned_ptr, out_ptr, n, alpha, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    start = tl.program_id(0).to(tl.int64) * BLOCK  # int64 before the multiply: n may be past 2^31
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    # The bound is a multiple of 8, which the compiler sees: a mask against n itself would allow 2-byte accesses alone.
-    body = (n // LANES) * LANES
-    at = start + tl.arange(0, BLOCK)
-    sft = tl.load(sft_ptr + at, mask=at < body)
-    aligned = tl.load(aligned_ptr + at, mask=at < body)
-    tl.store(out_ptr + at, _rounded(sft, aligned, alpha, dtype), mask=at < body)
-    if (start <= body) & (body < start + BLOCK):
-        # Names of their own: Triton refuses a branch that gives a variable of the body another shape.
+def block(sft_ptr, aligned_ptr, out_ptr, left, alpha, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first BLOCK elements, or the `left` ones that there are."""
+    at = tl.arange(0, BLOCK)
+    if left >= BLOCK:
+        write(sft_ptr, aligned_ptr, out_ptr, alpha, at, None)
+    else:
+        # A bound that the compiler sees to be a multiple of 8: a mask against any other allows 2-byte accesses alone.
+        body = (left.to(tl.int32) // LANES) * LANES
+        write(sft_ptr, aligned_ptr, out_ptr, alpha, at, at < body)
         tail = body + tl.arange(0, LANES)
-        sft_tail = tl.load(sft_ptr + tail, mask=tail < n)
-        aligned_tail = tl.load(aligned_ptr + tail, mask=tail < n)
-        tl.store(out_ptr + tail, _rounded(sft_tail, aligned_tail, alpha, dtype), mask=tail < n)
+        write(sft_ptr, aligned_ptr, out_ptr, alpha, tail, tail < left)
+
+
+@triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
+def extrapolate(sft_ptr, aligned_ptr, out_ptr, n, alpha, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """n elements from three addresses, BLOCK for each program; out may be one of the inputs."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK  # int64 before the multiply: n may be past 2^31
+    block(sft_ptr + start, aligned_ptr + start, out_ptr + start, n - start, alpha, BLOCK)
 
 
 def launch(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Tensor) -> None:
@@ -58,17 +76,23 @@ def launch(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Te
     """
     n = aligned.numel()
     if n:
-        grid = (triton.cdiv(n, BLOCK),)
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(aligned.device) if aligned.is_cuda else contextlib.nullcontext():
-            _extrapolate[grid](sft, aligned, out, n, alpha, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)
+        with current(aligned):
+            extrapolate[triton.cdiv(n, BLOCK),](sft, aligned, out, n, alpha, BLOCK=BLOCK, **OPTIONS)
+
+
+def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's device the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU."""
+    return not isinstance(extrapolate, triton.runtime.JITFunction)
 
 
 def available() -> str:
-    """Why the kernel cannot run on this machine, or "" where it can; Triton's interpreter counts."""
-    if isinstance(_extrapolate, triton.runtime.JITFunction) and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    return ""
+    """Why the kernels cannot run on this machine, or "" where they can; Triton's interpreter counts."""
+    return "" if interpreted() or torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def run(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Tensor) -> None:
@@ -77,52 +101,3 @@ def run(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Tenso
         out.copy_(twin(sft, aligned, alpha))
     else:
         launch(sft, aligned, alpha, out)
-
-
-class HostEngine:
-    """The kernel behind the contract's signature: memory of the host in and out, computed on the GPU."""
-
-    def __init__(self, device: str) -> None:
-        """device: "cuda[:index]". Raises RuntimeError where the kernel cannot run."""
-        reason = available()
-        if reason:
-            raise RuntimeError(reason)
-        interpreted = not isinstance(_extrapolate, triton.runtime.JITFunction)
-        self._device = torch.device("cpu" if interpreted else device)
-        torch.empty(0, device=self._device)  # an index that is not there fails here, not in the middle of a merge
-
-    def __call__(
-        self,
-        sft: Any,
-        sft_dtype: str,
-        aligned: Any,
-        aligned_dtype: str,
-        n: int,
-        outs: Sequence[Any],
-        alphas: Sequence[float],
-        measure: bool,
-    ) -> Statistics | None:
-        s, a = self._upload(sft, sft_dtype, n), self._upload(aligned, aligned_dtype, n)
-        results = [torch.empty_like(a) for _ in alphas]
-        for alpha, result, out in zip(alphas, results, outs, strict=True):
-            run(s, a, alpha, result)
-            bytes_ = result.view(torch.uint8).cpu().numpy()
-            np.frombuffer(out, np.uint8, bytes_.size)[:] = bytes_
-        return _statistics(s, a, results) if measure else None
-
-    def _upload(self, memory: Any, dtype: str, n: int) -> torch.Tensor:
-        size = n * ITEMSIZE[dtype]
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        host.numpy()[:] = np.frombuffer(memory, np.uint8, size)
-        return host.to(self._device).view(DTYPES[dtype])
-
-
-def _statistics(sft: torch.Tensor, aligned: torch.Tensor, outs: Sequence[torch.Tensor]) -> Statistics:
-    work = torch.float64 if torch.float64 in (sft.dtype, aligned.dtype) else torch.float32
-    a = aligned.to(work)
-    d = a - sft.to(work)
-    finite = d.isfinite()
-    a, d = a[finite].double(), d[finite].double()
-    counts = tuple((int((out != aligned).sum()), int((~out.isfinite()).sum())) for out in outs)
-    top = float(d.abs().max()) if d.numel() else 0.0
-    return Statistics(float((d * d).sum()), float((a * a).sum()), top, counts)

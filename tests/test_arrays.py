@@ -398,3 +398,73 @@ def test_sparse_tensors_are_refused() -> None:
     x = torch.eye(3).to_sparse()
     with pytest.raises(expo.UsageError, match="sparse"):
         expo.extrapolate(x, x, 0.3)
+
+
+# Several at once
+
+
+def many(torch: Any, seed: int) -> list[Any]:
+    torch.manual_seed(seed)
+    shapes = [(3, 5), (), (0,), (2049,), (7, 11)]
+    kinds = [torch.bfloat16, torch.float32, torch.float16, torch.bfloat16, torch.float64]
+    return [torch.randn(shape).to(kind) for shape, kind in zip(shapes, kinds, strict=True)]
+
+
+def test_lists_and_iterators_of_tensors() -> None:
+    sft, aligned = many(torch, 1), many(torch, 2)
+    expected = [expo.extrapolate(s, a, 0.3) for s, a in zip(sft, aligned, strict=True)]
+    for given in (expo.extrapolate(sft, aligned, 0.3), expo.extrapolate(iter(sft), tuple(aligned), 0.3)):
+        assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
+    back = expo.extrapolate(sft, aligned, 0.3, out=aligned)
+    assert all(x is y for x, y in zip(back, aligned, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(back, expected, strict=True))
+
+
+def test_lists_of_arrays() -> None:
+    sft, aligned = (list(np.random.default_rng(i).standard_normal((3, 4)).astype(np.float32)) for i in (1, 2))
+    expected = [expo.extrapolate(s, a, 0.3) for s, a in zip(sft, aligned, strict=True)]
+    assert all(np.array_equal(x, y) for x, y in zip(expo.extrapolate(sft, aligned, 0.3), expected, strict=True))
+
+
+def test_parameters_of_a_model_in_place() -> None:
+    sft, aligned = (torch.nn.Linear(5, 3, dtype=torch.bfloat16) for _ in range(2))
+    expected = [expo.extrapolate(s.data, a.data, 0.5) for s, a in zip(sft.parameters(), aligned.parameters())]  # noqa: B905
+    expo.extrapolate(sft.parameters(), aligned.parameters(), 0.5, out=aligned.parameters())
+    assert all(torch.equal(x, y) for x, y in zip(aligned.parameters(), expected, strict=True))
+
+
+def test_numbers_of_tensors_that_differ() -> None:
+    ones = np.ones(3, np.float32)
+    with pytest.raises(expo.UsageError, match="sft 1, aligned 2, out 2"):
+        expo.extrapolate([ones], [ones, ones], 0.3)
+    with pytest.raises(expo.UsageError, match="sft 1, aligned 1, out 0"):
+        expo.extrapolate([ones], [ones], 0.3, out=[])
+
+
+def test_what_goes_into_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: contiguous tensors that the kernel knows, with an alpha that is not 0; the rest goes one by one."""
+    pytest.importorskip("triton")
+    from expo.kernels import whole_model
+
+    launched: list[tuple[float, list[Any]]] = []
+
+    class Table:
+        def __init__(self, sft: Any, aligned: Any, out: Any) -> None:
+            self.out = list(out)
+
+        def launch(self, alpha: float) -> None:
+            launched.append((alpha, self.out))
+
+    monkeypatch.setattr("expo.arrays._on_gpu", lambda _: True)
+    monkeypatch.setattr(whole_model, "Table", Table)
+    sft, aligned = many(torch, 1), many(torch, 2)
+    aligned[4], sft[4] = torch.ones(4, 6, dtype=torch.bfloat16).t(), torch.ones(6, 4, dtype=torch.bfloat16)
+    aligned.append(torch.ones(3, dtype=torch.float64))
+    sft.append(torch.zeros(3))
+    outs = expo.extrapolate(sft, aligned, 0.3)
+    assert launched == [(working_alpha(0.3), launched[0][1])]
+    assert [out.shape for out in launched[0][1]] == [out.shape for out in outs[:4]]
+    assert outs[4].unique().tolist() == [1.0]
+    assert outs[5].unique().tolist() == [1.3]
+    assert all(torch.equal(x, y) for x, y in zip(expo.extrapolate(sft, aligned, 0.0), aligned, strict=True))
+    assert len(launched) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 
 import expo
-from expo import pipeline
+from expo import engines, pipeline
 from expo.demo import ALIGNED, SFT
-from expo.engines import Engine, choose
+from expo.engines import Engine, choose, crew
+from expo.fast import _summary
 from expo.kernels import numerics
 from expo.kernels.contract import Statistics
 
@@ -65,6 +67,30 @@ def test_names_that_make_no_sense(engine: str, device: str, said: str) -> None:
         choose(engine, device)
 
 
+@pytest.mark.parametrize(("processors", "workers"), [(1, 2), (2, 3), (64, 8)])
+def test_workers_on_the_cpu(monkeypatch: pytest.MonkeyPatch, processors: int, workers: int) -> None:
+    monkeypatch.setattr(engines, "cpu_count", lambda: processors)
+    assert crew() == (choose(),) * workers
+    assert crew("numpy") == (choose("numpy"),) * workers
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "names"),
+    [
+        ("auto", "cuda", ["triton"] * 2 + [choose().name] * 3),
+        ("triton", "auto", ["triton"] * 2),
+        ("triton", "cuda:1", ["triton"] * 2),
+        ("auto", "auto", [choose().name] * 3),
+    ],
+)
+def test_workers_with_a_gpu(monkeypatch: pytest.MonkeyPatch, engine: str, device: str, names: list[str]) -> None:
+    """The device alone adds a GPU to the others; the engine asks for nothing else; auto leaves the GPU alone."""
+    gpu = Engine("triton", numerics.extrapolate, "a test's", gpu=object())
+    monkeypatch.setattr(engines, "_triton", lambda device: gpu)
+    monkeypatch.setattr(engines, "cpu_count", lambda: 2)
+    assert [each.name for each in crew(engine, device)] == names
+
+
 def meeting(engine: Engine, here: threading.Event, there: threading.Event) -> Engine:
     """The engine, held until an engine of the other kind has a chunk in hand too."""
 
@@ -82,10 +108,11 @@ def test_engines_of_two_kinds_share_one_queue(tmp_path: Path, monkeypatch: pytes
     alone = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "alone")
     first, second = threading.Event(), threading.Event()
     other = meeting(Engine("other", numerics.extrapolate, "a test's"), second, first)
-    monkeypatch.setattr(pipeline, "crew_of", lambda engine: (meeting(engine, first, second), other))
+    monkeypatch.setattr(pipeline, "crew", lambda *_: (meeting(choose(), first, second), other))
     shared = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "shared")
     assert set(shared.shares) == {alone.engine, "other"}
     assert min(shared.shares.values()) > 0
     assert sum(shared.shares.values()) == alone.bytes_written == shared.bytes_written
+    assert re.search(r"workers \(.*\); \w+ \d+%, other \d+% of the bytes; written", "\n".join(_summary(shared)))
     for path in (tmp_path / "alone").iterdir():
         assert path.read_bytes() == (tmp_path / "shared" / path.name).read_bytes()

@@ -127,7 +127,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         time.sleep(seconds)
         return real.run(*arguments)
 
-    monkeypatch.setattr(expo.pipeline, "choose", lambda *_: Engine("slow", run, "a test"))
+    monkeypatch.setattr(expo.pipeline, "crew", lambda *_: (Engine("slow", run, "a test"),) * 3)
 
 
 # --- bits -------------------------------------------------------------------------------------------------------------
@@ -624,7 +624,7 @@ def test_an_engines_refusal_reaches_the_caller(pair: Pair, tmp_path: Path, monke
     def refuse(*_: Any) -> None:
         raise RuntimeError("this thread's floating-point mode flushes subnormals")
 
-    monkeypatch.setattr(expo.pipeline, "choose", lambda *_: Engine("numpy", refuse, "a test"))
+    monkeypatch.setattr(expo.pipeline, "crew", lambda *_: (Engine("numpy", refuse, "a test"),) * 3)
     with pytest.raises(expo.EngineError, match=r"--engine numpy failed on .*flushes subnormals"):
         expo.merge(*pair, 0.3, tmp_path / "out")
     assert nothing_but(tmp_path, "sft", "aligned")

@@ -16,7 +16,7 @@ import triton.runtime.interpreter as interpreter
 
 import expo
 from expo.demo import ALIGNED, SFT
-from expo.kernels import extrapolate, numerics
+from expo.kernels import extrapolate, host, numerics, sweep, whole_model
 from expo.kernels.contract import ITEMSIZE, Statistics, working_alpha
 from expo.kernels.twin import DTYPES
 
@@ -207,9 +207,70 @@ def test_offsets_past_two_to_the_31(fence: Fence, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(builder, "create_get_program_id", far)
     alpha, n = working_alpha(0.3), blocks * BLOCK + rest
-    extrapolate._extrapolate[(-(-rest // BLOCK),)](s.tensor, a.tensor, out.tensor, n, alpha, BLOCK=BLOCK)
+    extrapolate.extrapolate[(-(-rest // BLOCK),)](s.tensor, a.tensor, out.tensor, n, alpha, BLOCK=BLOCK)
     assert_same(bits_of(out.tensor, "BF16"), reference(sft, aligned, ("BF16", "BF16"), alpha), "BF16")
     assert out.guards_stand()
+
+
+# Several alphas, and statistics
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("pair", [("BF16", "BF16"), ("F32", "F16"), ("F16", "F32")], ids="-".join)
+def test_sweep(fence: Fence, pair: tuple[str, str], measured: bool) -> None:
+    """Around tails, parts and blocks: outputs a pitch apart, nothing between them touched, every row written."""
+    alphas = torch.tensor([0.3, -2.5, 1.0])
+    for n in (0, 1, 7, 8, 9, 2047, 2049, sweep.BLOCK - 1, sweep.BLOCK, sweep.BLOCK + 1, 2 * sweep.BLOCK + 13):
+        sft, aligned = random_bits(n, pair, n)
+        s, a = Fenced.of(sft, pair[0], n % 2), Fenced.of(aligned, pair[1], n % 2)
+        outs = Fenced.of(bytes([POISON]) * (3 * (n + 5) * ITEMSIZE[pair[1]]), pair[1])
+        rows = outs.tensor.view(3, n + 5)[:, :n]
+        partials = sweep.Partials.empty(n, 3, alphas.device) if measured else None
+        written = [*rows, *(partials or ())]
+        for each in partials or ():
+            each.view(torch.uint8).fill_(POISON)
+        fence.readable, fence.writable = [extent(x) for x in (s.tensor, a.tensor, alphas)], [extent(x) for x in written]
+        sweep.launch(s.tensor, a.tensor, alphas, rows, partials)
+        assert outs.guards_stand()
+        expected = [bytearray(len(aligned)) for _ in alphas]
+        moved = numerics.extrapolate(sft, pair[0], aligned, pair[1], n, expected, alphas.tolist(), True)
+        for row, right in zip(rows, expected, strict=True):
+            assert_same(bits_of(row.contiguous(), pair[1]), np.frombuffer(right, BITS[pair[1]]), pair[1])
+        if partials is not None and moved is not None:
+            poison = torch.full((1,), POISON, dtype=torch.uint8).expand(4).contiguous().view(torch.int32)
+            assert not any((each.view(torch.int32) == poison).any() for each in partials)
+            found = sweep.statistics(partials)
+            assert (found.counts, found.max_abs_d) == (moved.counts, moved.max_abs_d)
+
+
+# A whole model
+
+
+@pytest.mark.parametrize("place", ["apart", "aligned", "sft"])
+def test_whole_model(fence: Fence, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Tensors of all dtypes and lengths, some at odd addresses, one longer than a row of the table."""
+    monkeypatch.setattr(whole_model, "SEGMENT", 2)  # fewer programs without work, which the interpreter runs too
+    long = whole_model.SEGMENT * BLOCK + BLOCK + 3
+    cases = [(pair, n, shift) for pair in PAIRS for n, shift in ((0, 0), (1, 1), (9, 0), (BLOCK + 1, 1), (BLOCK, 0))]
+    cases += [(("BF16", "BF16"), long, 0)]
+    triples, expected, outs = [], [], []
+    for i, (pair, n, shift) in enumerate(cases):
+        sft, aligned = random_bits(i, pair, n)
+        s, a = Fenced.of(sft, pair[0], shift), Fenced.of(aligned, pair[1], shift)
+        apart = place == "apart" or (place == "sft" and pair[0] != pair[1])
+        out = Fenced.of(bytes([POISON]) * len(aligned), pair[1]) if apart else a if place == "aligned" else s
+        triples.append((s.tensor, a.tensor, out.tensor))
+        outs.append((out, pair[1]))
+        expected.append(reference(sft, aligned, pair, working_alpha(0.3)))
+    table = whole_model.Table(*zip(*triples, strict=True))
+    fence.readable = [extent(x) for triple in triples for x in triple[:2]] + [
+        extent(rows) for _, _, rows in table._launches
+    ]
+    fence.writable = [extent(triple[2]) for triple in triples]
+    table.launch(working_alpha(0.3))
+    for (out, dtype), right in zip(outs, expected, strict=True):
+        assert_same(bits_of(out.tensor, dtype), right, dtype)
+        assert out.guards_stand()
 
 
 # Behind the contract's signature
@@ -218,7 +279,7 @@ def test_offsets_past_two_to_the_31(fence: Fence, monkeypatch: pytest.MonkeyPatc
 def by_host_engine(
     sft: bytes, aligned: bytes, pair: tuple[str, str], alphas: Sequence[float], measure: bool
 ) -> tuple[Statistics | None, list[bytearray]]:
-    engine = extrapolate.HostEngine("cuda")
+    engine = host.HostEngine("cuda")
     outs = [bytearray([POISON]) * len(aligned) for _ in alphas]
     n = len(aligned) // ITEMSIZE[pair[1]]
     return engine(sft, pair[0], aligned, pair[1], n, outs, alphas, measure), outs
@@ -259,7 +320,7 @@ def test_host_engine_measures_only_when_asked() -> None:
 def test_host_engine_with_memory_longer_than_asked() -> None:
     """n says how much is computed, not the buffers, as with every engine."""
     sft, aligned, out = pack([0x3F80] * 11, "BF16"), pack([0x4000] * 9, "BF16"), bytearray([POISON]) * 18
-    extrapolate.HostEngine("cuda")(sft, "BF16", aligned, "BF16", 5, [out], [0.5], False)
+    host.HostEngine("cuda")(sft, "BF16", aligned, "BF16", 5, [out], [0.5], False)
     assert out == pack([0x4020] * 5, "BF16") + bytes([POISON]) * 8
 
 

@@ -1,0 +1,229 @@
+"""python -m expo.kernels.aot: compile the Triton kernels for GPUs that need not be there, and say what came out.
+
+Into one folder for each target: every stage of every variant, from Triton's IR to the machine code, and kernels.json,
+with each variant's arguments, registers, spills, bytes moved and instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .extrapolate import BLOCK, OPTIONS, extrapolate
+from .sweep import BLOCK as SWEEP_BLOCK
+from .sweep import sweep
+from .whole_model import SEGMENT, WIDE, whole_model
+
+TARGETS = (
+    *(f"cuda:{arch}" for arch in (80, 86, 89, 90, 100, 120)),
+    *(f"hip:{arch}" for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")),
+)
+STAGES = ("ttir", "ttgir", "llir", "ptx", "cubin", "amdgcn", "hsaco")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+KINDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+class Variant(NamedTuple):
+    """A kernel for certain dtypes and constants.
+
+    types: of its arguments, in order, "constexpr" for those in `constants`. wide: arguments that are multiples of 16.
+    bytes_per_element: what it reads and writes for every element of the tensor.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    wide: tuple[str, ...]
+    bytes_per_element: float
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """Those that the compiled kernel takes."""
+        return {name: kind for name, kind in self.types.items() if kind != "constexpr"}
+
+
+def _plain(sft: str, aligned: str, name: str, wide: bool = True) -> Variant:
+    types = {"sft_ptr": f"*{sft}", "aligned_ptr": f"*{aligned}", "out_ptr": f"*{aligned}", "n": "i64", "alpha": "fp32"}
+    pointers = ("sft_ptr", "aligned_ptr", "out_ptr") if wide else ()
+    moved = ITEM[sft] + 2 * ITEM[aligned]
+    return Variant(name, extrapolate, types | {"BLOCK": "constexpr"}, {"BLOCK": BLOCK}, pointers, moved)
+
+
+def _sweep(dtype: str, alphas: int, measured: bool) -> Variant:
+    pointers = {"sft_ptr": f"*{dtype}", "aligned_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "alphas_ptr": "*fp32"}
+    partials = {"sums_ptr": "*fp32", "counts_ptr": "*i32"} if measured else {}
+    absent = {} if measured else {"sums_ptr": None, "counts_ptr": None}
+    constants = {**absent, "K": alphas, "BLOCK": SWEEP_BLOCK}
+    sizes = {"n": "i64", "pitch": "i64"}
+    types = {**pointers, **partials, **dict.fromkeys(absent, "constexpr"), **sizes, "K": "constexpr"}
+    moved = (2 + alphas) * ITEM[dtype] + (2 * (12 + 4 * alphas) / SWEEP_BLOCK if measured else 0)
+    name = f"statistics{alphas}_{dtype}" if measured else f"sweep{alphas}_{dtype}"
+    wide = (*pointers, *partials, "pitch")
+    return Variant(name, sweep, types | {"BLOCK": "constexpr"}, constants, wide, moved)
+
+
+def _whole_model(dtype: str) -> Variant:
+    kind = KINDS[dtype]
+    constants = {"SFT": kind, "ALIGNED": kind, "ALIGNMENT": WIDE, "SEGMENT": SEGMENT, "BLOCK": BLOCK}
+    types = {"table_ptr": "*i64", "alpha": "fp32"} | dict.fromkeys(constants, "constexpr")
+    moved = 3 * ITEM[dtype] + 32 / (SEGMENT * BLOCK)
+    return Variant(f"whole_model_{dtype}", whole_model, types, constants, ("table_ptr",), moved)
+
+
+def variants() -> dict[str, Variant]:
+    """Every variant by its name; a kernel is added by adding a row."""
+    rows = [
+        *(_plain(dtype, dtype, f"extrapolate_{dtype}") for dtype in ITEM),
+        *(_plain(s, a, f"extrapolate_{s}_{a}") for s, a in product(ITEM, ITEM) if s != a),
+        *(_plain(dtype, dtype, f"extrapolate_{dtype}_unaligned", wide=False) for dtype in ITEM),
+        *(_sweep(dtype, alphas, False) for dtype in ITEM for alphas in (2, 4)),
+        *(_sweep(dtype, 1, True) for dtype in ITEM),
+        _sweep("bf16", 4, True),
+        *(_whole_model(dtype) for dtype in ITEM),
+    ]
+    return {row.name: row for row in rows}
+
+
+def target_of(text: str) -> GPUTarget:
+    """cuda:90 or hip:gfx942. Raises ValueError."""
+    if match := re.fullmatch(r"cuda:(\d{2,3})", text):
+        return GPUTarget("cuda", int(match[1]), 32)
+    if match := re.fullmatch(r"hip:(gfx\w+)", text):
+        return GPUTarget("hip", match[1], 64 if match[1].startswith("gfx9") else 32)  # CDNA's waves have 64 threads
+    raise ValueError(f"a target is cuda:<compute capability> or hip:<architecture>, as {TARGETS[3]}; got {text!r}")
+
+
+def compiled(variant: Variant, target: GPUTarget, **options: Any) -> Any:
+    """Triton's compiled kernel, with the launchers' options unless others are given."""
+    index = {name: i for i, name in enumerate(variant.types)}
+    attributes = {(index[name],): [["tt.divisibility", 16]] for name in variant.wide}
+    source = ASTSource(variant.kernel, variant.types, variant.constants, attributes)
+    return triton.compile(source, target=target, options={**OPTIONS, **options})
+
+
+def hidden_arguments(kernel: Any, variant: Variant) -> int:
+    """How many parameters the entry has beyond the kernel's arguments: Triton's scratch pointers, null here."""
+    (entry,) = re.findall(rf"^define [^@]*@{kernel.metadata.name}\((.*)\)", kernel.asm["llir"], re.MULTILINE)
+    return len(re.findall(r"%\d+", entry)) - len(variant.arguments)
+
+
+def nvidia_tool(name: str, cubin: bytes, *options: str) -> str | None:
+    """What one of NVIDIA's tools, which Triton ships, prints about a cubin; None where it is not there."""
+    if not (TOOLS / name).exists():
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([TOOLS / name, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def machine_code(cubin: bytes) -> list[str] | None:
+    """The instructions of a cubin, in order, without the padding after the end."""
+    text = nvidia_tool("nvdisasm", cubin, "-c")
+    if text is None:
+        return None
+    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text, re.MULTILINE)
+    return [line for line in lines if line != "NOP"]
+
+
+def opcodes(instructions: Sequence[str]) -> list[str]:
+    """Their names, without the predicate before them and the operands after."""
+    return [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in instructions]
+
+
+def full_program(instructions: Sequence[str]) -> Sequence[str]:
+    """What a program with a full block executes: the code up to its EXIT, which stands first in all kernels."""
+    return instructions[: instructions.index("EXIT") + 1]
+
+
+def _usage(asm: dict[str, Any]) -> dict[str, int | None]:
+    """Registers of a thread, and bytes that it spills to memory or has on a stack."""
+    if "amdgcn" in asm:
+        pairs = re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", asm["amdgcn"])
+        found = {name: int(value) for name, value in pairs}
+        return {"registers": found["vgpr_count"], "spills": found["private_segment_fixed_size"]}
+    text = nvidia_tool("cuobjdump", asm["cubin"], "--dump-resource-usage")
+    if text is None:
+        return {"registers": None, "spills": None}
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"]}
+
+
+def described(variant: Variant, kernel: Any) -> dict[str, Any]:
+    """The variant's entry in kernels.json; null where a tool is missing, and for AMD's instructions."""
+    block, warps = variant.constants["BLOCK"], kernel.metadata.num_warps
+    per_thread = block / (warps * kernel.metadata.target.warp_size)
+    code = machine_code(kernel.asm["cubin"]) if "cubin" in kernel.asm else None
+    arguments: list[dict[str, Any]] = [{"name": name, "type": kind} for name, kind in variant.arguments.items()]
+    names = ("global_scratch", "profile_scratch")[: hidden_arguments(kernel, variant)]
+    return {
+        "variant": variant.name,
+        "entry": kernel.metadata.name,
+        "args": arguments + [{"name": name, "type": "*i8", "hidden": True} for name in names],
+        "constexprs": {
+            name: value if isinstance(value, int | None) else str(value) for name, value in variant.constants.items()
+        },
+        "block": block,
+        "num_warps": warps,
+        "shared": kernel.metadata.shared,
+        **_usage(kernel.asm),
+        "bytes_per_element": variant.bytes_per_element,
+        "instructions_per_element": None if code is None else round(len(full_program(code)) / per_thread, 3),
+    }
+
+
+def write(target: str, folder: Path) -> None:
+    """Compile every variant for one target into folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for variant in variants().values():
+        kernel = compiled(variant, target_of(target))
+        for stage in STAGES:
+            if stage in kernel.asm:
+                data = kernel.asm[stage]
+                (folder / f"{variant.name}.{stage}").write_bytes(data if isinstance(data, bytes) else data.encode())
+        entries.append(described(variant, kernel))
+    (folder / "kernels.json").write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0, or 2 for arguments that make no sense."""
+    parser = argparse.ArgumentParser(prog="python -m expo.kernels.aot", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--target", action="append", default=[], metavar="NAME", help="cuda:90, hip:gfx942; repeatable")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the folders go, one for each target")
+    parser.add_argument("--list", action="store_true", help="name the targets that are tested, and the variants")
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join([*TARGETS, "", *variants()]))
+        return 0
+    if not options.target or options.out is None:
+        parser.error("name at least one --target, and the folder --out")
+    try:
+        for target in options.target:
+            target_of(target)
+    except ValueError as error:
+        parser.error(str(error))
+    for target in options.target:
+        folder = options.out / target.replace(":", "-")
+        write(target, folder)
+        print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

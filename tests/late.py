@@ -1,0 +1,152 @@
+"""A GPU that is not there: streams that run late, in any order that the events allow, over poisoned memory."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from expo.kernels import numerics, sweep
+from expo.kernels.sweep import PART, Partials
+from expo.kernels.twin import DTYPES
+
+POISON = 0x5A  # as fp32 a number, so that statistics made of it are wrong and not an error
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STREAMS = ("up", "compute", "down")  # in the order in which the ring asks for them
+ORDERS = ("needed", "at once", "up first", "compute first", "down first")
+
+
+class Event:
+    """Happens when its stream comes to it."""
+
+    def __init__(self, stream: str) -> None:
+        self.stream = stream
+        self.happened = False
+
+
+class Late:
+    """A `ring.Device` whose work runs when the host waits for it, or when the order says so.
+
+    order: "needed": nothing but what an event needs; "at once": all that is allowed, as soon as it is enqueued;
+    "up first" and so on: when the host waits, all of one stream that is allowed, then of the others; or a seed for a
+    random order. lost: a wait that is not done: "compute" for the kernels' wait for the uploads, "down" for the
+    downloads' wait for the kernels, "host" for the host's wait for the downloads.
+    """
+
+    def __init__(self, order: str | int = "needed", lost: str = "") -> None:
+        self.order = order
+        self.lost = lost
+        self.random = random.Random(order)
+        self.queues: dict[str, deque[Callable[[], None] | tuple[str, Event]]] = {}
+        self.allocated = 0
+        self.asked = 0
+        self.waited: set[str] = set()
+
+    def pinned(self, size: int) -> torch.Tensor:
+        start = 4096  # a page of its own, as O_DIRECT wants it
+        memory = self.memory(size + start)
+        shift = -memory.data_ptr() % start
+        return memory[shift : shift + size]
+
+    def memory(self, size: int) -> torch.Tensor:
+        self.allocated += size
+        return torch.full((size,), POISON, dtype=torch.uint8)
+
+    def stream(self) -> str:
+        name = STREAMS[self.asked % len(STREAMS)]
+        self.asked += 1
+        self.queues.setdefault(name, deque())
+        return name
+
+    def enqueue(self, stream: str, work: Callable[[], None]) -> None:
+        self.queues[stream].append(work)
+        self._meanwhile()
+
+    def record(self, stream: str) -> Event:
+        event = Event(stream)
+        self.queues[stream].append(("record", event))
+        self._meanwhile()
+        return event
+
+    def wait(self, stream: str, event: Event) -> None:
+        self.waited.add(stream)
+        if stream != self.lost:
+            self.queues[stream].append(("wait", event))
+
+    def synchronize(self, event: Event) -> None:
+        self.waited.add("host")
+        if self.lost == "host":
+            return
+        while not event.happened:
+            self._step(event)
+
+    def drain(self, stream: str) -> None:
+        while self.queues[stream]:
+            last = Event(stream)
+            self.queues[stream].append(("record", last))
+            while not last.happened:
+                self._step(last)
+
+    def _meanwhile(self) -> None:
+        """What a GPU may get done before the host comes back."""
+        while self.order == "at once" and self._runnable():
+            self._run(self._runnable()[0])
+        while isinstance(self.order, int) and self._runnable() and self.random.random() < 0.4:
+            self._run(self.random.choice(self._runnable()))
+
+    def _step(self, event: Event) -> None:
+        """Run something that is allowed, in the end what `event` needs."""
+        runnable = self._runnable()
+        if isinstance(self.order, int):
+            self._run(self.random.choice(runnable))
+        elif self.order.endswith(" first") and self.order.split()[0] in runnable:
+            self._run(self.order.split()[0])
+        else:
+            self._run(self._needed(event.stream))
+
+    def _needed(self, stream: str) -> str:
+        """The stream that must run next before `stream` can go on."""
+        head = self.queues[stream][0]
+        if isinstance(head, tuple) and head[0] == "wait" and not head[1].happened:
+            return self._needed(head[1].stream)
+        return stream
+
+    def _runnable(self) -> list[str]:
+        return [name for name, queue in self.queues.items() if queue and self._needed(name) == name]
+
+    def _run(self, stream: str) -> None:
+        work = self.queues[stream].popleft()
+        if not isinstance(work, tuple):
+            work()
+        elif work[0] == "record":
+            work[1].happened = True
+
+
+def kernel(
+    sft: torch.Tensor, aligned: torch.Tensor, alphas: torch.Tensor, outs: torch.Tensor, partials: Partials | None = None
+) -> None:
+    """Stands in for `sweep.launch`: the NumPy engine on the same memory, a row of statistics for each part."""
+    pair = NAMES[sft.dtype], NAMES[aligned.dtype]
+    if partials is not None:
+        assert len(partials.sums) == len(partials.counts) == sweep.partial_rows(aligned.numel())
+        partials.sums.zero_()
+        partials.counts.zero_()
+    for row, at in enumerate(range(0, aligned.numel(), PART)):
+        s, a, results = (_bytes(x[..., at : at + PART]) for x in (sft, aligned, outs))
+        n = a.size // aligned.element_size()
+        moved = numerics.extrapolate(s, pair[0], a, pair[1], n, list(results), alphas.tolist(), partials is not None)
+        if partials is not None and moved is not None:
+            partials.sums[row] = torch.tensor(moved[:3])
+            partials.counts[row] = torch.tensor([changed | wild << 16 for changed, wild in moved.counts])
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    return tensor.view(torch.uint8).numpy()
+
+
+def poison(buffers: Sequence[memoryview]) -> None:
+    for buffer in buffers:
+        np.frombuffer(buffer, np.uint8)[:] = POISON
