@@ -1,23 +1,23 @@
 """A checkpoint on disk, read-only: one .safetensors file, or a folder with one file or with shards and an index.
 
-Opening reads headers alone. Tensor bytes are reached through a mapping, opened when first asked for.
+Opening reads headers alone. Tensor bytes are reached through each shard's reader, which opens the file when asked.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import mmap
 import os
 import re
 import stat
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from .errors import CheckpointError
 from .header import Header, TensorInfo, header_length, parse
+from .reader import Identity, Reader
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,64 +25,23 @@ MAX_JSON = 100_000_000  # bytes of an index or a config
 
 
 class Shard:
-    """One safetensors file: its header, and its bytes once they are asked for."""
+    """One safetensors file: its header, and a reader of its bytes."""
 
     def __init__(self, path: str) -> None:
         """Read and check the header. Raises CheckpointError."""
         self.path = path
-        self._map: mmap.mmap | None = None
-        self._lock = threading.Lock()
         try:
             with _reading(path) as file:
-                self.size = os.fstat(file.fileno()).st_size
-                length = header_length(path, file.read(64), self.size)
+                identity = Identity.of(file.fileno())
+                length = header_length(path, file.read(64), identity.size)
                 file.seek(8)
                 text = file.read(length)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from error
+        self.size = identity.size
         self.header: Header = parse(path, text, self.size)
-
-    def map(self) -> memoryview:
-        """The file's bytes, mapped read-only: `tensor.start` and `.stop` index it. Raises CheckpointError."""
-        with self._lock:
-            if self._map is None:
-                self._map = self._mapped()
-            return memoryview(self._map)
-
-    def _mapped(self) -> mmap.mmap:
-        try:
-            with _reading(self.path) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != self.size:
-                    raise CheckpointError(
-                        f"{self.path}: {size} bytes now, {self.size} when its header was read: it is being changed"
-                    )
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be mapped: {error.strerror}") from error
-
-    def ahead(self, start: int, stop: int) -> None:
-        """Ask the system to start reading bytes [start, stop) from the disk."""
-        self.map()
-        self._advise("MADV_WILLNEED", start, stop)
-
-    def release(self, start: int, stop: int) -> None:
-        """Let go of the pages of bytes [start, stop): a mapped page counts as this process's memory."""
-        self._advise("MADV_DONTNEED", start, stop)
-
-    def _advise(self, advice: str, start: int, stop: int) -> None:
-        option = getattr(mmap, advice, None)  # absent outside Linux, where it is an optimisation to do without
-        if option is not None and self._map is not None and start < stop:
-            first = start // mmap.PAGESIZE * mmap.PAGESIZE
-            with contextlib.suppress(OSError):
-                self._map.madvise(option, first, min(stop, self.size) - first)
-
-    def close(self) -> None:
-        """Unmap; a no-op when nothing is mapped. A memoryview that is still held keeps its mapping until it is gone."""
-        mapped, self._map = self._map, None
-        if mapped is not None:
-            with contextlib.suppress(BufferError):  # held by the traceback of an error, which must not be hidden
-                mapped.close()
+        self.digest = hashlib.sha256(text).hexdigest()  # of the header
+        self.reader = Reader(path, identity)
 
 
 @dataclass(frozen=True)
@@ -92,7 +51,7 @@ class Checkpoint:
     path: as the user gave it. folder: None for a bare file. shards: by file name, in the order of the names.
     tensors: TensorInfo by name. weight_map: the name of each tensor's shard. config: config.json's object, {} if there
     is none. index: the index file's object, None without shards. files: every other regular file of the folder, as
-    relative paths, sorted.
+    relative paths, sorted. strays: those of them that are links out of the folder, and where they lead.
     """
 
     path: str
@@ -103,6 +62,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     index: dict[str, Any] | None = None
     files: tuple[str, ...] = ()
+    strays: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -114,7 +74,7 @@ class Checkpoint:
 
     def close(self) -> None:
         for shard in self.shards.values():
-            shard.close()
+            shard.reader.close()
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -178,7 +138,19 @@ def _assemble(
     if not tensors:
         raise CheckpointError(f"{path}: no tensors in it")
     files = _other_files(folder, {*shards, INDEX}) if folder else ()
-    return Checkpoint(path, folder, shards, tensors, weight_map, config, index, files)
+    strays = _strays(folder, files) if folder else {}
+    return Checkpoint(path, folder, shards, tensors, weight_map, config, index, files, strays)
+
+
+def _strays(folder: str, files: Sequence[str]) -> dict[str, str]:
+    """Files that are links out of the folder, and where they lead; a hub cache's blobs belong to its snapshots."""
+    home = os.path.realpath(folder)
+    homes = [home]
+    if os.path.basename(os.path.dirname(home)) == "snapshots":
+        homes.append(os.path.join(os.path.dirname(os.path.dirname(home)), "blobs"))
+    places = {name: os.path.realpath(os.path.join(folder, name)) for name in files}
+    inside = tuple(os.path.join(root, "") for root in homes)
+    return {name: place for name, place in places.items() if not place.startswith(inside)}
 
 
 def _other_files(folder: str, weights: set[str]) -> tuple[str, ...]:

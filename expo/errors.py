@@ -6,7 +6,7 @@
     ├── CheckpointError  an input that is missing, damaged or of a kind that cannot be read        (exit code 3)
     ├── PlanError        two readable inputs that cannot be merged                                 (exit code 3)
     ├── OutputError      an output that could not be written                                       (exit code 4)
-    └── Cancelled        the caller asked to stop; nothing was left behind                         (exit code 130)
+    └── Cancelled        the caller asked to stop; nothing stands at the output's path              (exit code 130)
 
 A message says what, where (file and tensor), both values, and the fix.
 """
@@ -49,6 +49,6 @@ class OutputError(ExpoError):
 
 
 class Cancelled(ExpoError):
-    """The caller's `cancel` event was set; the staging folder was removed."""
+    """The caller's `cancel` event was set; what is done is kept for a merge that resumes."""
 
     exit_code = 130

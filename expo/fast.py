@@ -83,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--plan", action="store_true", help="read headers only, print every tensor's fate, write nothing")
     add("--json", action="store_true", help="print the result, or the plan, as one JSON object")
     add("--overwrite", action="store_true", help="replace an output that is there")
+    add("--resume", action="store_true", help="go on with what an interrupted merge has left, if it is there")
+    add("--digest", action="store_true", help="write SHA256SUMS too, which sha256sum -c checks")
     add("--verify", action="store_true", help="read the output back and compare it with a recomputation")
     add("--quiet", action="store_true", help="no progress and no summary")
     add("--version", action="version", version=f"expo {__version__}")
@@ -91,13 +93,13 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a merge as Ctrl-C does: staging removed, exit code 130."""
+    """SIGTERM and SIGHUP end a merge as Ctrl-C does: what is done is kept for --resume, exit code 130."""
     stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     # nohup has SIGHUP ignored, and it stays so
     before = {number: signal.getsignal(number) for number in stops if signal.getsignal(number) is not signal.SIG_IGN}
 
     def interrupt(*_: object) -> None:
-        # For good: a second Ctrl-C must not cut the removal of the staging folder short, nor change the exit code.
+        # For good: a second Ctrl-C must not cut short the writing down of what is done, nor change the exit code.
         for number in before:
             signal.signal(number, signal.SIG_IGN)
         before.clear()
@@ -135,6 +137,7 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
         "engine": options.engine,
         "device": options.device,
         "overwrite": options.overwrite,
+        "resume": options.resume,
     }
 
 
@@ -143,7 +146,7 @@ def _merge(options: argparse.Namespace) -> int:
     try:
         merged = merge(
             options.sft, options.aligned, options.alpha, options.out,
-            **_choices(options), verify=options.verify, progress=bar,
+            **_choices(options), verify=options.verify, digest=options.digest, progress=bar,
         )  # fmt: skip
     finally:
         if bar is not None:
@@ -163,6 +166,8 @@ def _summary(merged: Merged) -> Iterator[str]:
         f"{size(merged.bytes_read)} read, {size(merged.bytes_written)} written in {merged.seconds:.2f} s, "
         f"{size(moved / merged.seconds)}/s moved"
     )
+    if merged.resumed:
+        yield f"  resumed  {size(merged.resumed)} of it were there already"
     yield f"  tensors  {merged.extrapolated} extrapolated, {len(merged.copied)} copied, {len(merged.dropped)} dropped"
     yield from _some([f"copied {name}: {reason}" for name, reason in merged.copied])
     yield from _some([f"dropped {name}: only in sft" for name in merged.dropped])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
@@ -9,15 +10,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from .checkpoint import INDEX, Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .engines import Engine, crew
-from .errors import CheckpointError, ExpoError, OutputError, PlanError, UsageError
-from .plan import Action, Chunk, Plan, make_plan
+from .errors import ExpoError, OutputError, PlanError, UsageError
+from .journal import Journal, has_journal
+from .making import Making
+from .plan import Action, Plan, make_plan
 from .progress import size
-from .result import Merged, Tally
-from .work import MIB, RING_SLOTS, Pass, Progress, Sink, Source, chunk_size
-from .writer import ShardWriter, Staging, check_free, output_errors
+from .result import Merged
+from .work import RING_SLOTS, Progress, Source, chunk_size
+from .writer import Staging, check_free, held, staging_folder
 
 StrPath = str | os.PathLike[str]
 BASE_MEMORY = 25_000_000  # bytes: the interpreter with what a CPU merge imports
@@ -36,7 +40,9 @@ def merge(
     engine: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
     verify: bool = False,
+    digest: bool = False,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
 ) -> Merged:
@@ -53,27 +59,34 @@ def merge(
     engine, device: see `engines.crew`. overwrite: replace an output. verify: read it back, compare, and then commit.
     progress(done, total): bytes of output, called in this thread. cancel: set it from any thread to stop.
 
-    Nothing stands at `out` until the whole of it is durable; any exception removes what was written. Works from any
-    thread, installs no signal handler, and releases the GIL while it computes and writes.
+    resume: go on with what an interrupted merge of the same inputs and options has left. digest: write SHA256SUMS too.
+
+    Nothing stands at `out` until the whole of it is durable. An exception leaves what was done in a hidden folder
+    beside it, from which `resume` goes on, and the message says so. Works from any thread, installs no signal handler,
+    and releases the GIL while it computes and writes.
     Raises UsageError, EngineError, CheckpointError, PlanError, OutputError and Cancelled, all of them ExpoError.
     """
     began = time.perf_counter()
-    choices = (alpha_for, on_unpaired, on_mismatch, engine, device, overwrite)
-    with _prepare(sft, aligned, alpha, out, *choices) as (weak, strong, job):
+    choices = (alpha_for, on_unpaired, on_mismatch, engine, device, overwrite, resume)
+    passes = 1 + verify
+    with _prepare(sft, aligned, alpha, out, *choices) as (weak, strong, job), ExitStack() as stack:
         if job.error is not None:
             raise job.error
-        plan, source, tally = job.plan, Source(weak, strong), Tally(len(job.plan.alphas))
-        with ExitStack() as stack:
-            stagings = [stack.enter_context(Staging(path, strong.folder is None, overwrite)) for path in job.outs]
-            writers = _create(plan, stagings)
-            work = Pass(plan, source, job.crew, _writing(writers), tally)
-            with _closing_all(writers):
-                work.run(_part(progress, 0, 1 + verify), cancel)
+        stagings = {
+            k: stack.enter_context(Staging(path, strong.folder is None, overwrite, resume))
+            for k, path in enumerate(job.outs)
+            if path not in job.committed
+        }
+        identity = _identity(weak, strong, job.plan, alpha_for, on_unpaired, on_mismatch)
+        folders = [staging_folder(path) for path in job.outs]
+        journal = Journal([each for k, each in enumerate(folders) if k in stagings or has_journal(each)], identity)
+        with Making(job.plan, Source(weak, strong), job.crew, stagings, journal, resume) as making:
+            making.compute(_part(progress, 0, passes), cancel)
             if verify:
-                Pass(plan, source, job.crew, _comparison(stagings)).run(_part(progress, 1, 2), cancel)
-            for staging in stagings:
-                _complete(plan, strong, staging)
-            warnings = tally.warnings() + _commit(stagings)
+                making.verify(_part(progress, 1, passes), cancel)
+            making.complete(strong, digest)
+            warnings = making.tally.warnings() + making.commit()
+    plan, tally = job.plan, making.tally
     return Merged(
         outputs=tuple(tally.output(k, path, plan.alphas[k]) for k, path in enumerate(job.outs)),
         extrapolated=sum(step.action is Action.EXTRAPOLATE for step in plan.steps),
@@ -88,41 +101,65 @@ def merge(
         engine=job.crew[0].name,
         why=job.crew[0].why,
         workers=len(job.crew),
-        shares=work.shares,
-        direct=all(writer.direct for files in writers for writer in files.values()),
+        shares=making.shares,
+        direct=making.direct,
         verified=verify,
+        resumed=making.resumed,
         warnings=tuple(warnings),
     )
 
 
-def _commit(stagings: Sequence[Staging]) -> list[str]:
-    """Put the outputs in place, one by one; what stops it in between says which are there already."""
-    try:
-        return [note for staging in stagings for note in staging.commit()]
-    except (KeyboardInterrupt, OutputError) as error:
-        done = [staging.out for staging in stagings if staging.committed]
-        if not done:
-            raise
-        before = f"{error}; " if isinstance(error, OutputError) else ""
-        raise type(error)(f"{before}already in place: {', '.join(done)}") from error
-
-
-def _part(progress: Progress | None, before: int, passes: int) -> Progress | None:
+def _part(progress: Progress | None, before: int, passes: int) -> Progress:
     """Progress of one pass of several as progress of all of them: each counts for its share of the bytes."""
-    if progress is None:
-        return None
-    return lambda done, total: progress((before * total + done) // passes, total)
+
+    def tell(done: int, total: int) -> None:
+        if progress is not None:
+            progress((before * total + done) // passes, total)
+
+    return tell
+
+
+def _identity(
+    sft: Checkpoint,
+    aligned: Checkpoint,
+    plan: Plan,
+    alpha_for: Mapping[str, float] | None,
+    on_unpaired: str,
+    on_mismatch: str,
+) -> dict[str, Any]:
+    """What must be the same for a merge to go on with another's bytes."""
+    from . import __version__
+
+    return {
+        "version": __version__,
+        "--alpha": plan.alphas,
+        "--alpha-for": dict(alpha_for or {}),
+        "--on-unpaired": on_unpaired,
+        "--on-mismatch": on_mismatch,
+        **{
+            f"{role}'s {name} (bytes, time of change, digest of the header)": [
+                shard.size, shard.reader.identity.modified, shard.digest,
+            ]
+            for role, checkpoint in (("sft", sft), ("aligned", aligned))
+            for name, shard in checkpoint.shards.items()
+        },
+        "the files to write": {
+            shard.name: [shard.size, hashlib.sha256(shard.header).hexdigest()] for shard in plan.shards
+        },
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Preview:
     """What merge() would do, and with what.
 
-    free: bytes that may still be written to the output's disk. error: what merge() would raise, or None.
+    free: bytes that may still be written to the output's disk. error: what merge() would raise, or None. committed:
+    outputs that an interrupted merge has put in place.
     """
 
     plan: Plan
     outs: tuple[str, ...]
+    committed: frozenset[str]
     crew: tuple[Engine, ...]
     free: int
     error: ExpoError | None
@@ -148,12 +185,13 @@ def preview(
     engine: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Preview:
     """The plan of a merge with the same arguments, from headers alone; writes nothing.
 
     Raises what merge() raises where there is no plan at all: UsageError, EngineError, CheckpointError.
     """
-    choices = (alpha_for, on_unpaired, on_mismatch, engine, device, overwrite)
+    choices = (alpha_for, on_unpaired, on_mismatch, engine, device, overwrite, resume)
     with _prepare(sft, aligned, alpha, out, *choices) as (_, _, job):
         return job
 
@@ -170,6 +208,7 @@ def _prepare(
     engine: str,
     device: str,
     overwrite: bool,
+    resume: bool,
 ) -> Iterator[tuple[Checkpoint, Checkpoint, Preview]]:
     """Open both checkpoints, plan, and find out whether the plan can be carried out."""
     alphas = alphas_of(alpha)
@@ -177,15 +216,27 @@ def _prepare(
     with closing(open_checkpoint(sft)) as weak, closing(open_checkpoint(aligned)) as strong:
         plan = make_plan(weak, strong, alphas, alpha_for, on_unpaired, on_mismatch)
         outs = output_paths(out, strong, alphas)
+        committed = _committed(outs) if resume else frozenset()
         error: ExpoError | None = None
         try:
             plan.check()
-            check_places(outs, plan, (weak, strong))
-            for path in outs:
+            missing = [path for path in outs if path not in committed]
+            check_places(missing, plan, (weak, strong))
+            for path in missing:
                 check_free(path, strong.folder is None, overwrite)
         except (PlanError, OutputError) as found:
             error = found
-        yield weak, strong, Preview(plan, outs, workers, free_bytes(outs[0]), error)
+        yield weak, strong, Preview(plan, outs, committed, workers, free_bytes(outs[0]), error)
+
+
+def _committed(outs: Sequence[str]) -> frozenset[str]:
+    """Outputs that an interrupted merge has put in place: their journals are still beside them.
+
+    Journals go when all outputs are in place: where one is left and nothing is staged, all are.
+    """
+    unstaged = [out for out in outs if os.path.exists(out) and not os.path.isdir(staging_folder(out))]
+    done = frozenset(out for out in unstaged if has_journal(staging_folder(out)))
+    return frozenset(outs) if done and len(unstaged) == len(outs) else done
 
 
 def alphas_of(alpha: float | Iterable[float]) -> tuple[float, ...]:
@@ -214,7 +265,7 @@ def alpha_text(alpha: float) -> str:
 
 
 def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) -> None:
-    """Raise OutputError where an output would touch an input, or would not fit on its disk."""
+    """Raise OutputError where one of these outputs would touch an input, or they would not fit on their disk."""
     for out in outs:
         place = os.path.realpath(out)
         for checkpoint in inputs:
@@ -223,8 +274,11 @@ def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) 
                 source = os.path.realpath(path)
                 if os.path.commonpath((place, source)) in (place, source):
                     raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another --out")
-    needed, free = plan.output_bytes, free_bytes(outs[0])
-    if free < needed:
+    if not outs:
+        return
+    needed, free = plan.output_bytes // len(plan.alphas) * len(outs), free_bytes(outs[0])
+    # What an interrupted merge has left is gone on with or removed; `Staging` refuses otherwise, and names it.
+    if free + sum(map(held, outs)) < needed:
         raise OutputError(
             f"{outs[0]}: {size(needed)} are needed, but {size(free)} are free; free some space or choose another --out"
         )
@@ -236,68 +290,3 @@ def free_bytes(out: str) -> int:
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     return shutil.disk_usage(folder).free
-
-
-Writers = list[dict[str, ShardWriter]]  # for each output, by the name of the shard
-
-
-def _create(plan: Plan, stagings: Sequence[Staging]) -> Writers:
-    """Allocate every file of every output, so that a disk that is too small shows before the work."""
-    return [{shard.name: ShardWriter(staging.path(shard.name), shard) for shard in plan.shards} for staging in stagings]
-
-
-def _writing(writers: Writers) -> Sink:
-    """A sink that writes chunks at their places."""
-
-    def sink(k: int, chunk: Chunk, data: memoryview) -> None:
-        writers[k][chunk.shard.name].write(chunk.start, data, chunk.stop - chunk.start)
-
-    return sink
-
-
-@contextmanager
-def _closing_all(writers: Writers) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for files in writers:
-            for writer in files.values():
-                writer.close()
-
-
-def _comparison(stagings: Sequence[Staging]) -> Sink:
-    """A sink that compares recomputed chunks with the staged files."""
-
-    def sink(k: int, chunk: Chunk, data: memoryview) -> None:
-        path = stagings[k].path(chunk.shard.name)
-        length = chunk.stop - chunk.start
-        with output_errors(path), open(path, "rb", buffering=0) as file:
-            file.seek(chunk.start)
-            found = file.read(length)
-        expected = bytes(data[:length])
-        if found != expected:
-            at = next((i for i, (x, y) in enumerate(zip(found, expected, strict=False)) if x != y), len(found))
-            tensors = [piece.step.name for piece in chunk.pieces if piece.at <= at]
-            where = f"in tensor {tensors[-1]}" if tensors else "in the header"
-            raise OutputError(f"{path}: byte {chunk.start + at}, {where}, reads back otherwise than it was written")
-
-    return sink
-
-
-def _complete(plan: Plan, aligned: Checkpoint, staging: Staging) -> None:
-    """Aligned's other files, and the index last of all."""
-    if aligned.folder is not None:
-        for name in plan.carried:
-            staging.put(name, _parts(os.path.join(aligned.folder, name)))
-        if plan.index is not None:
-            staging.put(INDEX, [plan.index])
-
-
-def _parts(path: str) -> Iterator[bytes]:
-    """A file of aligned's, a MiB at a time. Raises CheckpointError."""
-    try:
-        with open(path, "rb") as file:
-            while part := file.read(MIB):
-                yield part
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error

@@ -26,6 +26,7 @@ MAX_ALPHAS = 64
 OTHER_WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
 )  # fmt: skip
+DIGESTS = "SHA256SUMS"
 TRAINING = {"trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
 
 
@@ -128,6 +129,12 @@ def make_plan(
         if not any(rule.pattern.search(name) for name in aligned.tensors):
             problems.append(f"--alpha-for {rule.pattern.pattern!r} matches no tensor of {aligned.path}")
     carried, left_out = sort_files(aligned.files)
+    for name in carried:
+        if name in aligned.strays:
+            problems.append(
+                f"{os.path.join(aligned.path, name)} is a link out of its folder, to {aligned.strays[name]}, and would "
+                "be copied into the output: put a copy in its place, or remove it"
+            )
     return Plan(
         tuple(alphas), tuple(steps), dropped, _lay_out(aligned, steps), _index(aligned), carried, left_out,
         tuple(problems),
@@ -274,6 +281,8 @@ def sort_files(files: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, 
             left_out.append((path, "weights in another form, or training state"))
         elif path == "README.md":
             left_out.append((path, "describes aligned, not the merge"))
+        elif path == DIGESTS:
+            left_out.append((path, "digests of aligned's files, not of the merge's"))
         elif base in TRAINING:
             left_out.append((path, "state of aligned's training"))
         elif os.path.dirname(path) and not base.endswith((".py", ".jinja")):

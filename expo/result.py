@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .kernels.contract import Statistics
-from .plan import Step
+from .header import DTYPES
+from .kernels.contract import Statistics, exact_sum
+from .plan import Chunk, Step
 
 TOO_FAR = 0.5  # |aligned - sft| / |aligned|: below 0.1 for related models, above 1 for unrelated ones
 
@@ -35,7 +35,8 @@ class Merged:
     copied: (tensor, reason). dropped: tensors of sft alone. left_out: (file of aligned's folder, reason).
     relative_distance: the 2-norm of aligned - sft over that of aligned; max_abs_difference: its largest element.
     engine, why, workers: what computed, the reason it was chosen, its threads. shares: bytes of output by engine.
-    direct: whether all of it was written with O_DIRECT. verified: whether it was read back and compared.
+    direct: whether all of it was written with O_DIRECT. verified: whether it was read back and compared. resumed: bytes
+    of output that an interrupted merge had left.
     """
 
     outputs: tuple[Output, ...]
@@ -54,6 +55,7 @@ class Merged:
     shares: dict[str, int]
     direct: bool
     verified: bool
+    resumed: int
     warnings: tuple[str, ...]
 
 
@@ -61,7 +63,6 @@ class Tally:
     """Statistics of all pieces; exact sums, so that the order in which workers finish does not show."""
 
     def __init__(self, alphas: int) -> None:
-        self._lock = threading.Lock()
         self.elements = 0
         self.changed = [0] * alphas
         self.non_finite = [0] * alphas
@@ -70,17 +71,28 @@ class Tally:
         self._aligned: list[float] = []
         self._moved: list[list[float]] = [[] for _ in range(alphas)]
 
-    def add(self, step: Step, elements: int, active: Sequence[int], moved: Statistics) -> None:
-        """active: the outputs whose alpha is not 0, in the order of moved.counts."""
-        with self._lock:
-            self.elements += elements
-            self.max_abs_d = max(self.max_abs_d, moved.max_abs_d)
-            self._d.append(moved.d_squared)
-            self._aligned.append(moved.aligned_squared)
-            for k, (changed, non_finite) in zip(active, moved.counts, strict=True):
-                self.changed[k] += changed
-                self.non_finite[k] += non_finite
-                self._moved[k].append(step.alphas[k] ** 2 * moved.d_squared)
+    def add_chunk(self, chunk: Chunk, measured: Mapping[int, Statistics]) -> bool:
+        """The statistics of a chunk's pieces, by number; False where they cannot be this chunk's."""
+        for number, moved in measured.items():
+            if not 0 <= number < len(chunk.pieces):
+                return False
+            step, start, stop, _ = chunk.pieces[number]
+            if step.sft is None or len(moved.counts) != sum(map(bool, step.alphas)):
+                return False
+            self.add(step, (stop - start) * 8 // DTYPES[step.aligned.dtype], moved)
+        return True
+
+    def add(self, step: Step, elements: int, moved: Statistics) -> None:
+        """moved.counts are those of the outputs whose alpha is not 0."""
+        self.elements += elements
+        self.max_abs_d = max(self.max_abs_d, moved.max_abs_d)
+        self._d.append(moved.d_squared)
+        self._aligned.append(moved.aligned_squared)
+        active = [k for k, alpha in enumerate(step.alphas) if alpha]
+        for k, (changed, non_finite) in zip(active, moved.counts, strict=True):
+            self.changed[k] += changed
+            self.non_finite[k] += non_finite
+            self._moved[k].append(step.alphas[k] ** 2 * moved.d_squared)
 
     @property
     def relative_distance(self) -> float:
@@ -110,12 +122,5 @@ class Tally:
 
 
 def _ratio(squares: list[float], of: list[float]) -> float:
-    below = _total(of)
-    return math.sqrt(_total(squares) / below) if below else 0.0
-
-
-def _total(squares: list[float]) -> float:
-    try:
-        return math.fsum(squares)
-    except OverflowError:
-        return math.inf
+    below = exact_sum(of)
+    return math.sqrt(exact_sum(squares) / below) if below else 0.0

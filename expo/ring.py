@@ -1,4 +1,4 @@
-"""A GPU as a worker of the queue: mapped shards -> pinned memory -> GPU -> pinned memory -> the sink, three streams.
+"""A GPU as a worker of the queue: shards -> pinned memory -> GPU -> pinned memory -> the sink, three streams.
 
 A ring of slots, each with its own buffers on both sides. While one chunk is written by the host, the next is coming
 down, another is computed or going up. A slot is filled again only after the host has waited for its last download, so
@@ -21,8 +21,7 @@ from .kernels.contract import ITEMSIZE
 from .kernels.sweep import Partials
 from .kernels.twin import DTYPES
 from .plan import Chunk, Piece, Plan, Step
-from .result import Tally
-from .work import RING_SLOTS, Source, active_outputs, put_header
+from .work import RING_SLOTS, Measured, Result, Source, active_outputs, put_header
 
 SMALL = 64 << 10  # bytes of a piece below which the CPU does it: it takes longer to launch a kernel
 
@@ -43,6 +42,7 @@ class Device(Protocol):
 class Part(NamedTuple):
     """A piece of the chunk that the GPU computes: views of one slot's buffers, each on the host and on the GPU."""
 
+    number: int
     step: Step
     active: Sequence[int]  # outputs whose alpha is not 0
     inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -80,10 +80,11 @@ class Slot:
         self.results = device.memory(outputs * size).view(outputs, size)
         self.buffers = [out.numpy().data for out in self.outs]
         self.parts: list[Part] = []
+        self.measured: Measured = {}  # what the CPU did
         self.rows = 0
         self.done: Any = None
 
-    def part(self, piece: Piece, active: Sequence[int], ratio: int, sft_bytes: int, measure: bool) -> Part:
+    def part(self, number: int, piece: Piece, active: Sequence[int], ratio: int, sft_bytes: int, measure: bool) -> Part:
         """Views of what a piece needs; sft's bytes lie `ratio` times as far from the start as aligned's."""
         step, start, stop, at = piece
         assert step.sft is not None
@@ -93,6 +94,7 @@ class Slot:
         rows = sweep.partial_rows((stop - start) // ITEMSIZE[step.aligned.dtype])
         first, self.rows = self.rows, self.rows + -(-rows // 4) * 4  # so that every piece's rows start at 16 bytes
         return Part(
+            number,
             step,
             active,
             inputs=[(self.host.sft[s], self.gpu.sft[s]), (self.host.aligned[a], self.gpu.aligned[a])],
@@ -109,12 +111,12 @@ class Ring:
 
     depth = RING_SLOTS
 
-    def __init__(self, device: Device, plan: Plan, source: Source, size: int, tally: Tally | None = None) -> None:
+    def __init__(self, device: Device, plan: Plan, source: Source, size: int, measure: bool) -> None:
         """size: bytes of a chunk, at most. Raises RuntimeError where the GPU or the host has too little memory left."""
         self._device = device
         self._cpu = choose("auto", "cpu")  # for what the GPU does not do: F64, and small pieces
         self._source = source
-        self._tally = tally
+        self._measure = measure
         self._ratio = max([1, *(_ratio(step) for step in plan.steps if _on_gpu(step))])
         self._slots = [Slot(device, size, size * self._ratio, len(plan.alphas)) for _ in range(RING_SLOTS)]
         self._up, self._compute, self._down = (device.stream() for _ in range(3))
@@ -126,44 +128,41 @@ class Ring:
         """Read a chunk's inputs and start computing it; at most RING_SLOTS chunks may be under way."""
         slot = self._free.popleft()
         self._busy.append(slot)
-        slot.parts, slot.rows = [], 0
+        slot.parts, slot.measured, slot.rows = [], {}, 0
         put_header(chunk, slot.buffers)
-        for piece in chunk.pieces:
-            self._read(slot, piece)
+        for number, piece in enumerate(chunk.pieces):
+            self._read(slot, number, piece)
         self._enqueue(slot)
 
-    def finish(self) -> Sequence[memoryview]:
-        """The outputs' bytes of the chunk begun first; they stay until RING_SLOTS more chunks have begun."""
+    def finish(self) -> Result:
+        """The chunk begun first; its buffers stay until RING_SLOTS more have begun."""
         slot = self._busy.popleft()
         self._device.synchronize(slot.done)
-        if self._tally is not None:
-            for part in slot.parts:
-                assert part.measured is not None
-                n = part.operands[1].numel()
-                self._tally.add(part.step, n, part.active, sweep.statistics(part.measured))
+        on_gpu = {part.number: sweep.statistics(part.measured) for part in slot.parts if part.measured is not None}
         self._free.append(slot)
-        return slot.buffers
+        return Result(slot.buffers, slot.measured | on_gpu)
 
     def close(self) -> None:
         """Wait for what is under way: its memory is about to go."""
         for stream in (self._up, self._compute, self._down):
             self._device.drain(stream)
 
-    def _read(self, slot: Slot, piece: Piece) -> None:
-        """Copy a piece's inputs into the slot, or have the CPU compute it."""
+    def _read(self, slot: Slot, number: int, piece: Piece) -> None:
+        """Read a piece's inputs into the slot, or have the CPU compute it."""
         step, start, stop, at = piece
         outs = [buffer[at : at + stop - start] for buffer in slot.buffers]
         active = active_outputs(step)
         if not _on_gpu(step) or not active or stop - start < SMALL:
-            self._source.compute(self._cpu, step, start, stop, outs, self._tally)
+            moved = self._source.compute(self._cpu, step, start, stop, outs, self._measure)
+            slot.measured.update({number: moved} if moved is not None else {})
             return
-        with self._source.reading(step, start, stop) as (sft, aligned):
-            part = slot.part(piece, active, self._ratio, len(sft), self._tally is not None)
-            for (host, _), data in zip(part.inputs, (sft, aligned), strict=True):
-                host.numpy().data[:] = data
-            for k, out in enumerate(outs):
-                if k not in active:
-                    out[:] = aligned
+        aligned, sft = self._source.spans(step, start, stop)
+        part = slot.part(number, piece, active, self._ratio, sft.stop - sft.start, self._measure)
+        for (host, _), span in zip(part.inputs, (sft, aligned), strict=True):
+            span.reader.read(span.start, host.numpy().data)
+        for k, out in enumerate(outs):
+            if k not in active:
+                out[:] = part.inputs[1][0].numpy().data
         slot.parts.append(part)
 
     def _enqueue(self, slot: Slot) -> None:

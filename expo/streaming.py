@@ -93,6 +93,7 @@ def _stream(plan: Plan, source: Source, engine: Engine, wrap: Wrapper, stack: Ex
                 return None
             end = min(start + CHUNK, len(memory))
             source.compute(engine, step, start, end, [memory[start:end]])
+        source.check()
         return wrap(memory, step.aligned)
 
     ahead: deque[tuple[str, Future[Any]]] = deque()

@@ -1,23 +1,24 @@
 """The workers: chunks from one queue, computed into buffers, handed to a sink.
 
 A worker does all of a chunk, so reading, computing and writing overlap without queues between them. Memory is bounded
-by the buffers, whatever the size of a tensor, shard or model; consumed pages of the inputs are let go.
+by the buffers, whatever the size of a tensor, shard or model.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
+from typing import Any, NamedTuple, Protocol
 
 from .checkpoint import Checkpoint
 from .engines import Engine
 from .errors import Cancelled, EngineError
 from .header import DTYPES
+from .kernels.contract import Statistics, total
 from .plan import Chunk, Piece, Plan, Step, cut
-from .result import Tally
+from .reader import Reader
 from .writer import BLOCK, aligned_buffer
 
 MIB = 1 << 20
@@ -26,7 +27,12 @@ CHUNK = 4 * MIB  # bytes of one output; 2 to 8 MiB were equally fast, and less o
 RING_SLOTS = 3  # chunks under way on a GPU: one that the host fills or empties, one going up, one coming down
 TICK = 0.05  # seconds between two reports of progress
 
+READ = 256 << 10  # bytes read of each input at a time where it is not mapped: both stay in the second-level cache
+
 Progress = Callable[[int, int], None]
+Tick = Callable[[int], None]  # (bytes of output done)
+Measured = dict[int, Statistics]  # of a chunk's pieces, by their number
+Landed = Callable[[Chunk, Measured], None]
 Sink = Callable[[int, Chunk, memoryview], None]  # (output's number, chunk, its bytes in a page-aligned buffer)
 
 
@@ -41,78 +47,110 @@ class Source:
     def __init__(self, sft: Checkpoint, aligned: Checkpoint) -> None:
         self._sft = sft
         self._aligned = aligned
+        self._scratch = threading.local()
 
     def ahead(self, piece: Piece) -> None:
         """Ask the system to start reading what a piece will need."""
-        step, start, stop, _ = piece
-        self._aligned.shard(step.name).ahead(step.aligned.start + start, step.aligned.start + stop)
+        for span in self.spans(piece.step, piece.start, piece.stop):
+            span.reader.ahead(span.start, span.stop)
+
+    def give_way(self) -> None:
+        """Let go of inputs that somebody wants to write to; call it now and then."""
+        for reader in self._readers():
+            reader.give_way()
+
+    def check(self) -> None:
+        """Raise CheckpointError if an input is not what it was when its header was read."""
+        for reader in self._readers():
+            reader.check()
+
+    def _readers(self) -> Iterator[Reader]:
+        return (shard.reader for inputs in (self._sft, self._aligned) for shard in inputs.shards.values())
+
+    def spans(self, step: Step, start: int, stop: int) -> list[Span]:
+        """Where bytes [start, stop) of the step's tensor come from: in aligned's file and, but for a copy, in sft's."""
+        first = step.aligned.start
+        found = [Span(self._aligned.shard(step.name).reader, first + start, first + stop)]
         if step.sft is not None:
-            low, high = _twin_bytes(step, start, stop)
-            self._sft.shard(step.name).ahead(low, high)
-
-    @contextmanager
-    def reading(self, step: Step, start: int, stop: int) -> Iterator[tuple[memoryview, memoryview]]:
-        """The mapped bytes of (sft, aligned) for bytes [start, stop) of the step's tensor; sft's are empty for a copy.
-
-        The pages are let go afterwards.
-        """
-        shard, first = self._aligned.shard(step.name), step.aligned.start
-        aligned = shard.map()[first + start : first + stop]
-        if step.sft is None:
-            yield memoryview(b""), aligned
-        else:
-            low, high = _twin_bytes(step, start, stop)
-            twin = self._sft.shard(step.name)
-            yield twin.map()[low:high], aligned
-            twin.release(low, high)
-        shard.release(first + start, first + stop)
+            bits, sft_bits, first = DTYPES[step.aligned.dtype], DTYPES[step.sft.dtype], step.sft.start
+            low, high = (first + at * sft_bits // bits for at in (start, stop))
+            found.append(Span(self._sft.shard(step.name).reader, low, high))
+        return found
 
     def compute(
-        self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], tally: Tally | None = None
-    ) -> None:
+        self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], measure: bool = False
+    ) -> Statistics | None:
         """Fill outs[k], one for each alpha, with bytes [start, stop) of the step's tensor; cut between elements.
 
-        Raises EngineError where the engine refuses.
+        Statistics of the outputs that are not copies where `measure`, else None. Raises EngineError, CheckpointError.
         """
         active = active_outputs(step)
-        with self.reading(step, start, stop) as (sft, aligned):
-            for k, out in enumerate(outs):
-                if k not in active:
-                    out[:] = aligned
-            if active:
-                _extrapolate(engine, step, sft, aligned, [outs[k] for k in active], active, tally)
+        aligned, *sft = self.spans(step, start, stop)
+        copies = [out for k, out in enumerate(outs) if k not in active]
+        if copies:
+            aligned.reader.read(aligned.start, copies[0])
+            for out in copies[1:]:
+                out[:] = copies[0]
+        if not active:
+            return None
+        run = Run(engine, step, active, [outs[k] for k in active], measure)
+        with aligned.mapped() as a, sft[0].mapped() as s:
+            return run(s, a, 0) if a is not None and s is not None else self._in_blocks(run, sft[0], aligned)
+
+    def _in_blocks(self, run: Run, sft: Span, aligned: Span) -> Statistics | None:
+        """What cannot be mapped, by way of buffers that stay in the cache."""
+        if not hasattr(self._scratch, "buffers"):
+            self._scratch.buffers = aligned_buffer(READ), aligned_buffer(READ)
+        sizes = sft.stop - sft.start, aligned.stop - aligned.start
+        n = sizes[1] * 8 // DTYPES[run.step.aligned.dtype]
+        items = [size // max(n, 1) for size in sizes]
+        most = READ // max(items)  # elements of a block
+        parts = []
+        for at in range(0, n, most):
+            views = []
+            for span, item, buffer in zip((sft, aligned), items, self._scratch.buffers, strict=True):
+                views.append(buffer[: min(most, n - at) * item])
+                span.reader.read(span.start + at * item, views[-1])
+            parts.append(run(views[0], views[1], at * items[1]))
+        return total([part for part in parts if part is not None], len(run.active)) if run.measure else None
+
+
+class Span(NamedTuple):
+    """Bytes [start, stop) of an input file."""
+
+    reader: Reader
+    start: int
+    stop: int
+
+    def mapped(self) -> AbstractContextManager[memoryview | None]:
+        return self.reader.mapped(self.start, self.stop)
+
+
+class Run(NamedTuple):
+    """An engine at work on a step: for the outputs `active`, whose memory is `outs`."""
+
+    engine: Engine
+    step: Step
+    active: Sequence[int]
+    outs: Sequence[Any]
+    measure: bool
+
+    def __call__(self, sft: memoryview, aligned: memoryview, at: int) -> Statistics | None:
+        """Compute from both inputs' bytes into the outputs' from byte `at` on. Raises EngineError."""
+        step = self.step
+        assert step.sft is not None
+        n = len(aligned) * 8 // DTYPES[step.aligned.dtype]
+        outs = [out[at : at + len(aligned)] for out in self.outs]
+        alphas = [step.alphas[k] for k in self.active]
+        try:
+            return self.engine.run(sft, step.sft.dtype, aligned, step.aligned.dtype, n, outs, alphas, self.measure)
+        except RuntimeError as error:
+            raise EngineError(f"--engine {self.engine.name} failed on {step.name}: {error}") from error
 
 
 def active_outputs(step: Step) -> list[int]:
     """The numbers of the outputs for which the step is not a copy."""
     return [] if step.sft is None else [k for k, alpha in enumerate(step.alphas) if alpha]
-
-
-def _extrapolate(
-    engine: Engine,
-    step: Step,
-    sft: memoryview,
-    aligned: memoryview,
-    outs: Sequence[Any],
-    active: Sequence[int],
-    tally: Tally | None,
-) -> None:
-    assert step.sft is not None
-    n = len(aligned) * 8 // DTYPES[step.aligned.dtype]
-    alphas = [step.alphas[k] for k in active]
-    try:
-        moved = engine.run(sft, step.sft.dtype, aligned, step.aligned.dtype, n, outs, alphas, tally is not None)
-    except RuntimeError as error:
-        raise EngineError(f"--engine {engine.name} failed on {step.name}: {error}") from error
-    if tally is not None and moved is not None:
-        tally.add(step, n, active, moved)
-
-
-def _twin_bytes(step: Step, start: int, stop: int) -> tuple[int, int]:
-    """Where in sft's file the elements are whose bytes in the tensor of aligned are [start, stop)."""
-    assert step.sft is not None
-    bits, sft_bits = DTYPES[step.aligned.dtype], DTYPES[step.sft.dtype]
-    return step.sft.start + start * sft_bits // bits, step.sft.start + stop * sft_bits // bits
 
 
 class Queue:
@@ -122,8 +160,8 @@ class Queue:
     reading the inputs with `cat`.
     """
 
-    def __init__(self, plan: Plan, source: Source, size: int) -> None:
-        self._chunks = cut(plan, size)
+    def __init__(self, chunks: Iterator[Chunk], source: Source) -> None:
+        self._chunks = chunks
         self._source = source
         self._lock = threading.Lock()
         self._coming: Chunk | None = None
@@ -142,6 +180,13 @@ class Queue:
             self._source.ahead(piece)
 
 
+class Result(NamedTuple):
+    """A chunk that is computed: its bytes for each output, and the statistics of pieces, by their number."""
+
+    buffers: Sequence[memoryview]
+    measured: Measured
+
+
 class Lane(Protocol):
     """What a worker computes chunks with: `depth` of them may be under way; for one thread."""
 
@@ -150,8 +195,8 @@ class Lane(Protocol):
     def begin(self, chunk: Chunk) -> None:
         """Start a chunk."""
 
-    def finish(self) -> Sequence[memoryview]:
-        """The bytes of the chunk begun first, for each output; they stay until `depth` more have begun."""
+    def finish(self) -> Result:
+        """The chunk begun first; its buffers stay until `depth` more have begun."""
 
     def close(self) -> None:
         """Wait for whatever is under way, and let go of it."""
@@ -162,20 +207,24 @@ class Direct:
 
     depth = 1
 
-    def __init__(self, engine: Engine, outputs: int, source: Source, size: int, tally: Tally | None) -> None:
+    def __init__(self, engine: Engine, outputs: int, source: Source, size: int, measure: bool) -> None:
         self._engine = engine
         self._source = source
-        self._tally = tally
+        self._measure = measure
         self._buffers = [aligned_buffer(size) for _ in range(outputs)]
+        self._measured: Measured = {}
 
     def begin(self, chunk: Chunk) -> None:
         put_header(chunk, self._buffers)
-        for step, start, stop, at in chunk.pieces:
+        self._measured = {}
+        for i, (step, start, stop, at) in enumerate(chunk.pieces):
             outs = [buffer[at : at + stop - start] for buffer in self._buffers]
-            self._source.compute(self._engine, step, start, stop, outs, self._tally)
+            moved = self._source.compute(self._engine, step, start, stop, outs, self._measure)
+            if moved is not None:
+                self._measured[i] = moved
 
-    def finish(self) -> Sequence[memoryview]:
-        return self._buffers
+    def finish(self) -> Result:
+        return Result(self._buffers, self._measured)
 
     def close(self) -> None:
         pass
@@ -195,70 +244,83 @@ class Pass:
     """
 
     def __init__(
-        self, plan: Plan, source: Source, crew: Sequence[Engine], sink: Sink, tally: Tally | None = None
+        self,
+        plan: Plan,
+        source: Source,
+        crew: Sequence[Engine],
+        sink: Sink,
+        landed: Landed | None = None,
+        *,
+        size: int,
+        skip: Container[tuple[str, int]] = (),
     ) -> None:
-        self._plan = plan
+        """landed: told, in the thread of run(), of every chunk that the sink has taken for all outputs.
+
+        size: bytes of a chunk. skip: (shard's name, start) of chunks that are there already.
+        """
         self._source = source
         self._crew = crew
         self.shares = dict.fromkeys((engine.name for engine in crew), 0)
         self._sink = sink
-        self._tally = tally
-        self._size = chunk_size(len(crew), len(plan.alphas))
-        self._queue = Queue(plan, source, self._size)
-        self._finished: deque[tuple[str, int]] = deque()  # (engine, bytes) of chunks that progress has not heard of
+        self._landed = landed
+        self._size = size
+        self._plan = plan
+        self._queue = Queue((c for c in cut(plan, size) if (c.shard.name, c.start) not in skip), source)
+        self._finished: deque[tuple[str, Chunk, Measured]] = deque()  # chunks that run() has not heard of
         self._stop = threading.Event()
         self._failure: BaseException | None = None
 
-    def run(self, progress: Progress | None = None, cancel: threading.Event | None = None) -> None:
-        """Do all of it. progress(done, total) is called in this thread, in bytes of output.
+    def run(self, tick: Tick, cancel: threading.Event | None = None) -> None:
+        """Do all of it. tick(bytes of output done) is called in this thread, now and then.
 
-        Raises Cancelled when `cancel` is set, else whatever a worker or `progress` raised; no thread is left running.
+        Raises Cancelled when `cancel` is set, else whatever a worker or `tick` raised; no thread is left running, and
+        `landed` knows of all that was done.
         """
         threads = [
             threading.Thread(target=self._work, args=(engine,), name=f"expo-{engine.name}") for engine in self._crew
         ]
-        total, done = self._plan.output_bytes, 0
         try:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                while thread.is_alive():
+                while thread.is_alive() and not (cancel is not None and cancel.is_set()):
                     thread.join(TICK)
-                    done = self._report(progress, done, total)
-                    if cancel is not None and cancel.is_set() and not self._stop.is_set():
-                        raise Cancelled("cancelled; nothing was left behind")
+                    self._report()
+                    tick(sum(self.shares.values()))
+                    self._source.give_way()
         finally:
             self._stop.set()
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
+            self._report()
         if self._failure is not None:
             raise self._failure
         if cancel is not None and cancel.is_set():
-            raise Cancelled("cancelled; nothing was left behind")
-        self._report(progress, done, total)
+            raise Cancelled("cancelled")
+        tick(sum(self.shares.values()))
 
-    def _report(self, progress: Progress | None, done: int, total: int) -> int:
-        before = done
+    def _report(self) -> None:
         while self._finished:
-            name, count = self._finished.popleft()
-            self.shares[name] += count
-            done += count
-        if progress is not None and (done > before or not done):
-            progress(done, total)
-        return done
+            name, chunk, measured = self._finished.popleft()
+            self.shares[name] += (chunk.stop - chunk.start) * len(self._plan.alphas)
+            if self._landed is not None:
+                self._landed(chunk, measured)
 
     def _lane(self, engine: Engine) -> Lane:
+        measure = self._landed is not None
         if engine.gpu is None:
-            return Direct(engine, len(self._plan.alphas), self._source, self._size, self._tally)
+            return Direct(engine, len(self._plan.alphas), self._source, self._size, measure)
         from .ring import Ring
 
-        return Ring(engine.gpu, self._plan, self._source, self._size, self._tally)
+        return Ring(engine.gpu, self._plan, self._source, self._size, measure)
 
     def _work(self, engine: Engine) -> None:
         try:
             with closing(self._lane(engine)) as lane:
                 self._drive(lane, engine.name)
+        except EngineError as error:  # a RuntimeError too, and says all there is to say
+            self._fail(error)
         except RuntimeError as error:  # of a GPU: out of memory, a kernel that does not compile
             self._fail(EngineError(f"--engine {engine.name} failed: {error}"))
         except BaseException as error:  # whatever it is, the thread that called run() raises it
@@ -280,7 +342,7 @@ class Pass:
                 return
             if chunk is None or len(under_way) == lane.depth:
                 done = under_way.popleft()
-                buffers = lane.finish()
+                buffers, measured = lane.finish()
                 for k, buffer in enumerate(buffers):
                     self._sink(k, done, buffer)
-                self._finished.append((name, (done.stop - done.start) * len(buffers)))
+                self._finished.append((name, done, measured))

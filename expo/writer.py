@@ -14,13 +14,15 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from .errors import OutputError
 from .plan import OutputShard
 
 BLOCK = 4096  # O_DIRECT wants memory, offset and length in multiples of the device's block
 EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
+JOURNAL = ".expo-journal"  # in staging: see journal.py
+DIGEST = ".sha256"  # of an output that is one file: its name in staging, and what its name beside the output ends in
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -57,20 +59,44 @@ class ShardWriter:
     The file is allocated at once: a full disk shows early, and writes into allocated blocks run in parallel.
     """
 
-    def __init__(self, path: str, shard: OutputShard) -> None:
-        """Create the file with its full size. Raises OutputError."""
+    def __init__(self, path: str, shard: OutputShard, durable: int = 0) -> None:
+        """Create the file with its full size, or go on with one that has `durable` bytes. Raises OutputError."""
         self.path = path
         self.size = shard.size
         self.direct = bool(O_DIRECT)
-        self._missing = shard.size
+        self._missing = shard.size - durable
         self._lock = threading.Lock()
         self._fd = -1
+        self._lost: OSError | None = None  # what made a sync fail
         with output_errors(path):
-            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            flags = 0 if durable else os.O_CREAT | os.O_EXCL
+            fd = os.open(path, flags | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
             try:
+                if durable and os.fstat(fd).st_size < shard.size:
+                    raise OutputError(f"{path} is shorter than it was left: --overwrite starts anew")
                 allocate(fd, shard.size)
             finally:
                 os.close(fd)
+            if not self._missing:
+                with contextlib.closing(self):
+                    self._open()
+                    self._finish()
+
+    def sync(self) -> None:
+        """Make what was written so far durable. Raises OutputError."""
+        with output_errors(self.path), self._lock:
+            self._fsync()
+
+    def _fsync(self) -> None:
+        # The system forgets what it could not write: after a sync that failed, the next one would say that all is well.
+        if self._lost is not None:
+            raise self._lost
+        try:
+            if self._fd >= 0:
+                os.fsync(self._fd)
+        except OSError as error:
+            self._lost = error
+            raise
 
     def write(self, offset: int, data: memoryview, length: int) -> None:
         """Write data[:length] at offset, both multiples of 4096 but for the file's end. Raises OutputError.
@@ -118,7 +144,7 @@ class ShardWriter:
 
     def _finish(self) -> None:
         os.ftruncate(self._fd, self.size)
-        os.fsync(self._fd)
+        self._fsync()
         self.close()
 
     def close(self) -> None:
@@ -126,6 +152,31 @@ class ShardWriter:
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
+
+
+def read_back(path: str, start: int, length: int) -> memoryview:
+    """Up to `length` bytes from `start`, a multiple of 4096, from the device where O_DIRECT can. Raises OutputError."""
+    memory, done = aligned_buffer(-(-max(length, 1) // BLOCK) * BLOCK), 0
+    with output_errors(path):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            # Set on the open descriptor: a filesystem without it refuses here, and not in the middle.
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | O_DIRECT)
+            while done < length:
+                try:
+                    count = os.preadv(fd, [memory[done:]], start + done)
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not fcntl.fcntl(fd, fcntl.F_GETFL) & O_DIRECT:
+                        raise
+                    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~O_DIRECT)
+                    continue
+                if not count:
+                    break
+                done += count
+        finally:
+            os.close(fd)
+    return memory[: min(done, length)]
 
 
 def allocate(fd: int, size: int) -> None:
@@ -157,19 +208,37 @@ def check_free(out: str, single_file: bool, overwrite: bool) -> None:
         raise OutputError(f"{out} is a folder without a model, which --overwrite does not replace")
 
 
+def staging_folder(out: str) -> str:
+    """Where an output is made: hidden, beside it."""
+    parent, name = os.path.split(os.path.realpath(out))
+    return os.path.join(parent, f".{name}.expo-staging")
+
+
+def held(out: str) -> int:
+    """Bytes of disk that an interrupted merge's staging folder takes."""
+    total = 0
+    for place, _, names in os.walk(staging_folder(out)):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+    return total
+
+
 class Staging:
     """The hidden folder beside an output in which it is made; a context that removes it unless committed."""
 
-    def __init__(self, out: str, single_file: bool, overwrite: bool) -> None:
+    def __init__(self, out: str, single_file: bool, overwrite: bool, resume: bool = False) -> None:
         """Create and lock the folder. out: the final path; single_file: commit the one file in it, not the folder.
 
+        A folder that was left is emptied with `overwrite`, and kept as it is with `resume`.
         Raises OutputError where the output exists (without overwrite), the folder is there already, or cannot be made.
         """
         self.out = os.path.realpath(out)
         self.single_file = single_file
         self.overwrite = overwrite
-        self.parent, name = os.path.split(self.out)
-        self.folder = os.path.join(self.parent, f".{name}.expo-staging")
+        self.resume = resume
+        self.parent = os.path.dirname(self.out)
+        self.folder = staging_folder(out)
         self._lock = -1
         self.committed = False
         self._ours = False  # whether what stands at self.folder is this merge's to remove
@@ -202,18 +271,35 @@ class Staging:
         if not self._try_lock():
             self._ours = False
             raise OutputError(f"{self.out}: another merge is writing it now, in {self.folder}")
-        if found and not self.overwrite:
+        if found and not (self.overwrite or self.resume):
             raise OutputError(
-                f"{self.folder} was left by a merge that was killed; delete it, or --overwrite starts anew"
+                f"{self.folder} was left by an interrupted merge: --resume goes on with it, --overwrite starts anew"
             )
-        self._ours = True
+        self._ours = not (found and self.resume)  # what was found to go on with is not this merge's to remove
+        if not self.resume:
+            self.clear()
+
+    def clear(self, but: Container[str] = ()) -> None:
+        """Remove what an earlier merge left, but for the files with these names. Raises OSError."""
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                elif entry.name not in but:
+                    os.unlink(entry.path)
+
+    def keep(self) -> None:
+        """Leave the folder for a merge that resumes, instead of removing it."""
+        self._ours = False
+
+    def discard(self) -> None:
+        """Remove the folder after all, unless it was committed."""
+        self._ours = not self.committed
 
     def _try_lock(self) -> bool:
         """Take the lock on the folder, which dies with this process."""
-        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        # Not through a link: what it leads to is not this merge's to empty.
+        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -251,11 +337,18 @@ class Staging:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def beside(self, parts: Iterable[bytes]) -> None:
+        """Stage OUT.sha256, for an output that is one file. Raises OutputError where it exists, without overwrite."""
+        path = self.out + DIGEST
+        if os.path.lexists(path) and not self.overwrite:
+            raise OutputError(f"{path} exists; choose another --out, or --overwrite replaces it")
+        self.put(DIGEST, parts)
+
     def commit(self) -> list[str]:
         """Put the finished output in place: sync the folder, rename, sync the parent.
 
-        Returns warnings: that an old folder could not be replaced in one atomic step, that the parent could not be
-        synced. Raises OutputError.
+        Returns warnings: that an old folder could not be replaced in one atomic step, that the digest could not be put
+        beside a file, that the parent could not be synced. Raises OutputError.
         """
         warnings: list[str] = []
         with output_errors(self.out):
@@ -263,7 +356,7 @@ class Staging:
                 sync_folder(place)
             source = self.folder
             if self.single_file:
-                (name,) = os.listdir(self.folder)
+                (name,) = {*os.listdir(self.folder)} - {JOURNAL, DIGEST}
                 source = self.path(name)
             if self.overwrite and os.path.isdir(self.out):
                 warnings = self._replace_folder()
@@ -275,12 +368,24 @@ class Staging:
             else:
                 _place_new(source, self.out)
             self.committed = True
+        if self.single_file:
+            self._ours = True  # what is left of it is this merge's to remove, and of one that was gone on with too
+            warnings += self._place_digest()
         try:
             for folder in (self.parent, *map(os.path.dirname, self._made)):
                 sync_folder(folder)
         except OSError as error:
             warnings.append(f"{self.out} is complete, but may be gone after a power failure: {error.strerror}")
         return warnings
+
+    def _place_digest(self) -> list[str]:
+        path = self.out + DIGEST
+        try:
+            with contextlib.suppress(FileNotFoundError):  # where none was asked for
+                os.replace(self.path(DIGEST), path)
+        except OSError as error:
+            return [f"{self.out} is complete, but {path} could not be written: {error.strerror}"]
+        return []
 
     def _replace_folder(self) -> list[str]:
         """Swap staging and the old output, in one step where the system can, and remove the old one."""
@@ -291,7 +396,9 @@ class Staging:
             # The old output is about to bear staging's name: nobody else may take it.
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not exchange(self.folder, self.out):
+            if exchange(self.folder, self.out):
+                self._ours = True  # the old one, where staging was
+            else:
                 old = f"{self.folder}-old"
                 self._swap_in_two_steps(old)
                 self._ours = False

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 # Floating dtypes that are extrapolated, by their safetensors name, and bytes per element.
@@ -33,6 +33,25 @@ class Statistics(NamedTuple):
     aligned_squared: float
     max_abs_d: float
     counts: tuple[tuple[int, int], ...]
+
+
+def total(parts: Iterable[Statistics], alphas: int) -> Statistics:
+    """The statistics of several pieces together; the sums are exact, so that their order does not show."""
+    parts = list(parts)
+    counts = tuple(
+        (sum(part.counts[k][0] for part in parts), sum(part.counts[k][1] for part in parts)) for k in range(alphas)
+    )
+    d_squared = exact_sum(part.d_squared for part in parts)
+    aligned_squared = exact_sum(part.aligned_squared for part in parts)
+    return Statistics(d_squared, aligned_squared, max((part.max_abs_d for part in parts), default=0.0), counts)
+
+
+def exact_sum(values: Iterable[float]) -> float:
+    """Rounded once; inf where it overflows."""
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
 
 
 # engine(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure): n elements, memory as buffers of raw

@@ -110,6 +110,22 @@ def fingerprint(*places: Path) -> dict[str, bytes]:
     return {str(path): hashlib.sha256(path.read_bytes()).digest() for path in files if path.is_file()}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Digests of all files below a folder, by their paths in it: two folders that are alike have the same."""
+    return {name.removeprefix(f"{folder}/"): digest for name, digest in fingerprint(folder).items()}
+
+
+def staging_folder(out: Path) -> Path:
+    """Where an output is made, and where a merge that fails leaves what is done."""
+    return out.parent / f".{out.name}.expo-staging"
+
+
+def kept(*outs: Path) -> str:
+    """What the message of a merge ends with that has left its staging folders."""
+    folders = ", ".join(str(staging_folder(out)) for out in outs)
+    return f"what is done is kept in {folders}: the same command with --resume goes on"
+
+
 def sparse_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> Path:
     """A file of zeros that takes no room on a disk with holes, whatever its size."""
     header: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from checkpoints import fingerprint, random_tensors, safetensors_bytes, write_folder
+from checkpoints import contents, fingerprint, random_tensors, safetensors_bytes, write_folder
 
 import expo.fast
 import expo.pipeline
@@ -33,12 +33,13 @@ Prepare = Callable[[World, pytest.MonkeyPatch], "World | None"]
 
 
 class Case(NamedTuple):
-    """What is done to a good pair, the exit code, and what the message must say; {root} stands for the folder."""
+    """What is done to a good pair, the exit code, what the message must say, what is left; {root} is the folder."""
 
     prepare: Prepare
     code: int
     says: tuple[str, ...]
     options: tuple[str, ...] = ()
+    leaves: str = ""  # the folder that the message says is kept for --resume
 
 
 def noise(count: int, seed: int = 7) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -232,6 +233,8 @@ def refused_folder(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "mkdir", mkdir)
 
 
+KEPT = "what is done is kept in {root}/to/.out.expo-staging: the same command with --resume goes on"
+
 CASES = {
     "missing folder": Case(missing_folder, 3, ("{root}/nowhere: no such file or folder",)),
     "missing file": Case(missing_file, 3, ("{root}/nowhere.safetensors: no such file or folder",)),
@@ -268,7 +271,10 @@ CASES = {
     "out is no model": Case(out_is_no_model, 4, ("{root}/to/out is a folder without a model",), ("--overwrite",)),
     "out under a file": Case(out_is_under_a_file, 4, ("{root}/to/note",)),
     "no room": Case(no_room, 4, ("{root}/to/out: ", "are needed", "are free", "choose another --out")),
-    "no room after all": Case(no_room_after_all, 4, ("{root}/to/.out.expo-staging/model", "No space left on")),
+    "no room after all": Case(
+        no_room_after_all, 4, ("{root}/to/.out.expo-staging/model", "No space left on", KEPT),
+        leaves="to/.out.expo-staging",
+    ),
     "refused folder": Case(refused_folder, 4, ("{root}/to/.out.expo-staging: Permission denied; choose",)),
 }  # fmt: skip
 
@@ -303,8 +309,17 @@ def test_bad_input(
     assert "Errno" not in err
     for text in case.says:
         assert text.replace("{root}", str(world.root)) in err
-    assert fingerprint(world.root) == before
-    assert {path for path in world.root.rglob("*") if path.is_dir()} == folders
+    kept = {path for path in world.root.rglob("*") if case.leaves and path.is_relative_to(world.root / case.leaves)}
+    assert bool(kept) == bool(case.leaves)
+    assert {name: digest for name, digest in fingerprint(world.root).items() if Path(name) not in kept} == before
+    assert {path for path in world.root.rglob("*") if path.is_dir()} - kept == folders
+    if kept:
+        monkeypatch.undo()
+        assert expo.fast.main(arguments(world, *case.options, "--resume", "--quiet")) == 0
+        assert capsys.readouterr() == ("", "")
+        assert os.listdir(world.out.parent) == ["out"]
+        expo.merge(world.sft, world.aligned, 0.3, world.root / "plain")
+        assert contents(world.out) == contents(world.root / "plain")
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.code == 3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import socket
@@ -28,11 +29,13 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 
 
 def contents(checkpoint: Checkpoint) -> Tensors:
-    """Every tensor as (dtype, shape, bytes), through the mapping."""
-    return {
-        name: (info.dtype, info.shape, bytes(checkpoint.shard(name).map()[info.start : info.stop]))
-        for name, info in checkpoint.tensors.items()
-    }
+    """Every tensor as (dtype, shape, bytes), through the readers of the shards."""
+    found = {}
+    for name, info in checkpoint.tensors.items():
+        memory = bytearray(info.nbytes)
+        checkpoint.shard(name).reader.read(info.start, memory)
+        found[name] = (info.dtype, info.shape, bytes(memory))
+    return found
 
 
 def refusal(path: str | os.PathLike[str]) -> str:
@@ -166,12 +169,16 @@ def test_index_keeps_its_other_members(sharded: Path) -> None:
     assert index["extra"] == [1, 2]
 
 
-def test_opening_maps_nothing(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_reads_no_tensor_and_keeps_no_file_open(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a tensor byte was asked for")
 
-    monkeypatch.setattr("expo.checkpoint.mmap.mmap", refuse)
-    assert set(open_checkpoint(sharded).tensors) == set(TENSORS)
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("expo.reader.mmap.mmap", refuse)
+    monkeypatch.setattr(os, "preadv", refuse)
+    checkpoint = open_checkpoint(sharded)
+    assert set(checkpoint.tensors) == set(TENSORS)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # The other files.
@@ -209,96 +216,44 @@ def test_files_leave_out_what_is_no_regular_file(single: Path) -> None:
     assert checkpoint.files == ("config.json", "linked.txt")
 
 
-# Mapping.
+# The bytes; what happens to files that change is in test_reader.py.
 
 
-def test_map_is_read_only_and_the_same_each_time(single: Path) -> None:
-    shard = open_checkpoint(single).shards[SINGLE]
-    view = shard.map()
-    assert view.readonly
-    assert len(view) == shard.size == (single / SINGLE).stat().st_size
-    assert bytes(view) == bytes(shard.map()) == (single / SINGLE).read_bytes()
-    view.release()
-    shard.close()
+@pytest.mark.parametrize("name", [SINGLE, FIRST])
+def test_a_shard_knows_its_file(tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path / "model", TENSORS, shards=0 if name == SINGLE else 2)
+    shard = open_checkpoint(folder).shards[name]
+    data = (folder / name).read_bytes()
+    assert shard.path == shard.reader.path == str(folder / name)
+    assert shard.size == shard.reader.identity.size == len(data)
+    assert shard.reader.identity.modified == (folder / name).stat().st_mtime_ns
+    assert shard.digest == hashlib.sha256(data[8 : 8 + int.from_bytes(data[:8], "little")]).hexdigest()
 
 
-def test_release_and_ahead_change_no_byte(tmp_path: Path) -> None:
-    tensors = random_tensors({"a": ("F32", (3000,)), "b": ("U8", (5000,)), "empty": ("F32", (0,))}, seed=1)
-    folder = write_folder(tmp_path / "model", tensors, pad=5)
-    shard = open_checkpoint(folder).shards[SINGLE]
-    whole = (folder / SINGLE).read_bytes()
-    shard.release(0, shard.size)  # nothing is mapped yet
-    ranges = [(0, shard.size), (0, 1), (shard.size - 1, shard.size), (4095, 4097), (4096, 8192), (9, 9), (9000, 100)]
-    for start, stop in [*ranges, (0, shard.size + 4096)]:
-        shard.ahead(start, stop)
-        shard.release(start, stop)
-        assert bytes(shard.map()) == whole
-    shard.close()
+def test_close_closes_every_shard_and_its_bytes_can_be_read_again(sharded: Path) -> None:
+    checkpoint = open_checkpoint(sharded)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        checkpoint.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert str(sharded) not in Path("/proc/self/maps").read_text()
+        assert contents(checkpoint) == TENSORS
+        assert len(os.listdir("/proc/self/fd")) > before
+    checkpoint.close()
+    checkpoint.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_close_is_a_no_op_where_nothing_is_mapped_and_map_works_again_after_it(single: Path) -> None:
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_shard_that_changes_after_its_header_was_read(single: Path, change: int) -> None:
     checkpoint = open_checkpoint(single)
-    checkpoint.close()
-    assert contents(checkpoint) == TENSORS
-    checkpoint.close()
-    checkpoint.close()
-    checkpoint.shards[SINGLE].release(0, 100)
-    assert contents(checkpoint) == TENSORS
-    checkpoint.close()
-
-
-def test_close_while_a_view_is_held_hides_no_other_error(single: Path) -> None:
-    """The traceback of a failure inside the arithmetic holds views when `closing` ends."""
-    checkpoint = open_checkpoint(single)
-
-    def fail() -> None:
-        with contextlib.closing(checkpoint):
-            view = checkpoint.shards[SINGLE].map()[8:16]
-            raise RuntimeError(f"the engine failed on {len(view)} bytes")
-
-    with pytest.raises(RuntimeError, match="the engine failed on 8 bytes"):
-        fail()
-    assert contents(checkpoint) == TENSORS
-
-
-def grow(path: Path) -> None:
-    with path.open("ab") as file:
-        file.write(b"x")
-
-
-def shrink(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-@pytest.mark.parametrize("change", [grow, shrink])
-def test_shard_that_changes_size_between_open_and_map(single: Path, change: Callable[[Path], None]) -> None:
-    shard = open_checkpoint(single).shards[SINGLE]
-    before = shard.size
-    change(single / SINGLE)
+    size = (single / SINGLE).stat().st_size
+    os.truncate(single / SINGLE, size + change)
     with pytest.raises(CheckpointError) as caught:
-        shard.map()
+        contents(checkpoint)
     message = str(caught.value)
-    assert str(single / SINGLE) in message
-    assert str(before) in message
-    assert str((single / SINGLE).stat().st_size) in message
-    shard.close()
-
-
-def test_shard_that_is_gone_before_it_is_mapped(single: Path) -> None:
-    shard = open_checkpoint(single).shards[SINGLE]
-    (single / SINGLE).unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be mapped: No such file"):
-        shard.map()
-
-
-def test_mapping_that_the_system_refuses(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-    shard = open_checkpoint(single).shards[SINGLE]
-    monkeypatch.setattr("expo.checkpoint.mmap.mmap", refuse)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be mapped: Cannot allocate memory"):
-        shard.map()
+    assert message.startswith(f"{single / SINGLE}: {size + change} bytes now")
+    assert f"was {size} bytes long" in message
 
 
 # What cannot be opened.

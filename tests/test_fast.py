@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from checkpoints import random_tensors, read_folder, sparse_file, write_folder
+from checkpoints import kept, random_tensors, read_folder, sparse_file, staging_folder, write_folder
 
 import expo
 from expo.demo import ALIGNED, SFT
@@ -347,7 +348,8 @@ def test_help_is_quick_and_names_every_option() -> None:
     assert time.perf_counter() - began < 0.5
     assert (ran.code, ran.err) == (0, "")
     options = ("sft", "aligned", "alpha", "out", "alpha-for", "on-unpaired", "on-mismatch", "engine", "device", "plan")
-    assert all(f"--{name}" in ran.out for name in (*options, "json", "overwrite", "verify", "quiet", "version", "help"))
+    options += ("json", "overwrite", "resume", "digest", "verify", "quiet", "version", "help")
+    assert all(f"--{name}" in ran.out for name in options)
     assert max(map(len, ran.out.splitlines())) <= 120
 
 
@@ -419,10 +421,17 @@ def sparse_shards(folder: Path, shapes: dict[str, tuple[str, tuple[int, ...]]], 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """A pair that takes seconds: 400 MB each, all of it holes."""
+    """A pair that takes seconds: 400 MB each, weights in every MiB, the rest of it holes."""
     folder = tmp_path_factory.mktemp("large")
     shapes = {f"w{i}": ("BF16", (12500, 4096)) for i in range(4)}
     files = [sparse_file(folder / f"{role}.safetensors", shapes) for role in ("sft", "aligned")]
+    bits = np.random.default_rng(1).integers(0x3C00, 0x3D00, 2048).astype("<u2")
+    for k, path in enumerate(files):
+        with path.open("r+b") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            for at in range(start, path.stat().st_size - bits.nbytes, 1 << 20):
+                file.seek(at)
+                file.write((bits + k).tobytes())
     return ("--sft", str(files[0]), "--aligned", str(files[1]))
 
 
@@ -433,30 +442,69 @@ def start(arguments: Sequence[str], folder: Path, prepare: Callable[[], Any] | N
         [*command, "--out", "out.safetensors"],
         cwd=folder, env=env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare,
     )  # fmt: skip
-    while not (folder / ".out.safetensors.expo-staging").exists():
+    while not staging_folder(folder / "out.safetensors").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     time.sleep(0.1)
     return process
 
 
+@pytest.fixture(scope="module")
+def undisturbed(large: Sequence[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The digest of what the merge that `start` starts writes when nobody interrupts it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert run(*large, "--alpha", 0.3, "--out", "out.safetensors", "--quiet", cwd=folder).code == 0
+    return digest(folder / "out.safetensors")
+
+
+def digest(path: Path) -> bytes:
+    """Of a large file, which is removed."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    path.unlink()
+    return found.digest()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_in_the_middle_leaves_nothing(large: Sequence[str], tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_in_the_middle_leaves_what_is_done(
+    large: Sequence[str], tmp_path: Path, undisturbed: bytes, number: signal.Signals
+) -> None:
     process = start(large, tmp_path)
     process.send_signal(number)
+    interrupted(process, tmp_path)
+    assert resumed(large, tmp_path)["resumed"] > 0
+    assert digest(tmp_path / "out.safetensors") == undisturbed
+
+
+def interrupted(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """It ends as it should, and leaves its staging folder alone."""
     out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (130, b"", b"expo: interrupted; nothing was left behind\n")
-    assert os.listdir(tmp_path) == []
+    message = f"expo: interrupted; {kept(folder / 'out.safetensors')}\n"
+    assert (process.returncode, out, err.decode()) == (130, b"", message)
+    assert os.listdir(folder) == [".out.safetensors.expo-staging"]
 
 
-def test_a_second_signal_does_not_cut_the_removal_short(large: Sequence[str], tmp_path: Path) -> None:
+def resumed(large: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What --resume reports, which leaves the output alone."""
+    ran = run(*large, "--alpha", 0.3, "--out", "out.safetensors", "--resume", "--json", cwd=folder)
+    assert (ran.code, ran.err) == (0, "")
+    assert os.listdir(folder) == ["out.safetensors"]
+    found: dict[str, Any] = json.loads(ran.out)
+    return found
+
+
+def test_a_second_signal_does_not_cut_the_writing_down_short(
+    large: Sequence[str], tmp_path: Path, undisturbed: bytes
+) -> None:
     process = start(large, tmp_path)
     for _ in range(8):
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (130, b"", b"expo: interrupted; nothing was left behind\n")
-    assert os.listdir(tmp_path) == []
+    interrupted(process, tmp_path)
+    assert resumed(large, tmp_path)["resumed"] > 0
+    assert digest(tmp_path / "out.safetensors") == undisturbed
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(large: Sequence[str], tmp_path: Path) -> None:
@@ -468,7 +516,10 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(large: Sequence[str], tmp_pat
     (tmp_path / "out.safetensors").unlink()
 
 
-def test_after_a_kill_the_leftover_is_named_and_overwrite_starts_anew(large: Sequence[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--overwrite", "--resume"])
+def test_after_a_kill_the_leftover_is_named_and_can_be_gone_on_with_or_not(
+    large: Sequence[str], tmp_path: Path, undisturbed: bytes, option: str
+) -> None:
     process = start(large, tmp_path)
     process.kill()
     process.communicate()
@@ -476,11 +527,12 @@ def test_after_a_kill_the_leftover_is_named_and_overwrite_starts_anew(large: Seq
     arguments = (*large, "--alpha", "0.3", "--out", "out.safetensors", "--quiet")
     ran = run(*arguments, cwd=tmp_path)
     staging = f"{tmp_path}/.out.safetensors.expo-staging"
-    message = f"expo: error: {staging} was left by a merge that was killed; delete it, or --overwrite starts anew\n"
-    assert ran == (4, "", message)
-    assert run(*arguments, "--overwrite", cwd=tmp_path).code == 0
+    fixes = "--resume goes on with it, --overwrite starts anew"
+    assert ran == (4, "", f"expo: error: {staging} was left by an interrupted merge: {fixes}\n")
+    assert os.listdir(tmp_path) == [".out.safetensors.expo-staging"]
+    assert run(*arguments, option, cwd=tmp_path) == (0, "", "")
     assert os.listdir(tmp_path) == ["out.safetensors"]
-    (tmp_path / "out.safetensors").unlink()
+    assert digest(tmp_path / "out.safetensors") == undisturbed
 
 
 @pytest.mark.parametrize("options", [("--plan",), ()])

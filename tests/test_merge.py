@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,11 +23,14 @@ from checkpoints import (
     ITEMSIZE,
     ODD_SHAPES,
     Tensors,
+    contents,
     fingerprint,
+    kept,
     random_tensors,
     read_file,
     read_folder,
     sparse_file,
+    staging_folder,
     write_folder,
 )
 
@@ -117,6 +122,22 @@ def _expected(
 
 def nothing_but(folder: Path, *names: str) -> bool:
     return sorted(os.listdir(folder)) == sorted(names)
+
+
+def resumes(pair: Pair, folder: Path, *outs: Path, alpha: Any = 0.3, out: Path | None = None, **options: Any) -> bool:
+    """Whether a merge that failed left its staging folders alone, and --resume makes an undisturbed merge's of them.
+
+    folder: where nothing else may be but the inputs. out: what merge() was told, where it is a pattern.
+    """
+    assert nothing_but(folder, "sft", "aligned", *(staging_folder(each).name for each in outs))
+    template = out or outs[0]
+    expo.merge(*pair, alpha, template, resume=True, **options)
+    assert nothing_but(folder, "sft", "aligned", *(each.name for each in outs))
+    plain = folder / "plain"
+    expo.merge(*pair, alpha, plain / template.name)
+    alike = [contents(each) == contents(plain / each.name) for each in outs]
+    shutil.rmtree(plain)
+    return all(alike)
 
 
 def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -309,6 +330,7 @@ def test_data_start_at_4096_and_transformers_format_is_stated(pair: Pair, tmp_pa
 CARRIED = ["config.json", "chat_template.jinja", "modeling_own.py", "sub/code.py", "templates/tool.jinja", "vocab.json"]
 LEFT_OUT = {
     "README.md": "describes aligned, not the merge",
+    "SHA256SUMS": "digests of aligned's files, not of the merge's",
     ".gitattributes": "hidden",
     "optimizer.pt": "weights in another form, or training state",
     "pytorch_model.bin": "weights in another form, or training state",
@@ -339,11 +361,13 @@ def test_files_of_aligned_come_along_or_are_named(pair: Pair, tmp_path: Path) ->
 
 
 def test_a_hub_cache_full_of_links_is_read_and_becomes_files(tmp_path: Path) -> None:
-    pair = make_pair(tmp_path / "blobs")
-    links = tmp_path / "snapshot"
-    links.mkdir()
-    for path in pair[1].iterdir():
-        (links / path.name).symlink_to(path)
+    pair = make_pair(tmp_path)
+    links, blobs = tmp_path / "hub" / "snapshots" / "4d7a", tmp_path / "hub" / "blobs"
+    links.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(pair[1].iterdir())):
+        shutil.copy(path, blobs / str(number))
+        (links / path.name).symlink_to(f"../../blobs/{number}")
     expo.merge(pair[0], links, 0.3, tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert read_folder(tmp_path / "out") == expected(read_folder(pair[0]), read_folder(pair[1]), 0.3)
@@ -383,6 +407,93 @@ def test_parents_of_the_output_are_made(pair: Pair, tmp_path: Path) -> None:
     expo.merge(*pair, 0.3, tmp_path / "new" / "deep" / "out")
     assert nothing_but(tmp_path / "new" / "deep", "out")
     assert nothing_but(tmp_path / "new", "deep")
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+
+def sha256sum(sums: Path) -> list[str]:
+    """The names of the files that `sha256sum -c` finds to be as the list says; fails where one is not."""
+    done = subprocess.run(["sha256sum", "-c", "--strict", sums.name], cwd=sums.parent, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    return [line.removesuffix(": OK") for line in os.fsdecode(done.stdout).splitlines()]
+
+
+def test_digests_of_a_folder_are_what_sha256sum_checks(pair: Pair, tmp_path: Path) -> None:
+    merged = expo.merge(*pair, [0.3, 0.5], tmp_path / "out{alpha}", digest=True)
+    expo.merge(*pair, 0.3, tmp_path / "plain")
+    for output in merged.outputs:
+        names = sorted(path.name for path in pair[1].iterdir())
+        assert nothing_but(Path(output.path), "SHA256SUMS", *names)
+        assert sha256sum(Path(output.path) / "SHA256SUMS") == [
+            name for name in names if not name.endswith("index.json")
+        ]
+    (tmp_path / "out0.3" / "SHA256SUMS").unlink()
+    assert contents(tmp_path / "out0.3") == contents(tmp_path / "plain")
+
+
+def test_digests_of_aligned_are_not_taken_for_those_of_the_output(pair: Pair, tmp_path: Path) -> None:
+    """Aligned may itself be an output."""
+    expo.merge(*pair, 0.3, tmp_path / "first", digest=True)
+    expo.merge(pair[0], tmp_path / "first", 0.3, tmp_path / "second")
+    assert not (tmp_path / "second" / "SHA256SUMS").exists()
+    expo.merge(pair[0], tmp_path / "first", 0.3, tmp_path / "third", digest=True)
+    assert "SHA256SUMS" not in sha256sum(tmp_path / "third" / "SHA256SUMS")
+
+
+@pytest.mark.parametrize("name", [b"out.safetensors", b"caf\xc3\xa9", b"\xff raw", b"back\\slash", b"two\nlines"])
+def test_the_digest_of_a_bare_file_stands_beside_it(tmp_path: Path, name: bytes) -> None:
+    pair = make_pair(tmp_path, shards=(0, 0))
+    out = tmp_path / "to" / os.fsdecode(name)
+    expo.merge(*(folder / "model.safetensors" for folder in pair), 0.3, out, digest=True)
+    assert nothing_but(out.parent, out.name, f"{out.name}.sha256")
+    assert len(sha256sum(out.with_name(f"{out.name}.sha256"))) == 1
+
+
+def test_a_digest_that_is_there_is_replaced_only_on_the_users_word(tmp_path: Path) -> None:
+    files = [folder / "model.safetensors" for folder in make_pair(tmp_path, shards=(0, 0))]
+    out, beside = tmp_path / "out", tmp_path / "out.sha256"
+    beside.write_text("years of work")
+    fixes = "choose another --out, or --overwrite replaces it"
+    for options in ({}, {"resume": True}):
+        with pytest.raises(expo.OutputError, match=f"^{beside} exists; {fixes}; {kept(out)}$"):
+            expo.merge(*files, 0.3, out, digest=True, **options)
+        assert nothing_but(tmp_path, "sft", "aligned", "out.sha256", ".out.expo-staging")
+        assert beside.read_text() == "years of work"
+    merged = expo.merge(*files, 0.3, out, digest=True, overwrite=True, resume=True)
+    assert merged.resumed == merged.bytes_written
+    assert nothing_but(tmp_path, "sft", "aligned", "out", "out.sha256")
+    assert sha256sum(beside) == ["out"]
+
+
+def test_a_digest_that_cannot_be_put_beside_the_output_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [folder / "model.safetensors" for folder in make_pair(tmp_path, shards=(0, 0))]
+
+    def replace(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", replace)
+    out = tmp_path / "out"
+    merged = expo.merge(*files, 0.3, out, digest=True)
+    assert merged.warnings[-1] == f"{out} is complete, but {out}.sha256 could not be written: Input/output error"
+    assert nothing_but(tmp_path, "sft", "aligned", "out")
+
+
+def test_a_digest_does_not_outlive_a_merge_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [folder / "model.safetensors" for folder in make_pair(tmp_path, shards=(0, 0))]
+
+    def link(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", link)
+        with pytest.raises(expo.OutputError, match="Input/output error"):
+            expo.merge(*files, 0.3, tmp_path / "out", digest=True)
+    assert nothing_but(tmp_path, "sft", "aligned", ".out.expo-staging")
+    expo.merge(*files, 0.3, tmp_path / "out", resume=True)  # and without --digest there is none
+    assert nothing_but(tmp_path, "sft", "aligned", "out")
 
 
 # --- overwriting ------------------------------------------------------------------------------------------------------
@@ -505,10 +616,21 @@ def test_what_appears_at_out_during_a_merge_is_not_replaced(tmp_path: Path, kind
             out.mkdir()
             (out / "thesis.tex").write_text("years of work")
 
-    with pytest.raises(expo.OutputError, match=str(out)):
+    with pytest.raises(expo.OutputError) as caught:
         expo.merge(sft, aligned, 0.3, out, progress=appear)
+    reason = os.strerror(errno.EEXIST if kind == "file" else errno.ENOTEMPTY)
+    assert str(caught.value) == f"{out}: {reason}; {kept(out)}"
     assert (out.read_text() == "years of work") if kind == "file" else nothing_but(out, "thesis.tex")
-    assert nothing_but(tmp_path, "sft", "aligned", "out")
+    assert nothing_but(tmp_path, "sft", "aligned", "out", staging_folder(out).name)
+    out.rename(tmp_path / "saved")
+    merged = expo.merge(sft, aligned, 0.3, out, resume=True)
+    assert merged.resumed == merged.bytes_written
+    assert nothing_but(tmp_path, "sft", "aligned", "out", "saved")
+    expo.merge(sft, aligned, 0.3, tmp_path / "plain")
+    if kind == "file":
+        assert out.read_bytes() == (tmp_path / "plain").read_bytes()
+    else:
+        assert contents(out) == contents(tmp_path / "plain")
 
 
 # --- being watched, stopped and run beside others ---------------------------------------------------------------------
@@ -542,7 +664,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(("share", "verify"), [(0, False), (1, False), (0.5, True), (1, True)])
-def test_an_exception_in_progress_aborts_and_nothing_is_left(
+def test_an_exception_in_progress_aborts_and_what_is_done_is_left(
     pair: Pair, tmp_path: Path, share: float, verify: bool
 ) -> None:
     def progress(done: int, total: int) -> None:
@@ -550,17 +672,19 @@ def test_an_exception_in_progress_aborts_and_nothing_is_left(
             raise Stop
 
     with pytest.raises(Stop):
-        expo.merge(*pair, [0.3, 0.5], tmp_path / "new" / "out{alpha}", progress=progress, verify=verify)
-    assert nothing_but(tmp_path, "sft", "aligned")
+        expo.merge(*pair, [0.3, 0.5], tmp_path / "out{alpha}", progress=progress, verify=verify)
+    outs = [tmp_path / "out0.3", tmp_path / "out0.5"]
+    assert resumes(pair, tmp_path, *outs, alpha=[0.3, 0.5], out=tmp_path / "out{alpha}", verify=verify)
 
 
 def test_cancel_in_the_middle(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow(monkeypatch, 0.02)
     cancel = threading.Event()
     threading.Timer(0.1, cancel.set).start()
-    with pytest.raises(expo.Cancelled, match="nothing was left behind"):
+    with pytest.raises(expo.Cancelled) as caught:
         expo.merge(*pair, 0.3, tmp_path / "out", cancel=cancel)
-    assert nothing_but(tmp_path, "sft", "aligned")
+    assert str(caught.value) == f"cancelled; {kept(tmp_path / 'out')}"
+    assert resumes(pair, tmp_path, tmp_path / "out")
 
 
 def test_cancel_that_was_set_before_is_heeded_however_small_the_model(
@@ -574,10 +698,12 @@ def test_cancel_that_was_set_before_is_heeded_however_small_the_model(
 
     cancel = threading.Event()
     cancel.set()
-    monkeypatch.setattr(threading.Thread, "start", start_and_finish)
-    with pytest.raises(expo.Cancelled):
-        expo.merge(*pair, 0.3, tmp_path / "out", cancel=cancel)
-    assert nothing_but(tmp_path, "sft", "aligned")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_and_finish)
+        with pytest.raises(expo.Cancelled) as caught:
+            expo.merge(*pair, 0.3, tmp_path / "out", cancel=cancel)
+    assert str(caught.value) == f"cancelled; {kept(tmp_path / 'out')}"
+    assert resumes(pair, tmp_path, tmp_path / "out")
 
 
 def test_works_from_another_thread(pair: Pair, tmp_path: Path) -> None:
@@ -608,14 +734,37 @@ def test_of_two_merges_to_one_output_the_second_is_refused(
     assert nothing_but(tmp_path, "sft", "aligned", "out")
 
 
-def test_a_leftover_of_a_killed_merge_is_named_and_overwrite_starts_anew(pair: Pair, tmp_path: Path) -> None:
+FIXES = "--resume goes on with it, --overwrite starts anew"
+
+
+def test_a_leftover_without_room_beside_it_is_named_all_the_same(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the room that the output needs: that is no reason to ask for more."""
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        expo.merge(*pair, 0.3, tmp_path / "out", progress=stop)
+    monkeypatch.setattr(expo.pipeline, "free_bytes", lambda _: 0)
+    with pytest.raises(expo.OutputError, match=f"was left by an interrupted merge: {FIXES}$"):
+        expo.merge(*pair, 0.3, tmp_path / "out")
+    with pytest.raises(expo.OutputError, match=r"other: .* are needed, but 0 bytes are free"):
+        expo.merge(*pair, 0.3, tmp_path / "other")
+    expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
+    assert nothing_but(tmp_path, "sft", "aligned", "out")
+
+
+@pytest.mark.parametrize("option", ["overwrite", "resume"])
+def test_a_leftover_that_is_no_merges_is_named_and_then_emptied(pair: Pair, tmp_path: Path, option: str) -> None:
     staging = tmp_path / ".out.expo-staging"
     (staging / "sub").mkdir(parents=True)
     (staging / "junk.safetensors").write_text("half")
-    with pytest.raises(expo.OutputError, match=rf"{staging} was left by a merge that was killed; delete it, or --over"):
+    with pytest.raises(expo.OutputError, match=f"^{staging} was left by an interrupted merge: {FIXES}$"):
         expo.merge(*pair, 0.3, tmp_path / "out")
     assert (staging / "junk.safetensors").read_text() == "half"
-    expo.merge(*pair, 0.3, tmp_path / "out", overwrite=True)
+    assert expo.merge(*pair, 0.3, tmp_path / "out", **{option: True}).resumed == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in pair[1].iterdir()}
     assert nothing_but(tmp_path, "sft", "aligned", "out")
 
@@ -624,10 +773,13 @@ def test_an_engines_refusal_reaches_the_caller(pair: Pair, tmp_path: Path, monke
     def refuse(*_: Any) -> None:
         raise RuntimeError("this thread's floating-point mode flushes subnormals")
 
-    monkeypatch.setattr(expo.pipeline, "crew", lambda *_: (Engine("numpy", refuse, "a test"),) * 3)
-    with pytest.raises(expo.EngineError, match=r"--engine numpy failed on .*flushes subnormals"):
-        expo.merge(*pair, 0.3, tmp_path / "out")
-    assert nothing_but(tmp_path, "sft", "aligned")
+    with monkeypatch.context() as patch:
+        patch.setattr(expo.pipeline, "crew", lambda *_: (Engine("numpy", refuse, "a test"),) * 3)
+        with pytest.raises(expo.EngineError) as caught:
+            expo.merge(*pair, 0.3, tmp_path / "out")
+    assert str(caught.value).startswith("--engine numpy failed on ")
+    assert str(caught.value).endswith(f"floating-point mode flushes subnormals; {kept(tmp_path / 'out')}")
+    assert resumes(pair, tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("which", ["sft", "aligned"])
@@ -636,28 +788,93 @@ def test_an_input_that_changes_under_the_merge_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, change: int
 ) -> None:
     pair = make_pair(tmp_path, shards=(0, 0))
-    file = tmp_path / which / "model.safetensors"
-    size = file.stat().st_size
+    file, out = tmp_path / which / "model.safetensors", tmp_path / "out"
+    before, data = file.stat(), file.read_bytes()
+    size = before.st_size
     real = expo.pipeline.Staging
 
     def staging(*arguments: Any) -> expo.writer.Staging:
         os.truncate(file, size + change)
         return real(*arguments)
 
-    monkeypatch.setattr(expo.pipeline, "Staging", staging)
-    with pytest.raises(
-        expo.CheckpointError, match=f"{file}: {size + change} bytes now, {size} when its header was read"
-    ):
-        expo.merge(*pair, 0.3, tmp_path / "out")
-    assert nothing_but(tmp_path, "sft", "aligned")
+    with monkeypatch.context() as patch:
+        patch.setattr(expo.pipeline, "Staging", staging)
+        with pytest.raises(expo.CheckpointError) as caught:
+            expo.merge(*pair, 0.3, out)
+    assert str(caught.value) == (
+        f"{file}: {size + change} bytes now; it is being changed, but was {size} bytes long and untouched when its "
+        f"header was read: let it be, and try again; {kept(out)}"
+    )
+    file.write_bytes(data)
+    role = f"{which}'s model.safetensors"
+    with pytest.raises(expo.OutputError, match=f"^{staging_folder(out)} holds another merge \\({role} .* was .*, is "):
+        expo.merge(*pair, 0.3, out, resume=True)  # a later time of change: who knows what else is different
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert resumes(pair, tmp_path, out)
+
+
+@pytest.mark.parametrize("which", ["sft", "aligned"])
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_was_computed_from_an_input_that_was_changed_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, verify: bool
+) -> None:
+    """Its bytes and its time of change come back afterwards, as a copying tool would do it."""
+    pair = make_pair(tmp_path, shards=(0, 0))
+    monkeypatch.setattr(expo.reader, "LOCAL", set())  # else the lease of this very process would be waited for
+    monkeypatch.setattr(expo.work, "CHUNK", 4096)
+    file, out = tmp_path / which / "model.safetensors", tmp_path / "out"
+    before, data = file.stat(), file.read_bytes()
+
+    def change(done: int, total: int) -> None:
+        if file.stat().st_mtime_ns == before.st_mtime_ns:
+            with file.open("r+b") as opened:
+                opened.seek(size_of_header(data))
+                opened.write(bytes(len(data) - size_of_header(data)))
+            os.utime(file, ns=(0, 0))
+
+    slow(monkeypatch, 0.001)
+    with pytest.raises(expo.CheckpointError, match=f"^{file}: it was changed while it was read, .*; {kept(out)}$"):
+        expo.merge(*pair, 0.3, out, progress=change, verify=verify)
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert resumes(pair, tmp_path, out)
+
+
+def size_of_header(data: bytes) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
 
 
 def test_a_carried_file_that_vanishes_is_named(tmp_path: Path) -> None:
     pair = make_pair(tmp_path)
-    config = pair[1] / "config.json"
-    with pytest.raises(expo.ExpoError, match=str(config)):
-        expo.merge(*pair, 0.3, tmp_path / "out", progress=lambda *_: config.unlink(missing_ok=True))
-    assert nothing_but(tmp_path, "sft", "aligned")
+    config, out = pair[1] / "config.json", tmp_path / "out"
+    text = config.read_text()
+    with pytest.raises(expo.CheckpointError) as caught:
+        expo.merge(*pair, 0.3, out, progress=lambda *_: config.unlink(missing_ok=True))
+    assert str(caught.value) == f"{config}: No such file or directory; {kept(out)}"
+    config.write_text(text)
+    assert resumes(pair, tmp_path, out)
+
+
+def test_a_file_that_is_not_carried_any_more_does_not_come_along_from_what_was_left(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path)
+    out = tmp_path / "out"
+    for name in ("vocab.json", "sub/code.py"):
+        (pair[1] / name).parent.mkdir(exist_ok=True)
+        (pair[1] / name).write_text("{}")
+
+    def stop_at_the_index(staging: Any, name: str, parts: Any) -> None:
+        if name == "model.safetensors.index.json":
+            raise expo.OutputError("the disk is full")
+        put(staging, name, parts)
+
+    put = expo.writer.Staging.put
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expo.writer.Staging, "put", stop_at_the_index)
+        with pytest.raises(expo.OutputError, match=f"^the disk is full; {kept(out)}$"):
+            expo.merge(*pair, 0.3, out, digest=True)
+    (pair[1] / "vocab.json").unlink()
+    (pair[1] / "sub" / "code.py").unlink()
+    assert resumes(pair, tmp_path, out)
 
 
 # --- what it reports --------------------------------------------------------------------------------------------------
@@ -746,7 +963,8 @@ def test_verify_names_the_tensor_and_the_byte(
     starts = layout(order)
     for name, at in ((name, start + len(order[name][2]) - 1) for name, start in starts.items() if order[name][2]):
         progress = corrupt(tmp_path / "out0.3", flip(at))
-        with pytest.raises(expo.OutputError, match=f"byte {at}, in tensor {name}, reads back otherwise"):
+        message = f"/{SHARD}: byte {at}, byte {at - starts[name]} of tensor {name}, reads back otherwise"
+        with pytest.raises(expo.OutputError, match=message):
             expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}", verify=True, progress=progress)
         assert nothing_but(tmp_path, "sft", "aligned")
 
@@ -765,7 +983,7 @@ def layout(tensors: Tensors) -> dict[str, int]:
     ("change", "message"),
     [
         (flip(20), "byte 20, in the header, reads"),
-        (lambda path: os.truncate(path, 5000), "byte 5000, in tensor .* reads"),
+        (lambda path: os.truncate(path, 5000), r"byte 5000, byte \d+ of tensor .* reads"),
     ],
 )
 def test_verify_sees_the_header_and_a_short_file(

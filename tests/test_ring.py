@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import ODD_SHAPES, fingerprint, random_tensors, write_folder
+from checkpoints import ODD_SHAPES, contents, kept, random_tensors, staging_folder, write_folder
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 import late  # noqa: E402
 
 import expo  # noqa: E402
-from expo import pipeline, ring  # noqa: E402
+from expo import making, pipeline, ring  # noqa: E402
 from expo.engines import Engine, choose  # noqa: E402
 from expo.kernels import sweep  # noqa: E402
 
@@ -74,27 +74,18 @@ def merged(
 def plain(monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path) -> Any:
     """The same merge on the CPU: (files and their digests, what merge() reported)."""
     report = merged(monkeypatch, pair, tmp_path / "plain", (choose(),))
-    return files(tmp_path / "plain"), report
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {name.removeprefix(str(folder)): digest for name, digest in fingerprint(folder).items()}
+    return contents(tmp_path / "plain"), report
 
 
 def poisoning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spoil a slot's outputs as soon as the sink has taken them."""
-    drive = pipeline._writing
+    sink = making.Making._sink
 
-    def writing(writers: Any) -> Any:
-        sink = drive(writers)
+    def spoil(self: making.Making, k: int, chunk: Any, data: memoryview) -> None:
+        sink(self, k, chunk, data)
+        late.poison([data])
 
-        def spoil(k: int, chunk: Any, data: memoryview) -> None:
-            sink(k, chunk, data)
-            late.poison([data])
-
-        return spoil
-
-    monkeypatch.setattr(pipeline, "_writing", writing)
+    monkeypatch.setattr(making.Making, "_sink", spoil)
 
 
 @pytest.mark.parametrize("order", [*late.ORDERS, *SEEDS])
@@ -104,7 +95,7 @@ def test_same_bytes_in_any_order(
     poisoning(monkeypatch)
     device = late.Late(order)
     report = merged(monkeypatch, pair, tmp_path / "ring", (engine(device),))
-    assert files(tmp_path / "ring") == plain[0]
+    assert contents(tmp_path / "ring") == plain[0]
     assert device.waited == {"compute", "down", "host"}
     assert report.shares == {"triton": report.bytes_written}
     for ours, theirs in zip(report.outputs, plain[1].outputs, strict=True):
@@ -123,7 +114,7 @@ def test_every_wait_is_needed(
     wrong = []
     for order in (*late.ORDERS, *SEEDS):
         merged(monkeypatch, pair, tmp_path / str(order), (engine(late.Late(order, lost)),))
-        if files(tmp_path / str(order)) != plain[0]:
+        if contents(tmp_path / str(order)) != plain[0]:
             wrong.append(order)
     assert wrong
 
@@ -134,7 +125,7 @@ def test_verify_takes_the_ring_too(
     device = late.Late()
     report = merged(monkeypatch, pair, tmp_path / "ring", (engine(device),), verify=True)
     assert report.verified
-    assert files(tmp_path / "ring") == plain[0]
+    assert contents(tmp_path / "ring") == plain[0]
     assert device.asked == 2 * len(late.STREAMS)
 
 
@@ -143,7 +134,7 @@ def test_gpu_and_cpu_on_one_queue(
 ) -> None:
     crew = (engine(late.Late(1)), engine(late.Late(2)), choose())
     report = merged(monkeypatch, pair, tmp_path / "ring", crew)
-    assert files(tmp_path / "ring") == plain[0]
+    assert contents(tmp_path / "ring") == plain[0]
     assert sum(report.shares.values()) == report.bytes_written
     assert report.shares["triton"]
 
@@ -160,15 +151,21 @@ def test_memory_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPatch, tm
     assert allocated[0] == allocated[1] < 3 * 2 * 4 * (16 << 10)
 
 
-def left(folder: Path) -> list[str]:
-    return sorted(str(path) for path in folder.rglob("*")) if folder.exists() else []
+def outs(folder: Path) -> list[Path]:
+    return [folder / f"{alpha:g}" for alpha in ALPHAS]
+
+
+def left_to_resume(said: str, folder: Path) -> bool:
+    """Whether a merge that failed left its staging folders alone, and says so."""
+    assert sorted(folder.iterdir()) == sorted(map(staging_folder, outs(folder)))
+    return said.endswith(f"; {kept(*outs(folder))}")
 
 
 @pytest.mark.parametrize("order", ["needed", "at once", 3])
 def test_a_kernel_that_fails(
-    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, order: str | int
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any, order: str | int
 ) -> None:
-    """The error says whose it is, nothing stays behind, and nothing is under way any more."""
+    """The error says whose it is, what is done is kept, and nothing is under way any more."""
     calls = iter(range(1000))
 
     def failing(*arguments: Any) -> None:
@@ -178,24 +175,34 @@ def test_a_kernel_that_fails(
 
     monkeypatch.setattr(sweep, "launch", failing)
     device = late.Late(order)
-    with pytest.raises(expo.EngineError, match="--engine triton failed: CUDA error"):
+    with pytest.raises(expo.EngineError, match=r"^--engine triton failed: CUDA error: an illegal memory") as caught:
         merged(monkeypatch, pair, tmp_path / "ring", (engine(device),))
     assert not any(device.queues.values())
-    assert left(tmp_path / "ring") == []
+    assert left_to_resume(str(caught.value), tmp_path / "ring")
+    monkeypatch.setattr(sweep, "launch", late.kernel)
+    report = merged(monkeypatch, pair, tmp_path / "ring", (engine(late.Late(order)),), resume=True)
+    assert contents(tmp_path / "ring") == plain[0]
+    assert 0 < report.resumed == report.bytes_written - report.shares["triton"]
+    for ours, theirs in zip(report.outputs, plain[1].outputs, strict=True):
+        assert (ours.changed, ours.non_finite) == (theirs.changed, theirs.non_finite)
 
 
-def test_a_gpu_without_memory(monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_gpu_without_memory(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any
+) -> None:
     class Full(late.Late):
         def memory(self, size: int) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 MiB")
 
-    with pytest.raises(expo.EngineError, match="--engine triton failed: CUDA out of memory"):
+    with pytest.raises(expo.EngineError, match=r"^--engine triton failed: CUDA out of memory") as caught:
         merged(monkeypatch, pair, tmp_path / "ring", (engine(Full()),))
-    assert left(tmp_path / "ring") == []
+    assert left_to_resume(str(caught.value), tmp_path / "ring")
+    merged(monkeypatch, pair, tmp_path / "ring", (choose(),), resume=True)  # on the CPU, as the user may choose to
+    assert contents(tmp_path / "ring") == plain[0]
 
 
 def test_cancel_waits_for_what_is_under_way(
-    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any
 ) -> None:
     stop, device = threading.Event(), late.Late("needed")
 
@@ -204,7 +211,9 @@ def test_cancel_waits_for_what_is_under_way(
         late.kernel(*arguments)
 
     monkeypatch.setattr(sweep, "launch", launch)
-    with pytest.raises(expo.Cancelled):
+    with pytest.raises(expo.Cancelled) as caught:
         merged(monkeypatch, pair, tmp_path / "ring", (engine(device),), cancel=stop)
     assert not any(device.queues.values())
-    assert left(tmp_path / "ring") == []
+    assert left_to_resume(str(caught.value), tmp_path / "ring")
+    merged(monkeypatch, pair, tmp_path / "ring", (engine(late.Late()), choose()), resume=True)
+    assert contents(tmp_path / "ring") == plain[0]

@@ -34,9 +34,11 @@ TORCH = {
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_open(tmp_path: Path) -> Iterator[None]:
+    before = len(os.listdir("/proc/self/fd"))
     yield
     gc.collect()  # what an exception still holds goes with it
     assert workers() == []
+    assert len(os.listdir("/proc/self/fd")) == before
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
@@ -257,3 +259,28 @@ def test_an_input_that_shrinks_before_it_is_read_is_noticed(tmp_path: Path) -> N
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(expo.CheckpointError, match=f"{file}: .* it is being changed"):
         list(stream)
+
+
+@pytest.mark.parametrize("which", ["sft", "aligned"])
+def test_an_input_that_is_written_to_between_two_tensors_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    monkeypatch.setattr("expo.reader.LOCAL", set())  # else the lease of this very process would be waited for
+    for name in ("sft", "aligned"):
+        write_folder(tmp_path / name, random_tensors(SHAPES, 1))
+    stream = expo.stream(tmp_path / "sft", tmp_path / "aligned", 0.3)
+    next(stream)
+    file = tmp_path / which / "model.safetensors"
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(expo.CheckpointError, match=f"{file}: it was changed while it was read"):
+        list(stream)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_that_is_not_mapped_gives_the_same_tensors(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool
+) -> None:
+    written = merged(pair, tmp_path / "out")
+    if not mapped:
+        monkeypatch.setattr("expo.reader.LOCAL", set())
+    assert {name: raw(tensor) for name, tensor in expo.stream(*pair, 0.3)} == {n: t[2] for n, t in written.items()}

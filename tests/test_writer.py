@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import fingerprint, random_tensors, read_folder, write_folder
+from checkpoints import contents, fingerprint, kept, random_tensors, read_folder, staging_folder, write_folder
 
 import expo
+import expo.journal
 import expo.pipeline
 import expo.work
 import expo.writer
@@ -217,7 +218,7 @@ def test_a_filesystem_that_cannot_allocate_gets_a_file_with_holes(tmp_path: Path
 # --- every call fails once --------------------------------------------------------------------------------------------
 
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT, errno.EROFS]
-CALLS = ["open", "pwrite", "fsync", "ftruncate", "rename", "mkdir", "link", "allocate", "open()"]
+CALLS = ["open", "pwrite", "fsync", "ftruncate", "rename", "mkdir", "link", "unlink", "allocate", "open()", "journal"]
 
 
 class Fault:
@@ -230,8 +231,9 @@ class Fault:
         self._error = OSError(code, os.strerror(code))
         if call == "allocate":
             monkeypatch.setattr(expo.writer, call, self._wrap(expo.writer.allocate))
-        elif call == "open()":
-            monkeypatch.setattr(expo.writer, "open", self._wrap(open), raising=False)
+        elif call in ("open()", "journal"):
+            module = expo.writer if call == "open()" else expo.journal
+            monkeypatch.setattr(module, "open", self._wrap(open), raising=False)
         else:
             monkeypatch.setattr(os, call, self._wrap(getattr(os, call)))
 
@@ -249,10 +251,10 @@ class Fault:
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("code", ERRORS, ids=lambda code: errno.errorcode[code])
-def test_any_call_may_fail_and_nothing_is_left(
+def test_any_call_may_fail_and_what_is_done_is_left_or_nothing(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
 ) -> None:
-    """A folder and a bare file, in a folder that has to be made: there and complete, or nothing at all."""
+    """A folder and a bare file, in a folder that has to be made: there and complete, or all of it to go on with."""
     files = tuple(sorted(place.glob("*.safetensors"))[0] for place in pair)
     failures = [fail_every_call(inputs, tmp_path, monkeypatch, call, code) for inputs in (pair, files)]
     assert any(failures)
@@ -263,7 +265,10 @@ def fail_every_call(
 ) -> int:
     """Merge again and again, with the first call failing, then the second, until none fails; how many did."""
     out = folder / "new" / "out"
-    merge = partial(expo.merge, *inputs, 0.3, out, on_unpaired="aligned")
+    merge = partial(expo.merge, *inputs, 0.3, out, on_unpaired="aligned", digest=True)
+    merge()
+    whole = contents(out.parent)
+    remove(out.parent)
     for k in itertools.count():
         with monkeypatch.context() as patch:
             fault = Fault(patch, call, k, code)
@@ -272,17 +277,33 @@ def fail_every_call(
             assert out.exists()
             if fault.hit and call == "fsync":  # of the parent: the output is in place, so it is not called missing
                 assert any(str(out) in warning for warning in merged.warnings)
+            if not fault.hit:
+                assert contents(out.parent) == whole
             remove(folder / "new")
         else:
             assert isinstance(error, expo.OutputError), f"call {k}: {error!r}"
             assert str(error).startswith(str(folder / "new"))
             assert os.strerror(code) in str(error)
             assert "Errno" not in str(error)
-            left = sorted(str(path.relative_to(folder)) for path in folder.rglob("new*"))
-            assert left == [], f"call {k} failed and left {left}"
+            if left_to_resume(str(error), out, k):
+                merge(resume=True)
+                assert contents(out.parent) == whole, f"after call {k} failed"
+                remove(folder / "new")
         if not fault.hit:
             return k
     raise AssertionError("unreachable")
+
+
+def left_to_resume(said: str, out: Path, k: int) -> bool:
+    """Whether the staging folder was left, and it alone, and the message says so; else nothing at all was left."""
+    left = sorted(os.listdir(out.parent)) if out.parent.exists() else None
+    if "--resume" not in said:
+        assert left is None, f"call {k} failed and left {left}"
+        return False
+    assert left == [staging_folder(out).name], f"call {k} failed and left {left}"
+    assert said.endswith(f"; {kept(out)}")
+    assert said.count("--resume") == 1
+    return True
 
 
 def attempt(action: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -308,7 +329,7 @@ def test_whatever_fails_while_overwriting_an_old_or_the_new_model_is_there(
     if not swap:
         monkeypatch.setattr(expo.writer, "exchange", lambda *_: False)
     expo.merge(*pair, 0.3, tmp_path / "expected")
-    new = read_folder(tmp_path / "expected")
+    new = contents(tmp_path / "expected")
     remove(tmp_path / "expected")
     merge = partial(expo.merge, *pair, 0.3, out, overwrite=True)
     for k in itertools.count():
@@ -316,11 +337,20 @@ def test_whatever_fails_while_overwriting_an_old_or_the_new_model_is_there(
         (out / "old.safetensors").write_text("old")
         with monkeypatch.context() as patch:
             fault = Fault(patch, call, k, errno.EIO)
-            _, error = attempt(merge)
+            merged, error = attempt(merge)
         assert error is None or (fault.hit and isinstance(error, expo.OutputError)), f"call {k}: {error!r}"
-        assert sorted(os.listdir(tmp_path)) == ["al", "out", "sft"], f"after call {k} failed"
-        names = os.listdir(out)
-        assert names == ["old.safetensors"] or read_folder(out) == new, f"after call {k} failed"
+        left = sorted({*os.listdir(tmp_path)} - {"al", "out", "sft"})
+        if error is not None:
+            assert [path.read_text() for path in out.iterdir()] == ["old"], f"call {k} failed"
+            assert left == ([staging_folder(out).name] if "--resume" in str(error) else []), f"call {k} failed"
+            assert not left or str(error).endswith(f"; {kept(out)}")
+            merge(resume=True)
+            left = sorted({*os.listdir(tmp_path)} - {"al", "out", "sft"})
+        elif left:  # what could not be removed after all is in place
+            assert any(str(tmp_path / left[0]) in warning for warning in merged.warnings)
+            (tmp_path / left.pop()).unlink()
+        assert left == [], f"after call {k} failed"
+        assert contents(out) == new, f"after call {k} failed"
         remove(out)
         if not fault.hit:
             break
@@ -407,9 +437,16 @@ def test_a_disk_that_fills_up_during_a_merge(
     monkeypatch.setattr(expo.pipeline, "free_bytes", lambda _: 1 << 40)
     if not fallocates:
         monkeypatch.setattr(expo.writer, "allocate", os.ftruncate)
-    with pytest.raises(expo.OutputError, match="No space left on device; free some space or choose another --out"):
+    with pytest.raises(expo.OutputError) as caught:
         expo.merge(*pair, 0.3, place / "out")
-    assert os.listdir(place) == []
+    assert "No space left on device; free some space or choose another --out; " in str(caught.value)
+    assert str(caught.value).endswith(f"; {kept(place / 'out')}")
+    assert os.listdir(place) == [staging_folder(place / "out").name]
+    subprocess.run(["mount", "-o", "remount,size=1m", str(place)], check=True)
+    expo.merge(*pair, 0.3, place / "out", resume=True)
+    expo.merge(*pair, 0.3, tmp_path / "plain")
+    assert os.listdir(place) == ["out"]
+    assert contents(place / "out") == contents(tmp_path / "plain")
 
 
 def test_a_read_only_filesystem(pair: Pair, mounted: Callable[[str], Path]) -> None:
@@ -430,8 +467,13 @@ def test_a_limit_on_the_size_of_files(pair: Pair, tmp_path: Path) -> None:
     assert done.returncode == 4
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "File too large; the filesystem or a limit (ulimit -f) refuses files of this size" in done.stderr
-    assert sorted(os.listdir(tmp_path)) == ["al", "sft"]
+    assert "File too large; the filesystem or a limit (ulimit -f) refuses files of this size; what" in done.stderr
+    assert done.stderr.endswith(f"; {kept(tmp_path / 'out')}\n")
+    assert sorted(os.listdir(tmp_path)) == [".out.expo-staging", "al", "sft"]
+    expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
+    expo.merge(*pair, 0.3, tmp_path / "plain")
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+    assert sorted(os.listdir(tmp_path)) == ["al", "out", "plain", "sft"]
 
 
 # --- Staging ----------------------------------------------------------------------------------------------------------
@@ -453,14 +495,16 @@ def test_the_lock_on_the_folder_dies_with_its_owner(tmp_path: Path) -> None:
     ) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "ready\n"
-        for overwrite in (False, True):
+        for options in ((False, False), (True, False), (False, True), (True, True)):
             with pytest.raises(expo.OutputError, match=f"{out}: another merge is writing it now"):
-                Staging(out, False, overwrite)
+                Staging(out, False, *options)
         owner.send_signal(signal.SIGKILL)
     assert os.listdir(tmp_path) == [".out.expo-staging"]
-    with pytest.raises(expo.OutputError, match="was left by a merge that was killed"):
+    with pytest.raises(expo.OutputError, match="was left by an interrupted merge: --resume goes on with it, --overwr"):
         Staging(out, False, False)
-    assert os.listdir(tmp_path / ".out.expo-staging") == ["half.json"]
+    for overwrite in (False, True):
+        with Staging(out, False, overwrite, True):  # for whoever goes on with it, and it stays
+            assert os.listdir(tmp_path / ".out.expo-staging") == ["half.json"]
     with Staging(out, False, True) as staging:
         assert os.listdir(staging.folder) == []
     assert os.listdir(tmp_path) == []
@@ -551,6 +595,7 @@ def test_without_a_commit_nothing_appears(tmp_path: Path) -> None:
 def test_everything_is_synced_before_the_rename_and_the_parent_after(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(expo.journal, "INTERVAL", 1e9)
     events: list[str] = []
     fsync, rename = os.fsync, os.rename
 
@@ -566,9 +611,12 @@ def test_everything_is_synced_before_the_rename_and_the_parent_after(
     monkeypatch.setattr(os, "rename", log_rename)
     expo.merge(*pair, 0.3, tmp_path / "out")
     shards = sorted(path.name for path in pair[1].glob("*.safetensors"))
-    assert sorted(events[:2]) == shards
-    index = "model.safetensors.index.json"
-    assert events[2:] == ["config.json", index, ".out.expo-staging", "rename", tmp_path.name]
+    journal, index = ".expo-journal", "model.safetensors.index.json"
+    assert events[0] == journal  # whose merge it is
+    assert sorted(events[1:3]) == shards
+    assert events[3:] == [
+        journal, "config.json", index, "rename", ".out.expo-staging", "rename", tmp_path.name
+    ]  # fmt: skip
 
 
 def test_a_bare_file_on_a_filesystem_without_hard_links(
@@ -582,14 +630,17 @@ def test_a_bare_file_on_a_filesystem_without_hard_links(
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", link)
-    merge = partial(expo.merge, sft, aligned, 0.3, out, on_unpaired="aligned")
-    with pytest.raises(expo.OutputError, match="File exists"):
-        merge(progress=lambda *_: out.write_text("years of work"))
+    merge = partial(expo.merge, sft, aligned, 0.3, on_unpaired="aligned")
+    with pytest.raises(expo.OutputError, match=f"^{out}: File exists; {kept(out)}$"):
+        merge(out, progress=lambda *_: out.write_text("years of work"))
     assert out.read_text() == "years of work"
+    assert sorted(os.listdir(tmp_path)) == [".out.safetensors.expo-staging", "al", "out.safetensors", "sft"]
     out.unlink()
-    merge()
-    assert out.stat().st_size > 0
+    merged = merge(out, resume=True)
+    assert merged.resumed == merged.bytes_written
     assert sorted(os.listdir(tmp_path)) == ["al", "out.safetensors", "sft"]
+    merge(tmp_path / "plain")
+    assert out.read_bytes() == (tmp_path / "plain").read_bytes()
 
 
 def test_an_old_model_that_cannot_be_removed_is_named(
@@ -661,12 +712,22 @@ def test_of_several_outputs_an_error_names_those_in_place(
     rename, calls = os.rename, itertools.count()
 
     def second_fails(*arguments: Any) -> None:
-        if next(calls) == 1:
+        if os.path.isdir(arguments[0]) and next(calls) == 1:
             raise OSError(errno.EIO, "Input/output error")
         rename(*arguments)
 
-    monkeypatch.setattr(os, "rename", second_fails)
     first, second = tmp_path / "out0.1", tmp_path / "out0.3"
-    with pytest.raises(expo.OutputError, match=f"^{second}: Input/output error; already in place: {first}$"):
-        expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}")
-    assert sorted(os.listdir(tmp_path)) == ["al", "out0.1", "sft"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", second_fails)
+        message = f"^{second}: Input/output error; already in place: {first}; {kept(second)}$"
+        with pytest.raises(expo.OutputError, match=message):
+            expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}")
+    left = [".out0.1.expo-journal", ".out0.3.expo-staging", "al", "out0.1", "sft"]
+    assert sorted(os.listdir(tmp_path)) == left
+    before = fingerprint(first)
+    expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}", resume=True, verify=True)
+    assert sorted(os.listdir(tmp_path)) == ["al", "out0.1", "out0.3", "sft"]
+    assert fingerprint(first) == before
+    expo.merge(*pair, [0.1, 0.3], tmp_path / "plain{alpha}")
+    assert contents(first) == contents(tmp_path / "plain0.1")
+    assert contents(second) == contents(tmp_path / "plain0.3")

@@ -1,0 +1,242 @@
+"""What of an interrupted merge is on the disk: a journal in the staging folder, from which --resume goes on.
+
+A line for the merge that it belongs to, then one for every few seconds: the chunks that were written and synced before
+the line was, with their statistics. Each line carries its own checksum, so a line that a crash cut short counts as not
+written, and with it all that follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .errors import OutputError
+from .kernels.contract import Statistics
+from .plan import Chunk
+from .work import Measured
+from .writer import JOURNAL, output_errors
+
+NAME = JOURNAL
+INTERVAL = 2.0  # seconds of work that a crash can cost; a sync of what was written past the cache takes milliseconds
+MOST = 1 << 30  # bytes of a journal; a terabyte of output takes a tenth of it
+
+Key = tuple[str, int]  # a chunk: its shard's name and the first of its bytes
+Done = dict[Key, tuple[int, Measured]]  # to the byte after its last, and its statistics
+
+
+def encode(record: Any) -> bytes:
+    """A line: the checksum of a JSON value, and the value."""
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def decode(data: bytes) -> Iterator[Any]:
+    """The values of the lines, up to the first that is damaged."""
+    for line in data.splitlines(keepends=True):
+        checksum, _, text = line.partition(b" ")
+        if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
+            return
+        try:
+            yield json.loads(text)
+        except (ValueError, RecursionError):
+            return
+
+
+def described(done: Done) -> list[Any]:
+    """Chunks as JSON has them."""
+    return [
+        [name, start, stop, [[i, *moved[:3], moved.counts] for i, moved in measured.items()]]
+        for (name, start), (stop, measured) in done.items()
+    ]
+
+
+class Damaged(Exception):
+    """A journal that this program has not written."""
+
+
+def understand(record: Any) -> Done:
+    """The chunks of a line. Raises Damaged."""
+    try:
+        return {
+            (_kind(str, name), _kind(int, start)): (
+                _kind(int, stop),
+                {_kind(int, i): _statistics(m) for i, *m in moved},
+            )
+            for name, start, stop, moved in record
+        }
+    except (TypeError, ValueError) as error:
+        raise Damaged(str(error)) from error
+
+
+def _statistics(values: Sequence[Any]) -> Statistics:
+    d, a, top, counts = values
+    pairs = tuple((_kind(int, changed), _kind(int, wild)) for changed, wild in counts)
+    return Statistics(_kind(float, d), _kind(float, a), _kind(float, top), pairs)
+
+
+def _kind(kind: type[Any], value: Any) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} where {kind.__name__} is expected")
+    return value
+
+
+class Journal:
+    """The journals of a merge's outputs, all with the same lines; for one thread."""
+
+    def __init__(self, folders: Sequence[str], merge: Mapping[str, Any]) -> None:
+        """folders: the stagings of all outputs. merge: what the merge is, as JSON; `begin` or `resume` comes next."""
+        self._folders = folders
+        self._merge = json.loads(json.dumps(merge))
+        self._pending: Done = {}
+        self._flushed = time.monotonic()
+
+    def begin(self, chunk_size: int) -> None:
+        """A journal without chunks. Raises OutputError."""
+        for folder in self._folders:
+            for path in (os.path.join(folder, NAME), aside(folder)):
+                with output_errors(path), contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        self._append({"merge": self._merge, "chunk": chunk_size})
+
+    def resume(self) -> tuple[int, Done] | None:
+        """(chunk size, what is on the disk for all outputs); None where that is nothing that could be gone on with.
+
+        Raises OutputError where the journal is another merge's, and says what differs.
+        """
+        for folder in self._folders:
+            self.put_back(folder)
+        found = [read(folder, mend=True) for folder in self._folders]
+        for each, folder in zip(found, self._folders, strict=True):
+            if each is not None and each.merge != self._merge:
+                differing = "; ".join(differences(each.merge, self._merge))
+                raise OutputError(
+                    f"{folder} holds another merge ({differing}): choose another --out, or --overwrite starts anew"
+                )
+        if not found or any(each is None for each in found):
+            return None
+        first, *others = [each for each in found if each is not None]
+        done = {key: value for key, value in first.done.items() if all(key in each.done for each in others)}
+        return first.chunk, done
+
+    def add(self, chunk: Chunk, measured: Measured) -> None:
+        """A chunk that was written for all outputs, though not synced yet."""
+        self._pending[chunk.shard.name, chunk.start] = chunk.stop, measured
+
+    @property
+    def due(self) -> bool:
+        return bool(self._pending) and time.monotonic() - self._flushed >= INTERVAL
+
+    def flush(self, sync: Callable[[set[str]], None]) -> None:
+        """Have the shards of the pending chunks synced, then write down that they are. Raises OutputError."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, {}
+        sync({name for name, _ in pending})
+        self._append({"done": described(pending)})
+        self._flushed = time.monotonic()
+
+    def set_aside(self, folder: str) -> None:
+        """Move the journal out of a staging folder that is about to become an output. Raises OutputError.
+
+        Where a kill comes in between, the journal beside an output is what says that it is complete.
+        """
+        with output_errors(folder):
+            os.rename(os.path.join(folder, NAME), aside(folder))
+
+    def put_back(self, folder: str) -> None:
+        """Undo `set_aside` where the folder has not become an output. Raises OutputError."""
+        if os.path.isdir(folder) and os.path.lexists(aside(folder)):
+            with output_errors(folder):
+                os.rename(aside(folder), os.path.join(folder, NAME))
+
+    def remove(self) -> list[str]:
+        """Once all outputs are in place; returns warnings."""
+        warnings = []
+        for folder in self._folders:
+            try:
+                os.unlink(aside(folder))
+            except OSError as error:
+                warnings.append(f"{aside(folder)} is of no use any more, but could not be removed: {error.strerror}")
+        return warnings
+
+    def _append(self, record: Any) -> None:
+        for path in map(place, self._folders):
+            with output_errors(path), open(path, "ab") as file:
+                file.write(encode(record))
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def aside(folder: str) -> str:
+    """Where a staging folder's journal is while the folder is put in place: `.NAME.expo-journal`."""
+    return f"{folder.removesuffix('-staging')}-journal"
+
+
+def place(folder: str) -> str:
+    """Where a staging folder's journal is now."""
+    return os.path.join(folder, NAME) if os.path.isdir(folder) else aside(folder)
+
+
+def differences(before: Any, now: Mapping[str, Any]) -> list[str]:
+    """In what two merges differ, in words."""
+    if not isinstance(before, dict):
+        return ["its journal is damaged"]
+    return [
+        f"{name} was {_short(before.get(name))}, is {_short(value)}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ] or ["it is of another version"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({zlib.crc32(text.encode()):08x})"
+
+
+def has_journal(folder: str) -> bool:
+    """Whether a staging folder's journal is there, in it or beside it."""
+    return os.path.lexists(place(folder))
+
+
+class Found(NamedTuple):
+    """A journal's lines: the merge, the size of its chunks, and those that are durable."""
+
+    merge: Any
+    chunk: int
+    done: Done
+
+
+def read(folder: str, mend: bool = False) -> Found | None:
+    """The journal of a staging folder; None for one that is absent, damaged, or without a whole first line.
+
+    mend: cut off what follows the last good line, so that new ones can follow it. Raises OutputError.
+    """
+    path = place(folder)
+    try:
+        with open(path, "r+b" if mend else "rb", opener=_no_link) as file:
+            if os.fstat(file.fileno()).st_size > MOST:
+                return None
+            lines = list(decode(file.read()))
+            if mend:
+                file.truncate(sum(len(encode(line)) for line in lines))
+        head, *records = lines
+        done: Done = {}
+        for record in records:
+            done.update(understand(record.get("done", [])))
+        chunk = _kind(int, head["chunk"])
+        return Found(head["merge"], chunk, done) if chunk > 0 else None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}") from error
+    except (Damaged, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
