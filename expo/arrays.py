@@ -69,8 +69,8 @@ def _many(torch: Any, sft: list[Any], aligned: list[Any], alpha: float, out: lis
             continue
         checked = _checked(torch, s, a, alpha, o)
         results.append(checked.out)
-        places = (s.data_ptr(), a.data_ptr(), checked.out.data_ptr())
-        if a.numel() and places in done:  # tied weights, listed twice
+        places = (s.data_ptr(), a.data_ptr(), checked.out.data_ptr(), a.numel())
+        if places in done and a.numel():  # tied weights, listed twice
             continue
         done.add(places)
         if _on_gpu(a) and _plain(s, a, checked.out) and checked.alpha and "F64" not in checked.dtypes:
