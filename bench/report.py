@@ -6,6 +6,7 @@ Prints the tables that the README shows; writes medians, spreads and extra figur
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,18 @@ def keep(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def tables(kept: dict[str, Any]) -> Iterator[str]:
-    """Markdown."""
+    """Markdown; of the GPU's benchmarks too, or alone, where they have been run."""
     benches = kept["benchmarks"]
+    if "test_help" in benches:
+        yield from _merges(benches)
+    yield from _rates(benches, "test_kernel", "one thread, GB/s moved (of memcpy's)", "of_memcpy")
+    on_gpu = next((bench for name, bench in benches.items() if name.startswith("test_gpu[")), None)
+    if on_gpu:
+        yield from _rates(benches, "test_gpu", f"on a GPU, {on_gpu['device']}, GB/s moved (of a copy's)", "of_roof")
+        yield f"\ndriver {on_gpu['driver']}, torch {on_gpu['torch']}, triton {on_gpu['triton']}"
+
+
+def _merges(benches: dict[str, Any]) -> Iterator[str]:
     yield "| against | rival, s | ours, s | ours / rival (lowest to highest) |\n|---|---|---|---|"
     for name, rival in RIVALS.items():
         b = benches[name]
@@ -48,12 +59,17 @@ def tables(kept: dict[str, Any]) -> Iterator[str]:
     yield f"\npeak resident memory {memory['resident_mb']:.0f} MB, of which anonymous {memory['anonymous_mb']:.0f} MB"
     start, plan = benches["test_help"]["median"], benches["test_plan_70b"]["median"]
     yield f"--help {start:.3f} s, --plan of a 70B pair {plan:.3f} s"
-    yield "\n| one thread, GB/s moved (of memcpy's) | bf16 | fp16 | fp32 |\n|---|---|---|---|"
-    contestants = [name[len("test_kernel[") : -len("-BF16]")] for name in benches if name.endswith("-BF16]")]
-    for contestant in contestants:
-        rows = [benches[f"test_kernel[{contestant}-{dtype}]"] for dtype in ("BF16", "F16", "F32")]
-        cells = [f"{row['gb_per_s']:.1f} ({row['of_memcpy']:.2f})" for row in rows]
-        yield f"| {contestant.replace('_', ' ')} | {' | '.join(cells)} |"
+
+
+def _rates(benches: dict[str, Any], test: str, title: str, ratio: str) -> Iterator[str]:
+    """What each contestant of a test moves in a second; nothing where the test has not been run."""
+    names = [name[len(test) + 1 : -len("-BF16]")] for name in benches if re.fullmatch(rf"{test}\[.*-BF16\]", name)]
+    if names:
+        yield f"\n| {title} | bf16 | fp16 | fp32 |\n|---|---|---|---|"
+    for name in names:
+        rows = [benches.get(f"{test}[{name}-{dtype}]") for dtype in ("BF16", "F16", "F32")]
+        cells = [f"{row['gb_per_s']:.1f} ({row[ratio]:.2f})" if row else "not run" for row in rows]
+        yield f"| {name.replace('_', ' ')} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -55,25 +56,31 @@ def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any
 
 
 def _many(torch: Any, sft: list[Any], aligned: list[Any], alpha: float, out: list[Any] | None) -> list[Any]:
-    """One by one, but for what one launch on a GPU can do together."""
+    """One by one, but for what one launch on a GPU can do together; what is listed twice is done once."""
     outs = [None] * len(aligned) if out is None else out
     if not len(sft) == len(aligned) == len(outs):
         raise UsageError(f"as many of each are needed, got sft {len(sft)}, aligned {len(aligned)}, out {len(outs)}")
-    results, together = [], []
+    results: list[Any] = []
+    done: set[tuple[int, ...]] = set()
+    together: defaultdict[Any, list[tuple[Any, Any, Any]]] = defaultdict(list)  # by device
     for s, a, o in zip(sft, aligned, outs, strict=True):
-        if torch is None or not isinstance(a, torch.Tensor) or not _on_gpu(a):
+        if torch is None or not isinstance(a, torch.Tensor):
             results.append(extrapolate(s, a, alpha, out=o))
             continue
         checked = _checked(torch, s, a, alpha, o)
-        if _plain(s, a, checked.out) and checked.alpha and "F64" not in checked.dtypes:
-            together.append((s.detach(), a.detach(), checked.out.detach()))
+        results.append(checked.out)
+        places = (s.data_ptr(), a.data_ptr(), checked.out.data_ptr(), a.numel())
+        if places in done and a.numel():  # tied weights, listed twice
+            continue
+        done.add(places)
+        if _on_gpu(a) and _plain(s, a, checked.out) and checked.alpha and "F64" not in checked.dtypes:
+            together[a.device].append((s.detach(), a.detach(), checked.out.detach()))
         else:
             _compute(s, a, checked)
-        results.append(checked.out)
-    if together:
+    for triples in together.values():
         from .kernels.whole_model import Table
 
-        Table(*zip(*together, strict=True)).launch(working_alpha(alpha))
+        Table(*zip(*triples, strict=True)).launch(working_alpha(alpha))
     return results
 
 

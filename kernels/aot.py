@@ -17,15 +17,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .extrapolate import BLOCK, OPTIONS, extrapolate
 from .sweep import BLOCK as SWEEP_BLOCK
 from .sweep import sweep
-from .whole_model import SEGMENT, WIDE, whole_model
+from .whole_model import POINTERS, SEGMENT, WIDE, whole_model
 
 TARGETS = (
     *(f"cuda:{arch}" for arch in (80, 86, 89, 90, 100, 120)),
@@ -33,7 +33,7 @@ TARGETS = (
 )
 STAGES = ("ttir", "ttgir", "llir", "ptx", "cubin", "amdgcn", "hsaco")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-KINDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -78,7 +78,7 @@ def _sweep(dtype: str, alphas: int, measured: bool) -> Variant:
 
 
 def _whole_model(dtype: str) -> Variant:
-    kind = KINDS[dtype]
+    kind = POINTERS[KINDS[dtype]]
     constants = {"SFT": kind, "ALIGNED": kind, "ALIGNMENT": WIDE, "SEGMENT": SEGMENT, "BLOCK": BLOCK}
     types = {"table_ptr": "*i64", "alpha": "fp32"} | dict.fromkeys(constants, "constexpr")
     moved = 3 * ITEM[dtype] + 32 / (SEGMENT * BLOCK)

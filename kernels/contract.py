@@ -23,7 +23,8 @@ class Statistics(NamedTuple):
     """How far a piece of a tensor moved; `d` is aligned - sft in fp32 (fp64 for F64 tensors).
 
     d_squared, aligned_squared: sums of d*d and aligned*aligned over the elements whose d is finite, accumulated in
-        fp32 over short runs and in fp64 across them (relative error below 1e-5).
+        fp32 over short runs and in fp64 across them (relative error below 1e-5, as long as the squares of d and a are
+        normal fp32 numbers).
     max_abs_d: the largest finite |d|.
     counts: for each alpha (changed, non_finite): outputs that compare unequal to aligned by IEEE's rule (-0 equals
         +0, NaN equals nothing), and outputs that are inf or NaN.

@@ -33,7 +33,11 @@ class Cuda:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        """A stream for memory that is allocated by now."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        # Memory that was freed a moment ago may still be in use there.
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        return stream
 
     def enqueue(self, stream: torch.cuda.Stream, work: Callable[[], None]) -> None:
         """Have `work` start copies and kernels on the stream."""

@@ -50,13 +50,13 @@ def write(sft_ptr, aligned_ptr, out_ptr, alpha, at, inside):  # type: ignore[no-
 
 @triton.jit  # type: ignore[untyped-decorator]
 def block(sft_ptr, aligned_ptr, out_ptr, left, alpha, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first BLOCK elements, or the `left` ones that there are."""
+    """The first BLOCK elements, or the `left` ones that there are: none where it is 0 or negative."""
     at = tl.arange(0, BLOCK)
     if left >= BLOCK:
         write(sft_ptr, aligned_ptr, out_ptr, alpha, at, None)
     else:
         # A bound that the compiler sees to be a multiple of 8: a mask against any other allows 2-byte accesses alone.
-        body = (left.to(tl.int32) // LANES) * LANES
+        body = (left.to(tl.int32) // LANES) * LANES  # towards zero, so that the tail of a negative one is empty too
         write(sft_ptr, aligned_ptr, out_ptr, alpha, at, at < body)
         tail = body + tl.arange(0, LANES)
         write(sft_ptr, aligned_ptr, out_ptr, alpha, tail, tail < left)

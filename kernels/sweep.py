@@ -79,6 +79,7 @@ def sweep(  # type: ignore[no-untyped-def]
     aligned_ptr += start
     out_ptr += start
     left = n - start
+    pitch = tl.cast(pitch, tl.int64)  # it comes as an int32 where it fits, and K times it may not
     if left >= BLOCK:
         for part in tl.static_range(2):
             at = part * PART + tl.arange(0, PART)

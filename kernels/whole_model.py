@@ -19,7 +19,11 @@ from .extrapolate import BLOCK, OPTIONS, block, current
 
 SEGMENT = 128  # blocks of a row: 2^18 elements, so a tensor wastes at most 127 programs, and 7B parameters take 0.9 MB
 WIDE = 16  # bytes of the alignment that 128-bit accesses need
-NAMES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+POINTERS = {
+    torch.bfloat16: tl.pointer_type(tl.bfloat16),
+    torch.float16: tl.pointer_type(tl.float16),
+    torch.float32: tl.pointer_type(tl.float32),
+}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -27,14 +31,17 @@ def whole_model(  # type: ignore[no-untyped-def]
     table_ptr, alpha, SFT: tl.constexpr, ALIGNED: tl.constexpr, ALIGNMENT: tl.constexpr,
     SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of int64: the addresses of sft, aligned and out, multiples of ALIGNMENT bytes, and the elements there."""
+    """Rows of int64: the addresses of sft, aligned and out, multiples of ALIGNMENT bytes, and the elements there.
+
+    SFT, ALIGNED: types of pointers to their elements.
+    """
     program = tl.program_id(0)
     row = table_ptr + (program // SEGMENT).to(tl.int64) * 4
     start = (program % SEGMENT) * BLOCK
     left = tl.load(row + 3) - start
-    sft_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(SFT)), ALIGNMENT)
-    aligned_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(ALIGNED)), ALIGNMENT)
-    out_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(ALIGNED)), ALIGNMENT)
+    sft_ptr = tl.multiple_of(tl.load(row).to(SFT), ALIGNMENT)
+    aligned_ptr = tl.multiple_of(tl.load(row + 1).to(ALIGNED), ALIGNMENT)
+    out_ptr = tl.multiple_of(tl.load(row + 2).to(ALIGNED), ALIGNMENT)
     block(sft_ptr + start, aligned_ptr + start, out_ptr + start, left, alpha, BLOCK)
 
 
@@ -61,7 +68,7 @@ class Table:
         """Run the kernel: once for each pair of dtypes, and for odd addresses; alpha not 0, finite in fp32."""
         for (sft, aligned, alignment), triples, table in self._launches:
             if len(table):
-                constants = {"SFT": NAMES[sft], "ALIGNED": NAMES[aligned], "ALIGNMENT": alignment}
+                constants = {"SFT": POINTERS[sft], "ALIGNED": POINTERS[aligned], "ALIGNMENT": alignment}
                 with current(triples[0][1]):
                     whole_model[len(table) * SEGMENT,](
                         table, alpha, **constants, SEGMENT=SEGMENT, BLOCK=BLOCK, **OPTIONS

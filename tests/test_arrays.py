@@ -433,6 +433,12 @@ def test_parameters_of_a_model_in_place() -> None:
     assert all(torch.equal(x, y) for x, y in zip(aligned.parameters(), expected, strict=True))
 
 
+def test_tied_weights_that_are_listed_twice_move_once() -> None:
+    sft, aligned = torch.zeros(5), torch.ones(5)
+    expo.extrapolate([sft, sft.view(5)], [aligned, aligned.view(5)], 0.5, out=[aligned, aligned.view(5)])
+    assert aligned.tolist() == [1.5] * 5
+
+
 def test_numbers_of_tensors_that_differ() -> None:
     ones = np.ones(3, np.float32)
     with pytest.raises(expo.UsageError, match="sft 1, aligned 2, out 2"):

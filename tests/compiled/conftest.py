@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,9 +17,10 @@ def obstacle() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "the interpreter takes the compiler's place"
     try:
-        found = version("triton")
-    except PackageNotFoundError:
-        return "Triton is not installed"
+        import torch  # noqa: F401
+        from triton import __version__ as found
+    except ImportError as error:
+        return f"no compiler: {error}"
     return "" if found.startswith(KNOWN) else f"what a compiler emits is its version's: known are {KNOWN}, not {found}"
 
 

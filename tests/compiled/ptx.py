@@ -1,0 +1,599 @@
+"""Runs Triton's PTX on a CPU: the rounding, reductions and barriers that the LLVM IR before it does not show.
+
+A register is an array of shape (programs, threads), so that an instruction is one NumPy operation for many programs.
+Whatever is not known exactly, an opcode, a modifier, an operand, is `Refused`; nothing is skipped or guessed. What a
+GPU would trap on or leave to chance is a `Fault`: an access outside the buffers, shared memory without a barrier. Not
+modelled: races in global memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, product
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Compute = Callable[..., Array]
+STORED: dict[int, Any] = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}  # registers, by their bits
+TYPES: dict[str, tuple[int, Any]] = {
+    **{"pred": (1, np.bool_), "f16": (16, np.float16), "f32": (32, np.float32)},
+    **{"f16x2": (32, np.float16), "f32x2": (64, np.float32)},  # views with twice the columns
+    **{f"{kind}{bits}": (bits, STORED[bits]) for kind in "bu" for bits in (16, 32, 64)},
+    **{f"s{bits}": (bits, np.dtype(f"i{bits // 8}").type) for bits in (16, 32, 64)},
+}
+ACCESS = re.compile(r"(ld|st)\.(global|shared)(?:(?<=shared)::cta)?(?:\.v([24]))?\.b(16|32|64)")
+WARP, EVERY_LANE = 32, 0xFFFFFFFF
+WINDOW = 1024  # where shared memory starts: not 0, so that a lost base shows
+PAGE = 1 << 32  # between buffers: an access past one does not reach the next
+
+
+class Refused(Exception):
+    """PTX that this interpreter does not know."""
+
+
+class Fault(Exception):
+    """What a GPU traps on, or whose outcome it leaves to chance."""
+
+
+# Arithmetic
+
+
+def canonical(compute: Compute) -> Compute:
+    """With the NaN that NVIDIA's fp32 operations give, 0x7fffffff: the one that a careless rounding turns into -0."""
+
+    def computed(*operands: Array) -> Array:
+        result = compute(*operands)
+        if (nan := result != result).any():
+            result.view(np.uint32)[nan] = 0x7FFFFFFF
+        return result
+
+    return computed
+
+
+def fused(x: Array, y: Array, z: Array) -> Array:
+    """x * y + z of fp32, rounded once.
+
+    The product is exact in a double. The sum is rounded to odd there: its error, by Knuth's two-sum, sets the last
+    bit, so that the second rounding, to less than half as many bits, cannot mistake it for a tie.
+    """
+    p, z = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
+    total = p + z
+    part = total - p
+    error = (p - (total - part)) + (z - part)
+    bits = total.view(np.int64)
+    inexact = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
+    bits += np.where(inexact, np.where((error > 0) == (total > 0), 1, -1), 0)
+    return total.astype(np.float32)
+
+
+def to_bf16(x: Array) -> Array:
+    """To nearest even, as bits; NVIDIA's NaN is 0x7fff."""
+    bits = x.view(np.uint32)
+    near = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(x != x, np.uint16(0x7FFF), near.astype(np.uint16))
+
+
+def to_fp16(x: Array) -> Array:
+    """To nearest even, as bits; NVIDIA's NaN is 0x7fff."""
+    return np.where(x != x, np.uint16(0x7FFF), x.astype(np.float16).view(np.uint16))
+
+
+def pair(narrow: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
+    """Two conversions into one register, the first operand's in the upper half."""
+    return lambda high, low: narrow(high).astype(np.uint32) << np.uint32(16) | narrow(low)
+
+
+def largest(x: Array, *more: Array) -> Array:
+    """max.f32: a NaN only where all are NaN, and +0 above -0."""
+    for y in more:
+        equal = (x.view(np.uint32) & y.view(np.uint32)).view(np.float32)
+        x = np.where(x == y, equal, np.where((x > y) | (y != y), x, y))
+    return x
+
+
+def smallest(x: Array, *more: Array) -> Array:
+    """min.f32."""
+    return -largest(-x, *(-y for y in more))
+
+
+def with_nan(choose: Compute) -> Compute:
+    """The .NaN forms: a NaN where any is NaN."""
+    return lambda *xs: np.where(np.any([x != x for x in xs], 0), np.float32(np.nan), choose(*xs))
+
+
+def comparisons(kind: str) -> dict[str, Compute]:
+    """setp's: of floats, a NaN makes the plain ones false and those that end in u true."""
+    if kind[0] == "b":
+        return {"eq": np.equal, "ne": np.not_equal}
+    known: dict[str, Compute] = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+    known["eq"] = np.equal
+    if kind[0] != "f":
+        return {**known, "ne": np.not_equal}
+    known["ne"] = lambda x, y: (x < y) | (x > y)
+    known["num"] = lambda x, y: (x == x) & (y == y)
+    opposite = {"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt", "equ": "ne", "neu": "eq", "nan": "num"}
+    return {**known, **{name: lambda x, y, of=known[of]: ~of(x, y) for name, of in opposite.items()}}
+
+
+def shifted(shift: Any) -> Compute:
+    """By NumPy's rule for amounts past the width, which is PTX's: zeros, or the sign."""
+    return lambda x, amount: shift(x, np.minimum(amount, 64).astype(x.dtype))
+
+
+def of_floats() -> Iterator[tuple[str, str, Compute]]:
+    """Opcodes, the types of the result and the operands, and what is computed."""
+    operations: dict[str, Compute] = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fused}
+    for name, compute in operations.items():
+        for kind in ("f32", "f32x2"):
+            yield f"{name}.rn.{kind}", f"{kind} " * (4 if name == "fma" else 3), canonical(compute)
+        if name in ("add", "sub"):
+            mixed = canonical(lambda x, y, compute=compute: compute(x.astype(np.float32), y))
+            yield f"{name}.rn.f32.f16", "f32 f16 f32", mixed
+    for name, choose in {"max": largest, "min": smallest}.items():
+        for types in ("f32 " * 3, "f32 " * 4):
+            yield f"{name}.f32", types, canonical(choose)
+            yield f"{name}.NaN.f32", types, canonical(with_nan(choose))
+    yield "abs.f32", "f32 f32", canonical(np.abs)
+    yield "neg.f32", "f32 f32", canonical(np.negative)
+    yield "abs.f16x2", "f16x2 f16x2", np.abs
+    yield "cvt.f32.f16", "f32 f16", canonical(lambda x: x.astype(np.float32))
+    for kind, narrow in {"bf16": to_bf16, "f16": to_fp16}.items():
+        yield f"cvt.rn.{kind}.f32", "b16 f32", narrow
+        yield f"cvt.rn.{kind}x2.f32", "b32 f32 f32", pair(narrow)
+
+
+def multiply_add(x: Array, y: Array, z: Array) -> Array:
+    return x * y + z
+
+
+def of_integers() -> Iterator[tuple[str, str, Compute]]:
+    for to, source in (("u64", "u32"), ("u32", "u64"), ("s64", "s32"), ("u32", "u16")):
+        yield f"cvt.{to}.{source}", f"{to} {source}", lambda x, to=to: x.astype(TYPES[to][1])
+    for kind in ("s32", "s64"):
+        yield f"neg.{kind}", f"{kind} " * 2, np.negative
+        yield f"add.{kind}", f"{kind} " * 3, np.add
+        yield f"sub.{kind}", f"{kind} " * 3, np.subtract
+        yield f"mul.lo.{kind}", f"{kind} " * 3, np.multiply
+        yield f"mad.lo.{kind}", f"{kind} " * 4, multiply_add
+    for kind, wide in (("u32", "u64"), ("s32", "s64")):
+        to = TYPES[wide][1]
+        yield f"mul.wide.{kind}", f"{wide} {kind} {kind}", lambda x, y, to=to: x.astype(to) * y.astype(to)
+        types = f"{wide} {kind} {kind} {wide}"
+        yield f"mad.wide.{kind}", types, lambda x, y, z, to=to: multiply_add(x.astype(to), y.astype(to), z)
+    logic: dict[str, Compute] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+    for (name, compute), kind in product(logic.items(), ("pred", "b16", "b32", "b64")):
+        yield f"{name}.{kind}", f"{kind} " * 3, compute
+    for width in (16, 32, 64):
+        yield f"shl.b{width}", f"b{width} b{width} u32", shifted(np.left_shift)
+        for kind in (f"u{width}", f"s{width}"):
+            yield f"shr.{kind}", f"{kind} {kind} u32", shifted(np.right_shift)
+
+
+def selected(x: Array, y: Array, first: Array) -> Array:
+    return np.where(first, x, y)
+
+
+def of_any() -> Iterator[tuple[str, str, Compute]]:
+    for kind in TYPES.keys() - {"pred", "f16x2", "f32x2"}:
+        yield f"selp.{kind}", f"{kind} {kind} {kind} pred", selected
+        for name, compare in comparisons(kind).items():
+            yield f"setp.{name}.{kind}", f"pred {kind} {kind}", compare
+            for word, join in (("and", np.logical_and), ("or", np.logical_or)):
+                joined = lambda x, y, p, compare=compare, join=join: join(compare(x, y), p)  # noqa: E731
+                yield f"setp.{name}.{word}.{kind}", f"pred {kind} {kind} pred", joined
+
+
+def over_warp(join: Callable[[Array, Array], Array]) -> Callable[[Array], Array]:
+    """The lanes, which are the last axis, joined in pairs."""
+
+    def reduced(lanes: Array) -> Array:
+        while lanes.shape[-1] > 1:
+            lanes = join(*np.split(lanes, 2, -1))
+        return lanes
+
+    return reduced
+
+
+# Instructions from registers to a register, by opcode and number of operands.
+FORMS = {
+    (opcode, len(types.split())): (types.split(), compute)
+    for opcode, types, compute in chain(of_floats(), of_integers(), of_any())
+}
+SHUFFLES = {str(bit): lambda lanes, bit=bit: lanes[..., np.arange(WARP) ^ bit] for bit in (1, 2, 4, 8, 16)}
+REDUCTIONS = {
+    "redux.sync.add.s32": ("s32", over_warp(np.add)),
+    "redux.sync.max.f32": ("f32", over_warp(canonical(largest))),
+}
+
+
+# Memory
+
+
+class Access(NamedTuple):
+    """Lanes that touch memory: their rows in the group, who they are, and so many words of `width` bits for each."""
+
+    row: Array
+    program: Array
+    thread: Array
+    address: Array
+    width: int
+    words: int
+
+    @property
+    def size(self) -> int:
+        return self.width // 8 * self.words
+
+    def require(self, good: Array, what: str) -> None:
+        """Raise a Fault that names the first lane that is not good."""
+        if not good.all():
+            i = int(np.flatnonzero(~good)[0])
+            raise Fault(f"{what}: {self.address[i]:#x}, by program {self.program[i]}, thread {self.thread[i]}")
+
+
+class Buffer(NamedTuple):
+    start: int
+    size: int
+    writable: bool
+    memory: Array  # bytes, from the page on which it starts
+
+
+class Memory:
+    """Global memory: arrays, each alone on its page."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Buffer] = []
+
+    def place(self, data: Array, writable: bool = False, shift: int = 0) -> int:
+        """The address of a copy of the data, `shift` bytes past a page."""
+        page = (len(self._buffers) + 1) * PAGE
+        memory = np.zeros((shift + data.nbytes + 15) // 16 * 16, np.uint8)
+        memory[shift : shift + data.nbytes] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        self._buffers.append(Buffer(page + shift, data.nbytes, writable, memory))
+        return page + shift
+
+    def read(self, address: int, dtype: Any) -> Array:
+        """What the buffer that starts there holds now."""
+        (found,) = (buffer for buffer in self._buffers if buffer.start == address)
+        return found.memory[address % PAGE :][: found.size].view(dtype)
+
+    def _each(self, access: Access, writing: bool) -> Iterator[tuple[Array, Array, Array]]:
+        """For each buffer that is touched: its memory in units of the access, the lanes there, and their units."""
+        access.require(access.address % access.size == 0, "misaligned")
+        outside = np.ones(len(access.address), bool)
+        for start, size, writable, memory in self._buffers:
+            if size >= access.size and writable >= writing:
+                inside = access.address - np.uint64(start) <= np.uint64(size - access.size)
+                if inside.any():
+                    units = memory.view(STORED[access.width]).reshape(-1, access.words)
+                    yield units, inside, (access.address[inside] % PAGE // access.size).astype(np.int64)
+                outside &= ~inside
+        access.require(~outside, "a write outside the writable buffers" if writing else "a read outside the buffers")
+
+    def load(self, access: Access) -> Array:
+        got = np.zeros((len(access.address), access.words), STORED[access.width])
+        for units, lanes, at in self._each(access, False):
+            got[lanes] = units[at]
+        return got
+
+    def store(self, access: Access, words: Array) -> None:
+        for units, lanes, at in self._each(access, True):
+            units[at] = words[lanes]
+
+
+class Shared:
+    """Shared memory in words, each with the warps that read and wrote it since the last barrier, a bit for each."""
+
+    CELL = np.dtype([("word", np.uint32), ("known", np.bool_), ("readers", np.uint32), ("writers", np.uint32)])
+
+    def __init__(self, cells: Array) -> None:
+        self.cells = cells  # of shape (programs, words)
+
+    def barrier(self) -> None:
+        self.cells["readers"] = self.cells["writers"] = 0
+
+    def _touched(self, access: Access) -> tuple[Any, Array]:
+        """Indices of the words, and the lanes' warps as bits."""
+        access.require(access.address % access.size == 0, "misaligned in shared memory")
+        first = (access.address.astype(np.int64) - WINDOW) // 4
+        access.require((first >= 0) & (first + access.words <= self.cells.shape[1]), "outside shared memory")
+        at = first[:, None] + np.arange(access.words)
+        warp = np.uint32(1) << (access.thread // WARP).astype(np.uint32)
+        return (access.row[:, None], at), np.broadcast_to(warp[:, None], at.shape)
+
+    def load(self, access: Access) -> Array:
+        at, warp = self._touched(access)
+        cells = self.cells[at]
+        access.require(cells["known"].all(1), "a read of shared memory that nothing wrote")
+        access.require((cells["writers"] & ~warp == 0).all(1), "no barrier after another warp's write")
+        np.bitwise_or.at(self.cells["readers"], at, warp)
+        words: Array = cells["word"]
+        return words
+
+    def store(self, access: Access, words: Array) -> None:
+        at, warp = self._touched(access)
+        np.bitwise_or.at(self.cells["writers"], at, warp)
+        cells = self.cells[at]
+        others = (cells["readers"] | cells["writers"]) & ~warp
+        access.require((others == 0).all(1), "no barrier between two warps' accesses")
+        self.cells["word"][at], self.cells["known"][at] = words, True
+
+
+# Programs
+
+
+class Group:
+    """Programs that stand at the same instruction."""
+
+    def __init__(self, programs: Array, threads: int, arguments: dict[str, Array], memory: Memory, cells: Array):
+        self.programs, self.shape = programs, (len(programs), threads)
+        self.arguments, self.memory, self.shared = arguments, memory, Shared(cells)
+        self.registers: dict[str, Array] = {}
+        self.at = 0
+
+    def read(self, name: str) -> Array:
+        if name not in self.registers:
+            raise Fault(f"{name} is read before it is written")
+        return self.registers[name]
+
+    def write(self, name: str, value: Array, where: Array | None) -> None:
+        if where is not None:
+            value = np.where(where, value, self.read(name))
+        if value.shape != self.shape:
+            value = np.broadcast_to(value, self.shape)
+        self.registers[name] = np.ascontiguousarray(value)
+
+    def only(self, rows: Array, at: int) -> Group:
+        """Some of the programs, at another instruction."""
+        part = Group(self.programs[rows], self.shape[1], self.arguments, self.memory, self.shared.cells[rows])
+        part.registers = {name: value[rows] for name, value in self.registers.items()}
+        part.at = at
+        return part
+
+    def access(self, address: Array, where: Array | None, width: int, count: int) -> Access:
+        row, thread = np.nonzero(np.ones(self.shape, bool) if where is None else where)
+        return Access(row, self.programs[row], thread, address[row, thread], width, count)
+
+
+Act = Callable[[Group, "Array | None"], None]  # the second: the lanes that take part, None for all
+Source = Callable[[Group], Array]
+SPECIAL: dict[str, Source] = {
+    "%tid.x": lambda group: np.arange(group.shape[1], dtype=np.uint32)[None],
+    "%ctaid.x": lambda group: group.programs[:, None],
+    "global_smem": lambda group: np.array([[WINDOW]], np.uint32),
+}
+
+
+class Instruction(NamedTuple):
+    """guard: a predicate's register; wanted: its value where the instruction runs. label: a branch's, and no act."""
+
+    text: str
+    guard: str
+    wanted: bool
+    act: Act | None
+    label: str = ""
+
+
+class Kernel:
+    """The one entry of a PTX text, with `shared` bytes of dynamic shared memory."""
+
+    def __init__(self, text: str, shared: int = 0) -> None:
+        text = re.sub(r"//.*", "", text)
+        found = re.search(r"\.visible \.entry \w+\(([^)]*)\)\s*\.reqntid (\d+)\s*\{\n(.*?)\n\}", text, re.DOTALL)
+        if found is None or len(re.findall(r"\.(?:entry|func)\b", text)) != 1:
+            raise Refused("not one entry with a fixed number of threads")
+        header = r"\s*(\.(version|target|address_size) .*|\.extern \.shared \.align 16 \.b8 global_smem\[\];)?\s*"
+        if unknown := [line for line in text[: found.start()].splitlines() if not re.fullmatch(header, line)]:
+            raise Refused(unknown[0])
+        self.shared, self.threads = shared, int(found[2])
+        self.parameters = dict(self._declared(line) for line in found[1].split(","))
+        self.banks: dict[str, tuple[int, int]] = {}
+        self.labels: dict[str, int] = {}
+        self.instructions: list[Instruction] = []
+        for line in found[3].splitlines():
+            self._line(line.strip())
+        if missing := {step.label for step in self.instructions if step.label} - self.labels.keys():
+            raise Refused(f"no labels {missing}")
+
+    def run(
+        self, programs: Sequence[int] | Array, arguments: Sequence[Any], memory: Memory, together: int = 64
+    ) -> None:
+        """Run those programs in that order, so many at a time; memory holds what they wrote."""
+        values = {
+            name: np.array([[value]], TYPES[kind][1]).view(STORED[TYPES[kind][0]])
+            for (name, kind), value in zip(self.parameters.items(), arguments, strict=True)
+        }
+        programs = np.asarray(programs, np.uint32)
+        with np.errstate(all="ignore"):
+            for i in range(0, len(programs), together):
+                some = programs[i : i + together]
+                cells = np.zeros((len(some), self.shared // 4), Shared.CELL)
+                waiting = [Group(some, self.threads, values, memory, cells)]
+                while waiting:
+                    waiting += self._advance(waiting.pop())
+
+    def _advance(self, group: Group) -> list[Group]:
+        """Run until all programs end, or until they part: then the groups that do."""
+        while group.at < len(self.instructions):
+            step = self.instructions[group.at]
+            where = group.read(step.guard) == step.wanted if step.guard else None
+            group.at += 1
+            if step.act is not None:
+                step.act(group, where)
+            elif not step.label:
+                return []
+            elif where is None or where.all():
+                group.at = self.labels[step.label]
+            elif where.any():
+                taken = where.all(1)
+                if (taken != where.any(1)).any():
+                    raise Fault(f"threads of a program part at {step.text}")
+                return [group.only(taken, self.labels[step.label]), group.only(~taken, group.at)]
+        raise Fault("the end is reached without ret")
+
+    # Reading the text: each method understands all of a piece of it, or raises Refused
+
+    def _declared(self, line: str) -> tuple[str, str]:
+        """A parameter's name and type."""
+        found = re.fullmatch(r"\s*\.param \.(u64|u32|f32)(?: \.ptr \.global \.align \d+)? (\w+)\s*", line)
+        if found is None:
+            raise Refused(line)
+        return found[2], found[1]
+
+    def _line(self, line: str) -> None:
+        if not line or re.fullmatch(r"\.loc\t\d+ .*", line):
+            return
+        if label := re.fullmatch(r"(\$\w+):", line):
+            self.labels[label[1]] = len(self.instructions)
+        elif bank := re.fullmatch(r"\.reg \.(pred|b16|b32|b64) \t(%[a-z]+)<(\d+)>;", line):
+            self.banks[bank[2]] = (TYPES[bank[1]][0], int(bank[3]))
+        else:
+            *statements, rest = line.split(";")
+            if rest.strip():
+                raise Refused(line)
+            self.instructions += [self._instruction(text.strip()) for text in statements]
+
+    def _instruction(self, text: str) -> Instruction:
+        operand = r"(?:\{[^{}]*\}|\[[^\[\]]*\]|[^\s,{}\[\]]+)"
+        found = re.fullmatch(rf"(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)(?:\s+({operand}(?:\s*,\s*{operand})*))?", text)
+        if found is None:
+            raise Refused(text)
+        guard, wanted, opcode, operands = found[2] or "", not found[1], found[3], re.findall(operand, found[4] or "")
+        try:
+            if guard:
+                self._register(guard, 1)
+            if (opcode == "bra" or (opcode == "bra.uni" and not guard)) and len(operands) == 1:
+                return Instruction(text, guard, wanted, None, operands[0])
+            if text == "ret":
+                return Instruction(text, guard, wanted, None)
+            return Instruction(text, guard, wanted, self._act(opcode, operands, bool(guard)))
+        except Refused as error:
+            raise Refused(f"{text}: {error}") from None
+
+    def _act(self, opcode: str, operands: list[str], guarded: bool) -> Act:
+        if (opcode, len(operands)) in FORMS:
+            return self._computed(operands, *FORMS[opcode, len(operands)])
+        if len(operands) == 2:
+            if found := re.fullmatch(r"mov\.[bu](16|32|64)", opcode):
+                return self._mov(operands, int(found[1]))
+            if found := re.fullmatch(r"ld\.param\.b(32|64)", opcode):
+                return self._parameter(operands, int(found[1]))
+            if found := ACCESS.fullmatch(opcode):
+                return self._access(operands, found[1], found[2], int(found[3] or 1), int(found[4]))
+        if not guarded:
+            if opcode == "bar.sync" and operands == ["0"]:
+                return lambda group, where: group.shared.barrier()
+            if opcode == "shfl.sync.bfly.b32" and operands[3:] == ["31", "-1"] and operands[2] in SHUFFLES:
+                return self._across(operands[:2], "b32", SHUFFLES[operands[2]])
+            if opcode in REDUCTIONS and len(operands) == 3:
+                return self._across(operands, *REDUCTIONS[opcode])
+        raise Refused("unknown")
+
+    def _register(self, text: str, width: int) -> str:
+        """The text, if it is a register of that width."""
+        found = re.fullmatch(r"(%[a-z]+)(\d+)", text)
+        bits, count = self.banks.get(found[1], (0, 0)) if found else (0, 0)
+        if found is None or bits != width or int(found[2]) >= count:
+            raise Refused(f"{text} is no register of {width} bits")
+        return text
+
+    def _parts(self, text: str, width: int) -> list[str]:
+        """A register of `width` bits, or those in {...} that have so many together."""
+        names = [name.strip() for name in text.strip("{}").split(",")]
+        return [name if name == "_" else self._register(name, width // len(names)) for name in names]
+
+    def _source(self, text: str, kind: str) -> Source:
+        """Reads a register, or gives a constant of shape (1, 1)."""
+        width, dtype = TYPES[kind]
+        if text.startswith("%"):
+            self._register(text, width)
+            return lambda group: group.read(text).view(dtype)
+        whole = re.fullmatch(r"0|-?[1-9]\d*|0[xX][0-9a-fA-F]+", text) and kind[0] in "bus"
+        single = re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text) and kind in ("f32", "b32")
+        if not (whole or single):
+            raise Refused(f"{text} is no {kind}")
+        value = int(text[2:], 16) if text[:2].lower() in ("0x", "0f") else int(text)
+        if not -(1 << (width - 1)) <= value < 1 << width:
+            raise Refused(f"{text} is too large for {kind}")
+        constant = np.array([[value % (1 << width)]], STORED[width]).view(dtype)
+        return lambda group: constant
+
+    def _computed(self, operands: list[str], types: list[str], compute: Compute) -> Act:
+        width, dtype = TYPES[types[0]]
+        to = self._register(operands[0], width)
+        sources = [self._source(text, kind) for text, kind in zip(operands[1:], types[1:], strict=True)]
+
+        def act(group: Group, where: Array | None) -> None:
+            result = compute(*(source(group) for source in sources))
+            if result.dtype != dtype:
+                raise Refused(f"{result.dtype} for {types}")  # NumPy's promotion is not PTX's
+            group.write(to, result.view(STORED[width]), where)
+
+        return act
+
+    def _mov(self, operands: list[str], width: int) -> Act:
+        """From a register or several, a constant or a special register, to a register or several."""
+        to, of = self._parts(operands[0], width), operands[1]
+        if of in SPECIAL and width == 32:
+            sources = [SPECIAL[of]]
+        elif of.startswith("{"):
+            names = self._parts(of, width)
+            sources = [self._source(name, f"b{width // len(names)}") for name in names]
+        else:
+            sources = [self._source(of, f"b{width}")]
+
+        def act(group: Group, where: Array | None) -> None:
+            parts = np.stack([np.broadcast_to(source(group), group.shape) for source in sources], -1)
+            for i, name in enumerate(to):
+                if name != "_":
+                    group.write(name, parts.view(STORED[width // len(to)])[..., i], where)
+
+        return act
+
+    def _parameter(self, operands: list[str], width: int) -> Act:
+        to, name = self._register(operands[0], width), operands[1].strip("[] ")
+        if name not in self.parameters or TYPES[self.parameters[name]][0] != width:
+            raise Refused("no such parameter")
+        return lambda group, where: group.write(to, group.arguments[name], where)
+
+    def _access(self, operands: list[str], way: str, space: str, count: int, width: int) -> Act:
+        """A load or a store of `count` words."""
+        text, place = operands if way == "ld" else operands[::-1]
+        names, found = self._parts(text, width * count), re.fullmatch(r"\[\s*(%\w+)(?:\s*\+\s*(\d+))?\s*\]", place)
+        if found is None or len(names) != count or "_" in names or (space == "shared" and width != 32):
+            raise Refused("unknown operands")
+        base = self._source(found[1], "u64" if space == "global" else "u32")
+        offset = int(found[2] or 0)
+
+        def act(group: Group, where: Array | None) -> None:
+            start = base(group)
+            access = group.access(start + start.dtype.type(offset), where, width, count)
+            held: Memory | Shared = group.memory if space == "global" else group.shared
+            if way == "st":
+                lanes = access.row, access.thread
+                held.store(access, np.stack([group.read(name)[lanes] for name in names], -1))
+                return
+            words = held.load(access)
+            for i, name in enumerate(names):
+                value = np.zeros(group.shape, STORED[width])
+                value[access.row, access.thread] = words[:, i]
+                group.write(name, value, where)
+
+        return act
+
+    def _across(self, operands: list[str], kind: str, exchange: Callable[[Array], Array]) -> Act:
+        """From a register, in the shape (programs, warps, lanes), to another; all of a warp's lanes take part."""
+        to, source = self._register(operands[0], 32), self._source(self._register(operands[1], 32), kind)
+        members = [self._source(text, "b32") for text in operands[2:]]
+
+        def act(group: Group, where: Array | None) -> None:
+            if any((mask(group) != EVERY_LANE).any() for mask in members):
+                raise Refused("a reduction of some of a warp's lanes")
+            warps = source(group).reshape(group.shape[0], -1, WARP)
+            result = np.ascontiguousarray(np.broadcast_to(exchange(warps), warps.shape))
+            group.write(to, result.view(np.uint32).reshape(group.shape), where)
+
+        return act

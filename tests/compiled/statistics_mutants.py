@@ -1,0 +1,71 @@
+"""Mistakes in sweep.py that the tests of its compiled code must catch, and how to compile a copy that makes one.
+
+Leaving out other=0.0 is none of them: Triton sets the registers of masked lanes to zero anyway.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+
+class Mutant(NamedTuple):
+    """A replacement in sweep.py; variant: one in which it shows."""
+
+    name: str
+    old: str
+    new: str
+    variant: str = "statistics1_bf16"
+
+
+MUTANTS = [
+    Mutant("no_finite_rule_for_d", "d = tl.where(finite, d, 0.0)", "d = d * 1.0"),
+    Mutant("no_finite_rule_for_a", "a = tl.where(finite, a, 0.0)", "a = a * 1.0"),
+    Mutant("infinite_d_counts", 'tl.abs(d) < float("inf")', 'tl.abs(d) <= float("inf")'),
+    Mutant(
+        "masked_sft_pollutes", "tl.load(sft_ptr + at, mask=inside, other=0.0)", "tl.load(sft_ptr + at, inside, 1.0)"
+    ),
+    Mutant(
+        "masked_aligned_pollutes",
+        "tl.load(aligned_ptr + at, mask=inside, other=0.0)",
+        "tl.load(aligned_ptr + at, inside, 1.0)",
+    ),
+    Mutant("tail_in_a_part_s_row", "row + 2, tail", "row + 1, tail"),
+    Mutant("parts_in_one_row", "row + part, at, None", "row, at, None"),
+    Mutant("tail_counted_twice", "here < body", "here < left"),
+    Mutant("rows_of_sums_overlap", "sums_ptr + row * 3", "sums_ptr + row"),
+    Mutant("rows_of_counts_overlap", "counts_ptr + row * K + k", "counts_ptr + row + k", "statistics4_bf16"),
+    Mutant(
+        "changed_by_bits",
+        "(value != a)",
+        "(value.to(tl.int32, bitcast=True) != a.to(tl.int32, bitcast=True))",
+    ),
+    Mutant("changed_ignores_nan", "(value != a)", "((value < a) | (value > a))"),
+    Mutant("infinity_is_finite", 'tl.abs(value) < float("inf")', 'tl.abs(value) <= float("inf")'),
+    Mutant("nan_is_finite", 'tl.abs(value) < float("inf")', 'tl.abs(value) != float("inf")'),
+    Mutant("counts_collide", "(1 - finite) << 16", "(1 - finite) << 8"),
+    Mutant("max_without_abs", "tl.max(tl.abs(d), 0)", "tl.max(d, 0)"),
+    Mutant("outputs_in_one_place", "out_ptr + k * pitch + at", "out_ptr + at", "statistics4_bf16"),
+    Mutant("one_alpha_for_all", "tl.load(alphas_ptr + k)", "tl.load(alphas_ptr)", "statistics4_bf16"),
+    Mutant("rows_in_32_bits", "tl.program_id(0).to(tl.int64) * 2", "tl.program_id(0) * 2"),
+    Mutant("pitch_in_32_bits", "k * pitch + at", "(k * pitch).to(tl.int32) + at", "statistics4_bf16"),
+]
+
+
+def package(folder: Path, name: str, old: str, new: str, patch: pytest.MonkeyPatch) -> Any:
+    """aot.py of a copy of kernels/ in which sweep.py has `new` for `old`; Triton reads the source from its file."""
+    copy = folder / f"statistics_{name}"
+    copy.mkdir()
+    for file in KERNELS.glob("*.py"):
+        text = file.read_text()
+        if file.name == "sweep.py":
+            assert old in text, f"sweep.py has no {old!r} any more"
+            text = text.replace(old, new)
+        (copy / file.name).write_text(text)
+    patch.syspath_prepend(folder)
+    return importlib.import_module(f"{copy.name}.aot")

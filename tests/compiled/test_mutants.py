@@ -1,0 +1,80 @@
+"""That the tests of the compiled kernels would fail: mistakes in the kernels, each seen where it shows."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import built, cases, instructions, verify
+from mutants import MUTANTS, Mutant, package
+
+from expo.kernels import aot
+
+KERNELS = ("extrapolate_bf16", "extrapolate_fp32_bf16", "sweep2_bf16", "whole_model_bf16")
+
+
+def execute(compiler: Any, name: str) -> None:
+    """The variant as `test_execution.py` does it."""
+    variant = compiler.variants()[name]
+    kernel = built(variant, compiler=compiler)
+    for case in cases(variant):
+        verify(kernel, variant, case)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.variant}-{mutant.name}")
+def test_mutants_fail(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{mutant.variant}_{mutant.name}"
+    compiler = package(tmp_path, name, mutant.file, mutant.old, mutant.new, monkeypatch)
+    with pytest.raises(AssertionError, match=mutant.seen):
+        execute(compiler, mutant.variant)
+
+
+def test_a_copy_without_mistakes_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the mutants fail is not the copying."""
+    compiler = package(tmp_path, "none", "extrapolate.py", "p = alpha * d\n", "p = d * alpha\n", monkeypatch)
+    for name in KERNELS:
+        execute(compiler, name)
+
+
+# Fused multiply-adds, which the compiler makes where it may
+
+
+@cache
+def compiled(name: str, target: str, fusion: bool) -> dict[str, Any]:
+    options = {"enable_fp_fusion": True} if fusion else {}
+    return dict(aot.compiled(aot.variants()[name], aot.target_of(target), **options).asm)
+
+
+def fused(name: str, layer: str, fusion: bool) -> list[str]:
+    """The fused multiply-adds in one of the compiler's outputs."""
+    if layer == "ptx":
+        return re.findall(r"\b(?:fma|mad)\.[\w.]*f32\b", compiled(name, "cuda:90", fusion)["ptx"])
+    if layer == "sass":
+        code = aot.machine_code(compiled(name, "cuda:90", fusion)["cubin"])
+        if code is None:
+            pytest.skip("this Triton ships no nvdisasm")
+        return [opcode for opcode in aot.opcodes(code) if opcode.startswith("FFMA")]
+    found = re.findall(r"\bv_\w*(?:fma|mad|mac).*", compiled(name, "hip:gfx942", fusion)["amdgcn"])
+    # One whose factor is 1 or -1 adds and widens fp16, and rounds once.
+    return [line for line in found if not re.match(r"v_fma_mix_f32 v\d+, -?v\d+, -?1\.0,", line)]
+
+
+@pytest.mark.parametrize("layer", ["ptx", "sass", "amdgcn"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_fusion_is_seen(name: str, layer: str) -> None:
+    assert len(fused(name, layer, True)) >= 8
+    assert fused(name, layer, False) == []
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_fusion_is_not_seen_by_execution(name: str) -> None:
+    """Products and sums are fused after the LLVM IR, so that executing it proves nothing about them."""
+    with_fusion, without = (instructions(compiled(name, "cuda:90", fusion)["llir"]) for fusion in (True, False))
+    assert with_fusion == without
+    variant = aot.variants()[name]
+    kernel = built(variant, enable_fp_fusion=True)
+    for case in cases(variant):
+        verify(kernel, variant, case)

@@ -1,0 +1,399 @@
+"""The Triton kernels on a GPU, compared with the numerics contract on the host: the same bits.
+
+What other tests show by interpreting and by reading the compiled code, these show by running it. They need a device
+that torch calls CUDA, which AMD's are too; without one all are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import exact
+import numpy as np
+import pytest
+import torch
+
+import expo
+from expo.demo import ALIGNED, SFT
+from expo.kernels import numerics
+from expo.kernels.contract import Statistics, working_alpha
+from expo.kernels.twin import DTYPES
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+extrapolate = pytest.importorskip("expo.kernels.extrapolate")
+sweep = pytest.importorskip("expo.kernels.sweep")
+whole_model = pytest.importorskip("expo.kernels.whole_model")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch sees no CUDA device"),
+]
+
+DEVICE = "cuda"
+NARROW = ("BF16", "F16", "F32")
+PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
+ALL_PAIRS = list(product(DTYPES, DTYPES))
+ALPHAS = (0.3, 0.5, 1.0, -0.7, 2.5, 25.0, 1e-30, 3e38)
+BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
+POISON, GUARD = 0xA5, 64  # the byte that fills outputs; elements beside an output that must keep it
+BLOCKS = (extrapolate.BLOCK, sweep.BLOCK)
+AROUND_BLOCKS = sorted({n for block in BLOCKS for n in (*range(block - 9, block + 10), 2 * block - 1, 2 * block + 1)})
+LENGTHS = (*range(26), *AROUND_BLOCKS)
+
+Array = Any  # the bits of elements, as unsigned integers
+
+
+# Each kernel as one function: it puts what a launch needs on the GPU, for outs of shape (alphas, n); launch later
+
+Launch = Callable[[], None]
+
+
+def plain(s: torch.Tensor, a: torch.Tensor, alphas: Sequence[float], outs: torch.Tensor) -> Launch:
+    def launch() -> None:
+        for alpha, out in zip(alphas, outs, strict=True):
+            extrapolate.launch(s, a, working_alpha(alpha), out)
+
+    return launch
+
+
+def swept(
+    s: torch.Tensor, a: torch.Tensor, alphas: Sequence[float], outs: torch.Tensor, partials: Any = None
+) -> Launch:
+    on_gpu = torch.tensor(alphas, dtype=torch.float32, device=s.device)
+    return lambda: sweep.launch(s, a, on_gpu, outs, partials)
+
+
+def measured(s: torch.Tensor, a: torch.Tensor, alphas: Sequence[float], outs: torch.Tensor) -> Launch:
+    return swept(s, a, alphas, outs, sweep.Partials.empty(a.numel(), len(alphas), a.device))
+
+
+def whole(s: torch.Tensor, a: torch.Tensor, alphas: Sequence[float], outs: torch.Tensor) -> Launch:
+    tables = [whole_model.Table([s], [a], [out]) for out in outs]
+
+    def launch() -> None:
+        for alpha, table in zip(alphas, tables, strict=True):
+            table.launch(working_alpha(alpha))
+
+    return launch
+
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, Sequence[float], torch.Tensor], Launch]
+every_kernel = pytest.mark.parametrize("kernel", [plain, swept, measured, whole], ids=lambda f: f.__name__)
+every_pair = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+
+
+def random_bits(seed: int, pair: tuple[str, str], n: int) -> list[Array]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, np.iinfo(BITS[dtype]).max, n, BITS[dtype], endpoint=True) for dtype in pair]
+
+
+def weights(pair: tuple[str, str], n: int) -> list[Array]:
+    """As those of a model, with elements that did not move, an infinity and a NaN here and there."""
+    rng = np.random.default_rng(3)
+    a = rng.standard_normal(n) * 0.02
+    s = a + rng.standard_normal(n) * 0.0005
+    s[::5] = a[::5]
+    a[7::50], s[9::60] = np.inf, np.nan
+    return [bits_of(torch.from_numpy(x).to(DTYPES[dtype]), dtype) for x, dtype in zip((s, a), pair, strict=True)]
+
+
+def reference(
+    s: Array, a: Array, pair: tuple[str, str], alphas: Sequence[float], measure: bool = False
+) -> tuple[list[Array], Statistics | None]:
+    outs = [np.empty_like(a) for _ in alphas]
+    working = [working_alpha(alpha, *pair) for alpha in alphas]
+    return outs, numerics.extrapolate(s, pair[0], a, pair[1], a.size, outs, working, measure)
+
+
+def upload(bits: Array, dtype: str, shift: int = 0, device: str | None = None) -> torch.Tensor:
+    """The elements on the GPU, `shift` of them past an address that the allocator chose."""
+    tensor = torch.empty(bits.size + shift, dtype=DTYPES[dtype], device=device or DEVICE)[shift:]
+    tensor.view(torch.uint8).copy_(torch.from_numpy(bits.view(np.uint8)))
+    return tensor
+
+
+def bits_of(tensor: torch.Tensor, dtype: str) -> Array:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().view(BITS[dtype])
+
+
+def assert_same(out: Array, expected: Array, dtype: str) -> None:
+    form = exact.FORMATS[dtype]
+    both_nan = (out & form.mask > form.infinity) & (expected & form.mask > form.infinity)
+    at = np.flatnonzero((out != expected) & ~both_nan)
+    shown = [(int(i), hex(out[i]), hex(expected[i])) for i in at[:5]]
+    assert not at.size, f"{at.size} of {out.size} differ; (index, got, expected): {shown}"
+
+
+def launched(
+    kernel: Kernel, s: Array, a: Array, pair: tuple[str, str], alphas: Sequence[float], shift: int = 0
+) -> list[Array]:
+    """The bits of each output; asserts that the kernel wrote nothing beside the outputs."""
+    sft, aligned = upload(s, pair[0], shift), upload(a, pair[1], shift)
+    pitch, start = -(-a.size // 16) * 16 + GUARD + shift, GUARD + shift
+    size = (2 * GUARD + len(alphas) * pitch) * a.itemsize
+    memory = torch.full((size,), POISON, dtype=torch.uint8, device=DEVICE).view(DTYPES[pair[1]])
+    kernel(sft, aligned, alphas, memory.as_strided((len(alphas), a.size), (pitch, 1), start))()
+    after = bits_of(memory, pair[1])
+    rows = [after[start + k * pitch :][: a.size] for k in range(len(alphas))]
+    outs = [row.copy() for row in rows]
+    for row in rows:
+        row.view(np.uint8)[:] = POISON
+    assert (after.view(np.uint8) == POISON).all(), "written beside an output"
+    assert np.array_equal(bits_of(sft, pair[0]), s)
+    assert np.array_equal(bits_of(aligned, pair[1]), a)
+    return outs
+
+
+def assert_right(
+    kernel: Kernel, s: Array, a: Array, pair: tuple[str, str], alphas: Sequence[float], shift: int = 0
+) -> None:
+    expected, _ = reference(s, a, pair, alphas)
+    for out, right in zip(launched(kernel, s, a, pair, alphas, shift), expected, strict=True):
+        assert_same(out, right, pair[1])
+
+
+def room_for(size: int) -> None:
+    """Skip the test where the GPU has less than `size` bytes left, and a tenth more."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < size * 1.1:
+        pytest.skip(f"needs {size * 1.1 / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} are free")
+
+
+# Values, lengths and addresses
+
+
+@every_pair
+@every_kernel
+def test_special_values(kernel: Kernel, pair: tuple[str, str]) -> None:
+    """All special values of one dtype with all of the other's."""
+    crossed = product(exact.specials(pair[0]), exact.specials(pair[1]))
+    s, a = (np.array(bits, BITS[dtype]) for bits, dtype in zip(zip(*crossed, strict=True), pair, strict=True))
+    assert_right(kernel, s, a, pair, ALPHAS)
+
+
+@every_pair
+@every_kernel
+def test_random_bits(kernel: Kernel, pair: tuple[str, str]) -> None:
+    """Any bit pattern, over several rows of the whole model's table."""
+    s, a = random_bits(1, pair, 2 * whole_model.SEGMENT * extrapolate.BLOCK + 13)
+    assert_right(kernel, s, a, pair, (0.3, 1.0, -0.7))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 8])
+@every_pair
+@every_kernel
+def test_lengths(kernel: Kernel, pair: tuple[str, str], shift: int) -> None:
+    """Around the tail of 8 lanes and around blocks, at an aligned address and some elements past it."""
+    for n in LENGTHS:
+        s, a = random_bits(n, pair, n)
+        assert_right(kernel, s, a, pair, (0.3, -0.7), shift)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@every_pair
+@every_kernel
+def test_in_place(kernel: Kernel, pair: tuple[str, str], shift: int) -> None:
+    """The output may be aligned itself, or sft where the dtypes are equal."""
+    s, a = random_bits(2, pair, 3 * sweep.BLOCK + 13)
+    (expected,), _ = reference(s, a, pair, (0.3,))
+    for place in (0, 1) if pair[0] == pair[1] else (1,):
+        tensors = upload(s, pair[0], shift), upload(a, pair[1], shift)
+        kernel(*tensors, (0.3,), tensors[place].unsqueeze(0))()
+        assert_same(bits_of(tensors[place], pair[1]), expected, pair[1])
+
+
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids="-".join)
+def test_public_function(pair: tuple[str, str]) -> None:
+    """expo.extrapolate on the GPU's tensors, of fp64 and not contiguous too: the bits that it gives on the CPU."""
+    s, a = random_bits(4, pair, 61 * 67)
+    expected, _ = reference(s, a, pair, (0.3,))
+    sft, aligned = (upload(x, dtype).view(61, 67) for x, dtype in zip((s, a), pair, strict=True))
+    assert_same(bits_of(expo.extrapolate(sft, aligned, 0.3), pair[1]), expected[0], pair[1])
+    turned = expo.extrapolate(sft.T, aligned.T, 0.3)
+    assert turned.device == aligned.device
+    assert_same(bits_of(turned.T, pair[1]), expected[0], pair[1])
+    assert expo.extrapolate(sft, aligned, 0.3, out=aligned) is aligned
+    assert_same(bits_of(aligned, pair[1]), expected[0], pair[1])
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("n", [1, 1000, sweep.BLOCK, 3 * sweep.BLOCK + 2055, 1 << 20])
+@every_pair
+def test_statistics(pair: tuple[str, str], n: int) -> None:
+    """As the definition's, and the same bits a second time."""
+    alphas = (0.3, 1.0, -0.7)
+    s, a = weights(pair, n)
+    _, expected = reference(s, a, pair, alphas, measure=True)
+    sft, aligned = upload(s, pair[0]), upload(a, pair[1])
+    runs = []
+    for garbage in (-1, 77):
+        partials = sweep.Partials.empty(n, len(alphas), aligned.device)
+        for each in partials:
+            each.fill_(garbage)
+        swept(sft, aligned, alphas, aligned.new_empty(len(alphas), n), partials)()
+        runs.append(sweep.Partials(*(each.cpu() for each in partials)))
+    assert torch.equal(runs[0].sums, runs[1].sums)
+    assert torch.equal(runs[0].counts, runs[1].counts)
+    found = sweep.statistics(runs[0])
+    assert expected is not None
+    assert found.counts == expected.counts
+    assert found.max_abs_d == expected.max_abs_d
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-5, abs=0)
+
+
+# Whole models
+
+
+class Small(torch.nn.Module):
+    """Tied weights of several rows of the table, odd lengths, an odd address and three dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(20011, 17, dtype=torch.bfloat16)
+        self.norm = torch.nn.LayerNorm(17)
+        self.inner = torch.nn.Linear(17, 31, dtype=torch.float16)
+        self.odd = torch.nn.Parameter(torch.randn(100, dtype=torch.bfloat16)[1:])
+        self.head = torch.nn.Linear(17, 20011, bias=False, dtype=torch.bfloat16)
+        self.head.weight = self.embedding.weight
+
+
+def by_table(sft: list[torch.Tensor], model: list[torch.Tensor]) -> Callable[[float], None]:
+    table = whole_model.Table(sft, model, model)
+    return lambda alpha: table.launch(working_alpha(alpha))
+
+
+def by_public_function(sft: list[torch.Tensor], model: list[torch.Tensor]) -> Callable[[float], None]:
+    return lambda alpha: expo.extrapolate(sft, model, alpha, out=model) and None
+
+
+@pytest.mark.parametrize("prepare", [by_table, by_public_function], ids=lambda f: f.__name__)
+def test_model_in_place(prepare: Callable[..., Callable[[float], None]]) -> None:
+    """Launched twice, the second time from what the first left. sft's dtypes are not all aligned's."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        sft, model = Small(), Small()
+    sft.inner.float()
+    theirs, ours = list(sft.parameters()), list(model.parameters())
+    assert len(ours) == 6  # the tied weights once
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    pairs = [(names[s.dtype], names[a.dtype]) for s, a in zip(theirs, ours, strict=True)]
+    weak = [bits_of(s, dtype) for s, (dtype, _) in zip(theirs, pairs, strict=True)]
+    expected = [bits_of(a, dtype) for a, (_, dtype) in zip(ours, pairs, strict=True)]
+    launch = prepare(theirs, ours)
+    for alpha in (0.3, -0.7):
+        expected = [reference(s, a, pair, (alpha,))[0][0] for s, a, pair in zip(weak, expected, pairs, strict=True)]
+        launch(alpha)
+        for tensor, right, (_, dtype) in zip(ours, expected, pairs, strict=True):
+            assert_same(bits_of(tensor, dtype), right, dtype)
+    assert model.head.weight is model.embedding.weight
+    for tensor, before, (dtype, _) in zip(theirs, weak, pairs, strict=True):
+        assert np.array_equal(bits_of(tensor, dtype), before)
+
+
+# Sizes that 32 bits do not hold
+
+
+@every_kernel
+def test_more_than_two_to_the_31_elements(kernel: Kernel) -> None:
+    """The start, both sides of element 2^31, and the end."""
+    pair, n, side = ("BF16", "BF16"), 2**31 + 3 * sweep.BLOCK + 5, 2 * sweep.BLOCK
+    room_for(3 * 2 * n)
+    s, a, out = (torch.empty(n, dtype=torch.int16, device=DEVICE) for _ in range(3))
+    for memory in (s, a, out):
+        memory.random_(-(2**15), 2**15)
+    s, a, out = (memory.view(torch.bfloat16) for memory in (s, a, out))
+    kernel(s, a, (0.3,), out.unsqueeze(0))()
+    for window in (slice(0, side), slice(2**31 - side, 2**31 + side), slice(n - side, n)):
+        (expected,), _ = reference(bits_of(s[window], "BF16"), bits_of(a[window], "BF16"), pair, (0.3,))
+        assert_same(bits_of(out[window], "BF16"), expected, "BF16")
+
+
+@pytest.mark.parametrize("kernel", [swept, measured], ids=lambda f: f.__name__)
+def test_outputs_more_than_two_to_the_31_elements_apart(kernel: Kernel) -> None:
+    """A pitch that 32 bits hold, times an output's number, which they do not."""
+    pair, n, pitch, alphas = ("BF16", "BF16"), sweep.BLOCK + 77, 2**30, (0.3, 1.0, -0.7)
+    room_for(2 * (2 * pitch + n))
+    s, a = random_bits(5, pair, n)
+    expected, _ = reference(s, a, pair, alphas)
+    memory = torch.empty(2 * pitch + n, dtype=torch.bfloat16, device=DEVICE)
+    outs = memory.as_strided((3, n), (pitch, 1))
+    kernel(upload(s, "BF16"), upload(a, "BF16"), alphas, outs)()
+    for out, right in zip(outs, expected, strict=True):
+        assert_same(bits_of(out, "BF16"), right, "BF16")
+
+
+# Devices and streams
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
+@every_kernel
+def test_a_device_that_is_not_the_current_one(kernel: Kernel) -> None:
+    pair, alphas = ("BF16", "F16"), (0.3, -0.7)
+    s, a = random_bits(6, pair, sweep.BLOCK + 13)
+    expected, _ = reference(s, a, pair, alphas)
+    sft, aligned = upload(s, pair[0], device="cuda:1"), upload(a, pair[1], device="cuda:1")
+    outs = aligned.new_empty(len(alphas), a.size)
+    with torch.cuda.device(0):
+        kernel(sft, aligned, alphas, outs)()
+        assert torch.cuda.current_device() == 0
+    for out, right in zip(outs, expected, strict=True):
+        assert_same(bits_of(out, pair[1]), right, pair[1])
+
+
+@every_kernel
+def test_a_launch_keeps_its_place_in_the_current_stream(kernel: Kernel) -> None:
+    """Inputs arrive late on a stream: a launch on any other would compute with what was there before."""
+    pair, alphas = ("BF16", "BF16"), (0.3, -0.7)
+    s, a = random_bits(7, pair, 3 * sweep.BLOCK + 13)
+    expected, _ = reference(s, a, pair, alphas)
+    right_s, right_a = upload(s, "BF16"), upload(a, "BF16")
+    late_s, late_a = torch.zeros_like(right_s), torch.ones_like(right_a)
+    outs = late_a.new_empty(len(alphas), a.size)
+    launch = kernel(late_s, late_a, alphas, outs)
+    launch()  # compiles, which would outlast the wait below
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # cycles: 0.1 s or so
+        late_s.copy_(right_s)
+        late_a.copy_(right_a)
+        launch()
+        copied = outs.clone()
+    assert not stream.query(), "the inputs arrived before the launch: this showed nothing"
+    stream.synchronize()
+    for out, right in zip(copied, expected, strict=True):
+        assert_same(bits_of(out, "BF16"), right, "BF16")
+
+
+# From file to file
+
+
+@pytest.mark.parametrize("engine", ["cpu", "numpy"])
+@pytest.mark.parametrize("crew", [{"engine": "triton"}, {"device": "cuda"}], ids=str)
+def test_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crew: dict[str, str], engine: str) -> None:
+    """The demo pair, in more chunks than the ring has slots: the files and figures of an engine on the CPU."""
+    if engine == "cpu":
+        pytest.importorskip("expo.kernels._cpu", reason="the compiled engine is not built", exc_type=ImportError)
+    monkeypatch.setattr("expo.work.CHUNK", 64 << 10)
+    monkeypatch.setattr("expo.ring.SMALL", 1)  # byte, below which the GPU is not asked
+    merged = expo.merge(SFT, ALIGNED, (0.3, -0.7), tmp_path / "gpu-{alpha}", verify=True, **crew)
+    expected = expo.merge(SFT, ALIGNED, (0.3, -0.7), tmp_path / "cpu-{alpha}", engine=engine)
+    for ours, theirs in zip(merged.outputs, expected.outputs, strict=True):
+        assert (ours.changed, ours.non_finite) == (theirs.changed, theirs.non_finite)
+        found, right = ({f.name: f.read_bytes() for f in Path(each.path).iterdir()} for each in (ours, theirs))
+        assert found.keys() == right.keys()
+        assert [name for name in found if found[name] != right[name]] == []
+    assert merged.engine == "triton"
+    if "engine" in crew:  # else the CPU, which helps, may be done before the GPU has started
+        assert merged.shares.keys() == {"triton"}
+    assert merged.max_abs_difference == expected.max_abs_difference
+    assert merged.relative_distance == pytest.approx(expected.relative_distance, rel=1e-5)
