@@ -16,7 +16,7 @@ from .journal import NAME, Done, Journal
 from .plan import DIGESTS, Chunk, OutputShard, Plan, cut
 from .result import Tally
 from .work import CHUNK, MIB, Measured, Pass, Progress, Source, chunk_size
-from .writer import BLOCK, ShardWriter, Staging, output_errors, read_back
+from .writer import BLOCK, ShardWriter, Staging, aligned_buffer, output_errors, read_back
 
 Files = Mapping[str, ShardWriter]  # of one output, by the name of the shard
 
@@ -52,6 +52,7 @@ class Making:
         self.tally = Tally(len(plan.alphas))
         self.resumed = 0  # bytes of output that were there already
         self.shares: dict[str, int] = {}
+        self._read = threading.local()  # a buffer of each worker that verifies
         begun = self._journal.resume() if resume else None
         goes_on = begun is not None and self._adopt(*begun)
         for staging in stagings.values():
@@ -161,7 +162,9 @@ class Making:
             return
         path = self._stagings[k].path(chunk.shard.name)
         expected = data[: chunk.stop - chunk.start]
-        found = read_back(path, chunk.start, len(expected))
+        if not hasattr(self._read, "buffer"):
+            self._read.buffer = aligned_buffer(self._chunk)
+        found = self._read.buffer[: read_back(path, chunk.start, self._read.buffer)][: len(expected)]
         if found != expected:
             at = next((i for i, (x, y) in enumerate(zip(found, expected, strict=False)) if x != y), len(found))
             pieces = [piece for piece in chunk.pieces if piece.at <= at]
@@ -209,12 +212,13 @@ def _parts(path: str) -> Iterator[bytes]:
 
 def _digests(staging: Staging, names: Sequence[tuple[str, str]]) -> Iterator[bytes]:
     """Lines as sha256sum writes and checks them, of files read back from staging: (name there, name to write)."""
+    buffer = aligned_buffer(CHUNK)
     for staged, name in names:
         path = staging.path(staged)
         digest, at = hashlib.sha256(), 0
-        while part := read_back(path, at, MIB):
-            digest.update(part)
-            at += len(part)
+        while count := read_back(path, at, buffer):
+            digest.update(buffer[:count])
+            at += count
         escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
         mark = "\\" if escaped != name else ""  # as sha256sum marks it
         yield os.fsencode(f"{mark}{digest.hexdigest()}  {escaped}\n")

@@ -154,9 +154,12 @@ class ShardWriter:
                 self._fd = -1
 
 
-def read_back(path: str, start: int, length: int) -> memoryview:
-    """Up to `length` bytes from `start`, a multiple of 4096, from the device where O_DIRECT can. Raises OutputError."""
-    memory, done = aligned_buffer(-(-max(length, 1) // BLOCK) * BLOCK), 0
+def read_back(path: str, start: int, memory: memoryview) -> int:
+    """Fill page-aligned memory from `start`, both multiples of 4096, from the device where O_DIRECT can.
+
+    Returns how many bytes there were. Raises OutputError.
+    """
+    done, length = 0, len(memory)
     with output_errors(path):
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -176,7 +179,7 @@ def read_back(path: str, start: int, length: int) -> memoryview:
                 done += count
         finally:
             os.close(fd)
-    return memory[: min(done, length)]
+    return done
 
 
 def allocate(fd: int, size: int) -> None:

@@ -9,7 +9,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip `exhaustive` tests unless `-m` names the marker."""
     if "exhaustive" in config.getoption("markexpr"):
         return
-    skip = pytest.mark.skip(reason="all pairs of bf16 values take a while: ask with -m exhaustive")
+    skip = pytest.mark.skip(reason="it takes minutes: ask with -m exhaustive")
     for item in items:
         if item.get_closest_marker("exhaustive"):
             item.add_marker(skip)

@@ -42,3 +42,13 @@ def test_block(kind: str, text: str, folder: Path) -> None:
     for command in runs:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_every_row_of_what_can_go_wrong_names_a_test_that_exists() -> None:
+    section = README.partition("## When something goes wrong")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")][1:]
+    names = [name for row in rows for name in re.findall(r"`(test_\w+)`", row[3])]
+    assert len(rows) > 10
+    assert all(re.search(r"`test_\w+`", row[3]) for row in rows)
+    defined = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert [name for name in names if f"def {name}(" not in defined] == []
