@@ -16,7 +16,7 @@ from .journal import NAME, Done, Journal
 from .plan import DIGESTS, Chunk, OutputShard, Plan, cut
 from .result import Tally
 from .work import CHUNK, MIB, Measured, Pass, Progress, Source, chunk_size
-from .writer import BLOCK, ShardWriter, Staging, aligned_buffer, output_errors, read_back
+from .writer import BLOCK, ShardWriter, Staging, aligned_buffer, output_errors, read_back, sync_folder
 
 Files = Mapping[str, ShardWriter]  # of one output, by the name of the shard
 
@@ -123,6 +123,9 @@ class Making:
         """Compute and write every chunk that is not there yet. Raises what `Pass.run` raises, and OutputError."""
         for k, staging in self._stagings.items():
             self._files[k] = {shard.name: self._writer(staging, shard) for shard in self._plan.shards}
+            with output_errors(staging.folder):  # the journal is about to vouch for these files: their names must last
+                sync_folder(staging.folder)
+                sync_folder(staging.parent)
 
         def landed(chunk: Chunk, measured: Measured) -> None:
             self.tally.add_chunk(chunk, measured)
