@@ -187,15 +187,19 @@ def differences(before: Any, now: Mapping[str, Any]) -> list[str]:
     if not isinstance(before, dict):
         return ["its journal is damaged"]
     return [
-        f"{name} was {_short(before.get(name))}, is {_short(value)}"
+        _files(name, before.get(name), value) if name in ("sft", "aligned", "the files to write")
+        else f"{name} was {json.dumps(before.get(name))}, is {json.dumps(value)}"
         for name, value in now.items()
         if before.get(name) != value
-    ] or ["it is of another version"]
+    ] or ["it is of another version"]  # fmt: skip
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else f"{text[:80]}... ({zlib.crc32(text.encode()):08x})"
+def _files(name: str, before: Any, now: Mapping[str, Any]) -> str:
+    """Which files of an input are others now."""
+    before = before if isinstance(before, dict) else {}
+    others = sorted(file for file in {*before, *now} if before.get(file) != now.get(file))
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    return f"{name}: another size, time of change or header of {others[0] if others else 'its files'}{more}"
 
 
 def has_journal(folder: str) -> bool:

@@ -119,6 +119,13 @@ def _part(progress: Progress | None, before: int, passes: int) -> Progress:
     return tell
 
 
+def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of each shard its bytes, the time of its last change, and the digest of its header."""
+    return {
+        name: [shard.size, shard.reader.identity.modified, shard.digest] for name, shard in checkpoint.shards.items()
+    }
+
+
 def _identity(
     sft: Checkpoint,
     aligned: Checkpoint,
@@ -136,13 +143,8 @@ def _identity(
         "--alpha-for": dict(alpha_for or {}),
         "--on-unpaired": on_unpaired,
         "--on-mismatch": on_mismatch,
-        **{
-            f"{role}'s {name} (bytes, time of change, digest of the header)": [
-                shard.size, shard.reader.identity.modified, shard.digest,
-            ]
-            for role, checkpoint in (("sft", sft), ("aligned", aligned))
-            for name, shard in checkpoint.shards.items()
-        },
+        "sft": _fingerprint(sft),
+        "aligned": _fingerprint(aligned),
         "the files to write": {
             shard.name: [shard.size, hashlib.sha256(shard.header).hexdigest()] for shard in plan.shards
         },
