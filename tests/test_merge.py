@@ -756,6 +756,21 @@ def test_a_leftover_without_room_beside_it_is_named_all_the_same(
     assert nothing_but(tmp_path, "sft", "aligned", "out")
 
 
+def test_what_another_merge_left_for_one_of_several_outputs_stays(pair: Pair, tmp_path: Path) -> None:
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        expo.merge(*pair, 0.3, tmp_path / "out{alpha}", progress=stop)
+    staging = staging_folder(tmp_path / "out0.3")
+    before = fingerprint(staging)
+    message = rf"^{staging} holds another merge \(--alpha was \[0\.3\], is \[0\.1, 0\.3\]\): choose another --out"
+    with pytest.raises(expo.OutputError, match=message):
+        expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}", resume=True)
+    assert fingerprint(staging) == before
+    assert resumes(pair, tmp_path, tmp_path / "out0.3")
+
+
 @pytest.mark.parametrize("option", ["overwrite", "resume"])
 def test_a_leftover_that_is_no_merges_is_named_and_then_emptied(pair: Pair, tmp_path: Path, option: str) -> None:
     staging = tmp_path / ".out.expo-staging"
@@ -806,8 +821,8 @@ def test_an_input_that_changes_under_the_merge_is_noticed(
         f"header was read: let it be, and try again; {kept(out)}"
     )
     file.write_bytes(data)
-    role = f"{which}'s model.safetensors"
-    with pytest.raises(expo.OutputError, match=f"^{staging_folder(out)} holds another merge \\({role} .* was .*, is "):
+    what = f"{which}: another size, time of change or header of model.safetensors"
+    with pytest.raises(expo.OutputError, match=rf"^{staging_folder(out)} holds another merge \({what}\): choose"):
         expo.merge(*pair, 0.3, out, resume=True)  # a later time of change: who knows what else is different
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert resumes(pair, tmp_path, out)

@@ -120,6 +120,60 @@ def test_a_file_that_is_there_is_never_written_into(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def refuse_to_sync(monkeypatch: pytest.MonkeyPatch, times: int, name: str = "") -> None:
+    """The first syncs of files with this in their names fail: what could not be written is forgotten, and no later
+    sync fails for it."""
+    real, calls = os.fsync, itertools.count()
+
+    def fsync(fd: int) -> None:
+        if name in os.path.basename(os.readlink(f"/proc/self/fd/{fd}")) and next(calls) < times:
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_after_a_sync_that_failed_none_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_to_sync(monkeypatch, 1)
+    buffer = aligned_buffer(2 * BLOCK)
+    with contextlib.closing(ShardWriter(str(tmp_path / "file"), shard(2 * BLOCK))) as writer:
+        writer.sync()  # nothing is written yet
+        writer.write(0, buffer, BLOCK)
+        for _ in range(2):
+            with pytest.raises(expo.OutputError, match=f"^{tmp_path}/file: Input/output error$"):
+                writer.sync()
+        with pytest.raises(expo.OutputError, match=f"^{tmp_path}/file: Input/output error$"):
+            writer.write(BLOCK, buffer, BLOCK)
+    with pytest.raises(expo.OutputError, match=f"^{tmp_path}/file: Input/output error$"):
+        writer.sync()
+
+
+def test_what_a_sync_failed_for_is_not_gone_on_with(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, name = tmp_path / "out", "model-00002-of-00002.safetensors"
+    with monkeypatch.context() as patch:
+        refuse_to_sync(patch, 1, name)
+        with pytest.raises(expo.OutputError, match=rf"{name}: Input/output error; what is done is kept in"):
+            expo.merge(*pair, 0.3, out)
+    found = expo.journal.read(str(staging_folder(out)))
+    assert found is not None
+    assert name not in {shard for shard, _ in found.done}
+    expo.merge(*pair, 0.3, out, resume=True)
+    expo.merge(*pair, 0.3, tmp_path / "plain")
+    assert contents(out) == contents(tmp_path / "plain")
+
+
+def test_a_file_that_is_whole_already_is_synced_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, data = tmp_path / "file", content(BLOCK + 5)
+    path.write_bytes(data + b"the rest of the last block")
+    refuse_to_sync(monkeypatch, 1)
+    with pytest.raises(expo.OutputError, match=f"^{path}: Input/output error$"):
+        ShardWriter(str(path), shard(len(data)), len(data))
+    ShardWriter(str(path), shard(len(data)), len(data))
+    assert path.read_bytes() == data
+
+
 def refuse_at_open(monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 
@@ -685,13 +739,17 @@ def test_the_replaced_model_is_locked_until_it_is_gone(
     assert sorted(os.listdir(tmp_path)) == ["al", "out", "sft"]
 
 
+@pytest.mark.parametrize("resume", [False, True])
 def test_an_interrupt_after_the_swap_says_what_is_in_place(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
     """The model that was replaced is removed all the same, and nobody is told that nothing has happened."""
     out = tmp_path / "out"
     expo.merge(*pair, 0.5, tmp_path / "expected")
     expo.merge(*pair, 0.3, out)
+    if resume:
+        with pytest.raises(ZeroDivisionError):
+            expo.merge(*pair, 0.5, out, overwrite=True, progress=lambda *_: 1 // 0)
     rmtree, calls = shutil.rmtree, itertools.count()
 
     def interrupted(*arguments: Any, **named: Any) -> None:
@@ -702,7 +760,7 @@ def test_an_interrupt_after_the_swap_says_what_is_in_place(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", interrupted)
         with pytest.raises(KeyboardInterrupt, match=f"^already in place: {out}$"):
-            expo.merge(*pair, 0.5, out, overwrite=True)
+            expo.merge(*pair, 0.5, out, overwrite=True, resume=resume)
     assert read_folder(out) == read_folder(tmp_path / "expected")
     assert sorted(os.listdir(tmp_path)) == ["al", "expected", "out", "sft"]
 
@@ -726,7 +784,9 @@ def test_of_several_outputs_an_error_names_those_in_place(
     left = [".out0.1.expo-journal", ".out0.3.expo-staging", "al", "out0.1", "sft"]
     assert sorted(os.listdir(tmp_path)) == left
     before = fingerprint(first)
-    expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}", resume=True, verify=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(expo.pipeline, "free_bytes", lambda _: 0)  # what is left has room already
+        expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}", resume=True, verify=True)
     assert sorted(os.listdir(tmp_path)) == ["al", "out0.1", "out0.3", "sft"]
     assert fingerprint(first) == before
     expo.merge(*pair, [0.1, 0.3], tmp_path / "plain{alpha}")
