@@ -178,7 +178,7 @@ class Making:
             raise Corrupt(f"{path}: byte {chunk.start + at}, {where}, reads back otherwise than it was written")
 
     def complete(self, aligned: Checkpoint, digest: bool) -> None:
-        """Aligned's other files, digests if asked for, and the index last. Raises CheckpointError, OutputError."""
+        """Aligned's other files, the index, and digests of all if asked for. Raises CheckpointError, OutputError."""
         self._source.check()
         for staging in self._stagings.values():
             names = [shard.name for shard in self._plan.shards]
@@ -186,12 +186,13 @@ class Making:
                 for name in self._plan.carried:
                     staging.put(name, _parts(os.path.join(aligned.folder, name)))
                 names += self._plan.carried
+            if self._plan.index is not None:
+                staging.put(INDEX, [self._plan.index])
+                names.append(INDEX)
             if digest and aligned.folder is not None:
                 staging.put(DIGESTS, _digests(staging, [(name, name) for name in sorted(names)]))
             elif digest:
                 staging.beside(_digests(staging, [(names[0], os.path.basename(staging.out))]))
-            if self._plan.index is not None:
-                staging.put(INDEX, [self._plan.index])
 
     def commit(self) -> list[str]:
         """Put the outputs in place, one by one; returns warnings. Raises OutputError."""
