@@ -21,7 +21,6 @@ from .plan import Chunk
 from .work import Measured
 from .writer import JOURNAL, output_errors
 
-NAME = JOURNAL
 INTERVAL = 2.0  # seconds of work that a crash can cost; a sync of what was written past the cache takes milliseconds
 MOST = 1 << 30  # bytes of a journal; a terabyte of output takes a tenth of it
 
@@ -98,7 +97,7 @@ class Journal:
     def begin(self, chunk_size: int) -> None:
         """A journal without chunks. Raises OutputError."""
         for folder in self._folders:
-            for path in (os.path.join(folder, NAME), aside(folder)):
+            for path in (os.path.join(folder, JOURNAL), aside(folder)):
                 with output_errors(path), contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
         self._append({"merge": self._merge, "chunk": chunk_size})
@@ -146,13 +145,13 @@ class Journal:
         Where a kill comes in between, the journal beside an output is what says that it is complete.
         """
         with output_errors(folder):
-            os.rename(os.path.join(folder, NAME), aside(folder))
+            os.rename(os.path.join(folder, JOURNAL), aside(folder))
 
     def put_back(self, folder: str) -> None:
         """Undo `set_aside` where the folder has not become an output. Raises OutputError."""
         if os.path.isdir(folder) and os.path.lexists(aside(folder)):
             with output_errors(folder):
-                os.rename(aside(folder), os.path.join(folder, NAME))
+                os.rename(aside(folder), os.path.join(folder, JOURNAL))
 
     def remove(self) -> list[str]:
         """Once all outputs are in place; returns warnings."""
@@ -179,7 +178,7 @@ def aside(folder: str) -> str:
 
 def place(folder: str) -> str:
     """Where a staging folder's journal is now."""
-    return os.path.join(folder, NAME) if os.path.isdir(folder) else aside(folder)
+    return os.path.join(folder, JOURNAL) if os.path.isdir(folder) else aside(folder)
 
 
 def differences(before: Any, now: Mapping[str, Any]) -> list[str]:

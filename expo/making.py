@@ -6,17 +6,18 @@ import contextlib
 import hashlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
 from .checkpoint import INDEX, Checkpoint
 from .engines import Engine
 from .errors import CheckpointError, ExpoError, OutputError
-from .journal import NAME, Done, Journal
-from .plan import DIGESTS, Chunk, OutputShard, Plan, cut
+from .journal import Done, Journal
+from .plan import DIGESTS, Chunk, Plan, cut
 from .result import Tally
 from .work import CHUNK, MIB, Measured, Pass, Progress, Source, chunk_size
-from .writer import BLOCK, ShardWriter, Staging, aligned_buffer, output_errors, read_back, sync_folder
+from .writer import BLOCK, JOURNAL, ShardWriter, Staging, aligned_buffer, output_errors, read_back, sync_folder
 
 Files = Mapping[str, ShardWriter]  # of one output, by the name of the shard
 
@@ -57,7 +58,7 @@ class Making:
         goes_on = begun is not None and self._adopt(*begun)
         for staging in stagings.values():
             with output_errors(staging.folder):
-                staging.clear(but={NAME, *(name for name, _ in self._done)} if goes_on else ())
+                staging.clear(but={JOURNAL, *(name for name, _ in self._done)} if goes_on else ())
         if not goes_on:
             self._journal.begin(self._chunk)
 
@@ -121,8 +122,14 @@ class Making:
 
     def compute(self, progress: Progress, cancel: threading.Event | None) -> None:
         """Compute and write every chunk that is not there yet. Raises what `Pass.run` raises, and OutputError."""
+        durable: Counter[str] = Counter()
+        for (name, start), (stop, _) in self._done.items():
+            durable[name] += stop - start
         for k, staging in self._stagings.items():
-            self._files[k] = {shard.name: self._writer(staging, shard) for shard in self._plan.shards}
+            self._files[k] = {
+                shard.name: ShardWriter(staging.path(shard.name), shard, durable[shard.name])
+                for shard in self._plan.shards
+            }
             with output_errors(staging.folder):  # the journal is about to vouch for these files: their names must last
                 sync_folder(staging.folder)
                 sync_folder(staging.parent)
@@ -140,10 +147,6 @@ class Making:
         work.run(tick, cancel)
         self._record()
         self.shares = work.shares
-
-    def _writer(self, staging: Staging, shard: OutputShard) -> ShardWriter:
-        durable = sum(stop - start for (name, start), (stop, _) in self._done.items() if name == shard.name)
-        return ShardWriter(staging.path(shard.name), shard, durable)
 
     def _sink(self, k: int, chunk: Chunk, data: memoryview) -> None:
         if k in self._files:  # and not in place already
@@ -179,7 +182,6 @@ class Making:
 
     def complete(self, aligned: Checkpoint, digest: bool) -> None:
         """Aligned's other files, the index, and digests of all if asked for. Raises CheckpointError, OutputError."""
-        self._source.check()
         for staging in self._stagings.values():
             names = [shard.name for shard in self._plan.shards]
             if aligned.folder is not None:
@@ -195,8 +197,8 @@ class Making:
                 staging.beside(_digests(staging, [(names[0], os.path.basename(staging.out))]))
 
     def commit(self) -> list[str]:
-        """Put the outputs in place, one by one; returns warnings. Raises OutputError."""
-        self._record()
+        """Put the outputs in place, one by one; returns warnings. Raises CheckpointError, OutputError."""
+        self._source.check()
         warnings = []
         for staging in self._stagings.values():
             self._journal.set_aside(staging.folder)

@@ -58,6 +58,11 @@ class Step(NamedTuple):
     aligned: TensorInfo
     sft: TensorInfo | None
 
+    @property
+    def active(self) -> list[int]:
+        """The numbers of the outputs for which it is not a copy."""
+        return [k for k, alpha in enumerate(self.alphas) if alpha]
+
 
 class OutputShard(NamedTuple):
     """One file of the output: its first bytes, its size in bytes, and the steps in the order of their data."""

@@ -77,7 +77,7 @@ class Tally:
             if not 0 <= number < len(chunk.pieces):
                 return False
             step, start, stop, _ = chunk.pieces[number]
-            if step.sft is None or len(moved.counts) != sum(map(bool, step.alphas)):
+            if step.sft is None or len(moved.counts) != len(step.active):
                 return False
             self.add(step, (stop - start) * 8 // DTYPES[step.aligned.dtype], moved)
         return True
@@ -88,8 +88,7 @@ class Tally:
         self.max_abs_d = max(self.max_abs_d, moved.max_abs_d)
         self._d.append(moved.d_squared)
         self._aligned.append(moved.aligned_squared)
-        active = [k for k, alpha in enumerate(step.alphas) if alpha]
-        for k, (changed, non_finite) in zip(active, moved.counts, strict=True):
+        for k, (changed, non_finite) in zip(step.active, moved.counts, strict=True):
             self.changed[k] += changed
             self.non_finite[k] += non_finite
             self._moved[k].append(step.alphas[k] ** 2 * moved.d_squared)

@@ -21,7 +21,7 @@ from .kernels.contract import ITEMSIZE
 from .kernels.sweep import Partials
 from .kernels.twin import DTYPES
 from .plan import Chunk, Piece, Plan, Step
-from .work import RING_SLOTS, Measured, Result, Source, active_outputs, put_header
+from .work import RING_SLOTS, Measured, Result, Source, put_header
 
 SMALL = 64 << 10  # bytes of a piece below which the CPU does it: it takes longer to launch a kernel
 
@@ -44,10 +44,9 @@ class Part(NamedTuple):
 
     number: int
     step: Step
-    active: Sequence[int]  # outputs whose alpha is not 0
     inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]
     operands: tuple[torch.Tensor, torch.Tensor]  # sft and aligned on the GPU, in their dtypes
-    results: torch.Tensor  # on the GPU: (active, elements)
+    results: torch.Tensor  # on the GPU: (active outputs, elements)
     outputs: Sequence[tuple[torch.Tensor, torch.Tensor]]
     partials: Partials | None
     measured: Partials | None  # the same on the host
@@ -71,7 +70,6 @@ class Slot:
     """Buffers for one chunk, and what is under way in them."""
 
     def __init__(self, device: Device, size: int, sft_size: int, outputs: int) -> None:
-        self.outputs = outputs
         rows = 2 * size // sweep.BLOCK + 8 * (size // SMALL + 1)  # an element has 2 bytes at least
         sizes = (sft_size, size, rows * 12, rows * 4 * outputs)
         self.host = Side(*map(device.pinned, sizes))
@@ -84,25 +82,24 @@ class Slot:
         self.rows = 0
         self.done: Any = None
 
-    def part(self, number: int, piece: Piece, active: Sequence[int], ratio: int, sft_bytes: int, measure: bool) -> Part:
+    def part(self, number: int, piece: Piece, ratio: int, sft_bytes: int, measure: bool) -> Part:
         """Views of what a piece needs; sft's bytes lie `ratio` times as far from the start as aligned's."""
         step, start, stop, at = piece
         assert step.sft is not None
         s, a = slice(at * ratio, at * ratio + sft_bytes), slice(at, at + stop - start)
         kind = DTYPES[step.aligned.dtype]
-        results = self.results[: len(active), a]
+        results = self.results[: len(step.active), a]
         rows = sweep.partial_rows((stop - start) // ITEMSIZE[step.aligned.dtype])
         first, self.rows = self.rows, self.rows + -(-rows // 4) * 4  # so that every piece's rows start at 16 bytes
         return Part(
             number,
             step,
-            active,
             inputs=[(self.host.sft[s], self.gpu.sft[s]), (self.host.aligned[a], self.gpu.aligned[a])],
             operands=(self.gpu.sft[s].view(DTYPES[step.sft.dtype]), self.gpu.aligned[a].view(kind)),
             results=results.view(kind),
-            outputs=[(self.outs[k][a], row) for k, row in zip(active, results, strict=True)],
-            partials=self.gpu.partials(first, rows, len(active), self.outputs) if measure else None,
-            measured=self.host.partials(first, rows, len(active), self.outputs) if measure else None,
+            outputs=[(self.outs[k][a], row) for k, row in zip(step.active, results, strict=True)],
+            partials=self.gpu.partials(first, rows, len(results), len(self.outs)) if measure else None,
+            measured=self.host.partials(first, rows, len(results), len(self.outs)) if measure else None,
         )
 
 
@@ -118,10 +115,9 @@ class Ring:
         self._source = source
         self._measure = measure
         self._ratio = max([1, *(_ratio(step) for step in plan.steps if _on_gpu(step))])
-        self._slots = [Slot(device, size, size * self._ratio, len(plan.alphas)) for _ in range(RING_SLOTS)]
+        self._free = deque(Slot(device, size, size * self._ratio, len(plan.alphas)) for _ in range(RING_SLOTS))
         self._up, self._compute, self._down = (device.stream() for _ in range(3))
         self._alphas: dict[tuple[float, ...], torch.Tensor] = {}
-        self._free = deque(self._slots)
         self._busy: deque[Slot] = deque()
 
     def begin(self, chunk: Chunk) -> None:
@@ -151,24 +147,24 @@ class Ring:
         """Read a piece's inputs into the slot, or have the CPU compute it."""
         step, start, stop, at = piece
         outs = [buffer[at : at + stop - start] for buffer in slot.buffers]
-        active = active_outputs(step)
-        if not _on_gpu(step) or not active or stop - start < SMALL:
+        if not _on_gpu(step) or not step.active or stop - start < SMALL:
             moved = self._source.compute(self._cpu, step, start, stop, outs, self._measure)
-            slot.measured.update({number: moved} if moved is not None else {})
+            if moved is not None:
+                slot.measured[number] = moved
             return
         aligned, sft = self._source.spans(step, start, stop)
-        part = slot.part(number, piece, active, self._ratio, sft.stop - sft.start, self._measure)
+        part = slot.part(number, piece, self._ratio, sft.stop - sft.start, self._measure)
         for (host, _), span in zip(part.inputs, (sft, aligned), strict=True):
             span.reader.read(span.start, host.numpy().data)
         for k, out in enumerate(outs):
-            if k not in active:
+            if k not in step.active:
                 out[:] = part.inputs[1][0].numpy().data
         slot.parts.append(part)
 
     def _enqueue(self, slot: Slot) -> None:
         """Everything of a chunk that the GPU does: the three streams, and two of the three waits."""
         device, parts = self._device, slot.parts
-        alphas = [self._constants(tuple(part.step.alphas[k] for k in part.active)) for part in parts]
+        alphas = [self._constants(tuple(part.step.alphas[k] for k in part.step.active)) for part in parts]
 
         def upload() -> None:
             for part in parts:

@@ -84,7 +84,7 @@ class Source:
 
         Statistics of the outputs that are not copies where `measure`, else None. Raises EngineError, CheckpointError.
         """
-        active = active_outputs(step)
+        active = step.active
         aligned, *sft = self.spans(step, start, stop)
         copies = [out for k, out in enumerate(outs) if k not in active]
         if copies:
@@ -146,11 +146,6 @@ class Run(NamedTuple):
             return self.engine.run(sft, step.sft.dtype, aligned, step.aligned.dtype, n, outs, alphas, self.measure)
         except RuntimeError as error:
             raise EngineError(f"--engine {self.engine.name} failed on {step.name}: {error}") from error
-
-
-def active_outputs(step: Step) -> list[int]:
-    """The numbers of the outputs for which the step is not a copy."""
-    return [] if step.sft is None else [k for k, alpha in enumerate(step.alphas) if alpha]
 
 
 class Queue:

@@ -138,7 +138,7 @@ class ShardWriter:
         """Some filesystems take the flag and refuse the write: drop it on the descriptor that all threads share."""
         with self._lock:
             if self.direct:
-                fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~O_DIRECT)
+                set_direct(self._fd, False)
                 self.direct = False
             return self._fd
 
@@ -154,6 +154,12 @@ class ShardWriter:
                 self._fd = -1
 
 
+def set_direct(fd: int, direct: bool) -> None:
+    """Switch O_DIRECT of an open descriptor. Raises OSError where the filesystem does not take it."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags | O_DIRECT if direct else flags & ~O_DIRECT)
+
+
 def read_back(path: str, start: int, memory: memoryview) -> int:
     """Fill page-aligned memory from `start`, both multiples of 4096, from the device where O_DIRECT can.
 
@@ -165,14 +171,14 @@ def read_back(path: str, start: int, memory: memoryview) -> int:
         try:
             # Set on the open descriptor: a filesystem without it refuses here, and not in the middle.
             with contextlib.suppress(OSError):
-                fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | O_DIRECT)
+                set_direct(fd, True)
             while done < length:
                 try:
                     count = os.preadv(fd, [memory[done:]], start + done)
                 except OSError as error:
                     if error.errno != errno.EINVAL or not fcntl.fcntl(fd, fcntl.F_GETFL) & O_DIRECT:
                         raise
-                    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~O_DIRECT)
+                    set_direct(fd, False)
                     continue
                 if not count:
                     break

@@ -34,7 +34,7 @@ TARGETS = (
 STAGES = ("ttir", "ttgir", "llir", "ptx", "cubin", "amdgcn", "hsaco")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
+ITEM = {name: kind.itemsize for name, kind in KINDS.items()}  # bytes
 
 
 class Variant(NamedTuple):

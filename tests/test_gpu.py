@@ -16,6 +16,7 @@ import exact
 import numpy as np
 import pytest
 import torch
+from same import assert_same
 
 import expo
 from expo.demo import ALIGNED, SFT
@@ -120,14 +121,6 @@ def upload(bits: Array, dtype: str, shift: int = 0, device: str | None = None) -
 
 def bits_of(tensor: torch.Tensor, dtype: str) -> Array:
     return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().view(BITS[dtype])
-
-
-def assert_same(out: Array, expected: Array, dtype: str) -> None:
-    form = exact.FORMATS[dtype]
-    both_nan = (out & form.mask > form.infinity) & (expected & form.mask > form.infinity)
-    at = np.flatnonzero((out != expected) & ~both_nan)
-    shown = [(int(i), hex(out[i]), hex(expected[i])) for i in at[:5]]
-    assert not at.size, f"{at.size} of {out.size} differ; (index, got, expected): {shown}"
 
 
 def launched(

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 import expo
 from expo.checkpoint import INDEX, SINGLE
-from expo.journal import NAME, encode, read
+from expo.journal import encode, read
+from expo.writer import JOURNAL
 
 FIRST = "model-00001-of-00002.safetensors"
 SHAPES = {"a": ("BF16", (40, 11)), "b": ("F32", (7,)), "c": ("I64", (3,))}
@@ -172,7 +173,7 @@ def fuzz_journal(place: Path, lines: Any) -> None:
     """Whatever follows a good first line, the merge that resumes gives the right bytes or refuses."""
     head = good_head(place)
     data = lines if isinstance(lines, bytes) else b"".join(encode(line) for line in lines)
-    (place / ".out.expo-staging" / NAME).write_bytes(encode(head) + data)
+    (place / ".out.expo-staging" / JOURNAL).write_bytes(encode(head) + data)
     work = lambda: expo.merge(place / "s", place / "a", 0.5, place / "out", overwrite=True, resume=True)  # noqa: E731
     attempt(place, work)
 
@@ -188,7 +189,7 @@ def test_journal(place: Path, lines: Any) -> None:
 )
 def test_first_line_of_a_journal(place: Path, head: Any) -> None:
     good_head(place)
-    (place / ".out.expo-staging" / NAME).write_bytes(encode(head))
+    (place / ".out.expo-staging" / JOURNAL).write_bytes(encode(head))
     attempt(place, lambda: expo.merge(place / "s", place / "a", 0.5, place / "out", overwrite=True, resume=True))
 
 
@@ -196,7 +197,7 @@ def test_first_line_of_a_journal(place: Path, head: Any) -> None:
 def test_chunk_size_of_a_journal(place: Path, chunk: int) -> None:
     """A number that would cut elements in two, or take all memory, is not taken over."""
     head = good_head(place)
-    (place / ".out.expo-staging" / NAME).write_bytes(encode({**head, "chunk": chunk}))
+    (place / ".out.expo-staging" / JOURNAL).write_bytes(encode({**head, "chunk": chunk}))
     attempt(place, lambda: expo.merge(place / "s", place / "a", 0.5, place / "out", overwrite=True, resume=True))
     expo.merge(place / "s", place / "a", 0.5, place / "plain")
     assert fingerprint(place / "out").values() != {}

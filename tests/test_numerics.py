@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from same import differing
 
 from expo.kernels import numerics
 from expo.kernels.contract import ITEMSIZE, EngineFunction, Statistics, working_alpha
@@ -102,16 +103,8 @@ def compute(
     return [np.frombuffer(out, BITS[pair[1]]) for out in outs]
 
 
-def wrong(out: Any, expected: Any, dtype: str) -> Any:
-    """Indices at which the bits differ and are not both a NaN, whose payload is free."""
-    form = exact.FORMATS[dtype]
-    mask, infinity = out.dtype.type(form.mask), out.dtype.type(form.infinity)
-    both_nan = (out & mask > infinity) & (expected & mask > infinity)
-    return np.flatnonzero((out != expected) & ~both_nan)
-
-
 def assert_same(out: Any, expected: Any, dtype: str, sft: bytes = b"", aligned: bytes = b"") -> None:
-    at = wrong(out, expected, dtype)
+    at = differing(out, expected, dtype)
     shown = [(int(i), hex(out[i]), hex(expected[i])) for i in at[:5]]
     inputs = [(m[i * (len(m) // len(out)) :][: len(m) // len(out)][::-1].hex()) for i in at[:5] for m in (sft, aligned)]
     assert not at.size, f"{at.size} of {out.size} differ; (index, got, expected): {shown}; sft, aligned: {inputs}"
@@ -616,7 +609,7 @@ def bf16_disagreements(run: EngineFunction, sft_values: Sequence[int]) -> int:
     for i in range(0, len(sft_values), together):
         sft = np.repeat(np.array(sft_values[i : i + together], np.uint16), 1 << 16).tobytes()
         (out,), (expected,) = (compute(each, sft, aligned, B, [0.3]) for each in (run, numerics.extrapolate))
-        bad += wrong(out, expected, "BF16").size
+        bad += differing(out, expected, "BF16").size
     return bad
 
 

@@ -19,7 +19,8 @@ from checkpoints import ODD_SHAPES, fingerprint, random_tensors, write_folder
 import expo
 from expo import journal, making
 from expo.fast import main
-from expo.journal import NAME, Journal, read
+from expo.journal import Journal, read
+from expo.writer import JOURNAL
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {**ODD_SHAPES, "embed": ("BF16", (301, 97)), "half": ("F16", (77, 51)), "full": ("F32", (340, 341))}
@@ -251,7 +252,7 @@ def test_a_shard_that_has_gone_from_staging(monkeypatch: pytest.MonkeyPatch, pai
 
 
 def lines(folder: Path) -> list[bytes]:
-    return (folder / NAME).read_bytes().splitlines(keepends=True)
+    return (folder / JOURNAL).read_bytes().splitlines(keepends=True)
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "garbage"])
@@ -263,7 +264,7 @@ def test_what_follows_a_damaged_line_counts_as_not_written(
     good = lines(staging(out))
     assert len(good) > 2
     last = {"torn": good[-1][:-3], "flipped": good[-1].replace(b"model", b"modem", 1), "garbage": b"\xff\0{[" * 9}
-    (staging(out) / NAME).write_bytes(b"".join(good[:-1]) + last[damage])
+    (staging(out) / JOURNAL).write_bytes(b"".join(good[:-1]) + last[damage])
     found = read(str(staging(out)))
     assert found is not None
     assert len(found.done) < 30
@@ -277,7 +278,7 @@ def test_a_journal_without_a_first_line_is_as_none(
 ) -> None:
     out = tmp_path / "out"
     interrupted(monkeypatch, 30, Stop(), lambda: expo.merge(*pair, 0.3, out))
-    (staging(out) / NAME).write_bytes(text)
+    (staging(out) / JOURNAL).write_bytes(text)
     assert expo.merge(*pair, 0.3, out, resume=True).resumed == 0
     assert files(out) == whole
 

@@ -13,6 +13,7 @@ import exact
 import numpy as np
 import torch
 from executor import Kernel, Range
+from same import assert_same
 
 from expo.kernels import aot, numerics
 from expo.kernels.contract import ITEMSIZE, working_alpha
@@ -170,16 +171,6 @@ def reference(kinds: tuple[str, str], case: Case, alphas: int) -> list[Array]:
     used = [working_alpha(alpha) for alpha in case.alphas[:alphas]]
     numerics.extrapolate(case.sft, kinds[0], case.aligned, kinds[1], len(case.aligned), outs, used, False)
     return outs
-
-
-def assert_same(out: Array, expected: Array, dtype: str) -> None:
-    """Bit for bit, but for what a NaN carries."""
-    form = exact.FORMATS[dtype]
-    at = np.flatnonzero(out != expected)
-    both_nan = (out[at] & form.mask > form.infinity) & (expected[at] & form.mask > form.infinity)
-    at = at[~both_nan]
-    shown = [(int(i), hex(out[i]), hex(expected[i])) for i in at[:5]]
-    assert not at.size, f"{at.size} of {out.size} differ; (index, got, expected): {shown}"
 
 
 def verify(kernel: Kernel, variant: aot.Variant, case: Case) -> None:

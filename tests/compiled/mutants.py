@@ -88,14 +88,14 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def package(folder: Path, name: str, file: str, old: str, new: str, patch: pytest.MonkeyPatch) -> Any:
-    """aot.py of a copy of kernels/ with the replacement; Triton reads the source from its file."""
+def package(folder: Path, name: str, file: str, old: str, new: str, patch: pytest.MonkeyPatch, times: int = 1) -> Any:
+    """aot.py of a copy of kernels/ with `new` for `old`, which stands there `times` times; Triton reads the file."""
     copy = folder / f"mutant_{name}"
     copy.mkdir()
     for source in KERNELS.glob("*.py"):
         text = source.read_text()
         if source.name == file:
-            assert text.count(old) == 1, f"{file} has {old!r} {text.count(old)} times"
+            assert text.count(old) == times, f"{file} has {old!r} {text.count(old)} times"
             text = text.replace(old, new)
         (copy / source.name).write_text(text)
     patch.syspath_prepend(folder)

@@ -1,17 +1,11 @@
-"""Mistakes in sweep.py that the tests of its compiled code must catch, and how to compile a copy that makes one.
+"""Mistakes in sweep.py that the tests of its compiled code must catch; `mutants.package` makes a copy with one.
 
 Leaving out other=0.0 is none of them: Triton sets the registers of masked lanes to zero anyway.
 """
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import pytest
-
-KERNELS = Path(__file__).parents[2] / "kernels"
+from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
@@ -55,17 +49,3 @@ MUTANTS = [
     Mutant("rows_in_32_bits", "tl.program_id(0).to(tl.int64) * 2", "tl.program_id(0) * 2"),
     Mutant("pitch_in_32_bits", "k * pitch + at", "(k * pitch).to(tl.int32) + at", "statistics4_bf16"),
 ]
-
-
-def package(folder: Path, name: str, old: str, new: str, patch: pytest.MonkeyPatch) -> Any:
-    """aot.py of a copy of kernels/ in which sweep.py has `new` for `old`; Triton reads the source from its file."""
-    copy = folder / f"statistics_{name}"
-    copy.mkdir()
-    for file in KERNELS.glob("*.py"):
-        text = file.read_text()
-        if file.name == "sweep.py":
-            assert old in text, f"sweep.py has no {old!r} any more"
-            text = text.replace(old, new)
-        (copy / file.name).write_text(text)
-    patch.syspath_prepend(folder)
-    return importlib.import_module(f"{copy.name}.aot")

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import Case, assert_same, built, cases, instructions, random_bits, reference, verify
+from cases import Case, built, cases, instructions, random_bits, reference, verify
 from executor import Kernel, OutsideError, Refused
+from same import assert_same
 
 from expo.kernels import aot, numerics
 

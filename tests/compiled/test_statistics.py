@@ -14,7 +14,9 @@ import numpy as np
 import ptx
 import pytest
 import torch
-from statistics_mutants import MUTANTS, Mutant, package
+from mutants import package
+from same import assert_same
+from statistics_mutants import MUTANTS, Mutant
 
 from expo.kernels import aot, numerics, sweep
 from expo.kernels.contract import Statistics, working_alpha
@@ -167,15 +169,6 @@ def reference(pair: Pair, dtypes: tuple[str, str], alphas: Sequence[float]) -> t
     return np.array([np.frombuffer(out, pair[1].dtype) for out in outs]), statistics
 
 
-def assert_same(got: Array, expected: Array, dtype: str) -> None:
-    """Bit for bit, but for what a NaN carries."""
-    form = exact.FORMATS[dtype]
-    nan = (got & form.mask > form.infinity) & (expected & form.mask > form.infinity)
-    at = np.argwhere((got != expected) & ~nan)
-    shown = [(i, hex(got[i]), hex(expected[i])) for i in map(tuple, at[:5].tolist())]
-    assert not shown, f"{len(at)} of {got.size} differ; (index, got, expected): {shown}"
-
-
 def verify(kernel: Compiled, pair: Pair, outcome: Outcome) -> None:
     """Outputs bit for bit, counts and maximum exactly, sums within the contract's error, and every row written."""
     outs, expected = reference(pair, kernel.dtypes, ALPHAS[: len(outcome.outs)])
@@ -281,14 +274,14 @@ def passes(kernel: Compiled) -> bool:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutants_fail(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mutated = package(tmp_path, mutant.name, mutant.old, mutant.new, monkeypatch)
+    mutated = package(tmp_path, f"statistics_{mutant.name}", "sweep.py", mutant.old, mutant.new, monkeypatch)
     assert not passes(Compiled.of(mutated, mutant.variant, "cuda:90"))
 
 
 @pytest.mark.parametrize("name", ["statistics1_bf16", "statistics4_bf16"])
 def test_a_copy_without_mistakes_passes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the mutants fail is not the copying; and zeros for masked lanes are Triton's doing too."""
-    same = package(tmp_path, f"not_{name}", ", other=0.0)", ")", monkeypatch)
+    same = package(tmp_path, f"not_{name}", "sweep.py", ", other=0.0)", ")", monkeypatch, times=2)
     assert passes(Compiled.of(same, name, "cuda:90"))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+from same import assert_same
 
 import expo
 from expo.demo import ALIGNED, SFT
@@ -38,14 +39,6 @@ def reference(sft: bytes, aligned: bytes, pair: tuple[str, str], alpha: float) -
     n = len(aligned) // ITEMSIZE[pair[1]]
     numerics.extrapolate(sft, pair[0], aligned, pair[1], n, [out], [alpha], False)
     return np.frombuffer(out, BITS[pair[1]])
-
-
-def assert_same(out: Any, expected: Any, dtype: str) -> None:
-    form = exact.FORMATS[dtype]
-    both_nan = (out & form.mask > form.infinity) & (expected & form.mask > form.infinity)
-    at = np.flatnonzero((out != expected) & ~both_nan)
-    shown = [(int(i), hex(out[i]), hex(expected[i])) for i in at[:5]]
-    assert not at.size, f"{at.size} of {out.size} differ; (index, got, expected): {shown}"
 
 
 def random_bits(seed: int, pair: tuple[str, str], n: int) -> tuple[bytes, bytes]:
