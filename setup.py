@@ -24,13 +24,15 @@ setup(
     # `kernels` is also the import name of another package, so ours is only ever imported as expo.kernels.
     packages=["expo", "expo.kernels", "expo.demo"],
     package_dir={"expo": "expo", "expo.kernels": "kernels", "expo.demo": "expo/demo"},
-    package_data={"expo": ["py.typed"], "expo.demo": ["sft/*", "aligned/*"]},
+    package_data={"expo": ["py.typed", "recipes.json"], "expo.demo": ["sft/*", "aligned/*"]},
     ext_modules=[CPU_ENGINE],
     install_requires=[
         "torch>=2.4",
         "triton>=3.0; platform_system == 'Linux'",
         "safetensors>=0.4.3",
         "transformers>=4.56",
+        "huggingface_hub>=0.34",
+        "pyyaml>=5.1",
         "numpy>=1.26",
         "ml_dtypes>=0.4",
     ],
@@ -46,6 +48,7 @@ setup(
             "ruff>=0.17,<0.18",
             "setuptools>=68",  # the tests build wheels
             "wheel",
+            "peft>=0.13",  # whose merge ours is compared with
         ],
         "bench": ["pytest>=8", "pytest-benchmark>=4"],
     },

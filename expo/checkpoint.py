@@ -1,6 +1,7 @@
-"""A checkpoint on disk, read-only: one .safetensors file, or a folder with one file or with shards and an index.
+"""A checkpoint on disk, read-only: one weight file, or a folder with one file or with shards and an index.
 
-Opening reads headers alone. Tensor bytes are reached through each shard's reader, which opens the file when asked.
+Weight files are .safetensors, or PyTorch's .bin (see pickled.py). Opening reads headers alone. Tensor bytes are reached
+through each shard's reader, which opens the file when asked.
 """
 
 from __future__ import annotations
@@ -11,17 +12,40 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 from .errors import CheckpointError
 from .header import Header, TensorInfo, header_length, parse
-from .reader import Identity, Reader
+from .reader import Bytes, Identity, Reader
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SINGLE_BIN = "pytorch_model.bin"
+INDEX_BIN = "pytorch_model.bin.index.json"
+PICKLED = (".bin", ".pt", ".pth")  # what a file of PyTorch's own format may end in
 MAX_JSON = 100_000_000  # bytes of an index or a config
+
+
+class WeightFile(Protocol):
+    """A file with tensors: what is known of it before any of their bytes are read.
+
+    path; size in bytes; header: its tensors. digest: of all that says where they are. reader: of the file's bytes.
+    readers: of the tensors whose bytes do not lie in the file as TensorInfo has it, by name.
+    """
+
+    path: str
+    size: int
+    header: Header
+    digest: str
+    reader: Reader
+
+    @property
+    def readers(self) -> Mapping[str, Bytes]: ...
 
 
 class Shard:
@@ -33,73 +57,110 @@ class Shard:
         try:
             with _reading(path) as file:
                 identity = Identity.of(file.fileno())
-                length = header_length(path, file.read(64), identity.size)
+                first = file.read(64)
+                if first.startswith(b"GGUF"):
+                    raise CheckpointError(gguf(path))
+                length = header_length(path, first, identity.size)
                 file.seek(8)
                 text = file.read(length)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from error
         self.size = identity.size
         self.header: Header = parse(path, text, self.size)
-        self.digest = hashlib.sha256(text).hexdigest()  # of the header
+        self.digest = hashlib.sha256(text).hexdigest()
         self.reader = Reader(path, identity)
+        self.readers: dict[str, Bytes] = {}
+
+
+class Origin(NamedTuple):
+    """Where a checkpoint comes from: a hub repository's id and the commit, or a local name and None."""
+
+    name: str
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What the headers say: no tensor byte has been read.
 
-    path: as the user gave it. folder: None for a bare file. shards: by file name, in the order of the names.
+    path: where it is. folder: None for a bare file. shards: by file name, in the order of the names.
     tensors: TensorInfo by name. weight_map: the name of each tensor's shard. config: config.json's object, {} if there
-    is none. index: the index file's object, None without shards. files: every other regular file of the folder, as
-    relative paths, sorted. strays: those of them that are links out of the folder, and where they lead.
+    is none. index: the index file's object, None without shards. files: every other regular file of the folder, by its
+    relative path, sorted, and where it is. strays: those of them that are links out of the folder, and where they lead.
+    origin: None where it is just a path.
+    adapter: what turns these tensors into a checkpoint trained from them, for one that was saved as an adapter alone:
+    then `tensors` are those of the checkpoint below it, but for the ones that the adapter has whole.
     """
 
     path: str
     folder: str | None
-    shards: dict[str, Shard]
+    shards: Mapping[str, WeightFile]
     tensors: dict[str, TensorInfo]
     weight_map: dict[str, str]
     config: dict[str, Any] = field(default_factory=dict)
     index: dict[str, Any] | None = None
-    files: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
     strays: dict[str, str] = field(default_factory=dict)
+    origin: Origin | None = None
+    adapter: Adapter | None = None
 
     @property
     def name(self) -> str:
-        """The last part of the path, without .safetensors: what an output is named after."""
-        return os.path.basename(os.path.abspath(self.path)).removesuffix(".safetensors")
+        """The last part of its hub id or path, without the suffix of a file: what an output is named after."""
+        path = self.origin.name if self.origin else os.path.abspath(self.path)
+        name, suffix = os.path.splitext(os.path.basename(path))
+        return name if self.folder is None and suffix in (".safetensors", *PICKLED) else name + suffix
 
-    def shard(self, tensor: str) -> Shard:
-        return self.shards[self.weight_map[tensor]]
+    @property
+    def weight_files(self) -> dict[str, WeightFile]:
+        """Every file whose tensors are read, by name."""
+        own = {os.path.basename(self.adapter.shard.path): self.adapter.shard} if self.adapter else {}
+        return {**self.shards, **own}
+
+    def reader(self, tensor: str) -> Bytes:
+        """What reads the bytes [start, stop) of the tensor's TensorInfo."""
+        own = self.adapter is not None and tensor in self.adapter.full
+        file = self.adapter.shard if own and self.adapter else self.shards[self.weight_map[tensor]]
+        return file.readers.get(self.tensors[tensor].name, file.reader)
 
     def close(self) -> None:
-        for shard in self.shards.values():
-            shard.reader.close()
+        for file in self.weight_files.values():
+            file.reader.close()
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read the headers of a checkpoint: a .safetensors file, or a folder as transformers saves it.
+    """Read the headers of a checkpoint: a weight file, or a folder as transformers saves it.
 
-    Where a folder has both a single file and an index, the single file counts, as it does for transformers.
+    Where a folder has several forms of the weights, the one counts that transformers would take: .safetensors before
+    .bin, and a single file before an index.
     Raises CheckpointError naming file, tensor and values.
     """
     path = os.fspath(path)
-    if os.path.isdir(path):
-        config = _load_json(os.path.join(path, "config.json"), missing={})
-        single, index = os.path.join(path, SINGLE), os.path.join(path, INDEX)
-        if os.path.exists(single):
-            return _assemble(path, path, {SINGLE: Shard(single)}, config, None)
-        if os.path.exists(index):
-            return _open_sharded(path, config, _load_json(index))
-        raise CheckpointError(_nothing_to_read(path))
-    if not os.path.exists(path):
-        hint = "; hub ids are not fetched: download it first" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
-        raise CheckpointError(f"{path or repr(path)}: {_missing(path)}{hint}")
-    return _assemble(path, None, {os.path.basename(path): Shard(path)}, {}, None)
+    if not os.path.isdir(path):
+        if not os.path.exists(path):
+            raise CheckpointError(f"{path or repr(path)}: {_missing(path)}")
+        return _assemble(path, None, {os.path.basename(path): open_file(path)}, {}, None)
+    config = load_json(os.path.join(path, "config.json"), missing={})
+    for single, index in ((SINGLE, INDEX), (SINGLE_BIN, INDEX_BIN)):
+        if os.path.exists(os.path.join(path, single)):
+            return _assemble(path, path, {single: open_file(os.path.join(path, single))}, config, None)
+        if os.path.exists(os.path.join(path, index)):
+            return _open_sharded(path, config, index)
+    raise CheckpointError(_nothing_to_read(path))
 
 
-def _open_sharded(folder: str, config: dict[str, Any], index: dict[str, Any]) -> Checkpoint:
-    where = os.path.join(folder, INDEX)
+def open_file(path: str) -> WeightFile:
+    """The tensors of a .safetensors or a .bin file. Raises CheckpointError."""
+    if path.endswith(PICKLED):
+        from .pickled import PickledShard
+
+        return PickledShard(path)
+    return Shard(path)
+
+
+def _open_sharded(folder: str, config: dict[str, Any], index_name: str) -> Checkpoint:
+    where = os.path.join(folder, index_name)
+    index = load_json(where)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: no weight_map object that gives each tensor its file")
@@ -108,11 +169,11 @@ def _open_sharded(folder: str, config: dict[str, Any], index: dict[str, Any]) ->
             raise CheckpointError(
                 f"{where}: tensor {tensor!r} is said to be in {name!r}, which is not a file name in this folder"
             )
-    shards = {}
+    shards: dict[str, WeightFile] = {}
     for name in sorted(set(weight_map.values())):
         if not os.path.exists(os.path.join(folder, name)):
             raise CheckpointError(f"{where}: it names {name}, which is not in the folder; download it again")
-        shards[name] = Shard(os.path.join(folder, name))
+        shards[name] = open_file(os.path.join(folder, name))
     checkpoint = _assemble(folder, folder, shards, config, index)
     for tensor, name in weight_map.items():
         found = checkpoint.weight_map.get(tensor, "none of the shards")
@@ -120,12 +181,12 @@ def _open_sharded(folder: str, config: dict[str, Any], index: dict[str, Any]) ->
             raise CheckpointError(f"{where}: tensor {tensor!r} is said to be in {name}, but it is in {found}")
     if len(checkpoint.weight_map) > len(weight_map):
         tensor, name = next(item for item in checkpoint.weight_map.items() if item[0] not in weight_map)
-        raise CheckpointError(f"{os.path.join(folder, name)}: tensor {tensor!r} is not in {INDEX}")
+        raise CheckpointError(f"{os.path.join(folder, name)}: tensor {tensor!r} is not in {index_name}")
     return checkpoint
 
 
 def _assemble(
-    path: str, folder: str | None, shards: dict[str, Shard], config: dict[str, Any], index: dict[str, Any] | None
+    path: str, folder: str | None, shards: dict[str, WeightFile], config: dict[str, Any], index: dict[str, Any] | None
 ) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     weight_map: dict[str, str] = {}
@@ -137,29 +198,30 @@ def _assemble(
             weight_map[tensor.name] = name
     if not tensors:
         raise CheckpointError(f"{path}: no tensors in it")
-    files = _other_files(folder, {*shards, INDEX}) if folder else ()
+    files = other_files(folder, {*shards, INDEX}) if folder else {}
     strays = _strays(folder, files) if folder else {}
     return Checkpoint(path, folder, shards, tensors, weight_map, config, index, files, strays)
 
 
-def _strays(folder: str, files: Sequence[str]) -> dict[str, str]:
+def _strays(folder: str, files: Mapping[str, str]) -> dict[str, str]:
     """Files that are links out of the folder, and where they lead; a hub cache's blobs belong to its snapshots."""
     home = os.path.realpath(folder)
     homes = [home]
     if os.path.basename(os.path.dirname(home)) == "snapshots":
         homes.append(os.path.join(os.path.dirname(os.path.dirname(home)), "blobs"))
-    places = {name: os.path.realpath(os.path.join(folder, name)) for name in files}
+    places = {name: os.path.realpath(path) for name, path in files.items()}
     inside = tuple(os.path.join(root, "") for root in homes)
     return {name: place for name, place in places.items() if not place.startswith(inside)}
 
 
-def _other_files(folder: str, weights: set[str]) -> tuple[str, ...]:
+def other_files(folder: str, weights: Collection[str]) -> dict[str, str]:
+    """The regular files of a folder but for its weights, by their relative paths, sorted, and where they are."""
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (os.path.join(place, name) for name in names)
         found += [os.path.relpath(path, folder) for path in paths if os.path.isfile(path)]
-    return tuple(sorted(set(found) - weights))
+    return {name: os.path.join(folder, name) for name in sorted(found) if name not in weights}
 
 
 @contextlib.contextmanager
@@ -171,7 +233,8 @@ def _reading(path: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def _load_json(path: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+def load_json(path: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object; `missing` where there is no such file. Raises CheckpointError."""
     try:
         if os.path.getsize(path) > MAX_JSON:
             raise CheckpointError(f"{path}: {os.path.getsize(path)} bytes, but at most {MAX_JSON} are read")
@@ -205,19 +268,31 @@ def _nothing_to_read(folder: str) -> str:
         names = sorted(os.listdir(folder))
     except OSError as error:
         return f"{folder}: {error.strerror}"
-    for name in (SINGLE, INDEX):
+    for name in (SINGLE, INDEX, SINGLE_BIN, INDEX_BIN):
         if name in names:  # and yet it does not exist
             return f"{os.path.join(folder, name)}: a broken link; download it again"
-    other = {
-        "a PEFT adapter": "adapter_model.safetensors",
-        "a PyTorch .bin checkpoint": ".bin",
-        "a GGUF checkpoint": ".gguf",
-    }
-    for kind, suffix in other.items():
-        found = next((name for name in names if name.endswith(suffix)), None)
-        if found:
-            return (
-                f"{folder}: {kind} ({found}), which cannot be read; load it with transformers and "
-                "save_pretrained() it, which writes safetensors"
-            )
-    return f"{folder}: neither {SINGLE} nor {INDEX} is in it"
+    if "adapter_config.json" in names:
+        return f"{folder}: a PEFT adapter; only --aligned may be one, over the checkpoint that --sft names"
+    if any(name.startswith("adapter_model.") for name in names):
+        return f"{folder}: a PEFT adapter without its adapter_config.json; download it again"
+    found = next((name for name in names if name.endswith(".gguf")), None)
+    if found:
+        return gguf(os.path.join(folder, found))
+    other = next((name for name in names if name.endswith((*PICKLED, ".h5", ".msgpack", ".npz"))), None)
+    hint = f"; load {other} with what wrote it, and save_pretrained() it with transformers" if other else ""
+    return f"{folder}: none of {SINGLE}, {INDEX}, {SINGLE_BIN} and {INDEX_BIN} is in it{hint}"
+
+
+def gguf(path: str) -> str:
+    """What to say of a GGUF file."""
+    name = os.path.basename(path)
+    scheme = re.search(
+        r"(?<![A-Za-z0-9])(I?Q[1-8](_[A-Z0-9]+)*|MXFP4|BF16|F16|F32)(?![A-Za-z0-9])", name, re.IGNORECASE
+    )
+    kind = (
+        f"quantised as {scheme[0].upper()}" if scheme and "F" not in scheme[0].upper()[:2] else "most often quantised"
+    )
+    return (
+        f"{path}: a GGUF file, {kind}, which cannot be extrapolated; use the checkpoint that it was made from, or load "
+        f'it with transformers\' from_pretrained(folder, gguf_file="{name}") and save_pretrained() it'
+    )

@@ -24,9 +24,10 @@ from . import __version__
 from .engines import ENGINES
 from .errors import ExpoError, UsageError
 from .pipeline import Preview, merge, preview
-from .plan import POLICIES, describe
+from .plan import ON_MISMATCH, ON_UNPAIRED, OUTPUT_DTYPES, describe
 from .progress import Bar, size
 from .result import Merged
+from .steps import Action
 
 INTERRUPTED = 130
 SHOWN = 8  # copied or dropped tensors and left-out files that the summary names one by one
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text, and a terminal no UTF-8
     try:
         with _signals():
+            if options.list_recipes:
+                return _list_recipes(options)
             return _plan(options) if options.plan else _merge(options)
     except ExpoError as error:
         print(f"expo: error: {error}", file=sys.stderr)
@@ -63,9 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     # argparse takes -0.1 for a number, but -1e-3 for an option
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     add = parser.add_argument
-    add("--sft", required=True, metavar="A", help="the weaker checkpoint: a folder or a .safetensors file")
-    add("--aligned", required=True, metavar="B", help="the checkpoint trained from it: a folder or a file")
-    add("--alpha", required=True, nargs="+", type=float, help="how far past aligned; several: one read, an output each")
+    add(
+        "--sft",
+        metavar="A",
+        help="the weaker checkpoint: a folder, a .safetensors or .bin file, or org/name[@revision]",
+    )
+    add("--aligned", metavar="B", help="the checkpoint trained from it: likewise, or a LoRA adapter folder over sft")
+    add("--alpha", nargs="+", type=float, help="how far past aligned; several: one read, an output each")
+    add("--recipe", metavar="NAME", help="a published pair: gives --sft, --aligned and --alpha where they are left out")
+    add("--list-recipes", action="store_true", help="print the published pairs with their scores, and stop")
     add("--out", metavar="C", help="output; with several alphas it contains {alpha} (default: ./<B>-expo-<alpha>)")
     add(
         "--alpha-for", action="append", default=[], metavar="REGEX=FLOAT",
@@ -73,11 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--on-unpaired",
-        choices=POLICIES,
+        choices=ON_UNPAIRED,
         default="error",
         help="a tensor in one input only: refuse, or do as aligned does",
     )
-    add("--on-mismatch", choices=POLICIES, default="error", help="a tensor of two shapes: refuse, or keep aligned's")
+    add(
+        "--on-mismatch", choices=ON_MISMATCH, default="error",
+        help="a tensor of two shapes: refuse, extrapolate the rows that both have, or keep aligned's",
+    )  # fmt: skip
+    add("--dtype", choices=OUTPUT_DTYPES, help="of the output, rounded once (default: aligned's)")
+    add("--max-shard-size", metavar="SIZE", help="of an output's file, 5GB say (default: aligned's own files)")
     add("--engine", choices=ENGINES, default="auto", help="auto: compiled CPU code, else NumPy; triton needs a GPU")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, or cuda[:index]: a GPU too")
     add("--plan", action="store_true", help="read headers only, print every tensor's fate, write nothing")
@@ -134,11 +148,22 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
         "alpha_for": _rules(options.alpha_for),
         "on_unpaired": options.on_unpaired,
         "on_mismatch": options.on_mismatch,
+        "recipe": options.recipe,
+        "dtype": options.dtype,
+        "max_shard_size": options.max_shard_size,
         "engine": options.engine,
         "device": options.device,
         "overwrite": options.overwrite,
         "resume": options.resume,
+        "quiet": options.quiet,
     }
+
+
+def _list_recipes(options: argparse.Namespace) -> int:
+    from . import recipes
+
+    _print(recipes.as_json() if options.json else recipes.table())
+    return 0
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -170,7 +195,8 @@ def _summary(merged: Merged) -> Iterator[str]:
         yield f"  resumed  {size(merged.resumed)} of it were there already"
     yield f"  tensors  {merged.extrapolated} extrapolated, {len(merged.copied)} copied, {len(merged.dropped)} dropped"
     yield from _some([f"copied {name}: {reason}" for name, reason in merged.copied])
-    yield from _some([f"dropped {name}: only in sft" for name in merged.dropped])
+    yield from _some([f"extrapolated {name}: {reason}" for name, reason in merged.noted])
+    yield from _some([f"dropped {name}: {reason}" for name, reason in merged.dropped])
     yield from _some([f"left out {name}: {reason}" for name, reason in merged.left_out])
     written = "past the page cache" if merged.direct else "through the page cache"
     parts = [f"{name} {done / merged.bytes_written:.0%}" for name, done in merged.shares.items()]
@@ -210,19 +236,25 @@ def _print(text: str) -> None:
 
 def _plan_text(found: Preview) -> Iterator[str]:
     plan, engine = found.plan, found.crew[0]
-    width = max(len(step.name) for step in plan.steps)
+    width = max(len(step.label) for step in plan.steps)
     for step in plan.steps:
-        detail = step.reason or "alpha " + " ".join(f"{alpha:g}" for alpha in step.alphas)
-        what = f"{step.action.value:11}  {step.name:{width}}  {describe(step.aligned):22}  {detail}"
-        yield f"{what}  {size(step.aligned.nbytes)}"
-    for name in plan.dropped:
-        yield f"{'drop':11}  {name:{width}}  only in sft"
+        alphas = "alpha " + " ".join(f"{alpha:g}" for alpha in step.alphas)
+        detail = ", ".join([alphas] * (step.action is Action.EXTRAPOLATE) + [step.reason] * bool(step.reason))
+        to = f" to {step.dtype}" if step.dtype != step.aligned.dtype else ""
+        what = f"{step.action.value:11}  {step.label:{width}}  {describe(step.aligned) + to:22}  {detail}"
+        yield f"{what}  {size(step.nbytes)}"
+    for name, reason in plan.dropped.items():
+        yield f"{'drop':11}  {name:{width}}  {reason}"
+    for name in plan.made:
+        yield f"{'rewrite':11}  {name}"
     for name in plan.carried:
         yield f"{'carry':11}  {name}"
     for name, reason in plan.left_out:
         yield f"{'leave out':11}  {name}: {reason}"
     yield f"reads {size(plan.input_bytes)}, writes {size(plan.output_bytes)}; {size(found.free)} are free"
     yield f"memory about {size(found.memory)}; engine {engine.name}, {len(found.crew)} workers ({engine.why})"
+    for note in found.notes:
+        yield f"note: {note}"
     for out in found.outs:
         yield f"-> {out}"
 
@@ -234,14 +266,15 @@ def _plan_object(found: Preview) -> dict[str, Any]:
         "steps": [
             {
                 "name": step.name, "action": step.action.value, "reason": step.reason, "alphas": step.alphas,
-                "dtype": step.aligned.dtype, "shape": step.aligned.shape, "bytes": step.aligned.nbytes,
+                "dtype": step.dtype, "shape": step.shape, "rows": step.rows, "bytes": step.nbytes,
                 "file": files[step.name],
             }
             for step in plan.steps
         ],
-        "dropped": plan.dropped, "carried": plan.carried, "left_out": dict(plan.left_out), "outputs": found.outs,
-        "bytes_read": plan.input_bytes, "bytes_written": plan.output_bytes, "bytes_free": found.free,
-        "memory": found.memory, "engine": engine.name, "why": engine.why, "workers": len(found.crew),
+        "dropped": plan.dropped, "rewritten": list(plan.made), "carried": plan.carried,
+        "left_out": dict(plan.left_out), "outputs": found.outs, "bytes_read": plan.input_bytes,
+        "bytes_written": plan.output_bytes, "bytes_free": found.free, "notes": found.notes, "memory": found.memory,
+        "engine": engine.name, "why": engine.why, "workers": len(found.crew),
         "problems": [str(found.error)] if found.error and not plan.problems else plan.problems,
     }  # fmt: skip
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from .errors import OutputError
 from .kernels.contract import Statistics
-from .plan import Chunk
+from .layout import Chunk
 from .work import Measured
 from .writer import JOURNAL, output_errors
 

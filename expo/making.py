@@ -7,16 +7,18 @@ import hashlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from .checkpoint import INDEX, Checkpoint
 from .engines import Engine
 from .errors import CheckpointError, ExpoError, OutputError
 from .journal import Done, Journal
-from .plan import DIGESTS, Chunk, Plan, cut
+from .layout import Chunk, cut
+from .plan import CARD, DIGESTS, Plan
 from .result import Tally
-from .work import CHUNK, MIB, Measured, Pass, Progress, Source, chunk_size
+from .source import Source
+from .work import CHUNK, MIB, Measured, Pass, Progress, chunk_size
 from .writer import BLOCK, JOURNAL, ShardWriter, Staging, aligned_buffer, output_errors, read_back, sync_folder
 
 Files = Mapping[str, ShardWriter]  # of one output, by the name of the shard
@@ -66,7 +68,7 @@ class Making:
         """Take over what an interrupted merge has done; False where its journal does not fit the plan."""
         if chunk % BLOCK or chunk > CHUNK:
             return False
-        chunks = {(each.shard.name, each.start): each for each in cut(self._plan, chunk)}
+        chunks = {(each.shard.name, each.start): each for each in cut(self._plan.shards, chunk)}
         tally = Tally(len(self._plan.alphas))
         for key, (stop, measured) in done.items():
             if key not in chunks or chunks[key].stop != stop or not tally.add_chunk(chunks[key], measured):
@@ -180,13 +182,19 @@ class Making:
                 where = f"byte {start + at - first} of tensor {step.name}"
             raise Corrupt(f"{path}: byte {chunk.start + at}, {where}, reads back otherwise than it was written")
 
-    def complete(self, aligned: Checkpoint, digest: bool) -> None:
-        """Aligned's other files, the index, and digests of all if asked for. Raises CheckpointError, OutputError."""
-        for staging in self._stagings.values():
+    def complete(self, aligned: Checkpoint, cards: Callable[[int], bytes], digest: bool) -> None:
+        """Aligned's other files, the model card, the index, and digests of all if asked for.
+
+        cards: makes the card of an output, by its number. Raises CheckpointError, OutputError.
+        """
+        for k, staging in self._stagings.items():
             names = [shard.name for shard in self._plan.shards]
             if aligned.folder is not None:
                 for name in self._plan.carried:
-                    staging.put(name, _parts(os.path.join(aligned.folder, name)))
+                    staging.put(name, _parts(aligned.files[name]))
+                for name, data in {**self._plan.made, CARD: cards(k)}.items():
+                    staging.put(name, [data])
+                    names.append(name)
                 names += self._plan.carried
             if self._plan.index is not None:
                 staging.put(INDEX, [self._plan.index])

@@ -4,60 +4,75 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import Checkpoint, open_checkpoint
+from . import tokens
+from .checkpoint import Checkpoint, Origin
 from .engines import Engine, crew
-from .errors import ExpoError, OutputError, PlanError, UsageError
+from .errors import CheckpointError, ExpoError, OutputError, PlanError, UsageError
+from .inputs import StrPath, Wanted, open_inputs, wanted
 from .journal import Journal, has_journal
+from .kernels.contract import ITEMSIZE
 from .making import Making
-from .plan import Action, Plan, make_plan
+from .plan import CARD, Plan, Rules, make_plan
 from .progress import size
-from .result import Merged
-from .work import RING_SLOTS, Progress, Source, chunk_size
+from .result import Merged, Tally
+from .source import Source
+from .work import RING_SLOTS, Progress, chunk_size
 from .writer import Staging, check_free, held, staging_folder
 
-StrPath = str | os.PathLike[str]
 BASE_MEMORY = 25_000_000  # bytes: the interpreter with what a CPU merge imports
+MAX_CARD = 1 << 20  # characters of aligned's own card that are read
 TORCH_MEMORY = 500_000_000  # about what torch and triton take once imported; a GPU's driver takes more
 
 
 def merge(
-    sft: StrPath,
-    aligned: StrPath,
-    alpha: float | Iterable[float],
+    sft: StrPath | None = None,
+    aligned: StrPath | None = None,
+    alpha: float | Iterable[float] | None = None,
     out: StrPath | None = None,
     *,
+    recipe: str | None = None,
     alpha_for: Mapping[str, float] | None = None,
     on_unpaired: str = "error",
     on_mismatch: str = "error",
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
     engine: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
     verify: bool = False,
     digest: bool = False,
+    quiet: bool = True,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
 ) -> Merged:
     """Write aligned + alpha * (aligned - sft), the formula of ExPO (arXiv 2404.16792), as a new checkpoint.
 
-    sft, aligned: a folder with model.safetensors or with shards and their index, or a bare .safetensors file; a folder
-        gives a folder with aligned's config, tokenizer and code files, a file gives a file. Tensors of dtype BF16, F16,
-        F32 and F64, in any mix, are extrapolated in fp32 (fp64 where one is F64) and rounded once to aligned's dtype;
-        integers are copied from aligned.
+    sft, aligned: a folder as transformers saves it, of .safetensors or .bin files, a bare file of either kind, or a hub
+        id "org/name[@revision]", which is downloaded; aligned may be a PEFT LoRA adapter over sft. A folder gives a
+        folder with aligned's config, tokenizer and code files and a model card, a file gives a file; weights are
+        written as safetensors. Tensors of dtype BF16, F16, F32 and F64, in any mix, are extrapolated in fp32 (fp64
+        where one is F64) and rounded once to aligned's dtype; integers are copied from aligned.
     alpha: one number, or several: inputs are read once, and each alpha has its own output.
     out: where to write; with several alphas it contains "{alpha}". Default: "<aligned's name>-expo-{alpha}" here.
+    recipe: the name of a published pair, which gives those of sft, aligned and alpha that are left out.
     alpha_for: regular expression on tensor names to the alpha used instead; the last match wins, 0 keeps aligned's.
-    on_unpaired, on_mismatch: "error", or "aligned" to keep aligned's tensor where sft has none or one of another shape.
+    on_unpaired: "error", or "aligned" to keep aligned's tensor where sft has none. on_mismatch: "error", "aligned" to
+        keep aligned's where sft's has another shape, or "rows" to extrapolate the rows that both have.
+    dtype: of the output, "bf16", "fp16" or "fp32"; aligned's own by default. max_shard_size: bytes of an output's file,
+        or "5GB"; aligned's own files by default.
     engine, device: see `engines.crew`. overwrite: replace an output. verify: read it back, compare, and then commit.
-    progress(done, total): bytes of output, called in this thread. cancel: set it from any thread to stop.
+    quiet: download without progress bars. progress(done, total): bytes of output, called in this thread. cancel: set
+        it from any thread to stop.
 
     resume: go on with what an interrupted merge of the same inputs and options has left. digest: write SHA256SUMS too.
 
@@ -67,9 +82,13 @@ def merge(
     Raises UsageError, EngineError, CheckpointError, PlanError, OutputError and Cancelled, all of them ExpoError.
     """
     began = time.perf_counter()
-    choices = (alpha_for, on_unpaired, on_mismatch, engine, device, overwrite, resume)
+    want = wanted(sft, aligned, alpha, recipe)
+    rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size)
     passes = 1 + verify
-    with _prepare(sft, aligned, alpha, out, *choices) as (weak, strong, job), ExitStack() as stack:
+    with (
+        _prepare(want, out, rules, engine, device, overwrite, resume, quiet) as (weak, strong, job),
+        ExitStack() as stack,
+    ):
         if job.error is not None:
             raise job.error
         stagings = {
@@ -77,21 +96,22 @@ def merge(
             for k, path in enumerate(job.outs)
             if path not in job.committed
         }
-        identity = _identity(weak, strong, job.plan, alpha_for, on_unpaired, on_mismatch)
         folders = [staging_folder(path) for path in job.outs]
-        journal = Journal([each for k, each in enumerate(folders) if k in stagings or has_journal(each)], identity)
+        of_these = [each for k, each in enumerate(folders) if k in stagings or has_journal(each)]
+        journal = Journal(of_these, _identity(weak, strong, job.plan, rules))
         with Making(job.plan, Source(weak, strong), job.crew, stagings, journal, resume) as making:
             making.compute(_part(progress, 0, passes), cancel)
             if verify:
                 making.verify(_part(progress, 1, passes), cancel)
-            making.complete(strong, digest)
-            warnings = making.tally.warnings() + making.commit()
+            making.complete(strong, lambda k: _card(want, rules, weak, strong, job, making.tally, k), digest)
+            warnings = [*job.notes, *making.tally.warnings(), *making.commit()]
     plan, tally = job.plan, making.tally
     return Merged(
         outputs=tuple(tally.output(k, path, plan.alphas[k]) for k, path in enumerate(job.outs)),
-        extrapolated=sum(step.action is Action.EXTRAPOLATE for step in plan.steps),
-        copied=tuple((step.name, step.reason) for step in plan.steps if step.action is Action.COPY),
-        dropped=plan.dropped,
+        extrapolated=plan.extrapolated(),
+        copied=plan.copied(),
+        noted=plan.noted,
+        dropped=tuple(plan.dropped.items()),
         left_out=plan.left_out,
         bytes_read=plan.input_bytes,
         bytes_written=plan.output_bytes,
@@ -109,6 +129,51 @@ def merge(
     )
 
 
+def _card(
+    want: Wanted, rules: Rules, sft: Checkpoint, aligned: Checkpoint, job: Preview, tally: Tally, k: int
+) -> bytes:
+    """README.md of one output."""
+    from .card import card
+
+    alpha, out = job.plan.alphas[k], job.outs[k]
+    readme = aligned.files.get(CARD)
+    text = card(
+        sft=sft.origin or Origin(sft.name),
+        aligned=aligned.origin or Origin(aligned.name),
+        alpha=alpha,
+        rules=rules.alpha_for,
+        options={name: str(value) for name, value in rules.chosen().items()},
+        command=_command(want, rules, alpha),
+        name=f"{aligned.name}-expo-{alpha_text(alpha)}",
+        readme=None if readme is None else _text(readme),
+        output=tally.output(k, out, alpha),
+        relative_distance=tally.relative_distance,
+        max_abs_difference=tally.max_abs_d,
+        extrapolated=job.plan.extrapolated(k),
+        copied=job.plan.copied(k),
+        dropped=tuple(job.plan.dropped.items()),
+        dtype=", ".join(sorted({step.dtype for step in job.plan.steps if step.dtype in ITEMSIZE})),
+    )
+    return text.encode()
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_CARD)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def _command(want: Wanted, rules: Rules, alpha: float) -> str:
+    """What to type for an output, wherever it is to go: the same model has the same card."""
+    words = ["python", "-m", "expo.fast", "--sft", os.fspath(want.sft), "--aligned", os.fspath(want.aligned)]
+    words += ["--alpha", alpha_text(alpha)]
+    words += [word for rule in rules.alpha_for.items() for word in ("--alpha-for", "{}={:g}".format(*rule))]
+    words += [word for option, value in rules.chosen().items() for word in (option, str(value))]
+    return shlex.join(words)
+
+
 def _part(progress: Progress | None, before: int, passes: int) -> Progress:
     """Progress of one pass of several as progress of all of them: each counts for its share of the bytes."""
 
@@ -120,29 +185,20 @@ def _part(progress: Progress | None, before: int, passes: int) -> Progress:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of each shard its bytes, the time of its last change, and the digest of its header."""
+    """Of each weight file its bytes, the time of its last change, and the digest of its header."""
     return {
-        name: [shard.size, shard.reader.identity.modified, shard.digest] for name, shard in checkpoint.shards.items()
+        name: [file.size, file.reader.identity.modified, file.digest] for name, file in checkpoint.weight_files.items()
     }
 
 
-def _identity(
-    sft: Checkpoint,
-    aligned: Checkpoint,
-    plan: Plan,
-    alpha_for: Mapping[str, float] | None,
-    on_unpaired: str,
-    on_mismatch: str,
-) -> dict[str, Any]:
+def _identity(sft: Checkpoint, aligned: Checkpoint, plan: Plan, rules: Rules) -> dict[str, Any]:
     """What must be the same for a merge to go on with another's bytes."""
     from . import __version__
 
     return {
         "version": __version__,
         "--alpha": plan.alphas,
-        "--alpha-for": dict(alpha_for or {}),
-        "--on-unpaired": on_unpaired,
-        "--on-mismatch": on_mismatch,
+        **rules.options(),
         "sft": _fingerprint(sft),
         "aligned": _fingerprint(aligned),
         "the files to write": {
@@ -155,8 +211,8 @@ def _identity(
 class Preview:
     """What merge() would do, and with what.
 
-    free: bytes that may still be written to the output's disk. error: what merge() would raise, or None. committed:
-    outputs that an interrupted merge has put in place.
+    free: bytes that may still be written to the output's disk. notes: what to know of the pair. error: what merge()
+    would raise, or None. committed: outputs that an interrupted merge has put in place.
     """
 
     plan: Plan
@@ -164,6 +220,7 @@ class Preview:
     committed: frozenset[str]
     crew: tuple[Engine, ...]
     free: int
+    notes: tuple[str, ...]
     error: ExpoError | None
 
     @property
@@ -176,48 +233,50 @@ class Preview:
 
 
 def preview(
-    sft: StrPath,
-    aligned: StrPath,
-    alpha: float | Iterable[float],
+    sft: StrPath | None = None,
+    aligned: StrPath | None = None,
+    alpha: float | Iterable[float] | None = None,
     out: StrPath | None = None,
     *,
+    recipe: str | None = None,
     alpha_for: Mapping[str, float] | None = None,
     on_unpaired: str = "error",
     on_mismatch: str = "error",
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
     engine: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
+    quiet: bool = True,
 ) -> Preview:
-    """The plan of a merge with the same arguments, from headers alone; writes nothing.
+    """The plan of a merge with the same arguments, from headers alone; writes nothing but the hub's cache.
 
     Raises what merge() raises where there is no plan at all: UsageError, EngineError, CheckpointError.
     """
-    choices = (alpha_for, on_unpaired, on_mismatch, engine, device, overwrite, resume)
-    with _prepare(sft, aligned, alpha, out, *choices) as (_, _, job):
+    want = wanted(sft, aligned, alpha, recipe)
+    rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size)
+    with _prepare(want, out, rules, engine, device, overwrite, resume, quiet) as (_, _, job):
         return job
 
 
 @contextmanager
 def _prepare(
-    sft: StrPath,
-    aligned: StrPath,
-    alpha: float | Iterable[float],
+    want: Wanted,
     out: StrPath | None,
-    alpha_for: Mapping[str, float] | None,
-    on_unpaired: str,
-    on_mismatch: str,
+    rules: Rules,
     engine: str,
     device: str,
     overwrite: bool,
     resume: bool,
+    quiet: bool,
 ) -> Iterator[tuple[Checkpoint, Checkpoint, Preview]]:
     """Open both checkpoints, plan, and find out whether the plan can be carried out."""
-    alphas = alphas_of(alpha)
     workers = crew(engine, device)
-    with closing(open_checkpoint(sft)) as weak, closing(open_checkpoint(aligned)) as strong:
-        plan = make_plan(weak, strong, alphas, alpha_for, on_unpaired, on_mismatch)
-        outs = output_paths(out, strong, alphas)
+    with open_inputs(want.sft, want.aligned, quiet) as (weak, strong):
+        plan = make_plan(weak, strong, want.alphas, *rules)
+        note = tokens.difference(weak, strong)
+        outs = output_paths(out, strong, want.alphas)
         committed = _committed(outs) if resume else frozenset()
         error: ExpoError | None = None
         try:
@@ -228,7 +287,8 @@ def _prepare(
                 check_free(path, strong.folder is None, overwrite)
         except (PlanError, OutputError) as found:
             error = found
-        yield weak, strong, Preview(plan, outs, committed, workers, free_bytes(outs[0]), error)
+        notes = () if note is None else (note,)
+        yield weak, strong, Preview(plan, outs, committed, workers, free_bytes(outs[0]), notes, error)
 
 
 def _committed(outs: Sequence[str]) -> frozenset[str]:
@@ -239,15 +299,6 @@ def _committed(outs: Sequence[str]) -> frozenset[str]:
     unstaged = [out for out in outs if os.path.exists(out) and not os.path.isdir(staging_folder(out))]
     done = frozenset(out for out in unstaged if has_journal(staging_folder(out)))
     return frozenset(outs) if done and len(unstaged) == len(outs) else done
-
-
-def alphas_of(alpha: float | Iterable[float]) -> tuple[float, ...]:
-    """One number or several, as a tuple of floats. Raises UsageError."""
-    try:
-        values = tuple(alpha) if isinstance(alpha, Iterable) and not isinstance(alpha, str) else (alpha,)
-        return tuple(float(value) for value in values)
-    except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"alpha must be a number or several, got {alpha!r}") from None
 
 
 def output_paths(out: StrPath | None, aligned: Checkpoint, alphas: Sequence[float]) -> tuple[str, ...]:
@@ -272,7 +323,7 @@ def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) 
         place = os.path.realpath(out)
         for checkpoint in inputs:
             # A shard may be a link to a place outside the checkpoint's folder.
-            for path in (checkpoint.path, *(shard.path for shard in checkpoint.shards.values())):
+            for path in (checkpoint.path, *(file.path for file in checkpoint.weight_files.values())):
                 source = os.path.realpath(path)
                 if os.path.commonpath((place, source)) in (place, source):
                     raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another --out")

@@ -10,18 +10,29 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .checkpoint import Checkpoint
 from .errors import PlanError, UsageError
-from .header import TensorInfo, emit
+from .header import TensorInfo
 from .kernels.contract import ITEMSIZE, working_alpha
+from .layout import OutputShard, index_of, joined, lay_out, size_of
+from .pairing import Pairs, Twin, is_embedding, pair
+from .quantised import problem
+from .steps import Action, Step, some_rows
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
-POLICIES = ("error", "aligned")
+ON_UNPAIRED = ("error", "aligned")
+ON_MISMATCH = ("error", "rows", "aligned")
+OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+CONFIG = "config.json"
+CARD = "README.md"
 MAX_ALPHAS = 64
 OTHER_WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
@@ -30,11 +41,23 @@ DIGESTS = "SHA256SUMS"
 TRAINING = {"trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
 
 
-class Action(str, Enum):
-    """What happens to a tensor of aligned."""
+class Rules(NamedTuple):
+    """The options that decide what an output holds; see make_plan for their meaning."""
 
-    EXTRAPOLATE = "extrapolate"
-    COPY = "copy"
+    alpha_for: Mapping[str, float]
+    on_unpaired: str
+    on_mismatch: str
+    dtype: str | None
+    max_shard_size: str | int | None
+
+    def options(self) -> dict[str, Any]:
+        """By their names on the command line."""
+        return {f"--{name.replace('_', '-')}": value for name, value in self._asdict().items()}
+
+    def chosen(self) -> dict[str, Any]:
+        """Those that are not at their defaults, --alpha-for apart."""
+        plain = Rules({}, "error", "error", None, None).options()
+        return {name: value for name, value in self.options().items() if name != "--alpha-for" and value != plain[name]}
 
 
 class Rule(NamedTuple):
@@ -44,52 +67,43 @@ class Rule(NamedTuple):
     alpha: float
 
 
-class Step(NamedTuple):
-    """One tensor of the output, with aligned's name, dtype and shape.
-
-    reason: why, in words. alphas: one for each output; an alpha that is 0 in the tensor's arithmetic is a copy there.
-    sft: its twin, None where the action is COPY.
-    """
-
-    name: str
-    action: Action
-    reason: str
-    alphas: tuple[float, ...]
-    aligned: TensorInfo
-    sft: TensorInfo | None
-
-    @property
-    def active(self) -> list[int]:
-        """The numbers of the outputs for which it is not a copy."""
-        return [k for k, alpha in enumerate(self.alphas) if alpha]
-
-
-class OutputShard(NamedTuple):
-    """One file of the output: its first bytes, its size in bytes, and the steps in the order of their data."""
-
-    name: str
-    header: bytes
-    size: int
-    steps: tuple[tuple[Step, TensorInfo], ...]
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a merge will do.
 
-    alphas: one for each output; everything else is the same for all of them. steps: in aligned's order. dropped:
-    tensors of sft alone. index: the index file's bytes, None without one. carried: aligned's other files that come
-    along. left_out: (file, reason). problems: why the merge cannot be done; empty when it can.
+    alphas: one for each output; everything else is the same for all of them. steps: in aligned's order, those of one
+    tensor together. dropped: tensors of sft alone, and why. index: the index file's bytes, None without one. made:
+    files that are written anew, by name. carried: aligned's other files that come along. left_out: (file, reason).
+    problems: why the merge cannot be done; empty when it can.
     """
 
     alphas: tuple[float, ...]
     steps: tuple[Step, ...]
-    dropped: tuple[str, ...]
+    dropped: dict[str, str]
     shards: tuple[OutputShard, ...]
     index: bytes | None
+    made: dict[str, bytes]
     carried: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     problems: tuple[str, ...]
+
+    def extrapolated(self, k: int | None = None) -> int:
+        """Number of tensors that are, or rows of which are, in output k or in any."""
+        return len({step.name for step in self.steps if (any(step.alphas) if k is None else step.alphas[k])})
+
+    def copied(self, k: int | None = None) -> tuple[tuple[str, str], ...]:
+        """(tensor, reason) of what is copied into output k, or into all; rows are named where it is not all of one."""
+        return tuple(
+            (step.label, step.reason if step.action is Action.COPY else "alpha is 0")
+            for step in self.steps
+            if not (any(step.alphas) if k is None else step.alphas[k])
+        )
+
+    @property
+    def noted(self) -> tuple[tuple[str, str], ...]:
+        """(tensor, what is not plain about it) of those that are extrapolated."""
+        found = ((step.label, step.reason) for step in self.steps if step.action is Action.EXTRAPOLATE)
+        return tuple((name, reason) for name, reason in found if reason)
 
     @property
     def output_bytes(self) -> int:
@@ -99,7 +113,14 @@ class Plan:
     @property
     def input_bytes(self) -> int:
         """Bytes read from both inputs, each once."""
-        return sum(step.aligned.nbytes + (step.sft.nbytes if step.sft else 0) for step in self.steps)
+        return sum(step.input_bytes for step in self.steps)
+
+    def tensors(self) -> Iterator[tuple[TensorInfo, list[Step]]]:
+        """Each tensor of the output, as if it began at byte 0, and the steps that make it, in aligned's order."""
+        for name, group in itertools.groupby(self.steps, key=lambda step: step.name):
+            steps = list(group)
+            shape = joined([step.shape for step in steps])
+            yield TensorInfo(name, steps[0].dtype, shape, 0, sum(step.nbytes for step in steps)), steps
 
     def check(self) -> None:
         """Raise PlanError with every problem, if there is one."""
@@ -114,51 +135,71 @@ def make_plan(
     alpha_for: Mapping[str, float] | None = None,
     on_unpaired: str = "error",
     on_mismatch: str = "error",
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
 ) -> Plan:
     """Pair the tensors of two checkpoints and lay out the output.
 
     alpha_for: regular expression (searched in the tensor's name) to the alpha used instead; the last match wins.
-    on_unpaired, on_mismatch: "error", or "aligned" to keep aligned's tensor (and to drop one that sft alone has).
+    on_unpaired: "error", or "aligned" to keep aligned's tensor (and to drop one that sft alone has). on_mismatch:
+    "error", "aligned" to keep aligned's tensor, or "rows" to extrapolate the rows that both have and keep the others.
+    dtype: of the output's floating-point tensors: "bf16", "fp16" or "fp32"; None for aligned's own.
+    max_shard_size: bytes of a file, or "5GB"; None for aligned's own files.
     Raises UsageError for an alpha, rule or policy that makes no sense; what the checkpoints make impossible is in
     `problems`.
     """
-    rules = _check_arguments(alphas, alpha_for or {}, on_unpaired, on_mismatch)
-    steps = []
+    rules = _check_arguments(alphas, alpha_for or {}, on_unpaired, on_mismatch, dtype)
+    most = size_of(max_shard_size)
+    if most is not None and aligned.folder is None:
+        raise UsageError(f"max_shard_size {max_shard_size} makes shards, but aligned {aligned.path} is one bare file")
+    pairs = pair(sft, aligned)
+    steps: list[Step] = []
     for name, tensor in aligned.tensors.items():
         own = next((rule.alpha for rule in reversed(rules) if rule.pattern.search(name)), None)
-        steps.append(_step(tensor, sft.tensors.get(name), tuple(alphas) if own is None else (own,) * len(alphas)))
-    dropped = tuple(name for name in sft.tensors if name not in aligned.tensors)
+        wanted = tuple(alphas) if own is None else (own,) * len(alphas)
+        if name in pairs.kept:
+            steps.append(_copy(name, tensor, tensor.dtype, pairs.kept[name], wanted))
+        else:
+            target = _output_dtype(sft, aligned, name, dtype)
+            steps += _steps(name, aligned, pairs.twins.get(name), wanted, target, on_mismatch == "rows")
     problems = _model_problems(sft, aligned)
-    problems += _tensor_problems(sft, aligned, dropped, on_unpaired, on_mismatch)
+    problems += _tensor_problems(sft, aligned, pairs, on_unpaired, on_mismatch)
     for rule in rules:
         if not any(rule.pattern.search(name) for name in aligned.tensors):
             problems.append(f"--alpha-for {rule.pattern.pattern!r} matches no tensor of {aligned.path}")
-    carried, left_out = sort_files(aligned.files)
-    for name in carried:
-        if name in aligned.strays:
-            problems.append(
-                f"{os.path.join(aligned.path, name)} is a link out of its folder, to {aligned.strays[name]}, and would "
-                "be copied into the output: put a copy in its place, or remove it"
-            )
+    made = _config(aligned, steps, dtype)
+    carried, left_out = sort_files([name for name in aligned.files if name not in made])
+    problems += [
+        f"{aligned.files[name]} is a link out of its folder, to {aligned.strays[name]}, and would "
+        "be copied into the output: put a copy in its place, or remove it"
+        for name in carried
+        if name in aligned.strays
+    ]
+    shards = lay_out(aligned, steps, most)
     return Plan(
-        tuple(alphas), tuple(steps), dropped, _lay_out(aligned, steps), _index(aligned), carried, left_out,
-        tuple(problems),
+        tuple(alphas), tuple(steps), pairs.dropped | dict.fromkeys(pairs.left, "only in sft"), shards,
+        index_of(aligned, shards, most is not None), made, carried, left_out, tuple(problems),
     )  # fmt: skip
 
 
 def _check_arguments(
-    alphas: Sequence[float], alpha_for: Mapping[str, float], on_unpaired: str, on_mismatch: str
+    alphas: Sequence[float], alpha_for: Mapping[str, float], on_unpaired: str, on_mismatch: str, dtype: str | None
 ) -> list[Rule]:
-    for value in (*alphas, *alpha_for.values()):
+    for number in (*alphas, *alpha_for.values()):
         try:
-            working_alpha(value)
+            working_alpha(number)
         except (ValueError, TypeError) as error:
-            raise UsageError(f"alpha must be a number that is finite in float32, got {value!r}") from error
+            raise UsageError(f"alpha must be a number that is finite in float32, got {number!r}") from error
     if not 1 <= len(alphas) <= MAX_ALPHAS or len(set(alphas)) < len(alphas):
         raise UsageError(f"alphas must be 1 to {MAX_ALPHAS} different numbers, got {list(alphas)}")
-    for option, policy in (("on_unpaired", on_unpaired), ("on_mismatch", on_mismatch)):
-        if policy not in POLICIES:
-            raise UsageError(f"{option} must be one of {', '.join(POLICIES)}, got {policy!r}")
+    choices: tuple[tuple[str, str, Iterable[str]], ...] = (
+        ("on_unpaired", on_unpaired, ON_UNPAIRED),
+        ("on_mismatch", on_mismatch, ON_MISMATCH),
+        ("dtype", "bf16" if dtype is None else dtype, OUTPUT_DTYPES),
+    )
+    for option, value, known in choices:
+        if value not in known:
+            raise UsageError(f"{option} must be one of {', '.join(known)}, got {value!r}")
     rules = []
     for pattern, alpha in alpha_for.items():
         try:
@@ -170,36 +211,115 @@ def _check_arguments(
     return rules
 
 
+def _output_dtype(sft: Checkpoint, aligned: Checkpoint, name: str, dtype: str | None) -> str:
+    """An adapter keeps tensors in a dtype of its own; merged they take the base's."""
+    tensor = aligned.tensors[name]
+    if dtype is not None and tensor.dtype in ITEMSIZE:
+        return OUTPUT_DTYPES[dtype]
+    whole = aligned.adapter is not None and name in aligned.adapter.full and tensor.dtype in ITEMSIZE
+    return sft.tensors[name].dtype if whole and name in sft.tensors else tensor.dtype
+
+
 def _mismatch(aligned: TensorInfo, sft: TensorInfo) -> bool:
     return aligned.shape != sft.shape or (aligned.dtype in ITEMSIZE) != (sft.dtype in ITEMSIZE)
 
 
-def _step(aligned: TensorInfo, sft: TensorInfo | None, alphas: tuple[float, ...]) -> Step:
+def _rows_in_common(aligned: TensorInfo, sft: TensorInfo) -> int:
+    """First rows that could be extrapolated where the two differ in the number of rows alone; 0 for none."""
+    floating = aligned.dtype in ITEMSIZE and sft.dtype in ITEMSIZE
+    if not floating or not aligned.shape or not sft.shape or aligned.shape[1:] != sft.shape[1:]:
+        return 0
+    return min(aligned.shape[0], sft.shape[0])
+
+
+def _steps(
+    name: str, aligned: Checkpoint, twin: Twin | None, alphas: tuple[float, ...], dtype: str, by_rows: bool
+) -> list[Step]:
     """A tensor's fate; `_tensor_problems` says which of these copies need the user's word first."""
-    zeros = tuple(0.0 for _ in alphas)
-    if sft is None:
-        return Step(aligned.name, Action.COPY, "not in sft", zeros, aligned, None)
-    if _mismatch(aligned, sft):
-        return Step(aligned.name, Action.COPY, f"sft has {describe(sft)}", zeros, aligned, None)
+    tensor = aligned.tensors[name]
+    if twin is None:
+        return [_copy(name, tensor, dtype, "not in sft", alphas)]
+    if aligned.adapter is not None and name not in aligned.adapter.full:
+        return [_adapted(name, aligned.adapter, tensor, alphas, dtype)]
+    other = twin.tensor
+    if not _mismatch(tensor, other):
+        return [_step(name, tensor, other, alphas, dtype, twin.reason)]
+    common = _rows_in_common(tensor, other) if by_rows else 0
+    reason = f"sft has {describe(other)}"
+    if not common:
+        return [_copy(name, tensor, dtype, reason, alphas)]
+    both = some_rows(tensor, 0, common), some_rows(other, 0, common)
+    rows = tensor.shape[0]
+    first = _step(name, *both, alphas, dtype, "; ".join(filter(None, [twin.reason, reason])))
+    if common == rows:
+        return [first]
+    own = _copy(name, some_rows(tensor, common, rows), dtype, reason, alphas)
+    return [first._replace(rows=(0, common)), own._replace(rows=(common, rows))]
+
+
+def _step(name: str, aligned: TensorInfo, sft: TensorInfo, alphas: tuple[float, ...], dtype: str, reason: str) -> Step:
     if aligned.dtype not in ITEMSIZE:
-        return Step(aligned.name, Action.COPY, f"{aligned.dtype} is no floating-point dtype", zeros, aligned, None)
-    working = tuple(alpha if working_alpha(alpha, aligned.dtype, sft.dtype) else 0.0 for alpha in alphas)
+        return _copy(name, aligned, dtype, f"{aligned.dtype} is no floating-point dtype", alphas)
+    working = _working(alphas, aligned, sft)
     if not any(working):
-        reason = "alpha rounds to 0 in fp32" if any(alphas) else "alpha is 0"
-        return Step(aligned.name, Action.COPY, reason, zeros, aligned, None)
-    return Step(aligned.name, Action.EXTRAPOLATE, "", working, aligned, sft)
+        return _copy(name, aligned, dtype, _why_zero(alphas), alphas)
+    return Step(name, Action.EXTRAPOLATE, reason, working, aligned, sft, dtype)
+
+
+def _adapted(name: str, adapter: Adapter, base: TensorInfo, alphas: tuple[float, ...], dtype: str) -> Step:
+    """A tensor that an adapter changes by a product of two small matrices, or leaves alone."""
+    delta = adapter.low_rank.get(name)
+    if delta is None:
+        return _copy(name, base, dtype, "not in the adapter", alphas)
+    working = _working(alphas, base, base)
+    step = Step(name, Action.EXTRAPOLATE, f"adapter of rank {delta.rank}", working, base, base, dtype, None, delta)
+    if any(working):
+        return step
+    return step._replace(action=Action.COPY, sft=None, reason=f"{_why_zero(alphas)}: base and adapter")
+
+
+def _copy(name: str, tensor: TensorInfo, dtype: str, reason: str, alphas: tuple[float, ...]) -> Step:
+    return Step(name, Action.COPY, reason, (0.0,) * len(alphas), tensor, None, dtype)
+
+
+def _working(alphas: tuple[float, ...], aligned: TensorInfo, sft: TensorInfo) -> tuple[float, ...]:
+    """The alphas, 0 where the tensors' arithmetic makes one 0."""
+    return tuple(alpha if working_alpha(alpha, aligned.dtype, sft.dtype) else 0.0 for alpha in alphas)
+
+
+def _why_zero(alphas: tuple[float, ...]) -> str:
+    return "alpha rounds to 0 in fp32" if any(alphas) else "alpha is 0"
+
+
+def _config(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None) -> dict[str, bytes]:
+    """config.json as the output needs it, where that is not aligned's own: its dtype, and its number of tokens."""
+    config = aligned.config
+    if CONFIG not in aligned.files:
+        return {}
+    if dtype is not None:
+        name = TORCH_NAMES[OUTPUT_DTYPES[dtype]]
+        config = _with_dtype(config if {"dtype", "torch_dtype"} & set(config) else {**config, "torch_dtype": ""}, name)
+    if aligned.adapter is not None and "vocab_size" in config:
+        sizes = {step.shape[0] for step in steps if is_embedding(step.name) and step.name in aligned.adapter.full}
+        config = {**config, "vocab_size": sizes.pop()} if len(sizes) == 1 else config
+    return {} if config == aligned.config else {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+
+
+def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A config, and those of its parts, with another dtype where they name one."""
+    return {
+        key: name if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        else _with_dtype(value, name) if isinstance(value, dict) and key.endswith("config")
+        else value
+        for key, value in config.items()
+    }  # fmt: skip
 
 
 def _model_problems(sft: Checkpoint, aligned: Checkpoint) -> list[str]:
-    problems = []
-    for role, checkpoint in (("sft", sft), ("aligned", aligned)):
-        scheme = checkpoint.config.get("quantization_config")
-        if scheme:
-            method = scheme.get("quant_method", "unknown") if isinstance(scheme, dict) else scheme
-            problems.append(
-                f"{role} {checkpoint.path} is quantised (quant_method {method}): its numbers cannot be extrapolated; "
-                "use the checkpoint it was quantised from"
-            )
+    roles = (("sft", sft), ("aligned", aligned))
+    problems = [
+        text for role, checkpoint in roles[: 1 if aligned.adapter else 2] if (text := problem(role, checkpoint))
+    ]
     kinds = [checkpoint.config.get("model_type") for checkpoint in (sft, aligned)]
     if None not in kinds and kinds[0] != kinds[1]:
         problems.append(
@@ -210,32 +330,31 @@ def _model_problems(sft: Checkpoint, aligned: Checkpoint) -> list[str]:
 
 
 def _tensor_problems(
-    sft: Checkpoint, aligned: Checkpoint, dropped: tuple[str, ...], on_unpaired: str, on_mismatch: str
+    sft: Checkpoint, aligned: Checkpoint, pairs: Pairs, on_unpaired: str, on_mismatch: str
 ) -> list[str]:
     problems = []
     unsupported = [
-        f"{role}'s {tensor.name} ({tensor.dtype})"
+        f"{role}'s {name} ({tensor.dtype})"
         for role, checkpoint in (("sft", sft), ("aligned", aligned))
-        for tensor in checkpoint.tensors.values()
+        for name, tensor in checkpoint.tensors.items()
         if tensor.dtype not in ITEMSIZE and tensor.dtype not in INTEGERS
     ]
-    unpaired = [f"{name} (aligned only)" for name in aligned.tensors if name not in sft.tensors]
-    unpaired += [f"{name} (sft only)" for name in dropped]
+    unpaired = [f"{name} (aligned only)" for name in pairs.unpaired] + [f"{name} (sft only)" for name in pairs.left]
     mismatched = [
-        f"{name}: sft {describe(sft.tensors[name])}, aligned {describe(tensor)}"
-        for name, tensor in aligned.tensors.items()
-        if name in sft.tensors and _mismatch(tensor, sft.tensors[name])
+        f"{name}: sft {describe(twin.tensor)}, aligned {describe(aligned.tensors[name])}"
+        for name, twin in pairs.twins.items()
+        if _mismatch(aligned.tensors[name], twin.tensor)
+        and not (on_mismatch == "rows" and _rows_in_common(aligned.tensors[name], twin.tensor))
     ]
     if unsupported:
         problems.append(_listing("of a dtype that cannot be extrapolated (quantised?)", "", unsupported))
     if unpaired and on_unpaired == "error":
         problems.append(_listing("without a twin", "--on-unpaired aligned keeps aligned's, drops sft's", unpaired))
-    if mismatched and on_mismatch == "error":
-        problems.append(
-            _listing(
-                "whose twin has another shape or kind of dtype", "--on-mismatch aligned keeps aligned's", mismatched
-            )
-        )
+    if mismatched and on_mismatch != "aligned":
+        fix = "--on-mismatch aligned keeps aligned's"
+        if on_mismatch == "error":
+            fix += ", rows extrapolates the rows that both have"
+        problems.append(_listing("whose twin has another shape or kind of dtype", fix, mismatched))
     return problems
 
 
@@ -249,32 +368,6 @@ def describe(tensor: TensorInfo) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def _lay_out(aligned: Checkpoint, steps: Sequence[Step]) -> tuple[OutputShard, ...]:
-    """Aligned's files and assignment, with our header."""
-    by_shard: dict[str, dict[str, Step]] = {name: {} for name in aligned.shards}
-    for step in steps:
-        by_shard[aligned.weight_map[step.name]][step.name] = step
-    shards = []
-    for name, members in by_shard.items():
-        metadata = {"format": "pt", **aligned.shards[name].header.metadata}  # transformers wants to know the format
-        header, placed = emit(((s.name, s.aligned.dtype, s.aligned.shape) for s in members.values()), metadata)
-        size = len(header) + sum(tensor.nbytes for tensor in placed.values())
-        shards.append(OutputShard(name, header, size, tuple((members[t.name], t) for t in placed.values())))
-    return tuple(shards)
-
-
-def _index(aligned: Checkpoint) -> bytes | None:
-    if aligned.index is None:
-        return None
-    metadata = aligned.index.get("metadata")
-    total = sum(tensor.nbytes for tensor in aligned.tensors.values())
-    index = {
-        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
-        "weight_map": dict(sorted(aligned.weight_map.items())),
-    }
-    return (json.dumps(index, indent=2) + "\n").encode("ascii")  # escaped as transformers does it
-
-
 def sort_files(files: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """Aligned's files other than its weights: those that come along, and (file, reason) of those that do not."""
     carried, left_out = [], []
@@ -284,8 +377,8 @@ def sort_files(files: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, 
             left_out.append((path, "hidden"))
         elif base.endswith(OTHER_WEIGHTS):
             left_out.append((path, "weights in another form, or training state"))
-        elif path == "README.md":
-            left_out.append((path, "describes aligned, not the merge"))
+        elif path == CARD:
+            left_out.append((path, "describes aligned; the output has a card of its own"))
         elif path == DIGESTS:
             left_out.append((path, "digests of aligned's files, not of the merge's"))
         elif base in TRAINING:
@@ -295,39 +388,3 @@ def sort_files(files: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, 
         else:
             carried.append(path)
     return tuple(carried), tuple(left_out)
-
-
-class Piece(NamedTuple):
-    """A run of one step's bytes in a chunk: [start, stop) of the tensor's own bytes, at `at` in the chunk."""
-
-    step: Step
-    start: int
-    stop: int
-    at: int
-
-
-class Chunk(NamedTuple):
-    """Bytes [start, stop) of an output shard, cut by bytes: part of a tensor, or many tensors, or header too."""
-
-    shard: OutputShard
-    start: int
-    stop: int
-    pieces: tuple[Piece, ...]
-
-
-def cut(plan: Plan, size: int) -> Iterator[Chunk]:
-    """The output's chunks of `size` bytes, a multiple of 4096, so that no element straddles a cut."""
-    for shard in plan.shards:
-        first = 0  # the first tensor that reaches into the chunk
-        for start in range(0, shard.size, size):
-            stop = min(start + size, shard.size)
-            pieces = []
-            while first < len(shard.steps) and shard.steps[first][1].stop <= start:
-                first += 1
-            for step, placed in itertools.islice(shard.steps, first, None):
-                if placed.start >= stop:
-                    break
-                low, high = max(placed.start, start), min(placed.stop, stop)
-                if low < high:
-                    pieces.append(Piece(step, low - placed.start, high - placed.start, low - start))
-            yield Chunk(shard, start, stop, tuple(pieces))

@@ -18,7 +18,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 from .errors import CheckpointError
 
@@ -38,6 +39,16 @@ class Identity(NamedTuple):
     def of(cls, fd: int) -> Identity:
         found = os.fstat(fd)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class Bytes(Protocol):
+    """What a tensor is read from, as if it lay in one piece."""
+
+    def read(self, start: int, into: Any) -> None: ...
+
+    def mapped(self, start: int, stop: int) -> AbstractContextManager[memoryview | None]: ...
+
+    def ahead(self, start: int, stop: int) -> None: ...
 
 
 class Reader:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from .header import DTYPES
 from .kernels.contract import Statistics, exact_sum
-from .plan import Chunk, Step
+from .layout import Chunk
+from .steps import Step
 
 TOO_FAR = 0.5  # |aligned - sft| / |aligned|: below 0.1 for related models, above 1 for unrelated ones
 
@@ -32,7 +33,8 @@ class Output:
 class Merged:
     """What merge() did: one Output for each alpha, numbers of tensors and bytes, and seconds of wall time.
 
-    copied: (tensor, reason). dropped: tensors of sft alone. left_out: (file of aligned's folder, reason).
+    copied: (tensor, reason). noted: (tensor, what is not plain about it) of extrapolated ones: sft calls or shapes it
+    otherwise. dropped: (tensor of sft alone, reason). left_out: (file of aligned's folder, reason).
     relative_distance: the 2-norm of aligned - sft over that of aligned; max_abs_difference: its largest element.
     engine, why, workers: what computed, the reason it was chosen, its threads. shares: bytes of output by engine.
     direct: whether all of it was written with O_DIRECT. verified: whether it was read back and compared. resumed: bytes
@@ -42,7 +44,8 @@ class Merged:
     outputs: tuple[Output, ...]
     extrapolated: int
     copied: tuple[tuple[str, str], ...]
-    dropped: tuple[str, ...]
+    noted: tuple[tuple[str, str], ...]
+    dropped: tuple[tuple[str, str], ...]
     left_out: tuple[tuple[str, str], ...]
     bytes_read: int
     bytes_written: int
@@ -79,7 +82,7 @@ class Tally:
             step, start, stop, _ = chunk.pieces[number]
             if step.sft is None or len(moved.counts) != len(step.active):
                 return False
-            self.add(step, (stop - start) * 8 // DTYPES[step.aligned.dtype], moved)
+            self.add(step, (stop - start) * 8 // DTYPES[step.dtype], moved)
         return True
 
     def add(self, step: Step, elements: int, moved: Statistics) -> None:

@@ -20,8 +20,11 @@ from .kernels import sweep
 from .kernels.contract import ITEMSIZE
 from .kernels.sweep import Partials
 from .kernels.twin import DTYPES
-from .plan import Chunk, Piece, Plan, Step
-from .work import RING_SLOTS, Measured, Result, Source, put_header
+from .layout import Chunk, Piece
+from .plan import Plan
+from .source import Source
+from .steps import Step
+from .work import RING_SLOTS, Measured, Result, put_header
 
 SMALL = 64 << 10  # bytes of a piece below which the CPU does it: it takes longer to launch a kernel
 
@@ -197,7 +200,7 @@ class Ring:
 
 
 def _on_gpu(step: Step) -> bool:
-    return step.sft is not None and "F64" not in (step.sft.dtype, step.aligned.dtype)
+    return step.plain and step.sft is not None and "F64" not in (step.sft.dtype, step.aligned.dtype)
 
 
 def _ratio(step: Step) -> int:

@@ -3,56 +3,63 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from typing import Any
 
-from .checkpoint import open_checkpoint
+from . import tokens
 from .engines import Engine, choose
 from .errors import UsageError
 from .header import TensorInfo
-from .pipeline import StrPath, alphas_of
-from .plan import Plan, Step, make_plan
-from .work import CHUNK, Source
+from .inputs import StrPath, open_inputs, wanted
+from .plan import Plan, make_plan
+from .source import Source
+from .steps import Step
+from .work import CHUNK
 
 Wrapper = Callable[[memoryview, TensorInfo], Any]
 AHEAD = 2  # tensors computed ahead of the consumer
 
 
 def stream(
-    sft: StrPath,
-    aligned: StrPath,
-    alpha: float,
+    sft: StrPath | None = None,
+    aligned: StrPath | None = None,
+    alpha: float | None = None,
     *,
+    recipe: str | None = None,
     framework: str = "torch",
     alpha_for: Mapping[str, float] | None = None,
     on_unpaired: str = "error",
     on_mismatch: str = "error",
+    dtype: str | None = None,
     engine: str = "auto",
     device: str = "auto",
 ) -> Iterator[tuple[str, Any]]:
     """Yield (name, tensor) for every tensor of the merged model; nothing is written.
 
     The arguments mean what they mean for merge(). framework: "torch" for torch.Tensor on the CPU, or "numpy" for
-    numpy.ndarray (bf16 as ml_dtypes.bfloat16). Shapes and dtypes are aligned's, the order is that of aligned's files.
+    numpy.ndarray (bf16 as ml_dtypes.bfloat16). Shapes are aligned's, and dtypes too unless `dtype` says otherwise; the
+    order is that of aligned's files. Where the two tokenizers differ, a UserWarning says so.
     Each tensor is memory of the consumer's own; at most two are computed ahead of the one that is consumed.
     Bad arguments and inputs are reported by this call, before the first tensor; closing the iterator stops the work.
     Raises what merge() raises, OutputError apart.
     """
     if framework not in ("torch", "numpy"):
         raise UsageError(f"framework must be torch or numpy, got {framework!r}")
-    alphas = alphas_of(alpha)
-    if len(alphas) != 1:
+    want = wanted(sft, aligned, alpha, recipe)
+    if len(want.alphas) != 1:
         raise UsageError(f"stream() takes one alpha, got {alpha!r}")
     chosen = choose(engine, device)
-    stack = ExitStack()
-    with stack:
-        weak = stack.enter_context(closing(open_checkpoint(sft)))
-        strong = stack.enter_context(closing(open_checkpoint(aligned)))
-        plan = make_plan(weak, strong, alphas, alpha_for, on_unpaired, on_mismatch)
+    with ExitStack() as stack:
+        weak, strong = stack.enter_context(open_inputs(want.sft, want.aligned))
+        plan = make_plan(weak, strong, want.alphas, alpha_for, on_unpaired, on_mismatch, dtype)
         plan.check()
+        note = tokens.difference(weak, strong)
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
         return _stream(plan, Source(weak, strong), chosen, _wrapper(framework), stack.pop_all())
 
 
@@ -86,21 +93,24 @@ def _wrapper(framework: str) -> Wrapper:
 def _stream(plan: Plan, source: Source, engine: Engine, wrap: Wrapper, stack: ExitStack) -> Iterator[tuple[str, Any]]:
     stop = threading.Event()
 
-    def compute(step: Step) -> Any:
-        memory = memoryview(bytearray(step.aligned.nbytes))
-        for start in range(0, len(memory), CHUNK):
-            if stop.is_set():
-                return None
-            end = min(start + CHUNK, len(memory))
-            source.compute(engine, step, start, end, [memory[start:end]])
+    def compute(tensor: TensorInfo, steps: list[Step]) -> Any:
+        memory = memoryview(bytearray(tensor.nbytes))
+        at = 0
+        for step in steps:
+            for start in range(0, step.nbytes, CHUNK):
+                if stop.is_set():
+                    return None
+                end = min(start + CHUNK, step.nbytes)
+                source.compute(engine, step, start, end, [memory[at + start : at + end]])
+            at += step.nbytes
         source.check()
-        return wrap(memory, step.aligned)
+        return wrap(memory, tensor)
 
     ahead: deque[tuple[str, Future[Any]]] = deque()
     with stack, ThreadPoolExecutor(AHEAD, thread_name_prefix="expo-stream") as pool:
         try:
-            for step in plan.steps:
-                ahead.append((step.name, pool.submit(compute, step)))
+            for tensor, steps in plan.tensors():
+                ahead.append((tensor.name, pool.submit(compute, tensor, steps)))
                 if len(ahead) > AHEAD:
                     name, future = ahead.popleft()
                     yield name, future.result()

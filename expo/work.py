@@ -9,16 +9,15 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
-from typing import Any, NamedTuple, Protocol
+from contextlib import closing
+from typing import NamedTuple, Protocol
 
-from .checkpoint import Checkpoint
 from .engines import Engine
 from .errors import Cancelled, EngineError
-from .header import DTYPES
-from .kernels.contract import Statistics, total
-from .plan import Chunk, Piece, Plan, Step, cut
-from .reader import Reader
+from .kernels.contract import Statistics
+from .layout import Chunk, cut
+from .plan import Plan
+from .source import Source
 from .writer import BLOCK, aligned_buffer
 
 MIB = 1 << 20
@@ -26,8 +25,6 @@ BUFFERS = 32 * MIB  # bytes of all workers' buffers together, at most
 CHUNK = 4 * MIB  # bytes of one output; 2 to 8 MiB were equally fast, and less of it is less memory
 RING_SLOTS = 3  # chunks under way on a GPU: one that the host fills or empties, one going up, one coming down
 TICK = 0.05  # seconds between two reports of progress
-
-READ = 256 << 10  # bytes read of each input at a time where it is not mapped: both stay in the second-level cache
 
 Progress = Callable[[int, int], None]
 Tick = Callable[[int], None]  # (bytes of output done)
@@ -39,113 +36,6 @@ Sink = Callable[[int, Chunk, memoryview], None]  # (output's number, chunk, its 
 def chunk_size(workers: int, outputs: int) -> int:
     """Bytes of a chunk such that the buffers of all workers and outputs stay within BUFFERS; a multiple of 4096."""
     return max(min(CHUNK, BUFFERS // (workers * outputs)) // BLOCK, 1) * BLOCK
-
-
-class Source:
-    """Both checkpoints' bytes: has any run of a step's bytes computed. Safe for any number of threads."""
-
-    def __init__(self, sft: Checkpoint, aligned: Checkpoint) -> None:
-        self._sft = sft
-        self._aligned = aligned
-        self._scratch = threading.local()
-
-    def ahead(self, piece: Piece) -> None:
-        """Ask the system to start reading what a piece will need."""
-        for span in self.spans(piece.step, piece.start, piece.stop):
-            span.reader.ahead(span.start, span.stop)
-
-    def give_way(self) -> None:
-        """Let go of inputs that somebody wants to write to; call it now and then."""
-        for reader in self._readers():
-            reader.give_way()
-
-    def check(self) -> None:
-        """Raise CheckpointError if an input is not what it was when its header was read."""
-        for reader in self._readers():
-            reader.check()
-
-    def _readers(self) -> Iterator[Reader]:
-        return (shard.reader for inputs in (self._sft, self._aligned) for shard in inputs.shards.values())
-
-    def spans(self, step: Step, start: int, stop: int) -> list[Span]:
-        """Where bytes [start, stop) of the step's tensor come from: in aligned's file and, but for a copy, in sft's."""
-        first = step.aligned.start
-        found = [Span(self._aligned.shard(step.name).reader, first + start, first + stop)]
-        if step.sft is not None:
-            bits, sft_bits, first = DTYPES[step.aligned.dtype], DTYPES[step.sft.dtype], step.sft.start
-            low, high = (first + at * sft_bits // bits for at in (start, stop))
-            found.append(Span(self._sft.shard(step.name).reader, low, high))
-        return found
-
-    def compute(
-        self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], measure: bool = False
-    ) -> Statistics | None:
-        """Fill outs[k], one for each alpha, with bytes [start, stop) of the step's tensor; cut between elements.
-
-        Statistics of the outputs that are not copies where `measure`, else None. Raises EngineError, CheckpointError.
-        """
-        active = step.active
-        aligned, *sft = self.spans(step, start, stop)
-        copies = [out for k, out in enumerate(outs) if k not in active]
-        if copies:
-            aligned.reader.read(aligned.start, copies[0])
-            for out in copies[1:]:
-                out[:] = copies[0]
-        if not active:
-            return None
-        run = Run(engine, step, active, [outs[k] for k in active], measure)
-        with aligned.mapped() as a, sft[0].mapped() as s:
-            return run(s, a, 0) if a is not None and s is not None else self._in_blocks(run, sft[0], aligned)
-
-    def _in_blocks(self, run: Run, sft: Span, aligned: Span) -> Statistics | None:
-        """What cannot be mapped, by way of buffers that stay in the cache."""
-        if not hasattr(self._scratch, "buffers"):
-            self._scratch.buffers = aligned_buffer(READ), aligned_buffer(READ)
-        sizes = sft.stop - sft.start, aligned.stop - aligned.start
-        n = sizes[1] * 8 // DTYPES[run.step.aligned.dtype]
-        items = [size // max(n, 1) for size in sizes]
-        most = READ // max(items)  # elements of a block
-        parts = []
-        for at in range(0, n, most):
-            views = []
-            for span, item, buffer in zip((sft, aligned), items, self._scratch.buffers, strict=True):
-                views.append(buffer[: min(most, n - at) * item])
-                span.reader.read(span.start + at * item, views[-1])
-            parts.append(run(views[0], views[1], at * items[1]))
-        return total([part for part in parts if part is not None], len(run.active)) if run.measure else None
-
-
-class Span(NamedTuple):
-    """Bytes [start, stop) of an input file."""
-
-    reader: Reader
-    start: int
-    stop: int
-
-    def mapped(self) -> AbstractContextManager[memoryview | None]:
-        return self.reader.mapped(self.start, self.stop)
-
-
-class Run(NamedTuple):
-    """An engine at work on a step: for the outputs `active`, whose memory is `outs`."""
-
-    engine: Engine
-    step: Step
-    active: Sequence[int]
-    outs: Sequence[Any]
-    measure: bool
-
-    def __call__(self, sft: memoryview, aligned: memoryview, at: int) -> Statistics | None:
-        """Compute from both inputs' bytes into the outputs' from byte `at` on. Raises EngineError."""
-        step = self.step
-        assert step.sft is not None
-        n = len(aligned) * 8 // DTYPES[step.aligned.dtype]
-        outs = [out[at : at + len(aligned)] for out in self.outs]
-        alphas = [step.alphas[k] for k in self.active]
-        try:
-            return self.engine.run(sft, step.sft.dtype, aligned, step.aligned.dtype, n, outs, alphas, self.measure)
-        except RuntimeError as error:
-            raise EngineError(f"--engine {self.engine.name} failed on {step.name}: {error}") from error
 
 
 class Queue:
@@ -260,7 +150,7 @@ class Pass:
         self._landed = landed
         self._size = size
         self._plan = plan
-        self._queue = Queue((c for c in cut(plan, size) if (c.shard.name, c.start) not in skip), source)
+        self._queue = Queue((c for c in cut(plan.shards, size) if (c.shard.name, c.start) not in skip), source)
         self._finished: deque[tuple[str, Chunk, Measured]] = deque()  # chunks that run() has not heard of
         self._stop = threading.Event()
         self._failure: BaseException | None = None

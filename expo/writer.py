@@ -17,7 +17,7 @@ import threading
 from collections.abc import Container, Iterable, Iterator
 
 from .errors import OutputError
-from .plan import OutputShard
+from .layout import OutputShard
 
 BLOCK = 4096  # O_DIRECT wants memory, offset and length in multiples of the device's block
 EXCHANGE = 2  # renameat2's RENAME_EXCHANGE

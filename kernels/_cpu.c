@@ -1,4 +1,4 @@
-/* The compiled CPU engine: out = aligned + alpha * (aligned - sft), one pass.
+/* The compiled CPU engine: out = aligned + alpha * (aligned - sft), one pass; and convert.py's cast and low_rank.
  *
  *   d = f32(a) - f32(s);  p = alpha * d;  r = f32(a) + p;  out = round-to-nearest-even(r -> dtype of a)
  *
@@ -298,12 +298,146 @@ release:
     return result;
 }
 
+/* dtype to dtype, rounded once, through a block of fp32 in the L1 cache. */
+CLONES static void widen_BF16(const BF16 *from, float *to, Py_ssize_t n) {
+    for (Py_ssize_t i = 0; i < n; i++) to[i] = load_BF16(from + i);
+}
+
+CLONES static void narrow_BF16(const float *from, BF16 *to, Py_ssize_t n) {
+    for (Py_ssize_t i = 0; i < n; i++) store_BF16(to + i, from[i]);
+}
+
+static void convert(const char *from, int source, char *to, int target, Py_ssize_t n) {
+    float wide[BLOCK];
+    for (Py_ssize_t i = 0; i < n; i += BLOCK) {
+        const Py_ssize_t some = n - i < BLOCK ? n - i : BLOCK;
+        const char *x = from + i * ITEMSIZE[source];
+        char *out = to + i * ITEMSIZE[target];
+        if (source == CODE_BF16) widen_BF16((const BF16 *)x, wide, some);
+        else if (source == CODE_F16) widen_F16((const F16 *)x, wide, some);
+        else memcpy(wide, x, 4 * some);
+        if (target == CODE_BF16) narrow_BF16(wide, (BF16 *)out, some);
+        else if (target == CODE_F16) narrow_F16(wide, (F16 *)out, some);
+        else memcpy(out, wide, 4 * some);
+    }
+}
+
+static PyObject *cast(PyObject *module, PyObject *args) {
+    PyObject *source, *out, *result = NULL;
+    int from, to;
+    Py_ssize_t n;
+    Py_buffer views[2] = {{0}};
+    fenv_t mode;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OiOin", &source, &from, &out, &to, &n)) return NULL;
+    if (from < 0 || from > 2 || to < 0 || to > 2 || n < 0 || n > PY_SSIZE_T_MAX / 4) {
+        PyErr_SetString(PyExc_ValueError, "dtype codes are 0 to 2, and n >= 0");
+        return NULL;
+    }
+    const char *x = memory(source, n * ITEMSIZE[from], 0, &views[0]);
+    if (PyErr_Occurred()) goto release;
+    char *y = memory(out, n * ITEMSIZE[to], 1, &views[1]);
+    if (PyErr_Occurred()) goto release;
+    Py_BEGIN_ALLOW_THREADS
+    fegetenv(&mode);
+    fesetenv(FE_DFL_ENV);
+    convert(x, from, y, to, n);
+    fesetenv(&mode);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+release:
+    for (int v = 0; v < 2; v++) PyBuffer_Release(&views[v]);
+    return result;
+}
+
+/* delta = scale * left @ right, each sum from the left: tiles change which elements are together, and no bit of one. */
+#define TILE 64 /* columns: a few vector registers of sums for each of four rows */
+
+CLONES static void four_rows(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,
+                             float *out) {
+    for (Py_ssize_t j = 0; j < width; j += TILE) {
+        const Py_ssize_t some = width - j < TILE ? width - j : TILE;
+        float sum[4][TILE] = {{0}};
+        if (some == TILE) {
+            for (Py_ssize_t k = 0; k < r; k++)
+                for (int m = 0; m < 4; m++)
+                    for (int l = 0; l < TILE; l++) sum[m][l] += left[m * r + k] * right[k * width + j + l];
+        } else {
+            for (Py_ssize_t k = 0; k < r; k++)
+                for (int m = 0; m < 4; m++)
+                    for (Py_ssize_t l = 0; l < some; l++) sum[m][l] += left[m * r + k] * right[k * width + j + l];
+        }
+        for (int m = 0; m < 4; m++)
+            for (Py_ssize_t l = 0; l < some; l++) out[m * width + j + l] = sum[m][l] * scale;
+    }
+}
+
+CLONES static void part_of_row(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,
+                               Py_ssize_t n, float *out) {
+    for (Py_ssize_t l = 0; l < n; l++) out[l] = 0.0f;
+    for (Py_ssize_t k = 0; k < r; k++)
+        for (Py_ssize_t l = 0; l < n; l++) out[l] += left[k] * right[k * width + l];
+    for (Py_ssize_t l = 0; l < n; l++) out[l] *= scale;
+}
+
+static void product(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,
+                    Py_ssize_t first, Py_ssize_t n, float *out) {
+    while (n > 0) {
+        const Py_ssize_t row = first / width, column = first % width;
+        Py_ssize_t done = width - column < n ? width - column : n;
+        if (column == 0 && n >= 4 * width) {
+            four_rows(left + row * r, right, scale, r, width, out);
+            done = 4 * width;
+        } else {
+            part_of_row(left + row * r, right + column, scale, r, width, done, out);
+        }
+        first += done, out += done, n -= done;
+    }
+}
+
+static PyObject *low_rank(PyObject *module, PyObject *args) {
+    PyObject *left, *right, *out, *result = NULL;
+    double scale;
+    Py_ssize_t rows, r, width, first, n;
+    Py_buffer views[3] = {{0}};
+    fenv_t mode;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OOdnnnnnO", &left, &right, &scale, &rows, &r, &width, &first, &n, &out)) return NULL;
+    const Py_ssize_t most = PY_SSIZE_T_MAX / 8;
+    if (rows < 0 || r < 0 || width < 0 || first < 0 || n < 0 || (width && (rows > most / width || r > most / width)) ||
+        (r && rows > most / r) || first > rows * width || n > rows * width - first) {
+        PyErr_SetString(PyExc_ValueError, "elements [first, first + n) lie in a matrix of rows times width");
+        return NULL;
+    }
+    const float *a = (const float *)memory(left, 4 * rows * r, 0, &views[0]);
+    if (PyErr_Occurred()) goto release;
+    const float *b = (const float *)memory(right, 4 * r * width, 0, &views[1]);
+    if (PyErr_Occurred()) goto release;
+    float *o = (float *)memory(out, 4 * n, 1, &views[2]);
+    if (PyErr_Occurred()) goto release;
+    Py_BEGIN_ALLOW_THREADS
+    fegetenv(&mode);
+    fesetenv(FE_DFL_ENV);
+    product(a, b, (float)scale, r, width, first, n, o);
+    fesetenv(&mode);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+release:
+    for (int v = 0; v < 3; v++) PyBuffer_Release(&views[v]);
+    return result;
+}
+
 static PyMethodDef methods[] = {
     {"extrapolate", extrapolate, METH_VARARGS,
      "extrapolate(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure)\n--\n\n"
      "Write aligned + alpha * (aligned - sft) into outs[k] for each alphas[k]; n elements; dtype codes 0 BF16, 1 F16,\n"
      "2 F32; an output has aligned's dtype.  Each memory is a contiguous buffer or an address.  Returns None, or with\n"
      "measure (sum of d*d, sum of aligned*aligned, max |d|, ((changed, non-finite), ...))."},
+    {"cast", cast, METH_VARARGS,
+     "cast(source, source_dtype, out, out_dtype, n)\n--\n\nWrite n elements in another dtype, rounded once."},
+    {"low_rank", low_rank, METH_VARARGS,
+     "low_rank(left, right, scale, rows, rank, width, first, n, out)\n--\n\n"
+     "Write elements [first, first + n) of scale * left @ right, all fp32; every sum runs from the left."},
     {NULL, NULL, 0, NULL},
 };
 

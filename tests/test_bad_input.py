@@ -85,8 +85,8 @@ def pickled(world: World, _: pytest.MonkeyPatch) -> World:
 
 def adapter(world: World, _: pytest.MonkeyPatch) -> World:
     (world.root / "lora").mkdir()
-    (world.root / "lora" / "adapter_model.safetensors").write_bytes(b"PK")
-    return world._replace(aligned=world.root / "lora")
+    (world.root / "lora" / "adapter_config.json").write_text("{}")
+    return world._replace(sft=world.root / "lora")
 
 
 def empty_shard(world: World, _: pytest.MonkeyPatch) -> None:
@@ -239,8 +239,8 @@ CASES = {
     "missing folder": Case(missing_folder, 3, ("{root}/nowhere: no such file or folder",)),
     "missing file": Case(missing_file, 3, ("{root}/nowhere.safetensors: no such file or folder",)),
     "empty folder": Case(empty_folder, 3, ("{root}/empty", "model.safetensors", INDEX)),
-    "pickled": Case(pickled, 3, ("{root}/old", "pytorch_model.bin", "save_pretrained()")),
-    "adapter": Case(adapter, 3, ("{root}/lora", "PEFT adapter", "adapter_model.safetensors")),
+    "pickled": Case(pickled, 3, ("{root}/old/pytorch_model.bin: 2 bytes", "nothing that torch.save writes")),
+    "adapter": Case(adapter, 3, ("{root}/lora: a PEFT adapter; only --aligned may be one",)),
     "empty shard": Case(empty_shard, 3, (f"{{root}}/sft/{FIRST}: 0 bytes", "at least 8", "download it again")),
     "truncated header": Case(truncated_header, 3, (f"{{root}}/sft/{FIRST}", "has 40", "truncated; download it again")),
     "truncated data": Case(truncated_data, 3, (f"{{root}}/aligned/{FIRST}", "ends at byte", "truncated")),

@@ -33,7 +33,7 @@ def contents(checkpoint: Checkpoint) -> Tensors:
     found = {}
     for name, info in checkpoint.tensors.items():
         memory = bytearray(info.nbytes)
-        checkpoint.shard(name).reader.read(info.start, memory)
+        checkpoint.reader(name).read(info.start, memory)
         found[name] = (info.dtype, info.shape, bytes(memory))
     return found
 
@@ -93,7 +93,7 @@ def test_bare_file(tmp_path: Path, pad: int) -> None:
     path.write_bytes(safetensors_bytes(TENSORS, {"format": "pt"}, pad))
     checkpoint = open_checkpoint(path)
     assert contents(checkpoint) == TENSORS
-    assert (checkpoint.folder, checkpoint.index, checkpoint.config, checkpoint.files) == (None, None, {}, ())
+    assert (checkpoint.folder, checkpoint.index, checkpoint.config, checkpoint.files) == (None, None, {}, {})
     assert list(checkpoint.shards) == ["merged.v2.safetensors"]
     assert set(checkpoint.weight_map.values()) == {"merged.v2.safetensors"}
     assert checkpoint.name == "merged.v2"
@@ -106,7 +106,7 @@ def test_folder_with_a_single_file(single: Path) -> None:
     assert checkpoint.folder == str(single)
     assert checkpoint.index is None
     assert checkpoint.config == {"model_type": "llama"}
-    assert checkpoint.files == ("config.json",)
+    assert (*checkpoint.files,) == ("config.json",)
     assert checkpoint.name == "single"
     checkpoint.close()
 
@@ -120,7 +120,7 @@ def test_shards(tmp_path: Path, shards: Any, pad: int) -> None:
     assert checkpoint.index is not None
     assert checkpoint.weight_map == checkpoint.index["weight_map"]
     assert list(checkpoint.shards) == sorted(set(checkpoint.weight_map.values()))
-    assert checkpoint.files == ("config.json",)
+    assert (*checkpoint.files,) == ("config.json",)
     checkpoint.close()
 
 
@@ -141,7 +141,7 @@ def test_single_file_wins_over_an_index_and_absent_shards(sharded: Path) -> None
     checkpoint = open_checkpoint(sharded)
     assert contents(checkpoint) == other
     assert checkpoint.index is None
-    assert checkpoint.files == ("config.json", SECOND), "what is left of the other form is a file like any other"
+    assert (*checkpoint.files,) == ("config.json", SECOND), "what is left of the other form is a file like any other"
     checkpoint.close()
 
 
@@ -190,13 +190,13 @@ def test_files_are_sorted_relative_and_without_hidden_folders(sharded: Path) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     found = open_checkpoint(sharded).files
-    assert found == (".gitattributes", "A.txt", "a/b/c.json", "config.json", "onnx/model.onnx", "z.txt")
+    assert (*found,) == (".gitattributes", "A.txt", "a/b/c.json", "config.json", "onnx/model.onnx", "z.txt")
 
 
 def test_files_with_the_name_of_a_shard_in_a_subfolder_are_listed(sharded: Path) -> None:
     (sharded / "copy").mkdir()
     (sharded / "copy" / FIRST).write_bytes(b"")
-    assert open_checkpoint(sharded).files == ("config.json", f"copy/{FIRST}")
+    assert (*open_checkpoint(sharded).files,) == ("config.json", f"copy/{FIRST}")
 
 
 def test_files_leave_out_what_is_no_regular_file(single: Path) -> None:
@@ -213,7 +213,7 @@ def test_files_leave_out_what_is_no_regular_file(single: Path) -> None:
         finally:
             os.chdir(here)
         checkpoint = soon(lambda: open_checkpoint(single), single / "fifo")
-    assert checkpoint.files == ("config.json", "linked.txt")
+    assert (*checkpoint.files,) == ("config.json", "linked.txt")
 
 
 # The bytes; what happens to files that change is in test_reader.py.
@@ -262,8 +262,7 @@ def test_a_shard_that_changes_after_its_header_was_read(single: Path, change: in
 @pytest.mark.parametrize("path", ["absent", "absent/model.safetensors", "", "nul\0byte", "x" * 5000, "org/name"])
 def test_missing_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.chdir(tmp_path)
-    hint = "; hub ids are not fetched: download it first" if path.count("/") == 1 else ""
-    assert refusal(path) == f"{path or repr(path)}: no such file or folder{hint}"
+    assert refusal(path) == f"{path or repr(path)}: no such file or folder"
 
 
 def test_a_path_that_may_not_be_looked_at_is_not_called_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,40 +275,35 @@ def test_a_path_that_may_not_be_looked_at_is_not_called_absent(monkeypatch: pyte
 
 def test_empty_folder(tmp_path: Path) -> None:
     message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path}: neither")
+    assert message.startswith(f"{tmp_path}: none of")
     assert SINGLE in message
     assert INDEX in message
 
 
 @pytest.mark.parametrize(
-    ("file", "kind"),
+    ("file", "words"),
     [
-        ("pytorch_model.bin", "PyTorch .bin"), ("pytorch_model-00001-of-00002.bin", "PyTorch .bin"),
-        ("model.Q4_K_M.gguf", "GGUF"), ("adapter_model.safetensors", "PEFT adapter"),
+        ("pytorch_model-00001-of-00002.bin", ("none of", "save_pretrained() it")),
+        ("consolidated.00.pth", ("none of", "save_pretrained() it")),
+        ("model.Q4_K_M.gguf", ("a GGUF file, quantised as Q4_K_M", "made from", "save_pretrained() it")),
+        ("model-f16.gguf", ("a GGUF file, most often quantised", "save_pretrained() it")),
+        ("adapter_model.safetensors", ("a PEFT adapter without its adapter_config.json",)),
+        ("adapter_config.json", ("a PEFT adapter; only --aligned may be one",)),
     ],
-)  # fmt: skip
-def test_folder_of_another_form(tmp_path: Path, file: str, kind: str) -> None:
+)
+def test_folder_of_another_form(tmp_path: Path, file: str, words: tuple[str, ...]) -> None:
     (tmp_path / file).write_bytes(b"x")
     (tmp_path / "config.json").write_text("{}")
-    message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path}: a {kind}")
-    assert file in message
-    assert "save_pretrained" in message, "the way out"
-
-
-def test_adapter_beside_a_bin_file_is_named_first(tmp_path: Path) -> None:
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
     (tmp_path / "training_args.bin").write_bytes(b"x")
-    assert "PEFT adapter (adapter_model.safetensors)" in refusal(tmp_path)
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path}")
+    assert [word for word in words if word not in message] == []
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".gguf"])
-def test_bare_file_of_another_form(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"model{suffix}"
-    path.write_bytes({".bin": b"PK\x03\x04", ".gguf": b"GGUF\x03\0\0\0"}[suffix] + bytes(range(64)))
-    message = refusal(path)
-    assert message.startswith(f"{path}: ")
-    assert "not a safetensors file" in message
+def test_bare_gguf_file(tmp_path: Path) -> None:
+    path = tmp_path / "model-IQ2_XS.gguf"
+    path.write_bytes(b"GGUF\x03\0\0\0" + bytes(range(64)))
+    assert refusal(path).startswith(f"{path}: a GGUF file, quantised as IQ2_XS, which cannot be extrapolated; use the")
 
 
 def test_no_tensors_in_it(tmp_path: Path) -> None:
@@ -508,7 +502,7 @@ def test_folders_that_link_in_a_circle(single: Path) -> None:
     (single / "a" / "b").symlink_to("..")
     (single / "a" / "text").write_text("")
     checkpoint = soon(lambda: open_checkpoint(single))
-    assert checkpoint.files == ("a/text", "config.json")
+    assert (*checkpoint.files,) == ("a/text", "config.json")
 
 
 @pytest.mark.parametrize("file", [SINGLE, "config.json"])

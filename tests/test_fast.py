@@ -116,7 +116,7 @@ ODD_SUMMARY = """\
            copied new: not in sft
            copied i: I64 is no floating-point dtype
            dropped gone: only in sft
-           left out README.md: describes aligned, not the merge
+           left out README.md: describes aligned; the output has a card of its own
   engine   ENGINE, N workers (WHY); written past the page cache
   alpha 0.1  100.0% of elements changed, |change| / |aligned| 0.963, 0 non-finite
            -> TMP/x-0.1 (verified)
@@ -191,7 +191,7 @@ copy         new  BF16 [3]                not in sft  6 bytes
 copy         i    I64 [4]                 I64 is no floating-point dtype  32 bytes
 drop         gone  only in sft
 carry        config.json
-leave out    README.md: describes aligned, not the merge
+leave out    README.md: describes aligned; the output has a card of its own
 reads 694 bytes, writes 9.1 kB; FREE are free
 memory about MEMORY; engine ENGINE, N workers (WHY)
 -> TMP/x-0.1
@@ -216,14 +216,14 @@ def test_plan_json(tmp_path: Path) -> None:
     found = json.loads(ran.out)
     steps = {step["name"]: step for step in found["steps"]}
     assert steps["b"] == {
-        "name": "b", "action": "extrapolate", "reason": "", "alphas": pytest.approx([0.1, 0.3], rel=1e-7),
+        "name": "b", "action": "extrapolate", "reason": "", "rows": None, "alphas": pytest.approx([0.1, 0.3], rel=1e-7),
         "dtype": "F32", "shape": [8, 8], "bytes": 256, "file": "model.safetensors",
     }  # fmt: skip
     assert {name: step["action"] for name, step in steps.items()} == {
         "a": "copy", "b": "extrapolate", "e": "copy", "i": "copy", "new": "copy"
     }  # fmt: skip
-    assert (found["dropped"], found["carried"], found["problems"]) == (["gone"], ["config.json"], [])
-    assert found["left_out"] == {"README.md": "describes aligned, not the merge"}
+    assert (found["dropped"], found["carried"], found["problems"]) == ({"gone": "only in sft"}, ["config.json"], [])
+    assert found["left_out"] == {"README.md": "describes aligned; the output has a card of its own"}
     assert found["outputs"] == [f"{tmp_path}/x-0.1", f"{tmp_path}/x-0.3"]
     assert found["bytes_written"] == 2 * (4096 + 256 + 128 + 32 + 16 + 6)
     assert found["bytes_free"] > found["bytes_written"]
@@ -238,7 +238,8 @@ def test_plan_is_printed_even_where_the_merge_would_fail(tmp_path: Path) -> None
         "expo: error: 2 tensors without a twin; --on-unpaired aligned keeps aligned's, drops sft's:\n"
         "  new (aligned only)\n"
         "  gone (sft only)\n"
-        "1 tensor whose twin has another shape or kind of dtype; --on-mismatch aligned keeps aligned's:\n"
+        "1 tensor whose twin has another shape or kind of dtype; --on-mismatch aligned keeps aligned's, "
+        "rows extrapolates the rows that both have:\n"
         "  e: sft BF16 [9], aligned BF16 [8]\n"
     )
 
@@ -294,7 +295,6 @@ def test_usage_errors(tmp_path: Path, arguments: Sequence[str], message: str) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: --sft, --aligned, --alpha"),
         ([*PAIR, "--alpha"], "argument --alpha: expected at least one argument"),
         ([*PAIR, "--alpha", "much"], "argument --alpha: invalid float value: 'much'"),
         ([*PAIR, "--alpha", "1", "--engine", "gpu"], "argument --engine: invalid choice: 'gpu'"),
@@ -304,7 +304,7 @@ def test_usage_errors(tmp_path: Path, arguments: Sequence[str], message: str) ->
 def test_wrong_options_print_the_usage(arguments: Sequence[str], message: str) -> None:
     ran = run(*arguments)
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith("usage: python -m expo.fast [-h] --sft A --aligned B")
+    assert ran.err.startswith("usage: python -m expo.fast [-h] [--sft A] [--aligned B]")
     assert f"error: {message}" in ran.err
 
 

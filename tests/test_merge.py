@@ -179,7 +179,7 @@ def test_the_two_may_be_sharded_differently(tmp_path: Path, shards: tuple[int, i
     assert read_folder(tmp_path / "out") == expected(read_folder(pair[0]), read_folder(pair[1]), 0.3)
     weights = [path.name for path in pair[1].iterdir() if path.suffix == ".safetensors"]
     assert nothing_but(
-        tmp_path / "out", "config.json", *weights, *(["model.safetensors.index.json"] if shards[1] else [])
+        tmp_path / "out", "README.md", "config.json", *weights, *(["model.safetensors.index.json"] if shards[1] else [])
     )
 
 
@@ -264,7 +264,7 @@ def test_unpaired_and_reshaped_tensors_are_kept_only_on_the_users_word(tmp_path:
     with pytest.raises(expo.PlanError, match=r"new \(aligned only\)(.|\n)*old \(sft only\)(.|\n)*BF16 \[6, 4\]"):
         expo.merge(sft, aligned, 0.3, tmp_path / "out")
     merged = expo.merge(sft, aligned, 0.3, tmp_path / "out", on_unpaired="aligned", on_mismatch="aligned")
-    assert merged.dropped == ("old",)
+    assert merged.dropped == (("old", "only in sft"),)
     assert set(merged.copied) == {("new", "not in sft"), ("e", "sft has BF16 [6, 4]")}
     out, kept = read_folder(tmp_path / "out"), read_folder(aligned)
     assert (out["new"], out["e"]) == (kept["new"], kept["e"])
@@ -329,7 +329,7 @@ def test_data_start_at_4096_and_transformers_format_is_stated(pair: Pair, tmp_pa
 
 CARRIED = ["config.json", "chat_template.jinja", "modeling_own.py", "sub/code.py", "templates/tool.jinja", "vocab.json"]
 LEFT_OUT = {
-    "README.md": "describes aligned, not the merge",
+    "README.md": "describes aligned; the output has a card of its own",
     "SHA256SUMS": "digests of aligned's files, not of the merge's",
     ".gitattributes": "hidden",
     "optimizer.pt": "weights in another form, or training state",
@@ -351,7 +351,8 @@ def test_files_of_aligned_come_along_or_are_named(pair: Pair, tmp_path: Path) ->
     out = tmp_path / "out"
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     weights = {path.name for path in pair[1].glob("model*")}
-    assert found == {*CARRIED, *weights}
+    assert found == {*CARRIED, *weights, "README.md"}
+    assert (out / "README.md").read_text().startswith("---\nbase_model:\n- aligned\n- sft\n")
     assert all((out / name).read_bytes() == (pair[1] / name).read_bytes() for name in CARRIED)
     for path in extra:
         path.unlink()
@@ -423,7 +424,7 @@ def test_digests_of_a_folder_are_what_sha256sum_checks(pair: Pair, tmp_path: Pat
     merged = expo.merge(*pair, [0.3, 0.5], tmp_path / "out{alpha}", digest=True)
     expo.merge(*pair, 0.3, tmp_path / "plain")
     for output in merged.outputs:
-        names = sorted(path.name for path in pair[1].iterdir())
+        names = sorted(["README.md", *(path.name for path in pair[1].iterdir())])
         assert nothing_but(Path(output.path), "SHA256SUMS", *names)
         assert sha256sum(Path(output.path) / "SHA256SUMS") == names
     (tmp_path / "out0.3" / "SHA256SUMS").unlink()
@@ -512,7 +513,7 @@ def test_overwrite_swaps_the_folder_and_leaves_no_stale_shard(pair: Pair, tmp_pa
         (out / name).write_text("stale")
     merged = expo.merge(*pair, 0.3, out, overwrite=True)
     assert not any("two steps" in warning for warning in merged.warnings)
-    assert {path.name for path in out.iterdir()} == {path.name for path in pair[1].iterdir()}
+    assert {path.name for path in out.iterdir()} == {"README.md", *(path.name for path in pair[1].iterdir())}
     assert nothing_but(tmp_path, "sft", "aligned", "out")
 
 
@@ -778,7 +779,8 @@ def test_a_leftover_that_is_no_merges_is_named_and_then_emptied(pair: Pair, tmp_
         expo.merge(*pair, 0.3, tmp_path / "out")
     assert (staging / "junk.safetensors").read_text() == "half"
     assert expo.merge(*pair, 0.3, tmp_path / "out", **{option: True}).resumed == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in pair[1].iterdir()}
+    names = {path.name for path in pair[1].iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", *names}
     assert nothing_but(tmp_path, "sft", "aligned", "out")
 
 
@@ -1064,7 +1066,7 @@ def test_an_alpha_that_makes_no_sense_is_a_usage_error(pair: Pair, tmp_path: Pat
         ({"alpha_for": {"(": 0.1}}, r"'\(' is not a regular expression"),
         ({"alpha_for": {"w": math.nan}}, "finite in float32, got nan"),
         ({"on_unpaired": "sft"}, "on_unpaired must be one of error, aligned, got 'sft'"),
-        ({"on_mismatch": ""}, "on_mismatch must be one of error, aligned, got ''"),
+        ({"on_mismatch": ""}, "on_mismatch must be one of error, rows, aligned, got ''"),
         ({"engine": "gpu"}, "engine must be one of auto, numpy, cpu, triton, got 'gpu'"),
         ({"device": "tpu"}, "device must be auto, cpu or cuda"),
         ({"engine": "cpu", "device": "cuda"}, "--engine cpu computes on the CPU, but --device is cuda"),

@@ -23,7 +23,9 @@ from expo.checkpoint import SINGLE, Checkpoint, open_checkpoint
 from expo.errors import PlanError, UsageError
 from expo.fast import main
 from expo.header import ALIGNMENT, DTYPES, Header, TensorInfo, element_count, parse
-from expo.plan import MAX_ALPHAS, Action, Chunk, Plan, Step, cut, make_plan, sort_files
+from expo.layout import Chunk, cut
+from expo.plan import MAX_ALPHAS, Plan, make_plan, sort_files
+from expo.steps import Action, Step
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 REPOSITORY = Path(expo.__file__).parents[1]
@@ -58,7 +60,9 @@ def checkpoint(
     }
     if shards is not None and index is None:
         index = {"weight_map": weight_map}
-    return Checkpoint(path, path, opened, infos, weight_map, dict(config or {}), index and dict(index), tuple(files))
+    return Checkpoint(
+        path, path, opened, infos, weight_map, dict(config or {}), index and dict(index), dict.fromkeys(files, "")
+    )
 
 
 def pair(sft: Shapes, aligned: Shapes) -> tuple[Checkpoint, Checkpoint]:
@@ -91,7 +95,7 @@ def test_tensors_are_paired_by_name_whatever_the_order() -> None:
     for step in plan.steps:
         assert step.aligned == aligned.tensors[step.name]
         assert step.sft == (sft.tensors[step.name] if step.action is EXTRAPOLATE else None)
-    assert plan.dropped == ()
+    assert plan.dropped == {}
 
 
 def test_floating_point_is_extrapolated_and_integers_are_copied() -> None:
@@ -181,10 +185,13 @@ def test_as_many_alphas_as_allowed() -> None:
     assert all(len(step.alphas) == MAX_ALPHAS for step in plan.steps)
 
 
-@pytest.mark.parametrize("option", ["on_unpaired", "on_mismatch"])
-def test_unknown_policy(option: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [("on_unpaired", "error, aligned"), ("on_mismatch", "error, rows, aligned"), ("dtype", "bf16, fp16, fp32")],
+)
+def test_unknown_choice(option: str, known: str) -> None:
     arguments: dict[str, Any] = {option: "sft"}
-    with pytest.raises(UsageError, match=f"{option} must be one of error, aligned, got 'sft'"):
+    with pytest.raises(UsageError, match=f"{option} must be one of {known}, got 'sft'"):
         make_plan(*pair(MODEL, MODEL), [ALPHA], **arguments)
 
 
@@ -342,7 +349,7 @@ def test_number_of_unpaired_tensors(n: int, words: str) -> None:
 def test_aligned_is_kept_where_the_user_says_so() -> None:
     plan = make_plan(*pair(SFT, ALIGNED), [ALPHA], on_unpaired="aligned", on_mismatch="aligned")
     plan.check()
-    assert plan.dropped == ("sft.0", "sft.1")
+    assert plan.dropped == {"sft.0": "only in sft", "sft.1": "only in sft"}
     assert fates(plan) == {
         "both": (EXTRAPOLATE, ""),
         "mine.0": (COPY, "not in sft"),
@@ -372,7 +379,7 @@ def test_a_plan_with_problems_can_be_printed_whole() -> None:
     assert plan.problems
     assert [step.name for step in plan.steps] == list(ALIGNED)
     assert plan.output_bytes > plan.input_bytes > 0
-    assert [chunk.stop for chunk in cut(plan, ALIGNMENT)][-1] == plan.shards[0].size
+    assert [chunk.stop for chunk in cut(plan.shards, ALIGNMENT)][-1] == plan.shards[0].size
 
 
 # Models that do not belong together.
@@ -553,7 +560,7 @@ def test_planning_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             patch.setattr(os, name, refuse)
         plan = make_plan(sft, aligned, [0.1, 0.2], {"embed": 0.5})
         plan.check()
-        chunks = list(cut(plan, ALIGNMENT))
+        chunks = list(cut(plan.shards, ALIGNMENT))
     assert sum(chunk.stop - chunk.start for chunk in chunks) * 2 == plan.output_bytes
 
 
@@ -563,10 +570,11 @@ def test_planning_imports_neither_numpy_nor_torch(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from expo.checkpoint import open_checkpoint\n"
-        "from expo.plan import cut, make_plan\n"
+        "from expo.layout import cut\n"
+        "from expo.plan import make_plan\n"
         "plan = make_plan(open_checkpoint('sft'), open_checkpoint('aligned'), [0.5])\n"
         "plan.check()\n"
-        "assert len(list(cut(plan, 4096))) == 2\n"
+        "assert len(list(cut(plan.shards, 4096))) == 2\n"
         "heavy = {'numpy', 'torch', 'transformers', 'safetensors', 'ml_dtypes', 'triton'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
@@ -633,7 +641,7 @@ def check_cut(plan: Plan, chunks: Sequence[Chunk], size: int) -> None:
 @settings(deadline=None, max_examples=150)
 def test_chunks_and_pieces_tile_the_output(aligned: Checkpoint, size: int) -> None:
     plan = make_plan(aligned, aligned, [ALPHA])
-    check_cut(plan, list(cut(plan, size)), size)
+    check_cut(plan, list(cut(plan.shards, size)), size)
 
 
 @pytest.mark.parametrize("size", [ALIGNMENT, 4 << 20])
@@ -650,11 +658,11 @@ def test_chunks_and_pieces_tile_the_output(aligned: Checkpoint, size: int) -> No
 )  # fmt: skip
 def test_chunks_at_the_edges(shapes: Shapes, size: int) -> None:
     plan = make_plan(*pair(shapes, shapes), [ALPHA])
-    check_cut(plan, list(cut(plan, size)), size)
+    check_cut(plan, list(cut(plan.shards, size)), size)
 
 
 def test_chunks_of_a_tensor_beyond_32_bits() -> None:
     shapes: Shapes = {"w": ("F32", (3, 2**31 + 1)), "b": ("BF16", (7,))}
     plan = make_plan(*pair(shapes, shapes), [ALPHA])
     size = 1 << 30
-    check_cut(plan, list(cut(plan, size)), size)
+    check_cut(plan, list(cut(plan.shards, size)), size)

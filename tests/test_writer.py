@@ -29,7 +29,7 @@ import expo.journal
 import expo.pipeline
 import expo.work
 import expo.writer
-from expo.plan import OutputShard
+from expo.layout import OutputShard
 from expo.writer import BLOCK, O_DIRECT, ShardWriter, Staging, aligned_buffer, exchange
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -670,7 +670,7 @@ def test_everything_is_synced_before_the_rename_and_the_parent_after(
     assert events[1:3] == [".out.expo-staging", tmp_path.name]  # the names that the journal will vouch for
     assert sorted(events[3:5]) == shards
     assert events[5:] == [
-        journal, "config.json", index, "rename", ".out.expo-staging", "rename", tmp_path.name
+        journal, "config.json", "README.md", index, "rename", ".out.expo-staging", "rename", tmp_path.name
     ]  # fmt: skip
 
 

@@ -1,0 +1,72 @@
+"""A block of an output whose dtype is not aligned's, or to which an adapter's delta is added: in fp32, rounded once.
+
+Without a delta the engine extrapolates from aligned widened, which is exact, and its fp32 result is rounded. With one
+
+    out = round(f32(base) + f32(1 + alpha) * delta),   aligned = f32(base) + delta
+
+which is the formula of ExPO with aligned - sft = delta. Where a tensor is F64 all of it is fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .engines import Engine
+from .header import TensorInfo
+from .kernels import convert
+from .kernels.contract import Statistics, working_alpha
+from .kernels.numerics import STORAGE, Array, widen
+from .steps import Step
+
+Factors = tuple[Array, Array, float]
+
+
+def matrix(data: bytearray, tensor: TensorInfo, transposed: bool) -> Array:
+    """A stored matrix as fp32, C-contiguous, the other way round where `transposed`."""
+    stored = widen(np.frombuffer(data, STORAGE[tensor.dtype]), tensor.dtype).reshape(tensor.shape)
+    return np.ascontiguousarray(stored.T if transposed else stored, np.float32)
+
+
+class Block:
+    """Elements [first, first + n) of a step's output."""
+
+    def __init__(self, step: Step, first: int, n: int, inputs: Sequence[Any], factors: Factors | None) -> None:
+        """inputs: the bytes of aligned and, but for a copy, of sft."""
+        self._step = step
+        self._n = n
+        self._sft = inputs[1] if len(inputs) > 1 else None
+        dtypes = [step.aligned.dtype, *([step.sft.dtype] if step.sft else [])]
+        self._work = "F64" if "F64" in dtypes else "F32"
+        self._base = np.empty(n, STORAGE[self._work])
+        convert.cast(inputs[0], step.aligned.dtype, self._base, self._work, n)
+        self._delta: Array | None = None
+        self._aligned = self._base
+        if factors is not None:
+            self._delta = np.empty(n, np.float32)
+            convert.low_rank(*factors, first, self._delta)
+            self._aligned = np.empty_like(self._base)
+            convert.apply(self._base, self._delta, 1.0, self._aligned)
+
+    def compute(self, engine: Engine, outs: Sequence[Any], measure: bool) -> Statistics | None:
+        """Fill outs[k] for each alpha. Raises RuntimeError where the engine does."""
+        step, counts, sums = self._step, [], None
+        result = np.empty_like(self._aligned)
+        for k, out in enumerate(outs):
+            alpha = step.alphas[k]
+            if not alpha:
+                convert.cast(self._aligned, self._work, out, step.dtype, self._n)
+                continue
+            assert step.sft is not None
+            if self._delta is None or (measure and sums is None):
+                run = (self._sft, step.sft.dtype, self._aligned, self._work, self._n, [result], [alpha])
+                sums = engine.run(*run, measure) or sums
+            if self._delta is not None:
+                beta = working_alpha(1.0 + alpha, self._work)
+                convert.apply(self._base, self._delta, beta, result)
+            convert.cast(result, self._work, out, step.dtype, self._n)
+            if measure:
+                counts.append(convert.count(self._aligned, out, step.dtype))
+        return None if sums is None else sums._replace(counts=tuple(counts))

@@ -1,0 +1,179 @@
+"""Both checkpoints' bytes, and a step's bytes of output computed from any run of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .checkpoint import Checkpoint
+from .engines import Engine
+from .errors import EngineError
+from .header import DTYPES
+from .kernels.contract import Statistics, total
+from .layout import Piece
+from .reader import Bytes, Reader
+from .steps import Step
+from .writer import aligned_buffer
+
+if TYPE_CHECKING:
+    from .adapter import LowRank
+
+READ = 256 << 10  # bytes read of each input at a time where it is not mapped: both stay in the second-level cache
+BLOCK = 1 << 15  # elements converted at a time: their fp32 forms stay there too
+FACTORS = 8  # adapters' matrices held at a time; neighbouring chunks need the same
+
+
+class Span(NamedTuple):
+    """Bytes [start, stop) of a tensor's file, or of what stands for one."""
+
+    reader: Bytes
+    start: int
+    stop: int
+
+    def mapped(self) -> AbstractContextManager[memoryview | None]:
+        return self.reader.mapped(self.start, self.stop)
+
+
+class Source:
+    """Has any run of a step's bytes computed. Safe for any number of threads."""
+
+    def __init__(self, sft: Checkpoint, aligned: Checkpoint) -> None:
+        self._sft = sft
+        self._aligned = aligned
+        self._scratch = threading.local()
+        self._factors = lru_cache(FACTORS)(self._read_factors)
+
+    def ahead(self, piece: Piece) -> None:
+        """Ask the system to start reading what a piece will need."""
+        for span in self.spans(piece.step, piece.start, piece.stop):
+            span.reader.ahead(span.start, span.stop)
+
+    def give_way(self) -> None:
+        """Let go of inputs that somebody wants to write to; call it now and then."""
+        for reader in self._readers():
+            reader.give_way()
+
+    def check(self) -> None:
+        """Raise CheckpointError if an input is not what it was when its header was read."""
+        for reader in self._readers():
+            reader.check()
+
+    def _readers(self) -> Iterator[Reader]:
+        return (file.reader for inputs in (self._sft, self._aligned) for file in inputs.weight_files.values())
+
+    def spans(self, step: Step, start: int, stop: int) -> list[Span]:
+        """Where bytes [start, stop) of the step's output come from: aligned's and, but for a copy, sft's."""
+        bits = DTYPES[step.dtype]
+        found = []
+        for checkpoint, tensor in ((self._aligned, step.aligned), (self._sft, step.sft)):
+            if tensor is not None:
+                low, high = (tensor.start + at * DTYPES[tensor.dtype] // bits for at in (start, stop))
+                reader = self._aligned.reader(step.name) if checkpoint is self._aligned else None
+                found.append(Span(reader or self._sft.reader(tensor.name), low, high))
+        return found
+
+    def compute(
+        self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], measure: bool = False
+    ) -> Statistics | None:
+        """Fill outs[k], one for each alpha, with bytes [start, stop) of the step's output; cut between elements.
+
+        Statistics of the outputs that are not copies where `measure`, else None. Raises EngineError, CheckpointError.
+        """
+        if not step.plain:
+            return self._converted(engine, step, start, stop, outs, measure)
+        active = step.active
+        aligned, *sft = self.spans(step, start, stop)
+        copies = [out for k, out in enumerate(outs) if k not in active]
+        if copies:
+            aligned.reader.read(aligned.start, copies[0])
+            for out in copies[1:]:
+                out[:] = copies[0]
+        if not active:
+            return None
+        run = Run(engine, step, active, [outs[k] for k in active], measure)
+        with aligned.mapped() as a, sft[0].mapped() as s:
+            return run(s, a, 0) if a is not None and s is not None else self._in_blocks(run, sft[0], aligned)
+
+    def _in_blocks(self, run: Run, sft: Span, aligned: Span) -> Statistics | None:
+        """What cannot be mapped, by way of buffers that stay in the cache."""
+        sizes = sft.stop - sft.start, aligned.stop - aligned.start
+        n = sizes[1] * 8 // DTYPES[run.step.aligned.dtype]
+        items = [size // max(n, 1) for size in sizes]
+        most = READ // max(items)  # elements of a block
+        parts = []
+        for at in range(0, n, most):
+            views = []
+            for span, item, buffer in zip((sft, aligned), items, self._buffers(), strict=True):
+                views.append(buffer[: min(most, n - at) * item])
+                span.reader.read(span.start + at * item, views[-1])
+            parts.append(run(views[0], views[1], at * items[1]))
+        return total([part for part in parts if part is not None], len(run.active)) if run.measure else None
+
+    def _buffers(self) -> tuple[memoryview, memoryview]:
+        """This thread's two, of READ bytes each."""
+        if not hasattr(self._scratch, "buffers"):
+            self._scratch.buffers = aligned_buffer(READ), aligned_buffer(READ)
+        buffers: tuple[memoryview, memoryview] = self._scratch.buffers
+        return buffers
+
+    def _converted(
+        self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], measure: bool
+    ) -> Statistics | None:
+        """An output in another dtype than aligned's, or with an adapter's delta: through fp32, rounded once."""
+        from . import converting
+
+        item = DTYPES[step.dtype] // 8
+        factors = None if step.delta is None else self._factors(step.delta)
+        parts = []
+        for low in range(start, stop, BLOCK * item):
+            high = min(low + BLOCK * item, stop)
+            inputs = []
+            for span, buffer in zip(self.spans(step, low, high), self._buffers(), strict=False):
+                inputs.append(buffer[: span.stop - span.start])
+                span.reader.read(span.start, inputs[-1])
+            block = converting.Block(step, low // item, (high - low) // item, inputs, factors)
+            views = [out[low - start : high - start] for out in outs]
+            try:
+                parts.append(block.compute(engine, views, measure))
+            except RuntimeError as error:
+                raise EngineError(f"--engine {engine.name} failed on {step.name}: {error}") from error
+        active = len(step.active)
+        return total([part for part in parts if part is not None], active) if measure and active else None
+
+    def _read_factors(self, delta: LowRank) -> Any:
+        """An adapter's two matrices as fp32 [M, r] and [r, N], and the scale."""
+        from . import converting
+
+        adapter = self._aligned.adapter
+        assert adapter is not None
+        found = []
+        for tensor, transposed in ((delta.left, delta.left_transposed), (delta.right, delta.right_transposed)):
+            data = bytearray(tensor.nbytes)
+            adapter.shard.readers.get(tensor.name, adapter.shard.reader).read(tensor.start, data)
+            found.append(converting.matrix(data, tensor, transposed))
+        return (*found, delta.scale)
+
+
+class Run(NamedTuple):
+    """An engine at work on a step: for the outputs `active`, whose memory is `outs`."""
+
+    engine: Engine
+    step: Step
+    active: Sequence[int]
+    outs: Sequence[Any]
+    measure: bool
+
+    def __call__(self, sft: memoryview, aligned: memoryview, at: int) -> Statistics | None:
+        """Compute from both inputs' bytes into the outputs' from byte `at` on. Raises EngineError."""
+        step = self.step
+        assert step.sft is not None
+        n = len(aligned) * 8 // DTYPES[step.aligned.dtype]
+        outs = [out[at : at + len(aligned)] for out in self.outs]
+        alphas = [step.alphas[k] for k in self.active]
+        try:
+            return self.engine.run(sft, step.sft.dtype, aligned, step.aligned.dtype, n, outs, alphas, self.measure)
+        except RuntimeError as error:
+            raise EngineError(f"--engine {self.engine.name} failed on {step.name}: {error}") from error

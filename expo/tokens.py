@@ -1,0 +1,56 @@
+"""Whether two checkpoints mean the same tokens by the same ids: embedding rows are paired by id.
+
+tokenizer.json as the tokenizers library writes it: model.vocab is an object of ids (BPE, WordPiece, WordLevel) or a
+list of [token, score] (Unigram), and added_tokens is a list of objects with id and content.
+"""
+
+from __future__ import annotations
+
+import filecmp
+from typing import Any
+
+from .checkpoint import Checkpoint, load_json
+from .errors import CheckpointError
+
+TOKENIZER = "tokenizer.json"
+SHOWN = 3  # ids that differ, named one by one
+
+
+def difference(sft: Checkpoint, aligned: Checkpoint) -> str | None:
+    """In which ids the tokenizers differ, as a warning; None where they agree or one of them has no tokenizer.json."""
+    paths = [checkpoint.files.get(TOKENIZER) for checkpoint in (sft, aligned)]
+    if paths[0] is None or paths[1] is None or paths[0] == paths[1] or filecmp.cmp(paths[0], paths[1], shallow=False):
+        return None
+    try:
+        weak, strong = (ids(load_json(path)) for path in paths if path is not None)
+    except CheckpointError as error:
+        return f"token ids were not compared: {error}"
+    others = sorted(at for at in {*weak, *strong} if weak.get(at) != strong.get(at))
+    if not others:
+        return None
+    both = [at for at in others if at in weak and at in strong]
+    named = [f"{at} is {weak[at]!r} in sft and {strong[at]!r} in aligned" for at in both[:SHOWN]]
+    for role, here, there in (("sft", weak, strong), ("aligned", strong, weak)):
+        alone = [at for at in others if at in here and at not in there]
+        if alone:
+            named.append(f"{len(alone)} in {role} alone, the first of them {alone[0]} {here[alone[0]]!r}")
+    return (
+        f"the tokenizers differ in {len(others)} token id{'s' * (len(others) > 1)} ({'; '.join(named)}): rows of the "
+        "embeddings are extrapolated by id; --alpha-for 'embed|lm_head=0' keeps aligned's"
+    )
+
+
+def ids(tokenizer: dict[str, Any]) -> dict[int, str]:
+    """Token by id; whatever is not as the format has it is passed over."""
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    found: dict[int, str] = {}
+    if isinstance(vocabulary, dict):
+        found = {at: token for token, at in vocabulary.items() if isinstance(at, int)}
+    elif isinstance(vocabulary, list):
+        found = {at: str(entry[0]) for at, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+    added = tokenizer.get("added_tokens")
+    for entry in added if isinstance(added, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("id"), int):
+            found[entry["id"]] = str(entry.get("content"))
+    return found
