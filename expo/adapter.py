@@ -112,6 +112,11 @@ class LowRank(NamedTuple):
     scale: float
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of both factors as they are stored."""
+        return self.left.nbytes + self.right.nbytes
+
+    @property
     def rank(self) -> int:
         return self.left.shape[0 if self.left_transposed else 1]
 

@@ -199,11 +199,11 @@ def _assemble(
     if not tensors:
         raise CheckpointError(f"{path}: no tensors in it")
     files = other_files(folder, {*shards, INDEX}) if folder else {}
-    strays = _strays(folder, files) if folder else {}
+    strays = strays_of(folder, files) if folder else {}
     return Checkpoint(path, folder, shards, tensors, weight_map, config, index, files, strays)
 
 
-def _strays(folder: str, files: Mapping[str, str]) -> dict[str, str]:
+def strays_of(folder: str, files: Mapping[str, str]) -> dict[str, str]:
     """Files that are links out of the folder, and where they lead; a hub cache's blobs belong to its snapshots."""
     home = os.path.realpath(folder)
     homes = [home]

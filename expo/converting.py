@@ -4,7 +4,7 @@ Without a delta the engine extrapolates from aligned widened, which is exact, an
 
     out = round(f32(base) + f32(1 + alpha) * delta),   aligned = f32(base) + delta
 
-which is the formula of ExPO with aligned - sft = delta. Where a tensor is F64 all of it is fp64.
+which is the formula of ExPO with aligned - sft = delta. Where a tensor is F64 all but delta is fp64.
 """
 
 from __future__ import annotations
@@ -50,23 +50,31 @@ class Block:
             self._aligned = np.empty_like(self._base)
             convert.apply(self._base, self._delta, 1.0, self._aligned)
 
+    def _as_written(self) -> Array:
+        """Aligned rounded to the output's dtype: what `changed` compares with."""
+        out = np.empty(self._n, STORAGE[self._step.dtype])
+        convert.cast(self._aligned, self._work, out, self._step.dtype, self._n)
+        back = np.empty_like(self._aligned)
+        convert.cast(out, self._step.dtype, back, self._work, self._n)
+        return back
+
     def compute(self, engine: Engine, outs: Sequence[Any], measure: bool) -> Statistics | None:
         """Fill outs[k] for each alpha. Raises RuntimeError where the engine does."""
-        step, counts, sums = self._step, [], None
+        step, counts, sums = self._step, [], Statistics(0.0, 0.0, 0.0, ())
+        against = self._as_written() if measure else None
         result = np.empty_like(self._aligned)
         for k, out in enumerate(outs):
             alpha = step.alphas[k]
             if not alpha:
-                convert.cast(self._aligned, self._work, out, step.dtype, self._n)
+                found = convert.cast(self._aligned, self._work, out, step.dtype, self._n, against)
+                counts.append(found and (0, found[1]))  # NaN would count as changed
                 continue
             assert step.sft is not None
-            if self._delta is None or (measure and sums is None):
+            if self._delta is None or (measure and not sums.aligned_squared):
                 run = (self._sft, step.sft.dtype, self._aligned, self._work, self._n, [result], [alpha])
                 sums = engine.run(*run, measure) or sums
             if self._delta is not None:
                 beta = working_alpha(1.0 + alpha, self._work)
                 convert.apply(self._base, self._delta, beta, result)
-            convert.cast(result, self._work, out, step.dtype, self._n)
-            if measure:
-                counts.append(convert.count(self._aligned, out, step.dtype))
-        return None if sums is None else sums._replace(counts=tuple(counts))
+            counts.append(convert.cast(result, self._work, out, step.dtype, self._n, against))
+        return sums._replace(counts=tuple(each for each in counts if each)) if measure else None

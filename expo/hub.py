@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import glob
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shlex
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 from .checkpoint import INDEX, INDEX_BIN, SINGLE, SINGLE_BIN, load_json
 from .errors import CheckpointError
+from .header import MAX_HEADER
 from .plan import OTHER_WEIGHTS, sort_files
+from .progress import size as size_text
 
 ADAPTER_CONFIG = "adapter_config.json"
 FORMS = (  # of weights, the one that transformers would choose first: the file, and those that it needs beside it
@@ -35,6 +44,9 @@ ABOUT_WEIGHTS = (
 )  # fmt: skip
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 SHOWN = 5  # files that a message names one by one
+FIRST = 1 << 16  # bytes of a weight file that are asked for first: most headers are shorter
+TOGETHER = 8  # headers asked for at a time
+TRIES = 3  # of each of them
 AGAIN = "run the same command again: what is complete is not downloaded again"
 
 _PART = r"(?=[\w.-]{1,96}(?:[/@]|$))\w(?:[\w.-]*\w)?"
@@ -91,12 +103,14 @@ def origin(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     return None
 
 
-def fetch(hub_id: HubId, weights_only: bool = False, quiet: bool = False) -> Snapshot:
+def fetch(hub_id: HubId, weights_only: bool = False, quiet: bool = False, headers_in: str | None = None) -> Snapshot:
     """Have a repository's files in the cache: those that are not there yet are downloaded.
 
     The weights in the one form that transformers would choose, and with them what a merge carries along from aligned;
     weights_only: what sft needs, the weights and what says how to read them. quiet: no progress bars. Where the hub
     cannot be reached, what the cache has of that revision counts, if it is complete.
+    headers_in: an empty folder. Weights that the cache does not have are not downloaded then: the folder gets files of
+    their names and sizes that hold their headers and no data, and links to the rest; it stays empty where none lack.
     Raises CheckpointError naming the repository and the revision.
     """
     try:
@@ -109,15 +123,32 @@ def fetch(hub_id: HubId, weights_only: bool = False, quiet: bool = False) -> Sna
     with _explained(hub_id), _bars(quiet):
         try:
             timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-            info = HfApi().model_info(hub_id.repo, revision=hub_id.revision, timeout=timeout)
+            sizes_too = headers_in is not None
+            info = HfApi().model_info(hub_id.repo, revision=hub_id.revision, timeout=timeout, files_metadata=sizes_too)
         except Exception as error:
             if not _unreachable(error):
                 raise
             return _cached(hub_id, weights_only, error)
-        names = [file.rfilename for file in info.siblings or ()]
+        sizes = {file.rfilename: file.size for file in info.siblings or ()}
         if info.sha is None:
             raise CheckpointError(f"{hub_id}: {constants.ENDPOINT} does not say which commit that is; is it a hub?")
-        return _download(hub_id, info.sha, names, weights_only)
+        return _download(hub_id, info.sha, sizes, weights_only, headers_in)
+
+
+@contextlib.contextmanager
+def stand_in(hub_id: HubId) -> Iterator[str]:
+    """An empty folder for `headers_in`, which is there until the end of the block; errors name the id in its place."""
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="expo-plan-")
+    except OSError as error:
+        raise CheckpointError(_no_room(hub_id, error)) from error
+    with temporary as folder:
+        try:
+            yield folder
+        except CheckpointError as error:
+            if folder not in str(error):
+                raise
+            raise CheckpointError(str(error).replace(folder, str(hub_id))) from error
 
 
 def choose(hub_id: HubId, names: Sequence[str], weights_only: bool = False) -> Files:
@@ -147,15 +178,22 @@ def _listing(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _download(hub_id: HubId, commit: str, names: Sequence[str], weights_only: bool) -> Snapshot:
+def _download(
+    hub_id: HubId, commit: str, sizes: Mapping[str, int | None], weights_only: bool, headers_in: str | None
+) -> Snapshot:
+    """sizes: of the repository's files, where they are known."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
-    repo = hub_id.repo
+    repo, names = hub_id.repo, list(sizes)
     files = choose(hub_id, names, weights_only)
     first = files.others or files.weights
     folder = snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(name) for name in first])
     weights = _shards(hub_id, folder, files.index_file, names) if files.index_file else files.weights
+    lacking = [name for name in weights if not os.path.exists(os.path.join(folder, name))]
+    if headers_in is not None and lacking:
+        _stand_in(hub_id, commit, folder, {name: sizes[name] for name in lacking}, headers_in)
+        return Snapshot(folder, repo, commit)
     # One by one and in this thread, where Ctrl-C ends a download at once: snapshot_download would first let every
     # file that it is at come to its end.
     bar: Callable[..., Iterable[str]] = tqdm
@@ -178,6 +216,132 @@ def _shards(hub_id: HubId, folder: str, index: str, names: Sequence[str]) -> lis
             "complete"
         )
     return shards
+
+
+def _stand_in(hub_id: HubId, commit: str, snapshot: str, weights: Mapping[str, int | None], place: str) -> None:
+    """Fill `place` with what can be opened like the snapshot if these weights, of these sizes, were in it."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils.tqdm import tqdm
+
+    pickled = {name: size for name, size in weights.items() if not name.endswith(".safetensors")}
+    if pickled:
+        raise CheckpointError(_no_header(hub_id, pickled))
+
+    inside = [name for name in weights if os.path.basename(name) == name]  # for others, opening says what is wrong
+    bar: Callable[..., Iterable[tuple[str, bytes, int]]] = tqdm
+    headers = _headers({name: hf_hub_url(hub_id.repo, name, revision=commit) for name in inside})
+    try:
+        for entry in os.scandir(snapshot):
+            if entry.is_file():
+                os.symlink(os.path.abspath(entry.path), os.path.join(place, entry.name))
+    except OSError as error:
+        raise CheckpointError(_no_room(hub_id, error)) from error
+    with contextlib.closing(headers):
+        for name, head, size in bar(
+            headers, desc=f"Fetching the headers of {hub_id.repo}", total=len(inside), unit="file"
+        ):
+            try:
+                with open(os.path.join(place, name), "xb") as file:
+                    file.write(head)
+                    file.truncate(size)
+            except OSError as error:
+                raise CheckpointError(_no_room(hub_id, error)) from error
+
+
+def _headers(urls: Mapping[str, str]) -> Generator[tuple[str, bytes, int], None, None]:
+    """Of each safetensors file its name, its bytes up to the end of the header, and its size, as they come."""
+    waiting = deque(urls)
+    found: SimpleQueue[tuple[str, bytes, int] | Exception] = SimpleQueue()
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                name = waiting.popleft()
+                try:
+                    found.put((name, *_header(name, urls[name])))
+                except Exception as error:
+                    found.put(error)
+
+    for _ in range(min(TOGETHER, len(urls))):
+        threading.Thread(target=work, daemon=True).start()  # which Ctrl-C does not wait for
+    try:
+        for _ in urls:
+            one = found.get()
+            if isinstance(one, Exception):
+                raise one
+            yield one
+    finally:
+        waiting.clear()
+
+
+def _header(name: str, url: str) -> tuple[bytes, int]:
+    head, size = _head(name, url, FIRST)
+    stop = 8 + int.from_bytes(head[:8], "little")
+    if len(head) < stop <= min(size, 8 + MAX_HEADER):  # else opening says what is wrong
+        head, size = _head(name, url, stop)
+    return head[:stop], size
+
+
+def _no_header(hub_id: HubId, weights: Mapping[str, int | None]) -> str:
+    sizes = [size for size in weights.values() if size is not None]
+    much = f", {size_text(sum(sizes))} in all" if len(sizes) == len(weights) else ""
+    words = ["hf", "download", hub_id.repo]
+    words += [] if hub_id.revision is None else ["--revision", hub_id.revision]
+    pattern = re.sub(r"\d+", "*", next(iter(weights)))
+    alike = len(weights) > 1 and all(fnmatch.fnmatchcase(name, pattern) for name in weights)
+    words += ["--include", pattern] if alike else list(weights)
+    return (
+        f"{hub_id}: a plan of .bin weights needs the files themselves, and {_listing(list(weights))}{much}, "
+        f"{'is' if len(weights) == 1 else 'are'} not in the cache; download with `{shlex.join(words)}`, or run the "
+        "merge without --plan"
+    )
+
+
+def _no_room(hub_id: HubId, error: OSError) -> str:
+    return (
+        f"{hub_id}: no temporary folder for the headers ({_line(error)}); set TMPDIR to a folder that can be written to"
+    )
+
+
+def _head(name: str, url: str, count: int, tries: int = TRIES) -> tuple[bytes, int]:
+    """A file's first bytes, `count` unless it has fewer, and its size."""
+    try:
+        return _head_once(name, url, count)
+    except Exception as error:
+        if tries == 1 or not _unreachable(error):
+            raise
+    time.sleep(1)
+    return _head(name, url, count, tries - 1)
+
+
+def _head_once(name: str, url: str, count: int) -> tuple[bytes, int]:
+    from huggingface_hub import constants, utils
+
+    library: Any = utils
+    session = library.get_session()
+    options = {
+        "headers": {**library.build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"},
+        "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
+    }
+    if callable(session.stream):  # httpx's; of requests' it is an option
+        answer = session.stream("GET", url, follow_redirects=True, **options)
+    else:
+        answer = session.get(url, stream=True, **options)
+    with answer as response:  # read as it comes: where a proxy does not know of ranges, it would be the whole file
+        library.hf_raise_for_status(response)
+        ranged = re.fullmatch(r"bytes 0-\d+/(\d+)", response.headers.get("Content-Range") or "")
+        size = ranged[1] if ranged else response.headers.get("Content-Length")
+        if size is None:
+            raise CheckpointError(f"{url}: the server does not say how long the file is; run the merge without --plan")
+        pieces = response.iter_bytes() if hasattr(response, "iter_bytes") else response.iter_content(FIRST)
+        data = bytearray()
+        for piece in pieces:
+            data += piece
+            if len(data) >= count:
+                break
+    if len(data) < min(count, int(size)):
+        raise ConnectionError(f"{name} broke off at byte {len(data)}")
+    return bytes(data[:count]), int(size)
 
 
 def _cached(hub_id: HubId, weights_only: bool, error: Exception) -> Snapshot:

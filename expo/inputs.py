@@ -8,11 +8,20 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-from .checkpoint import Checkpoint, Origin, open_checkpoint, open_file, other_files
+from .checkpoint import INDEX, Checkpoint, Origin, open_checkpoint, open_file, other_files, strays_of
 from .errors import CheckpointError, UsageError
 
 StrPath = str | os.PathLike[str]
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, CONFIG = "adapter_config.json", "config.json"
+VOCABULARIES = {
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json",
+}  # fmt: skip
+TOKENIZER = VOCABULARIES | {
+    "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
+}  # fmt: skip
+TEMPLATES = "additional_chat_templates"
 
 
 class Wanted(NamedTuple):
@@ -34,8 +43,10 @@ def wanted(
         sft, aligned = found.sft if sft is None else sft, found.aligned if aligned is None else aligned
         alpha = found.alpha if alpha is None else alpha
     if sft is None or aligned is None or alpha is None:
-        lacking = [name for name, value in (("sft", sft), ("aligned", aligned), ("alpha", alpha)) if value is None]
-        raise UsageError(f"{' and '.join(f'--{name}' for name in lacking)} must be given, or --recipe gives all three")
+        given = (("--sft", sft), ("--aligned", aligned), ("--alpha", alpha))
+        *first, last = [name for name, value in given if value is None]
+        lacking = f"{', '.join(first)} and {last}" if first else last
+        raise UsageError(f"{lacking} must be given, or --recipe gives all three")
     return Wanted(sft, aligned, alphas_of(alpha))
 
 
@@ -48,41 +59,75 @@ def alphas_of(alpha: float | Iterable[float]) -> tuple[float, ...]:
         raise UsageError(f"alpha must be a number or several, got {alpha!r}") from None
 
 
+class _Found(NamedTuple):
+    """folder: where the files are, or the one file. headers: a folder to open in its place, with no weights' data."""
+
+    folder: str
+    origin: Origin | None
+    headers: str | None = None
+
+    @property
+    def place(self) -> str:
+        return self.headers or self.folder
+
+
 @contextmanager
-def open_inputs(sft: StrPath, aligned: StrPath, quiet: bool = True) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+def open_inputs(
+    sft: StrPath, aligned: StrPath, quiet: bool = True, headers_only: bool = False
+) -> Iterator[tuple[Checkpoint, Checkpoint]]:
     """Both checkpoints; hub ids are downloaded first, and an adapter is opened over sft. Raises CheckpointError.
 
-    quiet: without the download's progress bars.
+    quiet: without the download's progress bars. headers_only: of weights on the hub that are not in the cache, only the
+    headers are downloaded, and zeros stand for their data.
     """
-    folder, origin = _fetched(aligned, False, quiet)
-    adapter = _is_adapter(folder)
-    below, below_origin = _fetched(sft, not adapter, quiet)  # an adapter's tokenizer and config may be its base's
     with ExitStack() as stack:
-        weak = stack.enter_context(closing(_known(open_checkpoint(below), below_origin)))
-        strong = _over(weak, folder, origin) if adapter else _known(open_checkpoint(folder), origin)
+        stand_ins = stack if headers_only else None
+        found = _fetched(aligned, False, quiet, stand_ins)
+        adapter = _is_adapter(found.place)
+        below = _fetched(sft, not adapter, quiet, stand_ins)  # an adapter's tokenizer and config may be its base's
+        weak = stack.enter_context(closing(_opened(below)))
+        strong = _over(weak, found, below.headers is None) if adapter else _opened(found)
         yield weak, stack.enter_context(closing(strong))
 
 
-def _fetched(path: StrPath, weights_only: bool, quiet: bool) -> tuple[str, Origin | None]:
-    """Where the files are, and where they come from: what exists is a path, and what does not may be a hub id."""
+@contextmanager
+def open_one(path: StrPath, quiet: bool = True) -> Iterator[Checkpoint]:
+    """A checkpoint alone, as sft may be named: no adapter. Raises CheckpointError."""
+    with closing(_opened(_fetched(path, True, quiet))) as checkpoint:
+        yield checkpoint
+
+
+def _fetched(path: StrPath, weights_only: bool, quiet: bool, stand_ins: ExitStack | None = None) -> _Found:
+    """Where the files are, and where they come from: what exists is a path, and what does not may be a hub id.
+
+    stand_ins: takes a folder with headers that are fetched in place of weights; without it weights are fetched.
+    """
     from . import hub
 
     path = os.fspath(path)
     if os.path.lexists(path):
         found = hub.origin(path)
-        return path, Origin(*found) if found else None
+        return _Found(path, Origin(*found) if found else None)
     hub_id = hub.parse(path)
     if hub_id is None:
-        return path, None
+        return _Found(path, None)
     try:
-        snapshot = hub.fetch(hub_id, weights_only, quiet)
+        headers = stand_ins.enter_context(hub.stand_in(hub_id)) if stand_ins else None
+        snapshot = hub.fetch(hub_id, weights_only, quiet, headers)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: no such file or folder; as a hub id: {error}") from error
-    return snapshot.folder, Origin(snapshot.repo, snapshot.commit)
+    origin = Origin(snapshot.repo, snapshot.commit)
+    return _Found(snapshot.folder, origin, headers if headers and os.listdir(headers) else None)
 
 
-def _known(checkpoint: Checkpoint, origin: Origin | None) -> Checkpoint:
-    return checkpoint if origin is None else replace(checkpoint, origin=origin)
+def _opened(found: _Found) -> Checkpoint:
+    """A whole checkpoint, as if its weights were in its folder."""
+    checkpoint = replace(open_checkpoint(found.place), origin=found.origin)
+    if found.headers is None:
+        return checkpoint
+    files = other_files(found.folder, {*checkpoint.shards, INDEX})
+    strays = strays_of(found.folder, files)
+    return replace(checkpoint, path=found.folder, folder=found.folder, files=files, strays=strays)
 
 
 def _is_adapter(folder: str) -> bool:
@@ -93,22 +138,39 @@ def _is_adapter(folder: str) -> bool:
     return is_adapter(folder)
 
 
-def _over(base: Checkpoint, folder: str, origin: Origin | None) -> Checkpoint:
+def _over(base: Checkpoint, found: _Found, has_data: bool = True) -> Checkpoint:
     """The checkpoint that an adapter makes of its base: the base's files and names, its own tokenizer where it has one.
 
+    has_data: of the base; where either has headers alone, what the adapter repeats of the base is not compared.
     Raises CheckpointError.
     """
     from .adapter import check_copies, open_adapter
 
-    adapter = open_adapter(folder, base.tensors, open_file)
+    folder = found.folder
+    adapter = open_adapter(found.place, base.tensors, open_file)
     try:
-        check_copies(adapter, base.tensors, base.reader)
+        if has_data and found.headers is None:
+            check_copies(adapter, base.tensors, base.reader)
     except BaseException:
         adapter.shard.reader.close()
         raise
-    own = other_files(folder, {ADAPTER_CONFIG, os.path.basename(adapter.shard.path)})
-    files = {**base.files, **own} if base.folder is not None else {}
     tensors = {name: adapter.full.get(name, tensor) for name, tensor in base.tensors.items()}
+    files, strays = _files(base, folder, os.path.basename(adapter.shard.path)) if base.folder is not None else ({}, {})
     return replace(
-        base, path=folder, tensors=tensors, files=dict(sorted(files.items())), origin=origin, adapter=adapter
+        base, path=folder, tensors=tensors, files=files, strays=strays, origin=found.origin, adapter=adapter
     )  # fmt: skip
+
+
+def _files(base: Checkpoint, folder: str, weights: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The base's files and in their place the adapter's own; and which of them are links out of their folders.
+
+    A tokenizer is replaced as a whole: the chat template or the special tokens of the base's would go before its own.
+    The model's config is the base's, as the weights are: an adapter may keep one of the base as it was quantised.
+    """
+    own = other_files(folder, {ADAPTER_CONFIG, CONFIG, weights})
+    without = {*own, ADAPTER_CONFIG}  # the base may keep the config of an adapter that was merged into it
+    if VOCABULARIES & set(own):
+        without |= {name for name in base.files if os.path.dirname(name) == TEMPLATES or name in TOKENIZER}
+    kept = {name: path for name, path in base.files.items() if name not in without}
+    strays = {name: place for name, place in base.strays.items() if name in kept} | strays_of(folder, own)
+    return dict(sorted({**kept, **own}.items())), strays

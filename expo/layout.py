@@ -37,7 +37,7 @@ def size_of(text: str | int | None) -> int | None:
     """Bytes that "5GB", "500MB", "2GiB" or a number mean. Raises UsageError."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?|)B?", str(text).strip().upper())
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]I?|)B?", str(text).strip().upper())
     size = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if size < 1:
         raise UsageError(f"max_shard_size takes bytes, or a size such as 5GB or 500MiB, got {text!r}")
@@ -73,7 +73,7 @@ def _by_size(tensors: Mapping[str, Sequence[Step]], most: int) -> dict[str, list
     room = 0
     for name, steps in tensors.items():
         size = sum(step.nbytes for step in steps)
-        if size > room or not groups:
+        if size > max(room, 0) or not groups:
             groups.append([])
             room = most
         groups[-1].append(name)

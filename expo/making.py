@@ -179,7 +179,7 @@ class Making:
             where = "in the header"
             if pieces:
                 step, start, _, first = pieces[-1]
-                where = f"byte {start + at - first} of tensor {step.name}"
+                where = f"byte {start + at - first} of tensor {step.label}"
             raise Corrupt(f"{path}: byte {chunk.start + at}, {where}, reads back otherwise than it was written")
 
     def complete(self, aligned: Checkpoint, cards: Callable[[int], bytes], digest: bool) -> None:

@@ -1,13 +1,14 @@
-"""Which tensor of sft is the twin of which of aligned: by name, else as a tied weight, else under an older name.
+"""Which tensor of sft is the twin of which of aligned: by name, else under an older name, else as a tied weight.
 
-Pure. Nothing is guessed: a twin under another name has the same shape, is the only one that fits, and its step says so.
+Pure. Nothing is guessed: a twin under another name has the same shape (rows of the same width, where it is a tie),
+is the only one that fits, and its step says so.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .checkpoint import Checkpoint
@@ -15,23 +16,30 @@ from .header import TensorInfo
 
 # What old files carry beside the weights: tables and masks that the model computes from its config.
 BUFFERS = re.compile(
-    r"(^|\.)(rotary_(pos_)?emb\.(inv_freq|(cos|sin)_cached)|(attn|attention)\.masked_bias|embeddings\.position_ids)$"
+    r"(^|\.)(rotary_(pos_)?emb\.(inv_freq|(cos|sin)_cached)|(cross)?(attn|attention)\.masked_bias"
+    r"|embeddings\.position_ids)$"
 )
-MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # GPT-2's and GPT-NeoX's: [1, 1, n, n], where a bias has [n]
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-EMBEDDINGS = (
-    "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight",
-    "shared.weight",
-)  # fmt: skip
+MASK = re.compile(r"(^|\.)(cross)?(attn|attention)\.bias$")  # GPT-2's, GPT-NeoX's: [1, 1, n, n], where a bias has [n]
+
+# What has a row for each token. Neither is part of a numbered layer, where other things have such names.
+_OUTER = r"^(?!(.*\.)?\d+\.)"
+_WRAPPERS = r"((module|_orig_mod|base_model|model|transformer|language_model)\.)*"
+HEAD = re.compile(rf"{_OUTER}((.*\.)?(lm_head|embed_out)|{_WRAPPERS}output)\.weight$")
+EMBEDDING = re.compile(
+    rf"{_OUTER}((.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)|{_WRAPPERS}shared)\.weight$"
+)
+SHARED = re.compile(rf"{_OUTER}{_WRAPPERS}(shared|(encoder|decoder)\.embed_tokens)\.weight$")  # T5's, BART's
 
 # One name in two ways: (pattern, replacement), of versions of transformers and of what wraps a model when it is saved.
-RENAMES = (
-    (r"^(module|_orig_mod)\.", ""),
-    (r"\._orig_mod\.", "."),
+_RENAMES = (
+    (r"^(_orig_mod\.)?module\.|(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
     (r"^base_model\.model\.", ""),
     (r"^(model|transformer|gpt_neox|bert|roberta|backbone)\.", ""),  # saved without its head
+    (r"^embed_out\.", "lm_head."),  # GPT-NeoX, before 5 and since
     (r"^language_model\.model\.", "model.language_model."),  # vision-language models, before 4.52 and since
     (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(model\.|)vision_tower\.vision_model\.", r"\1vision_tower."),  # CLIP and SigLIP, before 5 and since
+    (r"^vision_tower\.vision_model\.", "model.vision_tower."),
     (r"^(vision_tower|vision_model|multi_modal_projector|visual|image_newline|audio_tower)\b", r"model.\1"),
     (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),  # Qwen2-VL, before 4.52 and since
     (r"^model\.language_model\.", "language_model."),
@@ -40,6 +48,7 @@ RENAMES = (
     (r"\.weight_g$", ".parametrizations.weight.original0"),  # weight_norm, before torch 2.0 and since
     (r"\.weight_v$", ".parametrizations.weight.original1"),
 )
+RENAMES = tuple((re.compile(pattern), new) for pattern, new in _RENAMES)
 
 
 class Twin(NamedTuple):
@@ -64,29 +73,33 @@ class Pairs(NamedTuple):
 
 def pair(sft: Checkpoint, aligned: Checkpoint) -> Pairs:
     """The fate of every name of both checkpoints."""
-    kept = dict.fromkeys(_buffers(aligned.tensors), "a buffer, which the model computes, and no weight")
-    dropped = {name: "a buffer, which the model computes" for name in _buffers(sft.tensors) if name not in kept}
-    twins = {name: Twin(sft.tensors[name], "") for name in aligned.tensors if name in sft.tensors and name not in kept}
-    here = {name: t for name, t in aligned.tensors.items() if name not in twins and name not in kept}
-    there = {name: t for name, t in sft.tensors.items() if name not in twins and name not in {*kept, *dropped}}
-    found = _renamed(here, there)
-    twins |= {name: Twin(there.pop(old), f"sft calls it {old}") for name, old in found.items()}
-    for name in here:
-        tied = None if name in found else stands_for(here[name], sft)
-        if tied is not None:
-            twins[name] = Twin(sft.tensors[tied], f"sft ties it to {tied}")
-    for name in list(there):
-        tied = stands_for(there[name], aligned)
-        if tied is not None:
-            dropped[name] = f"aligned ties it to {tied}"
-            del there[name]
-    return Pairs(twins, kept, dropped, [name for name in here if name not in twins], list(there))
+    weak, strong = sft.tensors, aligned.tensors
+    kept = {name: "a buffer, which the model computes, and no weight" for name, tensor in strong.items()
+            if _is_buffer(tensor) and _is_buffer(weak.get(name, tensor))}  # fmt: skip
+    dropped = {name: "a buffer, which the model computes" for name, tensor in weak.items()
+               if _is_buffer(tensor) and name not in strong}  # fmt: skip
+    twins = {name: Twin(weak[name], "") for name in strong if name in weak and name not in kept}
+    here = {name: tensor for name, tensor in strong.items() if name not in twins and name not in kept}
+    there = {name: tensor for name, tensor in weak.items() if name not in strong and name not in dropped}
+    for name, old in _renamed(here, there).items():
+        twins[name] = Twin(there.pop(old), f"sft calls it {old}")
+        del here[name]
+    flags = tie_flag(sft.config), tie_flag(aligned.config)
+    tied = _tied(here, weak, flags[0] is not False and flags != (None, False))
+    twins |= {name: Twin(weak[other], f"sft ties it to {other}") for name, other in tied.items()}
+    used = set(tied.values())
+    there = {name: tensor for name, tensor in there.items() if name not in used}
+    ties = _tied(there, strong, False not in flags)
+    dropped |= {name: f"aligned ties it to {other}" for name, other in ties.items()}
+    return Pairs(
+        twins, kept, dropped, [name for name in here if name not in tied], [name for name in there if name not in ties]
+    )
 
 
-def _buffers(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    for name, tensor in tensors.items():
-        if BUFFERS.search(name) or (MASK.search(name) and len(tensor.shape) == 4):
-            yield name
+def _is_buffer(tensor: TensorInfo) -> bool:
+    if MASK.search(tensor.name):
+        return len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
+    return BUFFERS.search(tensor.name) is not None
 
 
 def _renamed(here: Mapping[str, TensorInfo], there: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -109,41 +122,38 @@ def _renamed(here: Mapping[str, TensorInfo], there: Mapping[str, TensorInfo]) ->
 
 def _forms(name: str) -> set[str]:
     """What one rename makes of a name."""
-    return {re.sub(pattern, new, name) for pattern, new in RENAMES}
+    return {pattern.sub(new, name) for pattern, new in RENAMES}
 
 
 def tie_flag(config: Mapping[str, Any]) -> bool | None:
     """What a config says of tied embeddings; None where it says nothing, which means that files decide."""
     inner = config.get("text_config")
-    for each in (config, inner if isinstance(inner, dict) else {}):
-        if isinstance(each.get("tie_word_embeddings"), bool):
-            return bool(each["tie_word_embeddings"])
-    return None
+    said = [each.get("tie_word_embeddings") for each in (config, inner if isinstance(inner, dict) else {})]
+    return False if False in said else True if True in said else None
 
 
-def stands_for(tensor: TensorInfo, lacking: Checkpoint) -> str | None:
-    """The tensor that a checkpoint without this one uses in its place: its embedding for a head, say; None for none.
+def _tied(alone: Mapping[str, TensorInfo], lacking: Mapping[str, TensorInfo], tied: bool) -> dict[str, str]:
+    """From the names that one side has alone to the tensor that the other uses in their place, where there is one.
 
-    A head that is missing is tied unless the config says otherwise; an encoder and a decoder share their embedding.
+    A head that is missing is the embedding, or the embedding the head, where the two are tied; an encoder and a decoder
+    share their embedding.
     """
-    head = _ends(tensor.name, HEADS)
-    if not head and not _ends(tensor.name, EMBEDDINGS):
-        return None
-    heads = [other for other in lacking.tensors if _ends(other, HEADS)]
-    embeddings = [other for other in lacking.tensors if _ends(other, EMBEDDINGS)]
-    shared = [other for other in embeddings if _ends(other, EMBEDDINGS[-1:])] or embeddings
-    if (head or not embeddings) and tie_flag(lacking.config) is False:
-        return None
-    fits = ([] if heads else shared) if head else (shared or heads)
-    same = [other for other in fits if lacking.tensors[other].shape[1:] == tensor.shape[1:]]
-    return same[0] if len(fits) == len(same) == 1 else None
-
-
-def _ends(name: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a name is one of these, in whatever module."""
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+    heads, embeddings, shared = ([name for name in lacking if kind.search(name)] for kind in (HEAD, EMBEDDING, SHARED))
+    found: dict[str, str] = {}
+    for name, tensor in alone.items():
+        if HEAD.search(name) and not heads and tied:
+            fits = [other for other in shared if other.endswith("shared.weight")] or embeddings
+        elif EMBEDDING.search(name) and not embeddings and tied:
+            fits = heads
+        elif SHARED.search(name):
+            fits = [other for other in shared if other.endswith("shared.weight")] or shared
+        else:
+            continue
+        if len(fits) == 1 and lacking[fits[0]].shape[1:] == tensor.shape[1:]:
+            found[name] = fits[0]
+    return found
 
 
 def is_embedding(name: str) -> bool:
     """Whether a tensor has a row for each token: an embedding or a head."""
-    return _ends(name, (*HEADS, *EMBEDDINGS))
+    return bool(HEAD.search(name) or EMBEDDING.search(name))

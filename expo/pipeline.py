@@ -21,10 +21,10 @@ from .inputs import StrPath, Wanted, open_inputs, wanted
 from .journal import Journal, has_journal
 from .kernels.contract import ITEMSIZE
 from .making import Making
-from .plan import CARD, Plan, Rules, make_plan
+from .plan import CARD, Plan, Rules, check_arguments, make_plan
 from .progress import size
 from .result import Merged, Tally
-from .source import Source
+from .source import CONVERTING, FACTORS, Source
 from .work import RING_SLOTS, Progress, chunk_size
 from .writer import Staging, check_free, held, staging_folder
 
@@ -169,7 +169,8 @@ def _command(want: Wanted, rules: Rules, alpha: float) -> str:
     """What to type for an output, wherever it is to go: the same model has the same card."""
     words = ["python", "-m", "expo.fast", "--sft", os.fspath(want.sft), "--aligned", os.fspath(want.aligned)]
     words += ["--alpha", alpha_text(alpha)]
-    words += [word for rule in rules.alpha_for.items() for word in ("--alpha-for", "{}={:g}".format(*rule))]
+    for pattern, value in rules.alpha_for.items():
+        words += ["--alpha-for", f"{pattern}={alpha_text(value)}"]
     words += [word for option, value in rules.chosen().items() for word in (option, str(value))]
     return shlex.join(words)
 
@@ -201,6 +202,7 @@ def _identity(sft: Checkpoint, aligned: Checkpoint, plan: Plan, rules: Rules) ->
         **rules.options(),
         "sft": _fingerprint(sft),
         "aligned": _fingerprint(aligned),
+        "the adapter's config": aligned.adapter.config if aligned.adapter else None,
         "the files to write": {
             shard.name: [shard.size, hashlib.sha256(shard.header).hexdigest()] for shard in plan.shards
         },
@@ -229,7 +231,11 @@ class Preview:
         outputs, size = len(self.outs), chunk_size(len(self.crew), len(self.outs))
         slots = sum(1 if engine.gpu is None else 1 + RING_SLOTS for engine in self.crew)
         on_gpu = any(engine.name == "triton" for engine in self.crew)
-        return BASE_MEMORY + on_gpu * TORCH_MEMORY + slots * size * (outputs + 2)
+        converted = any(not step.plain for step in self.plan.steps)
+        pairs = sorted(step.delta.nbytes for step in self.plan.steps if step.delta is not None)
+        factors = 2 * sum(pairs[-FACTORS:])  # as fp32
+        own = slots * size * (outputs + 2) + len(self.crew) * converted * CONVERTING
+        return BASE_MEMORY + on_gpu * TORCH_MEMORY + own + factors
 
 
 def preview(
@@ -256,7 +262,7 @@ def preview(
     """
     want = wanted(sft, aligned, alpha, recipe)
     rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size)
-    with _prepare(want, out, rules, engine, device, overwrite, resume, quiet) as (_, _, job):
+    with _prepare(want, out, rules, engine, device, overwrite, resume, quiet, headers_only=True) as (_, _, job):
         return job
 
 
@@ -270,10 +276,13 @@ def _prepare(
     overwrite: bool,
     resume: bool,
     quiet: bool,
+    headers_only: bool = False,
 ) -> Iterator[tuple[Checkpoint, Checkpoint, Preview]]:
     """Open both checkpoints, plan, and find out whether the plan can be carried out."""
     workers = crew(engine, device)
-    with open_inputs(want.sft, want.aligned, quiet) as (weak, strong):
+    check_arguments(want.alphas, *rules)  # before anything is downloaded
+    check_names(out, want.alphas)
+    with open_inputs(want.sft, want.aligned, quiet, headers_only) as (weak, strong):
         plan = make_plan(weak, strong, want.alphas, *rules)
         note = tokens.difference(weak, strong)
         outs = output_paths(out, strong, want.alphas)
@@ -301,14 +310,21 @@ def _committed(outs: Sequence[str]) -> frozenset[str]:
     return frozenset(outs) if done and len(unstaged) == len(outs) else done
 
 
-def output_paths(out: StrPath | None, aligned: Checkpoint, alphas: Sequence[float]) -> tuple[str, ...]:
-    """One path for each alpha. Raises UsageError where several alphas would share one."""
-    suffix = ".safetensors" if aligned.folder is None else ""
-    template = f"{aligned.name}-expo-{{alpha}}{suffix}" if out is None else os.fspath(out)
+def check_names(out: StrPath | None, alphas: Sequence[float]) -> None:
+    """Raise UsageError where `out` names nothing, or several alphas would share one output."""
+    if out is None:
+        return
+    template = os.fspath(out)
     if not template:
         raise UsageError("--out is empty: name a folder or a file")
-    if len(alphas) > 1 and "{alpha}" not in template:
+    if len(set(alphas)) > 1 and "{alpha}" not in template:
         raise UsageError(f"{len(alphas)} alphas need an output each: put {{alpha}} into --out, got {template!r}")
+
+
+def output_paths(out: StrPath | None, aligned: Checkpoint, alphas: Sequence[float]) -> tuple[str, ...]:
+    """One path for each alpha."""
+    suffix = ".safetensors" if aligned.folder is None else ""
+    template = f"{aligned.name}-expo-{{alpha}}{suffix}" if out is None else os.fspath(out)
     return tuple(template.replace("{alpha}", alpha_text(alpha)) for alpha in alphas)
 
 

@@ -33,6 +33,7 @@ OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 CONFIG = "config.json"
 CARD = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
 MAX_ALPHAS = 64
 OTHER_WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
@@ -94,7 +95,7 @@ class Plan:
     def copied(self, k: int | None = None) -> tuple[tuple[str, str], ...]:
         """(tensor, reason) of what is copied into output k, or into all; rows are named where it is not all of one."""
         return tuple(
-            (step.label, step.reason if step.action is Action.COPY else "alpha is 0")
+            (step.label, step.reason if step.action is Action.COPY else _why_zero((0.0,), step.delta is not None))
             for step in self.steps
             if not (any(step.alphas) if k is None else step.alphas[k])
         )
@@ -148,8 +149,7 @@ def make_plan(
     Raises UsageError for an alpha, rule or policy that makes no sense; what the checkpoints make impossible is in
     `problems`.
     """
-    rules = _check_arguments(alphas, alpha_for or {}, on_unpaired, on_mismatch, dtype)
-    most = size_of(max_shard_size)
+    rules, most = check_arguments(alphas, alpha_for, on_unpaired, on_mismatch, dtype, max_shard_size)
     if most is not None and aligned.folder is None:
         raise UsageError(f"max_shard_size {max_shard_size} makes shards, but aligned {aligned.path} is one bare file")
     pairs = pair(sft, aligned)
@@ -182,9 +182,16 @@ def make_plan(
     )  # fmt: skip
 
 
-def _check_arguments(
-    alphas: Sequence[float], alpha_for: Mapping[str, float], on_unpaired: str, on_mismatch: str, dtype: str | None
-) -> list[Rule]:
+def check_arguments(
+    alphas: Sequence[float],
+    alpha_for: Mapping[str, float] | None = None,
+    on_unpaired: str = "error",
+    on_mismatch: str = "error",
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+) -> tuple[list[Rule], int | None]:
+    """make_plan's arguments but for the checkpoints: the rules, and the bytes of a file. Raises UsageError."""
+    alpha_for = alpha_for or {}
     for number in (*alphas, *alpha_for.values()):
         try:
             working_alpha(number)
@@ -208,7 +215,7 @@ def _check_arguments(
             rules.append(Rule(re.compile(pattern), alpha))
         except (re.error, OverflowError, RecursionError, TypeError) as error:
             raise UsageError(f"alpha_for {pattern!r} is not a regular expression: {error}") from error
-    return rules
+    return rules, size_of(max_shard_size)
 
 
 def _output_dtype(sft: Checkpoint, aligned: Checkpoint, name: str, dtype: str | None) -> str:
@@ -275,7 +282,7 @@ def _adapted(name: str, adapter: Adapter, base: TensorInfo, alphas: tuple[float,
     step = Step(name, Action.EXTRAPOLATE, f"adapter of rank {delta.rank}", working, base, base, dtype, None, delta)
     if any(working):
         return step
-    return step._replace(action=Action.COPY, sft=None, reason=f"{_why_zero(alphas)}: base and adapter")
+    return step._replace(action=Action.COPY, sft=None, reason=_why_zero(alphas, True))
 
 
 def _copy(name: str, tensor: TensorInfo, dtype: str, reason: str, alphas: tuple[float, ...]) -> Step:
@@ -287,8 +294,8 @@ def _working(alphas: tuple[float, ...], aligned: TensorInfo, sft: TensorInfo) ->
     return tuple(alpha if working_alpha(alpha, aligned.dtype, sft.dtype) else 0.0 for alpha in alphas)
 
 
-def _why_zero(alphas: tuple[float, ...]) -> str:
-    return "alpha rounds to 0 in fp32" if any(alphas) else "alpha is 0"
+def _why_zero(alphas: tuple[float, ...], adapted: bool = False) -> str:
+    return ("alpha rounds to 0 in fp32" if any(alphas) else "alpha is 0") + ": base and adapter" * adapted
 
 
 def _config(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None) -> dict[str, bytes]:
@@ -298,17 +305,28 @@ def _config(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None) -> di
         return {}
     if dtype is not None:
         name = TORCH_NAMES[OUTPUT_DTYPES[dtype]]
-        config = _with_dtype(config if {"dtype", "torch_dtype"} & set(config) else {**config, "torch_dtype": ""}, name)
-    if aligned.adapter is not None and "vocab_size" in config:
-        sizes = {step.shape[0] for step in steps if is_embedding(step.name) and step.name in aligned.adapter.full}
-        config = {**config, "vocab_size": sizes.pop()} if len(sizes) == 1 else config
+        config = _with_dtype(
+            config if {"dtype", "torch_dtype"} & set(config) else {**config, "torch_dtype": None}, name
+        )
+    if aligned.adapter is not None:
+        names = {step.name for step in steps if is_embedding(step.name)} & set(aligned.adapter.full)
+        sizes = {aligned.tensors[name].shape[0] for name in names}
+        config = _with_vocabulary(config, sizes.pop()) if len(sizes) == 1 else config
     return {} if config == aligned.config else {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
 
+def _with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
+    """A config, or its text model's, with another number of tokens where it says one."""
+    inner = config.get("text_config")
+    if "vocab_size" not in config and isinstance(inner, dict):
+        return {**config, "text_config": _with_vocabulary(inner, size)}
+    return {**config, "vocab_size": size} if "vocab_size" in config else config
+
+
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """A config, and those of its parts, with another dtype where they name one."""
+    """A config, and those of its parts, with another dtype where they name one or leave it open."""
     return {
-        key: name if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        key: name if key in ("dtype", "torch_dtype") and isinstance(value, str | None)
         else _with_dtype(value, name) if isinstance(value, dict) and key.endswith("config")
         else value
         for key, value in config.items()
@@ -381,6 +399,8 @@ def sort_files(files: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, 
             left_out.append((path, "describes aligned; the output has a card of its own"))
         elif path == DIGESTS:
             left_out.append((path, "digests of aligned's files, not of the merge's"))
+        elif base == ADAPTER_CONFIG:
+            left_out.append((path, "of an adapter, which the output is not"))
         elif base in TRAINING:
             left_out.append((path, "state of aligned's training"))
         elif os.path.dirname(path) and not base.endswith((".py", ".jinja")):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .header import TensorInfo
+from .kernels.contract import ITEMSIZE
 
 ORIGINAL = "use the checkpoint that it was quantised from"
 LOADED = "load it with transformers, quantization_config={0}(dequantize=True), and save_pretrained() it"
@@ -24,21 +27,30 @@ TENSORS = (
     (re.compile(r"\.weight\.(absmax|quant_state\.\w+|quant_map|nested_absmax)$|\.SCB$"), "bitsandbytes"),
     (re.compile(r"_blocks$"), "mxfp4"),
 )
+SCALE = re.compile(r"\.weight_scale(_inv)?$")
 
 
 def scheme(checkpoint: Checkpoint) -> str | None:
     """The name of the quantisation scheme, None for a checkpoint of plain numbers."""
     config: Any = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     if config:
-        return str(config.get("quant_method", "unknown") if isinstance(config, dict) else config)
+        return str((config.get("quant_method") or "unknown") if isinstance(config, dict) else config)
     for name, found in FILES.items():
         if name in checkpoint.files:
             return found
-    for name, tensor in checkpoint.tensors.items():
-        for pattern, found in TENSORS:
-            if pattern.search(name) and (found != "mxfp4" or tensor.dtype == "U8"):
-                return found
+    tensors = checkpoint.tensors
+    for pattern, found in TENSORS:
+        if any(pattern.search(name) and _is_companion(name, tensors) for name in tensors):
+            return found
     return None
+
+
+def _is_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a tensor of such a name comes with codes: a scale beside a weight of plain numbers is a weight itself."""
+    if name.endswith("_blocks"):
+        return tensors[name].dtype == "U8" and f"{name.removesuffix('_blocks')}_scales" in tensors
+    weight = tensors.get(SCALE.sub(".weight", name)) if SCALE.search(name) else None
+    return weight is None or weight.dtype not in ITEMSIZE
 
 
 def problem(role: str, checkpoint: Checkpoint) -> str | None:

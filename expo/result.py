@@ -18,8 +18,9 @@ TOO_FAR = 0.5  # |aligned - sft| / |aligned|: below 0.1 for related models, abov
 class Output:
     """One finished output.
 
-    changed: share of the extrapolated elements whose value differs from aligned's. relative_change: the 2-norm of
-    alpha * (aligned - sft) over that of aligned, both over the extrapolated tensors. non_finite: inf and NaN written.
+    changed: share of the extrapolated elements whose value differs from aligned's in the output's dtype.
+    relative_change: the 2-norm of alpha * (aligned - sft) over that of aligned, both over the extrapolated tensors.
+    non_finite: inf and NaN that were computed or converted.
     """
 
     path: str
@@ -80,18 +81,18 @@ class Tally:
             if not 0 <= number < len(chunk.pieces):
                 return False
             step, start, stop, _ = chunk.pieces[number]
-            if step.sft is None or len(moved.counts) != len(step.active):
+            if (step.sft is None and step.plain) or len(moved.counts) != len(step.counted):
                 return False
             self.add(step, (stop - start) * 8 // DTYPES[step.dtype], moved)
         return True
 
     def add(self, step: Step, elements: int, moved: Statistics) -> None:
-        """moved.counts are those of the outputs whose alpha is not 0."""
-        self.elements += elements
+        """moved.counts are those of step.counted."""
+        self.elements += elements if step.sft is not None else 0
         self.max_abs_d = max(self.max_abs_d, moved.max_abs_d)
         self._d.append(moved.d_squared)
         self._aligned.append(moved.aligned_squared)
-        for k, (changed, non_finite) in zip(step.active, moved.counts, strict=True):
+        for k, (changed, non_finite) in zip(step.counted, moved.counts, strict=True):
             self.changed[k] += changed
             self.non_finite[k] += non_finite
             self._moved[k].append(step.alphas[k] ** 2 * moved.d_squared)

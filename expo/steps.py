@@ -51,6 +51,11 @@ class Step(NamedTuple):
         return [k for k, alpha in enumerate(self.alphas) if alpha]
 
     @property
+    def counted(self) -> list[int]:
+        """The numbers of the outputs whose changed and non-finite elements are counted: a conversion can overflow."""
+        return self.active if self.plain else list(range(len(self.alphas)))
+
+    @property
     def plain(self) -> bool:
         """Whether an engine's result, or aligned's bytes, are the output as they are."""
         return self.delta is None and self.dtype == self.aligned.dtype
@@ -68,7 +73,7 @@ class Step(NamedTuple):
     def input_bytes(self) -> int:
         """Bytes read for it, each once."""
         if self.delta is not None:
-            return self.aligned.nbytes + self.delta.left.nbytes + self.delta.right.nbytes
+            return self.aligned.nbytes + self.delta.nbytes
         return self.aligned.nbytes + (self.sft.nbytes if self.sft else 0)
 
     @property

@@ -19,11 +19,13 @@ SHOWN = 3  # ids that differ, named one by one
 def difference(sft: Checkpoint, aligned: Checkpoint) -> str | None:
     """In which ids the tokenizers differ, as a warning; None where they agree or one of them has no tokenizer.json."""
     paths = [checkpoint.files.get(TOKENIZER) for checkpoint in (sft, aligned)]
-    if paths[0] is None or paths[1] is None or paths[0] == paths[1] or filecmp.cmp(paths[0], paths[1], shallow=False):
+    if paths[0] is None or paths[1] is None or paths[0] == paths[1]:
         return None
     try:
+        if filecmp.cmp(paths[0], paths[1], shallow=False):
+            return None
         weak, strong = (ids(load_json(path)) for path in paths if path is not None)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return f"token ids were not compared: {error}"
     others = sorted(at for at in {*weak, *strong} if weak.get(at) != strong.get(at))
     if not others:

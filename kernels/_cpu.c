@@ -307,29 +307,39 @@ CLONES static void narrow_BF16(const float *from, BF16 *to, Py_ssize_t n) {
     for (Py_ssize_t i = 0; i < n; i++) store_BF16(to + i, from[i]);
 }
 
-static void convert(const char *from, int source, char *to, int target, Py_ssize_t n) {
+static void widen(const char *from, int dtype, float *wide, Py_ssize_t n) {
+    if (dtype == CODE_BF16) widen_BF16((const BF16 *)from, wide, n);
+    else if (dtype == CODE_F16) widen_F16((const F16 *)from, wide, n);
+    else memcpy(wide, from, 4 * n);
+}
+
+/* before: fp32 to count against what was written, or NULL. */
+static void convert(const char *from, int source, char *to, int target, Py_ssize_t n, const char *before, Count *count) {
     float wide[BLOCK];
     for (Py_ssize_t i = 0; i < n; i += BLOCK) {
         const Py_ssize_t some = n - i < BLOCK ? n - i : BLOCK;
         const char *x = from + i * ITEMSIZE[source];
         char *out = to + i * ITEMSIZE[target];
-        if (source == CODE_BF16) widen_BF16((const BF16 *)x, wide, some);
-        else if (source == CODE_F16) widen_F16((const F16 *)x, wide, some);
-        else memcpy(wide, x, 4 * some);
+        widen(x, source, wide, some);
         if (target == CODE_BF16) narrow_BF16(wide, (BF16 *)out, some);
         else if (target == CODE_F16) narrow_F16(wide, (F16 *)out, some);
         else memcpy(out, wide, 4 * some);
+        if (before) {
+            widen(out, target, wide, some);
+            count_F32(before + 4 * i, (const char *)wide, some, count);
+        }
     }
 }
 
 static PyObject *cast(PyObject *module, PyObject *args) {
-    PyObject *source, *out, *result = NULL;
+    PyObject *source, *out, *before, *result = NULL;
     int from, to;
     Py_ssize_t n;
-    Py_buffer views[2] = {{0}};
+    Py_buffer views[3] = {{0}};
+    Count count = {0};
     fenv_t mode;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OiOin", &source, &from, &out, &to, &n)) return NULL;
+    if (!PyArg_ParseTuple(args, "OiOinO", &source, &from, &out, &to, &n, &before)) return NULL;
     if (from < 0 || from > 2 || to < 0 || to > 2 || n < 0 || n > PY_SSIZE_T_MAX / 4) {
         PyErr_SetString(PyExc_ValueError, "dtype codes are 0 to 2, and n >= 0");
         return NULL;
@@ -338,60 +348,65 @@ static PyObject *cast(PyObject *module, PyObject *args) {
     if (PyErr_Occurred()) goto release;
     char *y = memory(out, n * ITEMSIZE[to], 1, &views[1]);
     if (PyErr_Occurred()) goto release;
+    const char *against = before == Py_None ? NULL : memory(before, 4 * n, 0, &views[2]);
+    if (PyErr_Occurred()) goto release;
     Py_BEGIN_ALLOW_THREADS
     fegetenv(&mode);
     fesetenv(FE_DFL_ENV);
-    convert(x, from, y, to, n);
+    convert(x, from, y, to, n, against, &count);
     fesetenv(&mode);
     Py_END_ALLOW_THREADS
-    result = Py_NewRef(Py_None);
+    result = against ? Py_BuildValue("(LL)", (long long)count.changed, (long long)count.non_finite) : Py_NewRef(Py_None);
 release:
-    for (int v = 0; v < 2; v++) PyBuffer_Release(&views[v]);
+    for (int v = 0; v < 3; v++) PyBuffer_Release(&views[v]);
     return result;
 }
 
-/* delta = scale * left @ right, each sum from the left: tiles change which elements are together, and no bit of one. */
-#define TILE 64 /* columns: a few vector registers of sums for each of four rows */
+/* delta = scale * left @ right, each sum from the left: tiles change which elements are together, and no bit of one.
+ * A tile's sums stay in registers over all of r: WIDE columns of one row, or of ROWS rows, which share right's loads. */
+#define ROWS 4
+#define LANE_BYTES 64
+#define VECTORS 4
+typedef float V __attribute__((vector_size(LANE_BYTES), aligned(4), may_alias));
+enum { PER_VECTOR = LANE_BYTES / 4, WIDE = VECTORS * PER_VECTOR };
 
-CLONES static void four_rows(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,
-                             float *out) {
-    for (Py_ssize_t j = 0; j < width; j += TILE) {
-        const Py_ssize_t some = width - j < TILE ? width - j : TILE;
-        float sum[4][TILE] = {{0}};
-        if (some == TILE) {
-            for (Py_ssize_t k = 0; k < r; k++)
-                for (int m = 0; m < 4; m++)
-                    for (int l = 0; l < TILE; l++) sum[m][l] += left[m * r + k] * right[k * width + j + l];
-        } else {
-            for (Py_ssize_t k = 0; k < r; k++)
-                for (int m = 0; m < 4; m++)
-                    for (Py_ssize_t l = 0; l < some; l++) sum[m][l] += left[m * r + k] * right[k * width + j + l];
-        }
-        for (int m = 0; m < 4; m++)
-            for (Py_ssize_t l = 0; l < some; l++) out[m * width + j + l] = sum[m][l] * scale;
+#define TILE(NAME, M)                                                                                           \
+    CLONES static void NAME(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width, \
+                            Py_ssize_t stride, float *out) {                                                    \
+        V sum[M][VECTORS] = {{{0}}};                                                                            \
+        for (Py_ssize_t k = 0; k < r; k++)                                                                      \
+            for (int v = 0; v < VECTORS; v++) {                                                                 \
+                const V x = *(const V *)(right + k * width + v * PER_VECTOR);                                   \
+                for (int m = 0; m < M; m++) sum[m][v] += left[m * r + k] * x;                                   \
+            }                                                                                                   \
+        for (int m = 0; m < M; m++)                                                                             \
+            for (int v = 0; v < VECTORS; v++) *(V *)(out + m * stride + v * PER_VECTOR) = sum[m][v] * scale;    \
     }
-}
+TILE(one_row, 1)
+TILE(some_rows, ROWS)
 
-CLONES static void part_of_row(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,
-                               Py_ssize_t n, float *out) {
-    for (Py_ssize_t l = 0; l < n; l++) out[l] = 0.0f;
-    for (Py_ssize_t k = 0; k < r; k++)
-        for (Py_ssize_t l = 0; l < n; l++) out[l] += left[k] * right[k * width + l];
-    for (Py_ssize_t l = 0; l < n; l++) out[l] *= scale;
+static void few_columns(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,
+                        Py_ssize_t n, float *out) {
+    for (Py_ssize_t l = 0; l < n; l++) {
+        float sum = 0.0f;
+        for (Py_ssize_t k = 0; k < r; k++) sum += left[k] * right[k * width + l];
+        out[l] = sum * scale;
+    }
 }
 
 static void product(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,
                     Py_ssize_t first, Py_ssize_t n, float *out) {
     while (n > 0) {
         const Py_ssize_t row = first / width, column = first % width;
-        Py_ssize_t done = width - column < n ? width - column : n;
-        if (column == 0 && n >= 4 * width) {
-            four_rows(left + row * r, right, scale, r, width, out);
-            done = 4 * width;
-        } else {
-            part_of_row(left + row * r, right + column, scale, r, width, done, out);
-        }
-        first += done, out += done, n -= done;
+        const Py_ssize_t rows = column == 0 && n >= ROWS * width ? ROWS : 1;
+        const Py_ssize_t some = width - column < n ? width - column : n; /* of each row */
+        const float *a = left + row * r;
+        Py_ssize_t j = 0;
+        for (; j + WIDE <= some; j += WIDE)
+            (rows == 1 ? one_row : some_rows)(a, right + column + j, scale, r, width, width, out + j);
+        for (Py_ssize_t m = 0; m < rows; m++)
+            few_columns(a + m * r, right + column + j, scale, r, width, some - j, out + m * width + j);
+        first += rows * some, out += rows * some, n -= rows * some;
     }
 }
 
@@ -434,7 +449,9 @@ static PyMethodDef methods[] = {
      "2 F32; an output has aligned's dtype.  Each memory is a contiguous buffer or an address.  Returns None, or with\n"
      "measure (sum of d*d, sum of aligned*aligned, max |d|, ((changed, non-finite), ...))."},
     {"cast", cast, METH_VARARGS,
-     "cast(source, source_dtype, out, out_dtype, n)\n--\n\nWrite n elements in another dtype, rounded once."},
+     "cast(source, source_dtype, out, out_dtype, n, before)\n--\n\n"
+     "Write n elements in another dtype, rounded once.  Returns None, or with fp32 elements to compare the result with\n"
+     "(changed, non-finite)."},
     {"low_rank", low_rank, METH_VARARGS,
      "low_rank(left, right, scale, rows, rank, width, first, n, out)\n--\n\n"
      "Write elements [first, first + n) of scale * left @ right, all fp32; every sum runs from the left."},

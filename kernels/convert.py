@@ -28,23 +28,23 @@ CODE = {"BF16": 0, "F16": 1, "F32": 2}
 COLUMNS = 1 << 14  # of a block in NumPy
 
 
-def cast(source: Any, source_dtype: str, out: Any, out_dtype: str, n: int) -> None:
+def cast(
+    source: Any, source_dtype: str, out: Any, out_dtype: str, n: int, before: Array | None = None
+) -> tuple[int, int] | None:
     """Write n elements of source as out_dtype; both are buffers of raw bytes of "BF16", "F16", "F32" or "F64".
 
+    Returns (changed, non_finite), as `Statistics` has them, against `before` of fp32 or fp64; None without it.
     Raises RuntimeError where the thread's floating-point mode would give other bits.
     """
-    if _cpu is not None and source_dtype in CODE and out_dtype in CODE:
-        _cpu.cast(source, CODE[source_dtype], out, CODE[out_dtype], n)
-        return
+    simple = source_dtype in CODE and out_dtype in CODE and (before is None or before.dtype == np.float32)
+    if _cpu is not None and simple:
+        return _cpu.cast(source, CODE[source_dtype], out, CODE[out_dtype], n, before)
     check_floating_point_mode()
     x = widen(np.frombuffer(source, STORAGE[source_dtype], n), source_dtype)
+    result = np.frombuffer(out, STORAGE[out_dtype], n)
     with np.errstate(all="ignore"):
-        narrow(x, out_dtype, np.frombuffer(out, STORAGE[out_dtype], n))
-
-
-def count(before: Array, out: Any, dtype: str) -> tuple[int, int]:
-    """(changed, non_finite) as `Statistics` has them, of out of this dtype against `before` of fp32 or fp64."""
-    return numerics.count(before, np.frombuffer(out, STORAGE[dtype], before.size), dtype)
+        narrow(x, out_dtype, result)
+        return None if before is None else numerics.count(before, result, out_dtype)
 
 
 def low_rank(left: Array, right: Array, scale: float, first: int, out: Array) -> None:

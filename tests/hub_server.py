@@ -7,12 +7,13 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_" + "a" * 34
 _API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
@@ -41,7 +42,8 @@ class Repo:
 
 
 class Hub:
-    """repos: by id. log: (method, path, Range header) of each request. Faults, by the path of a file in its repository:
+    """repos: by id. log: (method, path, Range header) of each request. sent: bytes of bodies, by the path of a file in
+    its repository. whole_only: ranges are not known of. Faults, by that path:
 
     cut: close the connection, once, after that many bytes of its body; stall: go on sending nothing after that many;
     status: answer a GET with that status.
@@ -50,6 +52,8 @@ class Hub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.log: list[tuple[str, str, str | None]] = []
+        self.sent: Counter[str] = Counter()
+        self.whole_only = False
         self.cut: dict[str, int] = {}
         self.stall: dict[str, int] = {}
         self.status: dict[str, int] = {}
@@ -104,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
-        path = urlsplit(self.path).path
+        path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         self.hub.log.append((self.command, path, self.headers.get("Range")))
         api, resolve = _API.fullmatch(path), _RESOLVE.fullmatch(path)
         match = api or resolve
@@ -112,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(404, "", "no such page")
         revision = unquote((api[3] if api else match[2]) or "main")
         if api:
-            self._api(match[1], revision, listing=api[2] == "tree")
+            self._api(match[1], revision, listing=api[2] == "tree", sizes="blobs" in query)
         else:
             self._file(match[1], revision, unquote(match[3]))
 
@@ -130,14 +134,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(403 if token else 401, "GatedRepo", f"Access to model {name} is restricted")
         return sha, repo.commits[sha]
 
-    def _api(self, name: str, revision: str, listing: bool) -> None:
+    def _api(self, name: str, revision: str, listing: bool, sizes: bool) -> None:
         found = self._open(name, revision, content=False)
         if found is None:
             return
         sha, files = found
         if listing:
             return self._send(200, json.dumps([_entry(path, data) for path, data in files.items()]).encode())
-        siblings = [{"rfilename": path} for path in files]
+        siblings = [{"rfilename": path, **({"size": len(data)} if sizes else {})} for path, data in files.items()]
         info = {"_id": name, "id": name, "sha": sha, "siblings": siblings, "private": False, "tags": []}
         self._send(200, json.dumps(info).encode())
 
@@ -154,11 +158,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{_etag(path, data)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if path.endswith(LARGE):
             headers |= {"X-Linked-Size": str(size), "X-Linked-Etag": headers["ETag"]}
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        if wanted:
-            headers["Content-Range"] = f"bytes {wanted[1]}-{size - 1}/{size}"
-            data = data[int(wanted[1]) :]
-        self._send(206 if wanted else 200, data, headers, path)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if wanted and not self.hub.whole_only:
+            first, stop = int(wanted[1]), min(int(wanted[2] or size) + 1, size)
+            headers["Content-Range"] = f"bytes {first}-{stop - 1}/{size}"
+            data = data[first:stop]
+        self._send(206 if "Content-Range" in headers else 200, data, headers, path)
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None, path: str = "") -> None:
         self.send_response(status)
@@ -167,6 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        self.hub.sent[path] += len(body)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if path in self.hub.cut:
                 self.wfile.write(body[: self.hub.cut.pop(path)])
