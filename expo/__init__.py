@@ -2,11 +2,13 @@
 
     out = aligned + alpha * (aligned - sft)
 
-merge() goes from file to file, stream() from file into the caller's memory, extrapolate() over arrays and tensors.
+merge() goes from file to file, stream() from file into the caller's memory, extrapolate() over arrays and tensors, and
+Live sets the alpha of a model that is in memory.
 torch.ops.expo.extrapolate is the last of them as an operator, where torch is imported first; else import expo.op.
 """
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 from .arrays import extrapolate
 from .errors import (
@@ -25,6 +27,9 @@ from .streaming import stream
 if "torch" in sys.modules:  # it is never imported for its operator's sake
     from . import op as _op  # noqa: F401
 
+if TYPE_CHECKING:
+    from .live import Live
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -32,6 +37,7 @@ __all__ = [
     "CheckpointError",
     "EngineError",
     "ExpoError",
+    "Live",
     "Merged",
     "Output",
     "OutputError",
@@ -41,3 +47,13 @@ __all__ = [
     "merge",
     "stream",
 ]
+
+_LAZY = {"Live": "live"}  # what imports torch, and its module
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -179,7 +179,7 @@ def _compute(sft: Any, aligned: Any, checked: _Checked) -> None:
     elif aligned.device.type == "cpu":
         _on_cpu((sft.data_ptr(), aligned.data_ptr(), out.data_ptr()), dtypes, aligned.numel(), al)
     else:
-        _on_device(sft.detach(), aligned.detach(), al, out.detach())
+        on_device(sft.detach(), aligned.detach(), al, out.detach())
 
 
 def _check_layouts(torch: Any, sft: Any, aligned: Any, out: Any) -> None:
@@ -189,7 +189,8 @@ def _check_layouts(torch: Any, sft: Any, aligned: Any, out: Any) -> None:
         raise UsageError(f"out has elements that share memory: shape {tuple(out.shape)}, strides {out.stride()}")
 
 
-def _on_device(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
+def on_device(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
+    """Three torch tensors on one device that is not the CPU, contiguous; alpha as it works, and not 0."""
     if aligned.device.type == "cuda":
         from .kernels import extrapolate as kernels
 
@@ -229,12 +230,12 @@ def _on_cpu(addresses: tuple[int, ...], dtypes: tuple[Any, ...], n: int, alpha: 
     items = ITEMSIZE[dtypes[0]], ITEMSIZE[dtypes[1]], ITEMSIZE[dtypes[1]]
     threads = min(cpu_count(), THREADS, n // SPLIT + 1)
     if threads == 1:
-        return _run(addresses, dtypes, n, alpha)
+        return compute_at(addresses, dtypes, n, alpha)
     share = -(-n // threads)
     with ThreadPoolExecutor(threads) as pool:
         work = [
             pool.submit(
-                _run,
+                compute_at,
                 [a + at * item for a, item in zip(addresses, items, strict=True)],
                 dtypes,
                 min(share, n - at),
@@ -247,7 +248,8 @@ def _on_cpu(addresses: tuple[int, ...], dtypes: tuple[Any, ...], n: int, alpha: 
     return None
 
 
-def _run(addresses: Sequence[int], dtypes: tuple[Any, ...], n: int, alpha: float) -> None:
+def compute_at(addresses: Sequence[int], dtypes: tuple[Any, ...], n: int, alpha: float) -> None:
+    """n contiguous elements at the addresses of sft, aligned and out; alpha as it works, and not 0."""
     engine = _cpu_engine()
     memories: Sequence[Any] = addresses
     if engine.name != "cpu" or "F64" in dtypes:  # NumPy wants buffers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -15,7 +15,7 @@ from .engines import Engine, choose
 from .errors import UsageError
 from .header import TensorInfo
 from .inputs import StrPath, open_inputs, wanted
-from .plan import Plan, make_plan
+from .plan import Plan, check_arguments, make_plan
 from .source import Source
 from .steps import Step
 from .work import CHUNK
@@ -27,10 +27,11 @@ AHEAD = 2  # tensors computed ahead of the consumer
 def stream(
     sft: StrPath | None = None,
     aligned: StrPath | None = None,
-    alpha: float | None = None,
+    alpha: float | Iterable[float] | None = None,
     *,
     recipe: str | None = None,
     framework: str = "torch",
+    to: Any = None,
     alpha_for: Mapping[str, float] | None = None,
     on_unpaired: str = "error",
     on_mismatch: str = "error",
@@ -40,18 +41,22 @@ def stream(
 ) -> Iterator[tuple[str, Any]]:
     """Yield (name, tensor) for every tensor of the merged model; nothing is written.
 
-    The arguments mean what they mean for merge(). framework: "torch" for torch.Tensor on the CPU, or "numpy" for
-    numpy.ndarray (bf16 as ml_dtypes.bfloat16). Shapes are aligned's, and dtypes too unless `dtype` says otherwise; the
-    order is that of aligned's files. Where the two tokenizers differ, a UserWarning says so.
-    Each tensor is memory of the consumer's own; at most two are computed ahead of the one that is consumed.
+    The arguments mean what they mean for merge(). With several alphas every item is (name, tuple of tensors), one for
+    each, from one read of the inputs. framework: "torch" for torch.Tensor, or "numpy" for numpy.ndarray (bf16 as
+    ml_dtypes.bfloat16). to: the torch device that tensors are copied to; the CPU by default. Shapes are aligned's, and
+    dtypes too unless `dtype` says otherwise; the order is that of aligned's files. Where the two tokenizers differ, a
+    UserWarning says so.
+    Each tensor is memory of the consumer's own; at most two are computed ahead of the one that is consumed. So it is
+    what a serving engine's load_weights() takes.
     Bad arguments and inputs are reported by this call, before the first tensor; closing the iterator stops the work.
     Raises what merge() raises, OutputError apart.
     """
     if framework not in ("torch", "numpy"):
         raise UsageError(f"framework must be torch or numpy, got {framework!r}")
+    if to is not None and framework != "torch":
+        raise UsageError(f"to={to!r} is a device of torch, but framework is {framework!r}")
     want = wanted(sft, aligned, alpha, recipe)
-    if len(want.alphas) != 1:
-        raise UsageError(f"stream() takes one alpha, got {alpha!r}")
+    check_arguments(want.alphas, alpha_for, on_unpaired, on_mismatch, dtype)  # before anything is downloaded
     chosen = choose(engine, device)
     with ExitStack() as stack:
         weak, strong = stack.enter_context(open_inputs(want.sft, want.aligned))
@@ -60,11 +65,12 @@ def stream(
         note = tokens.difference(weak, strong)
         if note is not None:
             warnings.warn(note, stacklevel=2)
-        return _stream(plan, Source(weak, strong), chosen, _wrapper(framework), stack.pop_all())
+        several = isinstance(alpha, Iterable)
+        return _stream(plan, Source(weak, strong), chosen, _wrapper(framework, to), several, stack.pop_all())
 
 
-def _wrapper(framework: str) -> Wrapper:
-    """A function that makes bytes the framework's tensor, without a copy."""
+def _wrapper(framework: str, to: Any) -> Wrapper:
+    """A function that makes bytes the framework's tensor, without a copy but that to a device. Raises UsageError."""
     import ml_dtypes
     import numpy as np
 
@@ -81,30 +87,39 @@ def _wrapper(framework: str) -> Wrapper:
         return as_array
     import torch
 
+    try:
+        there = torch.empty(0, device=to).device
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last: torch built without CUDA
+        raise UsageError(f"to={to!r} is no device that torch has here: {error}") from error
+
     def as_tensor(memory: memoryview, tensor: TensorInfo) -> Any:
         if tensor.dtype == "BF16":  # torch does not know ml_dtypes
             bits = np.frombuffer(memory, np.int16).reshape(tensor.shape)
-            return torch.from_numpy(bits).view(torch.bfloat16)
-        return torch.from_numpy(as_array(memory, tensor))
+            return torch.from_numpy(bits).view(torch.bfloat16).to(there)
+        return torch.from_numpy(as_array(memory, tensor)).to(there)
 
     return as_tensor
 
 
-def _stream(plan: Plan, source: Source, engine: Engine, wrap: Wrapper, stack: ExitStack) -> Iterator[tuple[str, Any]]:
+def _stream(
+    plan: Plan, source: Source, engine: Engine, wrap: Wrapper, several: bool, stack: ExitStack
+) -> Iterator[tuple[str, Any]]:
     stop = threading.Event()
 
     def compute(tensor: TensorInfo, steps: list[Step]) -> Any:
-        memory = memoryview(bytearray(tensor.nbytes))
+        memories = [memoryview(bytearray(tensor.nbytes)) for _ in plan.alphas]
         at = 0
         for step in steps:
             for start in range(0, step.nbytes, CHUNK):
                 if stop.is_set():
                     return None
                 end = min(start + CHUNK, step.nbytes)
-                source.compute(engine, step, start, end, [memory[at + start : at + end]])
+                outs = [memory[at + start : at + end] for memory in memories]
+                source.compute(engine, step, start, end, outs)
             at += step.nbytes
         source.check()
-        return wrap(memory, tensor)
+        wrapped = tuple(wrap(memory, tensor) for memory in memories)
+        return wrapped if several else wrapped[0]
 
     ahead: deque[tuple[str, Future[Any]]] = deque()
     with stack, ThreadPoolExecutor(AHEAD, thread_name_prefix="expo-stream") as pool:

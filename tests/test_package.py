@@ -29,6 +29,7 @@ def test_public_names() -> None:
         "CheckpointError",
         "EngineError",
         "ExpoError",
+        "Live",
         "Merged",
         "Output",
         "OutputError",

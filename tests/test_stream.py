@@ -214,7 +214,7 @@ def test_a_model_takes_the_stream_as_its_state(tmp_path: Path) -> None:
     [
         ({"framework": "jax"}, "framework must be torch or numpy, got 'jax'"),
         ({"alpha": float("nan")}, "alpha must be a number that is finite in float32, got nan"),
-        ({"alpha": [0.1, 0.3]}, "alpha"),
+        ({"alpha": [0.3, 0.3]}, "alphas must be 1 to 64 different numbers"),
         ({"alpha": "much"}, "alpha must be a number or several, got 'much'"),
         ({"engine": "gpu"}, "engine must be one of"),
         ({"device": "tpu"}, "device must be"),
@@ -284,3 +284,61 @@ def test_a_file_that_is_not_mapped_gives_the_same_tensors(
     if not mapped:
         monkeypatch.setattr("expo.reader.LOCAL", set())
     assert {name: raw(tensor) for name, tensor in expo.stream(*pair, 0.3)} == {n: t[2] for n, t in written.items()}
+
+
+# --- several alphas, devices, and who takes an iterator ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framework", ["torch", "numpy"])
+def test_several_alphas_are_those_of_as_many_streams_from_one_read(pair: Pair, framework: str) -> None:
+    alphas = [0.3, 0.0, -1.5]
+    singles = [dict(expo.stream(*pair, alpha, framework=framework)) for alpha in alphas]
+    found = dict(expo.stream(*pair, iter(alphas), framework=framework))
+    assert list(found) == list(singles[0])
+    for name, tensors in found.items():
+        assert isinstance(tensors, tuple)
+        assert [raw(tensor) for tensor in tensors] == [raw(single[name]) for single in singles]
+
+
+def test_one_alpha_in_a_list_is_a_tuple_of_one(pair: Pair) -> None:
+    name, tensors = next(expo.stream(*pair, [0.3]))
+    assert raw(tensors[0]) == raw(dict(expo.stream(*pair, 0.3))[name])
+    gc.collect()
+
+
+def test_to_a_device(pair: Pair) -> None:
+    """meta stands for a device that is not the CPU: it is there on every machine."""
+    shapes = {name: tensor.shape for name, tensor in expo.stream(*pair, 0.3)}
+    found = dict(expo.stream(*pair, 0.3, to="meta"))
+    assert {name: tensor.shape for name, tensor in found.items()} == shapes
+    assert {tensor.device.type for tensor in found.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("to", ["moon", "cuda:99", 1.5])
+def test_a_device_that_is_not_there(pair: Pair, to: Any) -> None:
+    with pytest.raises(expo.UsageError, match="is no device that torch has here"):
+        expo.stream(*pair, 0.3, to=to)
+
+
+def test_arrays_go_to_no_device(pair: Pair) -> None:
+    with pytest.raises(expo.UsageError, match="framework is 'numpy'"):
+        expo.stream(*pair, 0.3, framework="numpy", to="cpu")
+
+
+def test_a_serving_engine_loads_it() -> None:
+    """load_weights(iterable of (name, tensor)), as serving engines have it: copied into parameters as they come."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(ALIGNED))
+    parameters = dict(model.named_parameters())
+
+    def load_weights(weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = set()
+        for name, tensor in weights:
+            parameters[name].data.copy_(tensor)
+            loaded.add(name)
+        return loaded
+
+    assert load_weights(expo.stream(SFT, ALIGNED, 0.5)) == set(parameters)
+    expected = dict(expo.stream(SFT, ALIGNED, 0.5))
+    assert all(torch.equal(parameters[name], tensor.to(parameters[name].dtype)) for name, tensor in expected.items())
