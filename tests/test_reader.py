@@ -362,6 +362,21 @@ def test_pages_are_let_go_after_use(leased: Reader, path: Path) -> None:
     assert resident(path) == 0
 
 
+def test_a_long_file_in_pieces_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    """A fault maps pages around the one that is asked for: of a piece that was let go, too."""
+    path = tmp_path / "long"
+    piece, pieces = (1 << 20) + PAGE, 64
+    with open(path, "wb") as file:
+        file.truncate(piece * pieces)
+    with contextlib.closing(Reader(str(path), identity(path))) as reader:
+        for number in range(pieces):
+            with reader.mapped(number * piece, (number + 1) * piece) as view:
+                if view is None:
+                    pytest.skip("no lease can be had here")
+                assert not any(bytes(view)[::PAGE])
+        assert resident(path) == 0
+
+
 def resident(path: Path) -> int:
     """Bytes of the file's mapping that count as this process's memory."""
     lines = Path("/proc/self/smaps").read_text().splitlines()
