@@ -36,7 +36,7 @@ from .steps import Step
 
 KEEP = ("device", "host", "disk")
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-JOB = 1 << 20  # elements that a thread of the CPU takes at a time
+JOB = 1 << 21  # elements that a thread of the CPU takes at a time
 PART = 1 << 24  # elements of originals that go to a device at a time
 ALIGNMENT = 64  # bytes: what the widest accesses want
 
@@ -101,7 +101,8 @@ class Live:
         self._jobs = [job for trio in self._trios for job in _jobs(trio)] if self._device.type == "cpu" else []
         self._model = model
         self._places = self._where()
-        self._pool = ThreadPoolExecutor(min(cpu_count(), THREADS), thread_name_prefix="expo-live")
+        self._threads = min(cpu_count(), THREADS)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expo-live")
         self._tables: dict[float | None, Any] = {}
         self._near = keep == "device"
         self._alpha: float | None = 0.0
@@ -129,10 +130,20 @@ class Live:
                 for trio in self._trios:
                     trio.out.copy_(trio.aligned)
             elif self._device.type == "cpu":
-                list(self._pool.map(lambda job: job(value), self._jobs))
+                self._on_cpu(value)
             else:
                 self._on_device(value)
         self._alpha = float(value)
+
+    def _on_cpu(self, value: float) -> None:
+        """All jobs, by as many threads as pay: each takes the next when it is free."""
+        queue = iter(self._jobs)
+
+        def work(_: int) -> None:
+            for job in queue:
+                job(value)
+
+        list(self._pool.map(work, range(self._threads)))
 
     def _where(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self._model.parameters()]
