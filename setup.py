@@ -1,4 +1,4 @@
-"""The build: two packages from two top-level folders, and one optional C extension."""
+"""The build: packages from two top-level folders, and one optional C extension."""
 
 from pathlib import Path
 
@@ -22,8 +22,14 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # `kernels` is also the import name of another package, so ours is only ever imported as expo.kernels.
-    packages=["expo", "expo.kernels", "expo.demo"],
-    package_dir={"expo": "expo", "expo.kernels": "kernels", "expo.demo": "expo/demo"},
+    packages=["expo", "expo.kernels", "expo.demo", "expo.diff", "expo.search"],
+    package_dir={
+        "expo": "expo",
+        "expo.kernels": "kernels",
+        "expo.demo": "expo/demo",
+        "expo.diff": "expo/diff",
+        "expo.search": "expo/search",
+    },
     package_data={"expo": ["py.typed", "recipes.json"], "expo.demo": ["sft/*", "aligned/*"]},
     ext_modules=[CPU_ENGINE],
     install_requires=[
@@ -49,7 +55,9 @@ setup(
             "setuptools>=68",  # the tests build wheels
             "wheel",
             "peft>=0.13",  # whose merge ours is compared with
+            "matplotlib>=3.8",
         ],
+        "plots": ["matplotlib>=3.8"],  # what expo.search and expo.diff draw with
         "bench": ["pytest>=8", "pytest-benchmark>=4"],
     },
     zip_safe=False,

@@ -3,7 +3,8 @@
     out = aligned + alpha * (aligned - sft)
 
 merge() goes from file to file, stream() from file into the caller's memory, extrapolate() over arrays and tensors, and
-Live sets the alpha of a model that is in memory.
+Live sets the alpha of a model that is in memory. search_alpha() finds the best alpha, compare() shows what training
+changed.
 torch.ops.expo.extrapolate is the last of them as an operator, where torch is imported first; else import expo.op.
 """
 
@@ -28,13 +29,16 @@ if "torch" in sys.modules:  # it is never imported for its operator's sake
     from . import op as _op  # noqa: F401
 
 if TYPE_CHECKING:
+    from .diff import Comparison, compare
     from .live import Live
+    from .search import SearchResult, search_alpha
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Cancelled",
     "CheckpointError",
+    "Comparison",
     "EngineError",
     "ExpoError",
     "Live",
@@ -42,13 +46,23 @@ __all__ = [
     "Output",
     "OutputError",
     "PlanError",
+    "SearchResult",
     "UsageError",
+    "compare",
     "extrapolate",
     "merge",
+    "search_alpha",
     "stream",
 ]
 
-_LAZY = {"Live": "live"}  # what imports torch, and its module
+# What is imported when it is asked for, and its module: with torch or NumPy.
+_LAZY = {
+    "Comparison": "diff",
+    "Live": "live",
+    "SearchResult": "search",
+    "compare": "diff",
+    "search_alpha": "search",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,17 +20,25 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .checkpoint import INDEX, INDEX_BIN, SINGLE, SINGLE_BIN, Shard, WeightFile, load_json
+from .checkpoint import (
+    ADAPTER,
+    ADAPTER_BIN,
+    ADAPTER_CONFIG,
+    INDEX,
+    INDEX_BIN,
+    SINGLE,
+    SINGLE_BIN,
+    Shard,
+    WeightFile,
+    load_json,
+)
 from .errors import CheckpointError
 from .header import TensorInfo
 from .reader import Bytes
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-WEIGHTS_BIN = "adapter_model.bin"
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
 FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-PIECE = 1 << 20  # elements compared at a time
+PIECE = 1 << 20  # bytes of a tensor that are compared at a time; of the widest dtype
 
 MERGE = "merge_and_unload() it with PEFT, save_pretrained() the result and give that folder instead"
 BASE = "is it the checkpoint that the adapter was trained from?"
@@ -158,7 +166,7 @@ class _Placed(NamedTuple):
 def is_adapter(folder: str) -> bool:
     """Whether a folder is an adapter and no whole model, which may keep the config of an adapter merged into it."""
     wholes = (SINGLE, INDEX, SINGLE_BIN, INDEX_BIN)
-    return os.path.isfile(os.path.join(folder, CONFIG)) and not any(
+    return os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)) and not any(
         os.path.exists(os.path.join(folder, name)) for name in wholes
     )
 
@@ -171,8 +179,8 @@ def open_adapter(
     open_bin opens adapter_model.bin where there is no adapter_model.safetensors; without it that is an error.
     Raises CheckpointError naming file, tensor and values.
     """
-    config = load_json(os.path.join(folder, CONFIG))
-    _check_config(os.path.join(folder, CONFIG), config)
+    config = load_json(os.path.join(folder, ADAPTER_CONFIG))
+    _check_config(os.path.join(folder, ADAPTER_CONFIG), config)
     shard = _open_weights(folder, open_bin)
     pairs, others = _sort_keys(shard)
     low_rank = _low_rank(folder, shard.path, config, pairs, base)
@@ -246,17 +254,17 @@ def _refuse_unknown(path: str, config: Mapping[str, Any]) -> None:
 
 
 def _open_weights(folder: str, open_bin: Callable[[str], WeightFile] | None) -> WeightFile:
-    path, pickled = os.path.join(folder, WEIGHTS), os.path.join(folder, WEIGHTS_BIN)
+    path, pickled = os.path.join(folder, ADAPTER), os.path.join(folder, ADAPTER_BIN)
     if os.path.exists(path):
         return Shard(path)
     if os.path.lexists(path):
         raise CheckpointError(f"{path}: a broken link; download it again")
     if not os.path.exists(pickled):
-        raise CheckpointError(f"{folder}: {CONFIG} is in it, but no {WEIGHTS}; download it again")
+        raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} is in it, but no {ADAPTER}; download it again")
     if open_bin is None:
         raise CheckpointError(
             f"{pickled}: a PyTorch file, which cannot be read; convert it: load the adapter with PEFT and "
-            f"save_pretrained() it, which writes {WEIGHTS}"
+            f"save_pretrained() it, which writes {ADAPTER}"
         )
     return open_bin(pickled)
 
@@ -307,7 +315,7 @@ def _low_rank(
     folder: str, path: str, config: Mapping[str, Any], pairs: Sequence[_Pair], base: Mapping[str, TensorInfo]
 ) -> dict[str, LowRank]:
     placed = _place(path, config, pairs, base)
-    scales = _Scales(os.path.join(folder, CONFIG), config)
+    scales = _Scales(os.path.join(folder, ADAPTER_CONFIG), config)
     ways: dict[str, set[bool]] = defaultdict(set)  # by the last part of the module's name; what shapes tell
     for pair, _, fits in placed.values():
         if len(fits) == 1 and not pair.embedding:
@@ -481,7 +489,7 @@ def _equal(shard: WeightFile, one: TensorInfo, other: TensorInfo) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     pieces = zip(_pieces(shard, one), _pieces(shard, other), strict=True)
-    return all(bytes(a) == bytes(b) for a, b in pieces)
+    return all(a == b for a, b in pieces)
 
 
 def _pieces(shard: WeightFile, tensor: TensorInfo) -> Iterator[bytearray]:
@@ -529,7 +537,7 @@ def _check_saved(
     modules = config.get("modules_to_save") or []
     if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
         raise CheckpointError(
-            f"{os.path.join(folder, CONFIG)}: modules_to_save is {_short(modules)}, not a list of names"
+            f"{os.path.join(folder, ADAPTER_CONFIG)}: modules_to_save is {_short(modules)}, not a list of names"
         )
     for module in modules:  # PEFT lists heads that a model may not have
         if any(f".{module}." in f".{name}" for name in base) and not any(f"{module}." in name for name in full):

@@ -6,19 +6,17 @@ through each shard's reader, which opens the file when asked.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .errors import CheckpointError
 from .header import Header, TensorInfo, header_length, parse
-from .reader import Bytes, Identity, Reader
+from .reader import Bytes, Identity, Reader, opened
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -27,6 +25,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SINGLE_BIN = "pytorch_model.bin"
 INDEX_BIN = "pytorch_model.bin.index.json"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_BIN = "adapter_model.bin"
+ADAPTER_CONFIG = "adapter_config.json"
+CONFIG = "config.json"
 PICKLED = (".bin", ".pt", ".pth")  # what a file of PyTorch's own format may end in
 MAX_JSON = 100_000_000  # bytes of an index or a config
 
@@ -55,7 +57,7 @@ class Shard:
         """Read and check the header. Raises CheckpointError."""
         self.path = path
         try:
-            with _reading(path) as file:
+            with opened(path) as file:
                 identity = Identity.of(file.fileno())
                 first = file.read(64)
                 if first.startswith(b"GGUF"):
@@ -140,7 +142,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if not os.path.exists(path):
             raise CheckpointError(f"{path or repr(path)}: {_missing(path)}")
         return _assemble(path, None, {os.path.basename(path): open_file(path)}, {}, None)
-    config = load_json(os.path.join(path, "config.json"), missing={})
+    config = load_json(os.path.join(path, CONFIG), missing={})
     for single, index in ((SINGLE, INDEX), (SINGLE_BIN, INDEX_BIN)):
         if os.path.exists(os.path.join(path, single)):
             return _assemble(path, path, {single: open_file(os.path.join(path, single))}, config, None)
@@ -224,21 +226,12 @@ def other_files(folder: str, weights: Collection[str]) -> dict[str, str]:
     return {name: os.path.join(folder, name) for name in sorted(found) if name not in weights}
 
 
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[BinaryIO]:
-    """A regular file, open. Raises OSError, and CheckpointError for a FIFO, which would wait for a writer."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        yield file
-
-
 def load_json(path: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     """A JSON object; `missing` where there is no such file. Raises CheckpointError."""
     try:
         if os.path.getsize(path) > MAX_JSON:
             raise CheckpointError(f"{path}: {os.path.getsize(path)} bytes, but at most {MAX_JSON} are read")
-        with _reading(path) as file:
+        with opened(path) as file:
             value = json.loads(file.read())
     except FileNotFoundError:
         if missing is not None:
@@ -271,10 +264,10 @@ def _nothing_to_read(folder: str) -> str:
     for name in (SINGLE, INDEX, SINGLE_BIN, INDEX_BIN):
         if name in names:  # and yet it does not exist
             return f"{os.path.join(folder, name)}: a broken link; download it again"
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         return f"{folder}: a PEFT adapter; only --aligned may be one, over the checkpoint that --sft names"
     if any(name.startswith("adapter_model.") for name in names):
-        return f"{folder}: a PEFT adapter without its adapter_config.json; download it again"
+        return f"{folder}: a PEFT adapter without its {ADAPTER_CONFIG}; download it again"
     found = next((name for name in names if name.endswith(".gguf")), None)
     if found:
         return gguf(os.path.join(folder, found))

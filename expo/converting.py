@@ -34,10 +34,10 @@ class Block:
     """Elements [first, first + n) of a step's output."""
 
     def __init__(self, step: Step, first: int, n: int, inputs: Sequence[Any], factors: Factors | None) -> None:
-        """inputs: the bytes of aligned and, but for a copy, of sft."""
+        """inputs: the bytes of aligned and, but for a copy and below a delta, of sft."""
         self._step = step
         self._n = n
-        self._sft = inputs[1] if len(inputs) > 1 else None
+        self._sft = inputs[-1]
         dtypes = [step.aligned.dtype, *([step.sft.dtype] if step.sft else [])]
         self._work = "F64" if "F64" in dtypes else "F32"
         self._base = np.empty(n, STORAGE[self._work])

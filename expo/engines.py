@@ -35,8 +35,7 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
     """
     if engine not in ENGINES:
         raise UsageError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"device must be auto, cpu or cuda[:index], got {device!r}")
+    check_device(device)
     on_gpu = device.startswith("cuda")
     if on_gpu and engine in ("numpy", "cpu"):
         raise UsageError(f"--engine {engine} computes on the CPU, but --device is {device}; leave one of them out")
@@ -56,6 +55,12 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
             ) from error
         return _numpy("the compiled engine is not built")
     return Engine("cpu", cpu.extrapolate, "asked for" if engine == "cpu" else "compiled, as fast as memory")
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError where it is no device's name."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"device must be auto, cpu or cuda[:index], got {device!r}")
 
 
 def _numpy(why: str) -> Engine:

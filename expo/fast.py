@@ -8,13 +8,7 @@ Exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the outpu
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
-import math
-import os
 import re
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -22,14 +16,14 @@ from typing import Any
 
 from . import __version__
 from .engines import ENGINES
-from .errors import ExpoError, UsageError
+from .errors import UsageError
 from .pipeline import Preview, merge, preview
 from .plan import ON_MISMATCH, ON_UNPAIRED, OUTPUT_DTYPES, describe
 from .progress import Bar, size
 from .result import Merged
 from .steps import Action
+from .terminal import as_json, run, show, warn
 
-INTERRUPTED = 130
 SHOWN = 8  # copied or dropped tensors and left-out files that the summary names one by one
 EPILOG = """\
 out = aligned + alpha * (aligned - sft), in fp32, rounded once to aligned's dtype (ExPO, arXiv 2404.16792).
@@ -40,19 +34,13 @@ exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the outpu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text, and a terminal no UTF-8
-    try:
-        with _signals():
-            if options.list_recipes:
-                return _list_recipes(options)
-            return _plan(options) if options.plan else _merge(options)
-    except ExpoError as error:
-        print(f"expo: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as interrupt:
-        print(f"expo: interrupted; {str(interrupt) or 'nothing was left behind'}", file=sys.stderr)
-        return INTERRUPTED
+    return run(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.list_recipes:
+        return _list_recipes(options)
+    return _plan(options) if options.plan else _merge(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,29 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a merge as Ctrl-C does: what is done is kept for --resume, exit code 130."""
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    # nohup has SIGHUP ignored, and it stays so
-    before = {number: signal.getsignal(number) for number in stops if signal.getsignal(number) is not signal.SIG_IGN}
-
-    def interrupt(*_: object) -> None:
-        # For good: a second Ctrl-C must not cut short the writing down of what is done, nor change the exit code.
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        before.clear()
-        raise KeyboardInterrupt
-
-    for number in before:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _rules(texts: Sequence[str]) -> dict[str, float]:
     rules: dict[str, float] = {}
     for text in texts:
@@ -162,7 +127,7 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
 def _list_recipes(options: argparse.Namespace) -> int:
     from . import recipes
 
-    _print(recipes.as_json() if options.json else recipes.table())
+    show(recipes.as_json() if options.json else recipes.table())
     return 0
 
 
@@ -176,12 +141,11 @@ def _merge(options: argparse.Namespace) -> int:
     finally:
         if bar is not None:
             bar.close()
-    for warning in merged.warnings:
-        print(f"expo: warning: {warning}", file=sys.stderr)
+    warn(merged.warnings)
     if options.json:
-        _print(_json(asdict(merged)))
+        show(as_json(asdict(merged)))
     elif not options.quiet:
-        _print("\n".join(_summary(merged)))
+        show("\n".join(_summary(merged)))
     return 0
 
 
@@ -219,19 +183,12 @@ def _some(lines: Sequence[str]) -> Iterator[str]:
 def _plan(options: argparse.Namespace) -> int:
     found = preview(options.sft, options.aligned, options.alpha, options.out, **_choices(options))
     if options.json:
-        _print(_json(_plan_object(found)))
+        show(as_json(_plan_object(found)))
     elif not options.quiet:
-        _print("\n".join(_plan_text(found)))
+        show("\n".join(_plan_text(found)))
     if found.error is not None:
         raise found.error
     return 0
-
-
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # ... | head: nobody is left to read the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _plan_text(found: Preview) -> Iterator[str]:
@@ -277,19 +234,6 @@ def _plan_object(found: Preview) -> dict[str, Any]:
         "engine": engine.name, "why": engine.why, "workers": len(found.crew),
         "problems": [str(found.error)] if found.error and not plan.problems else plan.problems,
     }  # fmt: skip
-
-
-def _json(value: Any) -> str:
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no inf and no NaN: null stands for them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def parse(path: str, text: bytes, size: int) -> Header:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is not an object of strings")
-    if not _unicode(*metadata, *metadata.values()):
+    if not is_unicode(*metadata, *metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is not valid Unicode")
     start = 8 + len(text)
     tensors = [_tensor(path, name, entry, start) for name, entry in entries.items()]
@@ -114,7 +114,7 @@ def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorInfo:
     def fail(what: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r}: {what}")
 
-    if not _unicode(name):
+    if not is_unicode(name):
         raise fail("its name is not valid Unicode")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise fail("its entry is not an object of dtype, shape and data_offsets alone")
@@ -142,7 +142,7 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
-def _unicode(*texts: str) -> bool:
+def is_unicode(*texts: str) -> bool:
     """Whether UTF-8 can hold them: JSON can escape half of a surrogate pair, which then could not be written."""
     try:
         "".join(texts).encode("utf-8")

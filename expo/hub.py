@@ -22,24 +22,23 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from .checkpoint import INDEX, INDEX_BIN, SINGLE, SINGLE_BIN, load_json
+from .checkpoint import ADAPTER, ADAPTER_BIN, ADAPTER_CONFIG, CONFIG, INDEX, INDEX_BIN, SINGLE, SINGLE_BIN, load_json
 from .errors import CheckpointError
 from .header import MAX_HEADER
 from .plan import OTHER_WEIGHTS, sort_files
 from .progress import size as size_text
 
-ADAPTER_CONFIG = "adapter_config.json"
 FORMS = (  # of weights, the one that transformers would choose first: the file, and those that it needs beside it
     (SINGLE, ()),
     (INDEX, ()),
     (SINGLE_BIN, ()),
     (INDEX_BIN, ()),
-    ("adapter_model.safetensors", (ADAPTER_CONFIG,)),
-    ("adapter_model.bin", (ADAPTER_CONFIG,)),
+    (ADAPTER, (ADAPTER_CONFIG,)),
+    (ADAPTER_BIN, (ADAPTER_CONFIG,)),
 )
 INDEXES = (INDEX, INDEX_BIN)
 ABOUT_WEIGHTS = (
-    "config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
+    CONFIG, "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
     "quantize_config.json", "hf_quant_config.json", ADAPTER_CONFIG,
 )  # fmt: skip
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

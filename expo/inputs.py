@@ -8,11 +8,20 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-from .checkpoint import INDEX, Checkpoint, Origin, open_checkpoint, open_file, other_files, strays_of
+from .checkpoint import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    INDEX,
+    Checkpoint,
+    Origin,
+    open_checkpoint,
+    open_file,
+    other_files,
+    strays_of,
+)
 from .errors import CheckpointError, UsageError
 
 StrPath = str | os.PathLike[str]
-ADAPTER_CONFIG, CONFIG = "adapter_config.json", "config.json"
 VOCABULARIES = {
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json",

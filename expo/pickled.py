@@ -20,15 +20,14 @@ import contextlib
 import hashlib
 import os
 import pickletools
-import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from .errors import CheckpointError
-from .header import DTYPES, Header, TensorInfo, element_count
-from .reader import Identity, Reader
+from .header import DTYPES, Header, TensorInfo, element_count, is_unicode
+from .reader import Identity, Reader, opened
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -120,7 +119,7 @@ class PickledShard:
         self.path = path
         digest = hashlib.sha256()
         try:
-            with _reading(path) as file:
+            with opened(path) as file:
                 identity = Identity.of(file.fileno())
                 self.size = identity.size
                 form = _form(path, file.read(512), self.size)
@@ -182,15 +181,6 @@ def _merged(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, in
 
 def _wrong(path: str, tensor: str, what: str) -> CheckpointError:
     return CheckpointError(f"{path}: tensor {tensor!r}: {what}")
-
-
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[BinaryIO]:
-    """A regular file, open. Raises OSError, and CheckpointError for a FIFO, which would wait for a writer."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        yield file
 
 
 # What reads a form of file: from path, file, its size and a hash that the pickle goes into, the tensors and the byte
@@ -639,7 +629,7 @@ def _views(path: str, top: Any) -> list[_View]:
             raise CheckpointError(
                 f"{path}: not plain weights: entry {name!r} is {_kind(value)}, where a tensor is expected; {FIX}"
             )
-        if name == "__metadata__" or not _unicode(name):
+        if name == "__metadata__" or not is_unicode(name):
             raise CheckpointError(f"{path}: tensor {name!r} has a name that safetensors cannot hold")
         views.append(_view(path, name, value))
     return views
@@ -694,15 +684,6 @@ def _naturals(values: Any) -> bool:
 
 def _none(values: Any) -> bool:
     return values is None or (type(values) is dict and not values)
-
-
-def _unicode(text: str) -> bool:
-    """Whether UTF-8 can hold it: half of a surrogate pair could not be written."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _shown(text: str) -> str:

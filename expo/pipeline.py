@@ -21,6 +21,7 @@ from .inputs import StrPath, Wanted, open_inputs, wanted
 from .journal import Journal, has_journal
 from .kernels.contract import ITEMSIZE
 from .making import Making
+from .pairing import tie_flag
 from .plan import CARD, Plan, Rules, check_arguments, make_plan
 from .progress import size
 from .result import Merged, Tally
@@ -200,6 +201,8 @@ def _identity(sft: Checkpoint, aligned: Checkpoint, plan: Plan, rules: Rules) ->
         "version": __version__,
         "--alpha": plan.alphas,
         **rules.options(),
+        "--alpha-for": [[pattern, float(alpha)] for pattern, alpha in rules.alpha_for.items()],  # the last match wins
+        "tie_word_embeddings of sft and aligned": [tie_flag(each.config) for each in (sft, aligned)],
         "sft": _fingerprint(sft),
         "aligned": _fingerprint(aligned),
         "the adapter's config": aligned.adapter.config if aligned.adapter else None,

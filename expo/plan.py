@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoint import Checkpoint
+from .checkpoint import ADAPTER_CONFIG, CONFIG, Checkpoint
 from .errors import PlanError, UsageError
 from .header import TensorInfo
 from .kernels.contract import ITEMSIZE, working_alpha
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
 INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 ON_UNPAIRED = ("error", "aligned")
 ON_MISMATCH = ("error", "rows", "aligned")
+NOT_IN_SFT, ONLY_IN_SFT, UNTOUCHED = "not in sft", "only in sft", "not in the adapter"  # reasons
 OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-CONFIG = "config.json"
 CARD = "README.md"
-ADAPTER_CONFIG = "adapter_config.json"
 MAX_ALPHAS = 64
 OTHER_WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
@@ -177,7 +176,7 @@ def make_plan(
     ]
     shards = lay_out(aligned, steps, most)
     return Plan(
-        tuple(alphas), tuple(steps), pairs.dropped | dict.fromkeys(pairs.left, "only in sft"), shards,
+        tuple(alphas), tuple(steps), pairs.dropped | dict.fromkeys(pairs.left, ONLY_IN_SFT), shards,
         index_of(aligned, shards, most is not None), made, carried, left_out, tuple(problems),
     )  # fmt: skip
 
@@ -212,7 +211,7 @@ def check_arguments(
         try:
             if not isinstance(pattern, str):
                 raise TypeError(f"it is a {type(pattern).__name__}")
-            rules.append(Rule(re.compile(pattern), alpha))
+            rules.append(Rule(re.compile(pattern), float(alpha)))
         except (re.error, OverflowError, RecursionError, TypeError) as error:
             raise UsageError(f"alpha_for {pattern!r} is not a regular expression: {error}") from error
     return rules, size_of(max_shard_size)
@@ -221,10 +220,12 @@ def check_arguments(
 def _output_dtype(sft: Checkpoint, aligned: Checkpoint, name: str, dtype: str | None) -> str:
     """An adapter keeps tensors in a dtype of its own; merged they take the base's."""
     tensor = aligned.tensors[name]
-    if dtype is not None and tensor.dtype in ITEMSIZE:
+    if tensor.dtype not in ITEMSIZE:
+        return tensor.dtype
+    if dtype is not None:
         return OUTPUT_DTYPES[dtype]
-    whole = aligned.adapter is not None and name in aligned.adapter.full and tensor.dtype in ITEMSIZE
-    return sft.tensors[name].dtype if whole and name in sft.tensors else tensor.dtype
+    whole = aligned.adapter is not None and name in aligned.adapter.full
+    return sft.tensors[name].dtype if whole and sft.tensors[name].dtype in ITEMSIZE else tensor.dtype
 
 
 def _mismatch(aligned: TensorInfo, sft: TensorInfo) -> bool:
@@ -245,7 +246,7 @@ def _steps(
     """A tensor's fate; `_tensor_problems` says which of these copies need the user's word first."""
     tensor = aligned.tensors[name]
     if twin is None:
-        return [_copy(name, tensor, dtype, "not in sft", alphas)]
+        return [_copy(name, tensor, dtype, NOT_IN_SFT, alphas)]
     if aligned.adapter is not None and name not in aligned.adapter.full:
         return [_adapted(name, aligned.adapter, tensor, alphas, dtype)]
     other = twin.tensor
@@ -277,7 +278,7 @@ def _adapted(name: str, adapter: Adapter, base: TensorInfo, alphas: tuple[float,
     """A tensor that an adapter changes by a product of two small matrices, or leaves alone."""
     delta = adapter.low_rank.get(name)
     if delta is None:
-        return _copy(name, base, dtype, "not in the adapter", alphas)
+        return _copy(name, base, dtype, UNTOUCHED, alphas)
     working = _working(alphas, base, base)
     step = Step(name, Action.EXTRAPOLATE, f"adapter of rank {delta.rank}", working, base, base, dtype, None, delta)
     if any(working):

@@ -16,10 +16,11 @@ import fcntl
 import mmap
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from .errors import CheckpointError
 
@@ -53,6 +54,15 @@ class Bytes(Protocol):
     def mapped(self, start: int, stop: int) -> AbstractContextManager[memoryview | None]: ...
 
     def ahead(self, start: int, stop: int) -> None: ...
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """A regular file, open. Raises OSError, and CheckpointError for a FIFO, which would wait for a writer."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        yield file
 
 
 class Reader:

@@ -60,7 +60,7 @@ def _unknown(name: str, names: list[str]) -> str:
 
     near = difflib.get_close_matches(name.rpartition("/")[2].lower(), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"no recipe {name!r}: {hint}--list-recipes shows all {len(names)}"
+    return f"no recipe {name!r}: {hint}python -m expo.fast --list-recipes shows all {len(names)}"
 
 
 def table() -> str:

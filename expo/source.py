@@ -47,6 +47,7 @@ class Source:
         self._aligned = aligned
         self._scratch = threading.local()
         self._factors = lru_cache(FACTORS)(self._read_factors)
+        self._reads_factors = threading.Lock()  # all workers come to a tensor at once: one reads for all
 
     def ahead(self, piece: Piece) -> None:
         """Ask the system to start reading what a piece will need."""
@@ -67,10 +68,13 @@ class Source:
         return (file.reader for inputs in (self._sft, self._aligned) for file in inputs.weight_files.values())
 
     def spans(self, step: Step, start: int, stop: int) -> list[Span]:
-        """Where bytes [start, stop) of the step's output come from: aligned's and, but for a copy, sft's."""
+        """Where bytes [start, stop) of the step's output come from: aligned's and, but for a copy, sft's.
+
+        Where there is a delta both are the base, which is there once.
+        """
         bits = DTYPES[step.dtype]
         found = []
-        for checkpoint, tensor in ((self._aligned, step.aligned), (self._sft, step.sft)):
+        for checkpoint, tensor in ((self._aligned, step.aligned), (self._sft, None if step.delta else step.sft)):
             if tensor is not None:
                 low, high = (tensor.start + at * DTYPES[tensor.dtype] // bits for at in (start, stop))
                 reader = self._aligned.reader(step.name) if checkpoint is self._aligned else None
@@ -130,7 +134,8 @@ class Source:
         from . import converting
 
         item = DTYPES[step.dtype] // 8
-        factors = None if step.delta is None else self._factors(step.delta)
+        with self._reads_factors:
+            factors = None if step.delta is None else self._factors(step.delta)
         parts = []
         for low in range(start, stop, BLOCK * item):
             high = min(low + BLOCK * item, stop)
@@ -138,9 +143,9 @@ class Source:
             for span, buffer in zip(self.spans(step, low, high), self._buffers(BLOCK * WIDEST), strict=False):
                 inputs.append(buffer[: span.stop - span.start])
                 span.reader.read(span.start, inputs[-1])
-            block = converting.Block(step, low // item, (high - low) // item, inputs, factors)
             views = [out[low - start : high - start] for out in outs]
             try:
+                block = converting.Block(step, low // item, (high - low) // item, inputs, factors)
                 parts.append(block.compute(engine, views, measure))
             except RuntimeError as error:
                 raise EngineError(f"--engine {engine.name} failed on {step.name}: {error}") from error

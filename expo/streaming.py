@@ -65,7 +65,7 @@ def stream(
         note = tokens.difference(weak, strong)
         if note is not None:
             warnings.warn(note, stacklevel=2)
-        several = isinstance(alpha, Iterable)
+        several = isinstance(alpha, Iterable) and not isinstance(alpha, str)
         return _stream(plan, Source(weak, strong), chosen, _wrapper(framework, to), several, stack.pop_all())
 
 

@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,6 +22,7 @@ from checkpoints import contents, fingerprint, read_file, read_folder, safetenso
 from test_resume import Stop, interrupted
 
 import expo
+from expo.adapter import LowRank
 from expo.engines import choose
 from expo.fast import main
 from expo.inputs import open_inputs
@@ -688,3 +691,55 @@ def test_few_factors_are_held_and_each_is_read_once(lora: Made) -> None:
     assert held.misses == len(deltas(lora)) > FACTORS
     assert held.currsize == held.maxsize == FACTORS
     assert held.hits > held.misses
+
+
+def test_workers_who_come_to_a_tensor_together_read_its_factors_once(
+    lora: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, seen = Source._read_factors, []
+
+    def slow(self: Source, delta: LowRank) -> Any:
+        seen.append(delta)
+        time.sleep(0.1)
+        return read(self, delta)
+
+    monkeypatch.setattr(Source, "_read_factors", slow)
+    with open_inputs(*lora.pair) as (sft, aligned), ThreadPoolExecutor(4) as pool:
+        plan, source = make_plan(sft, aligned, (0.3,)), Source(sft, aligned)
+        step = next(step for step in plan.steps if step.delta is not None)
+        outs = [bytearray(1000) for _ in range(4)]
+        list(pool.map(lambda out: source.compute(choose("auto", "cpu"), step, 0, 1000, [out]), outs))
+    assert len(seen) == 1
+    assert len(set(map(bytes, outs))) == 1
+
+
+def test_the_base_below_a_delta_is_read_once(lora: Made) -> None:
+    with open_inputs(*lora.pair) as (sft, aligned):
+        step = next(step for step in make_plan(sft, aligned, (0.3,)).steps if step.delta is not None)
+        assert len(Source(sft, aligned).spans(step, 0, step.nbytes)) == 1
+
+
+def test_a_whole_tensor_over_one_of_integers(lora: Made, tmp_path: Path) -> None:
+    """It is kept as the adapter has it: there is no dtype of the base's to round it to."""
+    name = "model.norm.weight"
+    base, adapter = (Path(shutil.copytree(path, tmp_path / path.name)) for path in lora.pair)
+    tensors = {**read_folder(base), name: ("I64", (48,), bytes(48 * 8))}
+    for path in base.glob("model*"):
+        path.unlink()
+    (base / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+    own = ("F32", (48,), np.arange(48, dtype=np.float32).tobytes())
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(safetensors_bytes({**read_file(weights), PREFIX + name: own}))
+    with pytest.raises(expo.PlanError, match=rf"{name}: sft I64 \[48\], aligned F32 \[48\]"):
+        expo.merge(base, adapter, 0.3, tmp_path / "out")
+    expo.merge(base, adapter, 0.3, tmp_path / "out", on_mismatch="aligned")
+    assert read_folder(tmp_path / "out")[name] == own
+
+
+def test_a_floating_point_mode_that_cannot_be_worked_in_is_an_error_of_ours(lora: Made) -> None:
+    torch.set_flush_denormal(True)  # which the threads that compute take over
+    try:
+        with pytest.raises(expo.EngineError, match=r"failed on model\..*floating-point mode flushes subnormals"):
+            list(expo.stream(*lora.pair, 0.3))
+    finally:
+        torch.set_flush_denormal(False)

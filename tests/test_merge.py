@@ -245,6 +245,13 @@ def test_alpha_for_the_last_match_wins_and_0_keeps_aligned(pair: Pair, tmp_path:
     assert ("BF16.F32", "alpha is 0") in merged.copied
 
 
+def test_alpha_for_takes_numpys_numbers(pair: Pair, tmp_path: Path) -> None:
+    rules: Any = {"long": np.float32(0.5)}
+    expo.merge(*pair, 0.3, tmp_path / "out", alpha_for=rules)
+    expo.merge(*pair, 0.3, tmp_path / "plain", alpha_for={"long": 0.5})
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
 def test_alpha_for_holds_in_every_output(pair: Pair, tmp_path: Path) -> None:
     expo.merge(*pair, [0.1, 0.2], tmp_path / "out{alpha}", alpha_for={"long": 0.9})
     first, second = (read_folder(tmp_path / f"out{alpha}") for alpha in (0.1, 0.2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -27,6 +28,7 @@ def test_public_names() -> None:
     assert expo.__all__ == [
         "Cancelled",
         "CheckpointError",
+        "Comparison",
         "EngineError",
         "ExpoError",
         "Live",
@@ -34,9 +36,12 @@ def test_public_names() -> None:
         "Output",
         "OutputError",
         "PlanError",
+        "SearchResult",
         "UsageError",
+        "compare",
         "extrapolate",
         "merge",
+        "search_alpha",
         "stream",
     ]
     assert all(getattr(expo, name).__doc__ for name in expo.__all__)
@@ -76,7 +81,11 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A wheel built from a copy of the repository, with a C compiler and without one."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    subprocess.run(["git", "-C", str(ROOT), "checkout-index", "-a", "--prefix", f"{source}/"], check=True)
+    listed = subprocess.check_output(["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"], text=True)
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():  # a file may be deleted and not yet be so in the index
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name)
     environment = dict(os.environ) if request.param == "compiled" else {**os.environ, "CC": "/bin/false"}
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
     subprocess.run([*command, str(source)], env=environment, check=True, capture_output=True)
@@ -90,6 +99,7 @@ def test_wheel_is_complete_and_merges_from_elsewhere(wheel: tuple[str, Path], tm
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     assert {"expo/py.typed", "expo/kernels/numerics.py", "expo/demo/sft/config.json", "expo/fast.py"} <= names
+    assert {f"expo/{path.relative_to(ROOT / 'expo')}" for path in (ROOT / "expo").rglob("*.py")} <= names
     assert any("_cpu." in name and name.endswith(".so") for name in names) == (kind == "compiled")
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
     code = (

@@ -127,14 +127,14 @@ def test_unknown_name_is_met_with_the_nearest(name: str, near: str) -> None:
     with pytest.raises(UsageError) as caught:
         recipe(name)
     assert str(caught.value).startswith(f"no recipe {name!r}: did you mean {near}")
-    assert str(caught.value).endswith("? --list-recipes shows all 12")
+    assert str(caught.value).endswith("? python -m expo.fast --list-recipes shows all 12")
 
 
 @pytest.mark.parametrize("name", ["", "gpt2", "/", "\n"])
 def test_a_name_that_is_near_to_none(name: str) -> None:
     with pytest.raises(UsageError) as caught:
         recipe(name)
-    assert str(caught.value) == f"no recipe {name!r}: --list-recipes shows all 12"
+    assert str(caught.value) == f"no recipe {name!r}: python -m expo.fast --list-recipes shows all 12"
 
 
 def test_no_library_is_imported_for_the_list() -> None:

@@ -132,7 +132,7 @@ def test_resume_where_nothing_was_left_starts_anew(pair: Pair, tmp_path: Path, w
     ("change", "said"),
     [
         ({"alpha": 0.5}, r"--alpha was \[0.3\], is \[0.5\]"),
-        ({"alpha_for": {"half": 0.1}}, r"--alpha-for was {}, is {\"half\": 0.1}"),
+        ({"alpha_for": {"half": 0.1}}, r"--alpha-for was \[\], is \[\[\"half\", 0.1\]\]"),
         ({"on_unpaired": "aligned"}, r"--on-unpaired was \"error\", is \"aligned\""),
         ({"on_mismatch": "aligned"}, r"--on-mismatch was \"error\", is \"aligned\""),
     ],
@@ -150,6 +150,29 @@ def test_another_merge_is_refused_and_the_difference_named(
     assert files(staging(out)) == before
     expo.merge(*pair, 0.3, out, resume=True)
     assert files(out) == whole
+
+
+def test_the_order_of_rules_is_part_of_a_merge(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
+    one, other = {"f": 0.1, "l": 0.9}, {"l": 0.9, "f": 0.1}  # of both that match "half" and "full" the last one counts
+    interrupted(monkeypatch, 20, Stop(), lambda: expo.merge(*pair, 0.3, tmp_path / "out", alpha_for=one))
+    with pytest.raises(expo.OutputError, match=r'--alpha-for was \[\["f", 0.1\], \["l", 0.9\]\], is \[\["l"'):
+        expo.merge(*pair, 0.3, tmp_path / "out", alpha_for=other, resume=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_config_says_of_a_tie_is_part_of_a_merge(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tied: bool
+) -> None:
+    shapes = {"model.embed_tokens.weight": ("BF16", (301, 97)), "lm_head.weight": ("BF16", (301, 97))}
+    tensors = random_tensors(shapes, 1)
+    aligned = write_folder(tmp_path / "aligned", random_tensors(shapes, 2))
+    del tensors["lm_head.weight"]  # its twin is the embedding, where the config does not say otherwise
+    sft = write_folder(tmp_path / "sft", tensors, config={"tie_word_embeddings": tied})
+    work = (sft, aligned, 0.3, tmp_path / "out")
+    interrupted(monkeypatch, 5, Stop(), lambda: expo.merge(*work, on_unpaired="aligned"))
+    (sft / "config.json").write_text(json.dumps({"tie_word_embeddings": not tied}))
+    with pytest.raises(expo.OutputError, match=r"holds another merge \(tie_word_embeddings of sft and aligned was"):
+        expo.merge(*work, on_unpaired="aligned", resume=True)
 
 
 def test_another_input_is_refused(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:

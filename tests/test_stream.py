@@ -289,6 +289,12 @@ def test_a_file_that_is_not_mapped_gives_the_same_tensors(
 # --- several alphas, devices, and who takes an iterator ---------------------------------------------------------------
 
 
+def test_an_alpha_in_text_is_one(pair: Pair) -> None:
+    text: Any = "0.3"
+    for (name, found), (_, wanted) in zip(expo.stream(*pair, text), expo.stream(*pair, 0.3), strict=True):
+        assert torch.equal(found, wanted), name
+
+
 @pytest.mark.parametrize("framework", ["torch", "numpy"])
 def test_several_alphas_are_those_of_as_many_streams_from_one_read(pair: Pair, framework: str) -> None:
     alphas = [0.3, 0.0, -1.5]

@@ -287,8 +287,8 @@ def test_the_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "--sft, --aligned and --alpha must be given, or --recipe gives all three"),
         (["--alpha", "0.3"], "--sft and --aligned must be given, or --recipe gives all three"),
         (["--aligned", "x", "--alpha", "0.3"], "--sft must be given, or --recipe gives all three"),
-        (["--recipe", "zephyr-7b"], "no recipe 'zephyr-7b': did you mean zephyr-7b-beta or zephyr-7b-alpha? --list-"),
-        (["--recipe", "gpt2", "--plan"], "no recipe 'gpt2': --list-recipes shows all 12"),
+        (["--recipe", "zephyr-7b"], "no recipe 'zephyr-7b': did you mean zephyr-7b-beta or zephyr-7b-alpha? python -m"),
+        (["--recipe", "gpt2", "--plan"], "no recipe 'gpt2': python -m expo.fast --list-recipes shows all 12"),
         (
             ["--recipe", "tulu-2-dpo-7b", "--max-shard-size", "x"],
             "max_shard_size takes bytes, or a size such as 5GB or",
