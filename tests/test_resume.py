@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -355,17 +355,7 @@ def command(pair: Pair, out: Path, *more: str) -> list[str]:
             "--out", str(out), "--quiet", *more]  # fmt: skip
 
 
-@pytest.fixture
-def _own_signals() -> Iterator[None]:
-    """What the process does at a signal, put back: an interrupted command ignores further ones for good."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("_own_signals")
+@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_what_a_resume_goes_on_with(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, whole: dict[str, bytes], number: int,

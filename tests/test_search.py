@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -609,16 +608,7 @@ def test_the_command_line_killed_and_gone_on_with_to_a_merged_model(
         assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
 
 
-@pytest.fixture
-def _own_signals() -> Iterator[None]:
-    """A command that is stopped ignores further signals for the rest of its process, and those that it starts."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("_own_signals")
+@pytest.mark.usefixtures("own_signals")
 def test_the_command_line_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STOP", "15")
