@@ -22,7 +22,6 @@ from bench.claim import (
     cache,
     dpo,
     estimate,
-    generate,
     missing,
     models,
     prompts,
@@ -240,25 +239,6 @@ def test_the_loss_of_the_reference_is_log_2_and_a_step_lowers_it() -> None:
     assert losses[2] < losses[1] < losses[0]
     one = dpo.loss_of(torch.tensor([3.0]), torch.tensor([1.0]), 0.5).item()
     assert one == pytest.approx(math.log(1 + math.exp(-0.5 * 2)))
-
-
-def test_draws_have_the_shares_of_what_is_left_and_nothing_else() -> None:
-    drawing = generate.Drawing(temperature=0.5, top_p=0.75, top_k=3, new_tokens=1)
-    logits = torch.tensor([0.15, 0.3, 0.05, 0.5]).log() * 0.5
-    chances = (torch.arange(1000) + 0.5) / 1000
-    counts = generate.draw(logits.expand(1000, 4), chances, drawing)[:, 0].bincount(minlength=4)
-    assert counts.tolist() == pytest.approx([0, 375, 0, 625], abs=1)  # 0.5 and 0.3 make 0.84 of the three: enough
-    assert generate.draw(logits[None], torch.tensor([1.0]), drawing).item() == 1
-
-
-def test_a_reply_does_not_depend_on_its_neighbours_lengths() -> None:
-    model = models.load(ALIGNED)
-    drawing = generate.Drawing(0.8, 0.9, 50, 12)
-    padded = generate.replies(model, [[0, 40, 41], [0, 7, 8, 9, 10, 11]], drawing, 5, bf16=False)
-    alone = generate.replies(model, [[0, 40, 41], [0, 40]], drawing, 5, bf16=False)
-    assert padded[0] == alone[0]
-    assert padded[1] != alone[1]
-    assert all(len(reply) == 12 or reply[-1] == 1 for reply in padded + alone)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cache
-from .generate import precision
+from .models import precision
 from .settings import Settings
 
 

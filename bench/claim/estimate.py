@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import dpo, models
-from .generate import replies
-from .sampling import Writer, drawing_of
+from expo.search.sampling import encode
+
+from . import dpo
+from .sampling import Writer
 from .settings import Settings
 from .sweep import file_of
 
@@ -33,14 +34,13 @@ def outstanding(settings: Settings, work: Path, seeds: int) -> dict[str, int]:
 def measured(writer: Writer, prompts: list[str]) -> tuple[float, float]:
     """Seconds of one reply and of one step of training. The writer's model is of no use afterwards."""
     settings = writer.settings
-    encoded = [models.encode(writer.tokenizer, prompt) for prompt in prompts]
-    batch = [encoded[place % len(encoded)] for place in range(settings.rows)]
+    batch = [prompts[place % len(prompts)] for place in range(settings.rows)]
     begun = time.monotonic()
-    made = replies(writer.model, batch, drawing_of(settings, settings.temperature), 0, settings.bf16)
+    made = writer(batch, settings.sampling(), ("estimate",))
     of_reply = (time.monotonic() - begun) / len(made)
-    tails = [made[place % len(made)] for place in range(2 * settings.pairs_per_step)]
+    tails = [made[place % len(made)]["tokens"] for place in range(2 * settings.pairs_per_step)]
     pairs = [
-        dpo.Pair(batch[place % len(batch)], tails[2 * place], tails[2 * place + 1])
+        dpo.Pair(encode(writer.tokenizer, batch[place % len(batch)]), tails[2 * place], tails[2 * place + 1])
         for place in range(settings.pairs_per_step)
     ]
     training = dpo.Training(writer.model, settings)

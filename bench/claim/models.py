@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,9 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path, local_files_only=True, padding_side="left")
 
 
-def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt as the model takes it: one turn of the user, where the tokenizer has a chat template."""
-    if tokenizer.chat_template is None:
-        tokens: list[int] = tokenizer(prompt)["input_ids"]
-        return tokens
-    turn = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokens
+def precision(bf16: bool) -> Any:
+    """Matrix products in bf16, of weights that stay fp32; or in fp32."""
+    return torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 def _dequantise(folder: Path) -> None:

@@ -39,7 +39,8 @@ def result(settings: Settings, found: Sequence[ByRole], training: Sequence[dict[
     """All that is kept of a run."""
     arrays = {role: rewards(found, role, settings.replies_each) for role in ("sft", "early", "full")}
     sweeps = Sweeps(arrays["sft"][..., 0], arrays["early"], arrays["full"], settings.alphas_early, settings.alphas_full)
-    kept = {"settings": dataclasses.asdict(settings), "seeds": len(found), "machine": machine(), **summary(sweeps)}
+    described = {**dataclasses.asdict(settings), "sampling": dataclasses.asdict(settings.sampling())}
+    kept = {"settings": described, "seeds": len(found), "machine": machine(), **summary(sweeps)}
     for role, curve in kept["curves"].items():
         for point in curve:
             point |= lengths([row for by_role in found for row in by_role[role][point["alpha"]]])

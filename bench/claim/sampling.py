@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from expo.search.sampling import Sampled, Sampler
+from expo.search.settings import Sampling
+
 from . import cache
 from .cache import Row
-from .generate import Drawing, replies
-from .models import encode
+from .models import precision
 from .reward import Reward
 from .settings import Settings
 
@@ -20,11 +22,6 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
 
 
-def drawing_of(settings: Settings, temperature: float) -> Drawing:
-    """The settings' way to draw, at a temperature."""
-    return Drawing(temperature, settings.top_p, settings.top_k, settings.new_tokens)
-
-
 class Writer:
     """Writes and scores replies of one model."""
 
@@ -32,19 +29,17 @@ class Writer:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self._reward = reward
 
-    def __call__(self, prompts: Sequence[str], temperature: float, seed: tuple[object, ...]) -> Iterator[Row]:
-        """One row for each prompt; a batch's chances depend on the seed and on which batch it is, and on no alpha."""
-        end = self.model.config.eos_token_id
-        drawing = drawing_of(self.settings, temperature)
-        for start in range(0, len(prompts), self.settings.rows):
-            part = prompts[start : start + self.settings.rows]
-            encoded = [encode(self.tokenizer, prompt) for prompt in part]
-            made = replies(self.model, encoded, drawing, seed_of(*seed, start), self.settings.bf16)
-            for prompt, tokens in zip(part, made, strict=True):
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                finished = tokens[-1] == end
-                worth = round(self._reward(text, finished), 6)
-                yield {"prompt": prompt, "reply": text, "reward": worth, "tokens": tokens, "finished": finished}
+    def __call__(self, prompts: Sequence[str], sampling: Sampling, seed: tuple[object, ...]) -> list[Row]:
+        """One row for each prompt, in their order; the chances depend on the seed and the place, and on no alpha."""
+        sampler = Sampler(self.model, self.tokenizer, prompts, sampling, seed_of(*seed), self.settings.rows)
+        with precision(self.settings.bf16):
+            made = {at: one for batch in sampler.batches for at, one in zip(batch, sampler(batch), strict=True)}
+        return [self._row(prompt, made[at]) for at, prompt in enumerate(prompts)]
+
+    def _row(self, prompt: str, made: Sampled) -> Row:
+        worth = round(self._reward(made.text, made.finished), 6)
+        tokens = list(made.tokens)
+        return {"prompt": prompt, "reply": made.text, "reward": worth, "tokens": tokens, "finished": made.finished}
 
 
 def training_rows(
@@ -57,7 +52,7 @@ def training_rows(
         part = wanted[start : start + settings.rows]
 
         def make(part: list[str] = part, start: int = start) -> list[Row]:
-            return list(writer()(part, settings.train_temperature, ("train", seed, start)))
+            return writer()(part, settings.sampling(settings.train_temperature), ("train", seed, start))
 
         found += cache.rows(work / "replies" / f"{start:05}.jsonl", make)
     return found

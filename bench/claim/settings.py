@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from expo.search.settings import Sampling
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,11 +28,12 @@ class Settings:
     alphas_early: tuple[float, ...]
     alphas_full: tuple[float, ...]
     beta: float = 0.1
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int = 50
     rows: int = 64  # replies that are generated together
     bf16: bool = False  # matrix products in bf16 (weights, sums and the extrapolation stay fp32)
+
+    def sampling(self, temperature: float = Sampling.temperature) -> Sampling:
+        """The paper's way to sample, at its temperature or another, with replies of these settings' length."""
+        return Sampling(temperature=temperature, max_new_tokens=self.new_tokens)
 
     @property
     def early_step(self) -> int:

@@ -20,7 +20,7 @@ def own(path: Path, writer: Callable[[], Writer], prompts: Sequence[str], seed: 
 def measure(writer: Writer, prompts: Sequence[str], seed: int) -> list[Row]:
     """Replies to every prompt, as often as the settings say, with the chances of a seed."""
     each = [prompt for prompt in prompts for _ in range(writer.settings.replies_each)]
-    return list(writer(each, writer.settings.temperature, ("held out", seed)))
+    return writer(each, writer.settings.sampling(), ("held out", seed))
 
 
 def file_of(work: Path, role: str, alpha: float) -> Path:

@@ -28,10 +28,10 @@ _GOLDEN, _FIRST, _SECOND = (
 
 
 class Sampled(NamedTuple):
-    """A reply: its text, the number of tokens with the one that ends it, whether it has that one, repeated 4-grams."""
+    """A reply: its text, its tokens with the one that ends it, whether it has that one, repeated 4-grams."""
 
     text: str
-    new_tokens: int
+    tokens: tuple[int, ...]
     finished: bool
     repetition: float
 
@@ -99,6 +99,17 @@ def repetition(tokens: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt as the model takes it: one turn of the user, where the tokenizer has a chat template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        tokens: list[int] = tokenizer(prompt)["input_ids"]
+        return tokens
+    turn = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens
+
+
 class Sampler:
     """Samples replies to given prompts, in batches that depend on the prompts and on nothing else.
 
@@ -134,15 +145,12 @@ class Sampler:
     def _encoded(self, prompts: Sequence[str]) -> list[list[int]]:
         if getattr(self._tokenizer, "chat_template", None) is None:
             self.notes.append("the tokenizer has no chat template: prompts are given to the model as they are")
-            return [self._tokenizer(prompt)["input_ids"] for prompt in prompts]
         encoded = []
         for index, prompt in enumerate(prompts):
-            turn = [{"role": "user", "content": prompt}]
             try:
-                text = self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+                encoded.append(encode(self._tokenizer, prompt))
             except Exception as error:  # a template is a program
                 raise UsageError(f"prompt {index}: the tokenizer's chat template fails: {error}") from error
-            encoded.append(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return encoded
 
     @property
@@ -186,7 +194,7 @@ class Sampler:
         length = next((at for at, token in enumerate(tokens) if token in self._ends), len(tokens))
         finished = length < len(tokens)
         text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        return Sampled(text, length + finished, finished, round(repetition(tokens[:length]), 6))
+        return Sampled(text, tuple(tokens[: length + finished]), finished, round(repetition(tokens[:length]), 6))
 
 
 def _batches(rooms: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterable[list[int]]:

@@ -200,7 +200,7 @@ class _Search:
         rewards = rewards_of(reward, self._reward_name, prompts, [each.text for each in sampled])
         columns = zip(batch, prompts, sampled, rewards, strict=True)
         return [
-            Reply(alpha, index, prompt, each.text, value, each.new_tokens, each.finished, each.repetition)
+            Reply(alpha, index, prompt, each.text, value, len(each.tokens), each.finished, each.repetition)
             for index, prompt, each, value in columns
         ]
 
