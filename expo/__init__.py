@@ -19,6 +19,7 @@ from .errors import (
     ExpoError,
     OutputError,
     PlanError,
+    RankError,
     UsageError,
 )
 from .pipeline import merge
@@ -46,6 +47,7 @@ __all__ = [
     "Output",
     "OutputError",
     "PlanError",
+    "RankError",
     "SearchResult",
     "UsageError",
     "compare",

@@ -6,6 +6,7 @@
     ├── CheckpointError  an input that is missing, damaged or of a kind that cannot be read        (exit code 3)
     ├── PlanError        two readable inputs that cannot be merged                                 (exit code 3)
     ├── OutputError      an output that could not be written                                       (exit code 4)
+    ├── RankError        another process of the same merge that failed, died, or sees other inputs  (exit code 4)
     └── Cancelled        the caller asked to stop; nothing stands at the output's path              (exit code 130)
 
 A message says what, where (file and tensor), both values, and the fix.
@@ -46,6 +47,16 @@ class OutputError(ExpoError):
     """An output that could not be written; the inputs are untouched and nothing stands at the output's path."""
 
     exit_code = 4
+
+
+class RankError(ExpoError):
+    """Another process of the same merge failed, died, or sees other inputs; kind: the name of its exception."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class Cancelled(ExpoError):

@@ -8,13 +8,14 @@ Exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the outpu
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from . import __version__
+from . import __version__, ranks
 from .engines import ENGINES
 from .errors import UsageError
 from .pipeline import Preview, merge, preview
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.list_recipes:
         return _list_recipes(options)
-    return _plan(options) if options.plan else _merge(options)
+    if options.plan:
+        return 0 if ranks.launched() and os.environ["RANK"] != "0" else _plan(options)
+    return _merge(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,15 +135,20 @@ def _list_recipes(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    bar = None if options.quiet else Bar()
-    try:
-        merged = merge(
-            options.sft, options.aligned, options.alpha, options.out,
-            **_choices(options), verify=options.verify, digest=options.digest, progress=bar,
-        )  # fmt: skip
-    finally:
-        if bar is not None:
-            bar.close()
+    with ranks.join() as these:
+        bar = None if options.quiet or these.rank else Bar()
+        choices = _choices(options)
+        choices["resume"] |= these.restarts  # all are started again with the same arguments
+        try:
+            merged = merge(
+                options.sft, options.aligned, options.alpha, options.out,
+                **choices, verify=options.verify, digest=options.digest, progress=bar, ranks=these,
+            )  # fmt: skip
+        finally:
+            if bar is not None:
+                bar.close()
+    if these.rank:
+        return 0
     warn(merged.warnings)
     if options.json:
         show(as_json(asdict(merged)))
@@ -165,7 +173,8 @@ def _summary(merged: Merged) -> Iterator[str]:
     written = "past the page cache" if merged.direct else "through the page cache"
     parts = [f"{name} {done / merged.bytes_written:.0%}" for name, done in merged.shares.items()]
     shares = f"; {', '.join(parts)} of the bytes" if len(parts) > 1 else ""
-    yield f"  engine   {merged.engine}, {merged.workers} workers ({merged.why}){shares}; written {written}"
+    each = f" on each of {merged.ranks} ranks" if merged.ranks > 1 else ""
+    yield f"  engine   {merged.engine}, {merged.workers} workers{each} ({merged.why}){shares}; written {written}"
     for output in merged.outputs:
         yield (
             f"  alpha {output.alpha:g}  {output.changed:.1%} of elements changed, |change| / |aligned| "

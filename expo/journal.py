@@ -2,7 +2,8 @@
 
 A line for the merge that it belongs to, then one for every few seconds: the chunks that were written and synced before
 the line was, with their statistics. Each line carries its own checksum, so a line that a crash cut short counts as not
-written, and with it all that follows.
+written, and with it all that follows. Where several ranks make a merge, rank 0 has the journal and each other one has a
+journal of its own beside it, `.expo-journal.RANK`, until rank 0 collects its lines.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .errors import OutputError
 from .kernels.contract import Statistics
 from .layout import Chunk
 from .work import Measured
-from .writer import JOURNAL, output_errors
+from .writer import JOURNAL, journals_of_ranks, lock, output_errors
 
 INTERVAL = 2.0  # seconds of work that a crash can cost; a sync of what was written past the cache takes milliseconds
 MOST = 1 << 30  # bytes of a journal; a terabyte of output takes a tenth of it
@@ -87,10 +88,15 @@ def _kind(kind: type[Any], value: Any) -> Any:
 class Journal:
     """The journals of a merge's outputs, all with the same lines; for one thread."""
 
-    def __init__(self, folders: Sequence[str], merge: Mapping[str, Any]) -> None:
-        """folders: the stagings of all outputs. merge: what the merge is, as JSON; `begin` or `resume` comes next."""
+    def __init__(self, folders: Sequence[str], merge: Mapping[str, Any], rank: int = 0) -> None:
+        """folders: the stagings of all outputs. merge: what the merge is, as JSON.
+
+        `begin` or `resume` comes next on rank 0, `join` on others.
+        """
         self._folders = folders
         self._merge = json.loads(json.dumps(merge))
+        self._rank = rank
+        self._held: list[int] = []  # descriptors of a rank's own journals, locked while it writes
         self._pending: Done = {}
         self._flushed = time.monotonic()
 
@@ -109,18 +115,50 @@ class Journal:
         """
         for folder in self._folders:
             self.put_back(folder)
-        found = [read(folder, mend=True) for folder in self._folders]
+        found = [read(place(folder), mend=True) for folder in self._folders]
         for each, folder in zip(found, self._folders, strict=True):
             if each is not None and each.merge != self._merge:
                 differing = "; ".join(differences(each.merge, self._merge))
                 raise OutputError(
                     f"{folder} holds another merge ({differing}): choose another --out, or --overwrite starts anew"
                 )
-        if not found or any(each is None for each in found):
-            return None
-        first, *others = [each for each in found if each is not None]
-        done = {key: value for key, value in first.done.items() if all(key in each.done for each in others)}
-        return first.chunk, done
+        begun = _of_all(found)
+        return begun and (begun[0], begun[1] | self.collect(begun[0]))
+
+    def collect(self, chunk_size: int) -> Done:
+        """Take over the chunks that other ranks wrote down, and remove their journals. Raises OutputError."""
+        staged = [folder for folder in self._folders if os.path.isdir(folder)]
+        names = sorted({name for folder in staged for name in journals_of_ranks(folder)})
+        done: Done = {}
+        for name in names:
+            found = [read(os.path.join(folder, name)) for folder in staged]
+            if all(each is not None and each.merge == self._merge and each.chunk == chunk_size for each in found):
+                begun = _of_all(found)
+                done.update(begun[1] if begun else {})
+        if done:
+            self._append({"done": described(done)})
+        for path in (os.path.join(folder, name) for folder in staged for name in names):
+            with output_errors(path), contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        return done
+
+    def join(self) -> tuple[int, Done]:
+        """Begin a rank's own journal beside that of rank 0; (chunk size, what was done). Raises OutputError."""
+        begun = _of_all([read(place(folder)) for folder in self._folders])
+        if begun is None:
+            raise OutputError(f"{place(self._folders[0])}: the journal of rank 0 cannot be read here")
+        for folder in filter(os.path.isdir, self._folders):
+            path = os.path.join(folder, f"{JOURNAL}.{self._rank}")
+            with output_errors(path):
+                self._held.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+                lock(self._held[-1])
+        self._append({"merge": self._merge, "chunk": begun[0]})
+        return begun
+
+    def close(self) -> None:
+        """Let go of a rank's own journals."""
+        while self._held:
+            os.close(self._held.pop())
 
     def add(self, chunk: Chunk, measured: Measured) -> None:
         """A chunk that was written for all outputs, though not synced yet."""
@@ -164,11 +202,18 @@ class Journal:
         return warnings
 
     def _append(self, record: Any) -> None:
-        for path in map(place, self._folders):
+        for path in self._paths():
             with output_errors(path), open(path, "ab") as file:
                 file.write(encode(record))
                 file.flush()
                 os.fsync(file.fileno())
+
+    def _paths(self) -> Iterator[str]:
+        """Where this rank writes: rank 0 for every output, others for those that are not in place."""
+        if self._rank == 0:
+            yield from map(place, self._folders)
+        else:
+            yield from (os.path.join(each, f"{JOURNAL}.{self._rank}") for each in self._folders if os.path.isdir(each))
 
 
 def aside(folder: str) -> str:
@@ -214,12 +259,20 @@ class Found(NamedTuple):
     done: Done
 
 
-def read(folder: str, mend: bool = False) -> Found | None:
-    """The journal of a staging folder; None for one that is absent, damaged, or without a whole first line.
+def _of_all(found: Sequence[Found | None]) -> tuple[int, Done] | None:
+    """Of the journals of all outputs: the size of the chunks, and those that every one has; None if one is missing."""
+    there = [each for each in found if each is not None]
+    if not there or len(there) < len(found):
+        return None
+    first, *others = there
+    return first.chunk, {key: value for key, value in first.done.items() if all(key in each.done for each in others)}
+
+
+def read(path: str, mend: bool = False) -> Found | None:
+    """A journal; None for one that is absent, damaged, or without a whole first line.
 
     mend: cut off what follows the last good line, so that new ones can follow it. Raises OutputError.
     """
-    path = place(folder)
     try:
         with open(path, "r+b" if mend else "rb", opener=_no_link) as file:
             if os.fstat(file.fileno()).st_size > MOST:

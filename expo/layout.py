@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .checkpoint import PICKLED, SINGLE, Checkpoint
 from .errors import UsageError
@@ -149,3 +149,20 @@ def cut(shards: Sequence[OutputShard], size: int) -> Iterator[Chunk]:
                 if low < high:
                     pieces.append(Piece(step, low - placed.start, high - placed.start, low - start))
             yield Chunk(shard, start, stop, tuple(pieces))
+
+
+def portion(
+    shards: Sequence[OutputShard], size: int, done: Mapping[tuple[str, int], tuple[int, Any]], rank: int, world: int
+) -> Iterator[Chunk]:
+    """One rank's run of the chunks that are not done: the same number of bytes for each, to within a chunk.
+
+    done: (shard's name, start) to the byte after the chunk's last, and what the caller knows of it.
+    """
+    total = sum(shard.size for shard in shards) - sum(stop - start for (_, start), (stop, _) in done.items())
+    at = 0  # bytes before the chunk
+    for chunk in cut(shards, size):
+        if (chunk.shard.name, chunk.start) not in done:
+            length = chunk.stop - chunk.start
+            if (2 * at + length) * world // (2 * total) == rank:  # the rank whose run its middle is in
+                yield chunk
+            at += length

@@ -1,35 +1,33 @@
-"""The outputs of a merge while they are made: staged, journalled, checked, and committed or kept for later."""
+"""The outputs of a merge while they are made: staged, filled, completed, and committed or kept for later."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from .checkpoint import INDEX, Checkpoint
 from .engines import Engine
-from .errors import CheckpointError, ExpoError, OutputError
+from .errors import CheckpointError, ExpoError, OutputError, RankError
+from .filling import Corrupt, Filling
 from .journal import Done, Journal
-from .layout import Chunk, cut
+from .layout import cut
 from .plan import CARD, DIGESTS, Plan
+from .ranks import Alone
 from .result import Tally
 from .source import Source
-from .work import CHUNK, MIB, Measured, Pass, Progress, chunk_size
-from .writer import BLOCK, JOURNAL, ShardWriter, Staging, aligned_buffer, output_errors, read_back, sync_folder
-
-Files = Mapping[str, ShardWriter]  # of one output, by the name of the shard
-
-
-class Corrupt(OutputError):
-    """What was written reads back otherwise: there is nothing in it to go on with."""
+from .work import CHUNK, MIB, chunk_size
+from .writer import BLOCK, JOURNAL, Staging, aligned_buffer, create_shard, output_errors, read_back, sync_folder
 
 
 class Making:
-    """The stagings of a merge's outputs, filled; a context that keeps them for --resume when it is left by an error."""
+    """The stagings of a merge's outputs, in the hands of rank 0; left by an error it keeps them for --resume.
+
+    filling: what computes this rank's part. tally: statistics of what is done.
+    """
 
     def __init__(
         self,
@@ -38,6 +36,7 @@ class Making:
         crew: Sequence[Engine],
         stagings: Mapping[int, Staging],
         journal: Journal,
+        ranks: Alone,
         resume: bool,
     ) -> None:
         """stagings: of the outputs still to be made, by their number. journal: of all outputs.
@@ -46,16 +45,11 @@ class Making:
         """
         self._plan = plan
         self._source = source
-        self._crew = crew
         self._stagings = stagings
-        self._files: dict[int, Files] = {}
         self._journal = journal
         self._chunk = chunk_size(len(crew), len(plan.alphas))
         self._done: Done = {}
         self.tally = Tally(len(plan.alphas))
-        self.resumed = 0  # bytes of output that were there already
-        self.shares: dict[str, int] = {}
-        self._read = threading.local()  # a buffer of each worker that verifies
         begun = self._journal.resume() if resume else None
         goes_on = begun is not None and self._adopt(*begun)
         for staging in stagings.values():
@@ -63,45 +57,47 @@ class Making:
                 staging.clear(but={JOURNAL, *(name for name, _ in self._done)} if goes_on else ())
         if not goes_on:
             self._journal.begin(self._chunk)
+        folders = {k: staging.folder for k, staging in stagings.items()}
+        self.filling = Filling(plan, source, crew, folders, journal, ranks, self.tally, self._chunk, self._done)
 
     def _adopt(self, chunk: int, done: Done) -> bool:
         """Take over what an interrupted merge has done; False where its journal does not fit the plan."""
-        if chunk % BLOCK or chunk > CHUNK:
-            return False
-        chunks = {(each.shard.name, each.start): each for each in cut(self._plan.shards, chunk)}
         tally = Tally(len(self._plan.alphas))
-        for key, (stop, measured) in done.items():
-            if key not in chunks or chunks[key].stop != stop or not tally.add_chunk(chunks[key], measured):
-                return False
+        if chunk % BLOCK or chunk > CHUNK or not self._add(tally, chunk, done):
+            return False
         self._chunk, self._done, self.tally = chunk, done, tally
-        self.resumed = sum(stop - start for (_, start), (stop, _) in done.items()) * len(self._plan.alphas)
         return True
 
-    @property
-    def direct(self) -> bool:
-        """Whether all of it was written with O_DIRECT."""
-        return all(writer.direct for files in self._files.values() for writer in files.values())
+    def _add(self, tally: Tally, size: int, done: Done) -> bool:
+        """The statistics of these chunks into the tally; False where they are no chunks of the plan's."""
+        left = len(done)
+        for chunk in cut(self._plan.shards, size):
+            stop, measured = done.get((chunk.shard.name, chunk.start), (None, {}))
+            if stop is None:
+                continue
+            if stop != chunk.stop or not tally.add_chunk(chunk, measured):
+                return False
+            left -= 1
+        return left == 0
 
     def __enter__(self) -> Making:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if isinstance(error, Corrupt):
+            if isinstance(error, Corrupt) or (isinstance(error, RankError) and error.kind == Corrupt.__name__):
                 for staging in self._stagings.values():
                     staging.discard()
             elif error is not None:
                 self._keep(error)
         finally:
-            for files in self._files.values():
-                for writer in files.values():
-                    writer.close()
+            self.filling.close()
 
     def _keep(self, error: BaseException) -> None:
         """Write down what is done, leave the stagings, and say so."""
         # The disk is full or gone, or an input is not what it was: what was written down before counts.
         with contextlib.suppress(CheckpointError, OutputError):
-            self._record()
+            self.filling.record()
         left = [staging for staging in self._stagings.values() if not staging.committed]
         if not left:
             self._journal.remove()
@@ -117,70 +113,26 @@ class Making:
         if isinstance(error, ExpoError | KeyboardInterrupt) and notes:
             raise type(error)("; ".join([str(error), *notes] if str(error) else notes)) from error
 
-    def _record(self) -> None:
-        """Write down what is done, unless an input was changed: what was computed from it must not count."""
-        self._source.check()
-        self._journal.flush(self._sync)
-
-    def compute(self, progress: Progress, cancel: threading.Event | None) -> None:
-        """Compute and write every chunk that is not there yet. Raises what `Pass.run` raises, and OutputError."""
+    def create(self) -> None:
+        """Make the shards that are not there yet, so that all ranks may fill them. Raises OutputError."""
         durable: Counter[str] = Counter()
         for (name, start), (stop, _) in self._done.items():
             durable[name] += stop - start
-        for k, staging in self._stagings.items():
-            self._files[k] = {
-                shard.name: ShardWriter(staging.path(shard.name), shard, durable[shard.name])
-                for shard in self._plan.shards
-            }
+        for staging in self._stagings.values():
+            for shard in self._plan.shards:
+                create_shard(staging.path(shard.name), shard.size, durable[shard.name])
             with output_errors(staging.folder):  # the journal is about to vouch for these files: their names must last
                 sync_folder(staging.folder)
                 sync_folder(staging.parent)
 
-        def landed(chunk: Chunk, measured: Measured) -> None:
-            self.tally.add_chunk(chunk, measured)
-            self._journal.add(chunk, measured)
-
-        def tick(count: int) -> None:
-            progress(self.resumed + count, self._plan.output_bytes)
-            if self._journal.due:
-                self._record()
-
-        work = Pass(self._plan, self._source, self._crew, self._sink, landed, size=self._chunk, skip=self._done)
-        work.run(tick, cancel)
-        self._record()
-        self.shares = work.shares
-
-    def _sink(self, k: int, chunk: Chunk, data: memoryview) -> None:
-        if k in self._files:  # and not in place already
-            self._files[k][chunk.shard.name].write(chunk.start, data, chunk.stop - chunk.start)
-
-    def _sync(self, shards: set[str]) -> None:
-        for files in self._files.values():
-            for name in shards:
-                files[name].sync()
-
-    def verify(self, progress: Progress, cancel: threading.Event | None) -> None:
-        """Compute all of it again and compare it with what the disk has. Raises OutputError."""
-        total = self._plan.output_bytes
-        check = Pass(self._plan, self._source, self._crew, self._compare, size=self._chunk)
-        check.run(lambda count: progress(count, total), cancel)
-
-    def _compare(self, k: int, chunk: Chunk, data: memoryview) -> None:
-        if k not in self._stagings:
-            return
-        path = self._stagings[k].path(chunk.shard.name)
-        expected = data[: chunk.stop - chunk.start]
-        if not hasattr(self._read, "buffer"):
-            self._read.buffer = aligned_buffer(self._chunk)
-        found = self._read.buffer[: read_back(path, chunk.start, self._read.buffer)][: len(expected)]
-        if found != expected:
-            at = next((i for i, (x, y) in enumerate(zip(found, expected, strict=False)) if x != y), len(found))
-            pieces = [piece for piece in chunk.pieces if piece.at <= at]
-            where = "in the header"
-            if pieces:
-                step, start, _, first = pieces[-1]
-                where = f"byte {start + at - first} of tensor {step.label}"
-            raise Corrupt(f"{path}: byte {chunk.start + at}, {where}, reads back otherwise than it was written")
+    def collect(self) -> None:
+        """Take over what the other ranks have done, once all have. Raises OutputError."""
+        done = self._journal.collect(self._chunk)
+        there = sum(stop - start for (_, start), (stop, _) in done.items()) * len(self._plan.alphas)
+        there += self.filling.resumed + sum(self.filling.shares.values())
+        if not self._add(self.tally, self._chunk, done) or there != self._plan.output_bytes:
+            folders = ", ".join(staging.folder for staging in self._stagings.values())
+            raise OutputError(f"{folders}: a rank's journal cannot be read, or not all of it")
 
     def complete(self, aligned: Checkpoint, cards: Callable[[int], bytes], digest: bool) -> None:
         """Aligned's other files, the model card, the index, and digests of all if asked for.

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shlex
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from . import tokens
 from .checkpoint import Checkpoint, Origin
 from .engines import Engine, crew
-from .errors import CheckpointError, ExpoError, OutputError, PlanError, UsageError
+from .errors import CheckpointError, ExpoError, OutputError, PlanError, RankError, UsageError
+from .filling import Filling
 from .inputs import StrPath, Wanted, open_inputs, wanted
-from .journal import Journal, has_journal
+from .journal import Journal, differences, has_journal
 from .kernels.contract import ITEMSIZE
 from .making import Making
 from .pairing import tie_flag
 from .plan import CARD, Plan, Rules, check_arguments, make_plan
 from .progress import size
+from .ranks import Alone
 from .result import Merged, Tally
 from .source import CONVERTING, FACTORS, Source
 from .work import RING_SLOTS, Progress, chunk_size
@@ -31,6 +36,7 @@ from .writer import Staging, check_free, held, staging_folder
 
 BASE_MEMORY = 25_000_000  # bytes: the interpreter with what a CPU merge imports
 MAX_CARD = 1 << 20  # characters of aligned's own card that are read
+Fill = Callable[[Filling], tuple[dict[str, int], bool]]
 TORCH_MEMORY = 500_000_000  # about what torch and triton take once imported; a GPU's driver takes more
 
 
@@ -55,6 +61,7 @@ def merge(
     quiet: bool = True,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
+    ranks: Alone | None = None,
 ) -> Merged:
     """Write aligned + alpha * (aligned - sft), the formula of ExPO (arXiv 2404.16792), as a new checkpoint.
 
@@ -76,58 +83,117 @@ def merge(
         it from any thread to stop.
 
     resume: go on with what an interrupted merge of the same inputs and options has left. digest: write SHA256SUMS too.
+    ranks: of `ranks.join()`, where several processes make the merge together; all must call this with the same
+        arguments. Each fills its part of the output, and all return the same when rank 0 has put it in place.
 
     Nothing stands at `out` until the whole of it is durable. An exception leaves what was done in a hidden folder
     beside it, from which `resume` goes on, and the message says so. Works from any thread, installs no signal handler,
     and releases the GIL while it computes and writes.
-    Raises UsageError, EngineError, CheckpointError, PlanError, OutputError and Cancelled, all of them ExpoError.
+    Raises UsageError, EngineError, CheckpointError, PlanError, OutputError, RankError and Cancelled, all of them
+    ExpoError.
     """
     began = time.perf_counter()
     want = wanted(sft, aligned, alpha, recipe)
     rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size)
-    passes = 1 + verify
+    ranks = ranks or Alone()
+    fill = partial(_fill, ranks=ranks, verify=verify, progress=progress, cancel=cancel)
     with (
-        _prepare(want, out, rules, engine, device, overwrite, resume, quiet) as (weak, strong, job),
+        ranks.together(),
+        _prepare(want, out, rules, engine, device, overwrite, resume, quiet, ranks) as (weak, strong, job),
         ExitStack() as stack,
     ):
         if job.error is not None:
             raise job.error
+        identity = _identity(weak, strong, job.plan, rules)
+        _agree(ranks, {**identity, "--out": job.outs, "what is in place": sorted(job.committed)})
+        if ranks.rank:
+            return _follow(weak, strong, job, identity, ranks, fill)
         stagings = {
             k: stack.enter_context(Staging(path, strong.folder is None, overwrite, resume))
             for k, path in enumerate(job.outs)
             if path not in job.committed
         }
-        folders = [staging_folder(path) for path in job.outs]
-        of_these = [each for k, each in enumerate(folders) if k in stagings or has_journal(each)]
-        journal = Journal(of_these, _identity(weak, strong, job.plan, rules))
-        with Making(job.plan, Source(weak, strong), job.crew, stagings, journal, resume) as making:
-            making.compute(_part(progress, 0, passes), cancel)
-            if verify:
-                making.verify(_part(progress, 1, passes), cancel)
+        journal = Journal(job.journalled, identity)
+        with Making(job.plan, Source(weak, strong), job.crew, stagings, journal, ranks, resume) as making:
+            making.create()
+            ranks.gather("staged")
+            shares, direct = fill(making.filling)
+            making.collect()
             making.complete(strong, lambda k: _card(want, rules, weak, strong, job, making.tally, k), digest)
             warnings = [*job.notes, *making.tally.warnings(), *making.commit()]
-    plan, tally = job.plan, making.tally
-    return Merged(
-        outputs=tuple(tally.output(k, path, plan.alphas[k]) for k, path in enumerate(job.outs)),
-        extrapolated=plan.extrapolated(),
-        copied=plan.copied(),
-        noted=plan.noted,
-        dropped=tuple(plan.dropped.items()),
-        left_out=plan.left_out,
-        bytes_read=plan.input_bytes,
-        bytes_written=plan.output_bytes,
-        seconds=time.perf_counter() - began,
-        relative_distance=tally.relative_distance,
-        max_abs_difference=tally.max_abs_d,
-        engine=job.crew[0].name,
-        why=job.crew[0].why,
-        workers=len(job.crew),
-        shares=making.shares,
-        direct=making.direct,
-        verified=verify,
-        resumed=making.resumed,
-        warnings=tuple(warnings),
-    )
+        plan, tally = job.plan, making.tally
+        merged = Merged(
+            outputs=tuple(tally.output(k, path, plan.alphas[k]) for k, path in enumerate(job.outs)),
+            extrapolated=plan.extrapolated(),
+            copied=plan.copied(),
+            noted=plan.noted,
+            dropped=tuple(plan.dropped.items()),
+            left_out=plan.left_out,
+            bytes_read=plan.input_bytes,
+            bytes_written=plan.output_bytes,
+            seconds=time.perf_counter() - began,
+            relative_distance=tally.relative_distance,
+            max_abs_difference=tally.max_abs_d,
+            engine=job.crew[0].name,
+            why=job.crew[0].why,
+            workers=len(job.crew),
+            ranks=ranks.world,
+            shares=shares,
+            direct=direct,
+            verified=verify,
+            resumed=making.filling.resumed,
+            warnings=tuple(warnings),
+        )
+        ranks.gather(merged)
+        return merged
+
+
+def _fill(
+    filling: Filling, ranks: Alone, verify: bool, progress: Progress | None, cancel: threading.Event | None
+) -> tuple[dict[str, int], bool]:
+    """All ranks' parts, durable and verified: bytes of output by engine, and whether all was written with O_DIRECT."""
+    passes = 1 + verify
+    filling.compute(_part(progress, 0, passes), cancel)
+    found = ranks.gather((filling.shares, filling.direct))
+    if verify:
+        filling.verify(_part(progress, 1, passes), cancel)
+        ranks.gather("verified")
+    shares = Counter[str]()
+    for each, _ in found:
+        shares.update(each)
+    return dict(shares), all(direct for _, direct in found)
+
+
+def _follow(
+    weak: Checkpoint, strong: Checkpoint, job: Preview, identity: Mapping[str, Any], ranks: Alone, fill: Fill
+) -> Merged:
+    """The part of a rank other than 0, which makes the stagings, completes and commits them."""
+    ranks.gather("staged")
+    journal = Journal(job.journalled, identity, ranks.rank)
+    chunk, done = journal.join()
+    folders = {k: staging_folder(path) for k, path in enumerate(job.outs) if path not in job.committed}
+    tally = Tally(len(job.outs))
+    filling = Filling(job.plan, Source(weak, strong), job.crew, folders, journal, ranks, tally, chunk, done)
+    try:
+        fill(filling)
+    except BaseException:
+        with suppress(CheckpointError, OutputError):  # what was written down before counts
+            filling.record()
+        raise
+    finally:
+        filling.close()
+        journal.close()
+    merged: Merged = ranks.gather(None)[0]
+    return merged
+
+
+def _agree(ranks: Alone, merge: Mapping[str, Any]) -> None:
+    """Raise RankError where the ranks do not see the same merge."""
+    own = json.loads(json.dumps(merge))
+    for rank, other in enumerate(ranks.gather(own)):
+        if other != own:
+            differing = "; ".join(differences(other, own))
+            raise RankError(f"ranks {rank} and {ranks.rank} do not see the same merge: for {rank}, {differing}")
 
 
 def _card(
@@ -229,6 +295,12 @@ class Preview:
     error: ExpoError | None
 
     @property
+    def journalled(self) -> list[str]:
+        """The staging folders of outputs that have a journal, or will have."""
+        folders = [(path, staging_folder(path)) for path in self.outs]
+        return [folder for path, folder in folders if path not in self.committed or has_journal(folder)]
+
+    @property
     def memory(self) -> int:
         """Bytes of memory it takes: buffers, the pages mapped at a time, and the interpreter."""
         outputs, size = len(self.outs), chunk_size(len(self.crew), len(self.outs))
@@ -265,7 +337,8 @@ def preview(
     """
     want = wanted(sft, aligned, alpha, recipe)
     rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size)
-    with _prepare(want, out, rules, engine, device, overwrite, resume, quiet, headers_only=True) as (_, _, job):
+    prepared = _prepare(want, out, rules, engine, device, overwrite, resume, quiet, Alone(), headers_only=True)
+    with prepared as (_, _, job):
         return job
 
 
@@ -279,10 +352,13 @@ def _prepare(
     overwrite: bool,
     resume: bool,
     quiet: bool,
+    ranks: Alone,
     headers_only: bool = False,
 ) -> Iterator[tuple[Checkpoint, Checkpoint, Preview]]:
     """Open both checkpoints, plan, and find out whether the plan can be carried out."""
-    workers = crew(engine, device)
+    if ranks.world > 1 and (device == "cuda" or (engine == "triton" and device == "auto")):
+        device = f"cuda:{ranks.local_rank}"
+    workers = crew(engine, device, ranks.local_world)
     check_arguments(want.alphas, *rules)  # before anything is downloaded
     check_names(out, want.alphas)
     with open_inputs(want.sft, want.aligned, quiet, headers_only) as (weak, strong):

@@ -37,7 +37,8 @@ class Merged:
     copied: (tensor, reason). noted: (tensor, what is not plain about it) of extrapolated ones: sft calls or shapes it
     otherwise. dropped: (tensor of sft alone, reason). left_out: (file of aligned's folder, reason).
     relative_distance: the 2-norm of aligned - sft over that of aligned; max_abs_difference: its largest element.
-    engine, why, workers: what computed, the reason it was chosen, its threads. shares: bytes of output by engine.
+    engine, why, workers: what computed, the reason it was chosen, its threads. ranks: processes that made it together,
+    each with so many workers. shares: bytes of output by engine.
     direct: whether all of it was written with O_DIRECT. verified: whether it was read back and compared. resumed: bytes
     of output that an interrupted merge had left.
     """
@@ -56,6 +57,7 @@ class Merged:
     engine: str
     why: str
     workers: int
+    ranks: int
     shares: dict[str, int]
     direct: bool
     verified: bool

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple, Protocol
 
 from .engines import Engine
 from .errors import Cancelled, EngineError
 from .kernels.contract import Statistics
-from .layout import Chunk, cut
+from .layout import Chunk
 from .plan import Plan
 from .source import Source
 from .writer import BLOCK, aligned_buffer
@@ -123,7 +123,7 @@ def put_header(chunk: Chunk, buffers: Sequence[memoryview]) -> None:
 
 
 class Pass:
-    """One pass over a plan's chunks by a crew: a thread for each engine in it, the faster ones take more.
+    """One pass over chunks of a plan by a crew: a thread for each engine in it, the faster ones take more.
 
     shares: bytes of output by the name of the engine that computed them.
     """
@@ -136,12 +136,12 @@ class Pass:
         sink: Sink,
         landed: Landed | None = None,
         *,
+        chunks: Iterator[Chunk],
         size: int,
-        skip: Container[tuple[str, int]] = (),
     ) -> None:
         """landed: told, in the thread of run(), of every chunk that the sink has taken for all outputs.
 
-        size: bytes of a chunk. skip: (shard's name, start) of chunks that are there already.
+        chunks: those to do, of `size` bytes at most.
         """
         self._source = source
         self._crew = crew
@@ -150,7 +150,7 @@ class Pass:
         self._landed = landed
         self._size = size
         self._plan = plan
-        self._queue = Queue((c for c in cut(plan.shards, size) if (c.shard.name, c.start) not in skip), source)
+        self._queue = Queue(chunks, source)
         self._finished: deque[tuple[str, Chunk, Measured]] = deque()  # chunks that run() has not heard of
         self._stop = threading.Event()
         self._failure: BaseException | None = None

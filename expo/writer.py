@@ -17,7 +17,6 @@ import threading
 from collections.abc import Container, Iterable, Iterator
 
 from .errors import OutputError
-from .layout import OutputShard
 
 BLOCK = 4096  # O_DIRECT wants memory, offset and length in multiples of the device's block
 EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
@@ -53,34 +52,37 @@ def output_errors(path: str) -> Iterator[None]:
         raise OutputError(f"{path}: {error.strerror or error}" + (f"; {fix}" if fix else "")) from error
 
 
-class ShardWriter:
-    """One output file, written in chunks by any number of threads, synced and closed with the last one.
+def create_shard(path: str, size: int, durable: int = 0) -> None:
+    """Create an output file with its full size, or go on with one that has `durable` bytes. Raises OutputError.
 
-    The file is allocated at once: a full disk shows early, and writes into allocated blocks run in parallel.
+    It is allocated at once: a full disk shows early, and writes into allocated blocks run in parallel.
     """
+    with output_errors(path):
+        flags = 0 if durable else os.O_CREAT | os.O_EXCL
+        fd = os.open(path, flags | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
+        try:
+            if durable and os.fstat(fd).st_size < size:
+                raise OutputError(f"{path} is shorter than it was left: --overwrite starts anew")
+            allocate(fd, size)
+            if durable == size:  # its last block was written whole, and perhaps not cut off any more
+                os.ftruncate(fd, size)
+                os.fsync(fd)
+        finally:
+            os.close(fd)
 
-    def __init__(self, path: str, shard: OutputShard, durable: int = 0) -> None:
-        """Create the file with its full size, or go on with one that has `durable` bytes. Raises OutputError."""
+
+class ShardWriter:
+    """One output file, written in chunks by any number of threads, synced and closed with the last of them."""
+
+    def __init__(self, path: str, size: int, missing: int) -> None:
+        """A file that is there. size: its bytes in the end; missing: of these, how many will be written here."""
         self.path = path
-        self.size = shard.size
+        self.size = size
         self.direct = bool(O_DIRECT)
-        self._missing = shard.size - durable
+        self._missing = missing
         self._lock = threading.Lock()
         self._fd = -1
         self._lost: OSError | None = None  # what made a sync fail
-        with output_errors(path):
-            flags = 0 if durable else os.O_CREAT | os.O_EXCL
-            fd = os.open(path, flags | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
-            try:
-                if durable and os.fstat(fd).st_size < shard.size:
-                    raise OutputError(f"{path} is shorter than it was left: --overwrite starts anew")
-                allocate(fd, shard.size)
-            finally:
-                os.close(fd)
-            if not self._missing:
-                with contextlib.closing(self):
-                    self._open()
-                    self._finish()
 
     def sync(self) -> None:
         """Make what was written so far durable. Raises OutputError."""
@@ -223,6 +225,33 @@ def staging_folder(out: str) -> str:
     return os.path.join(parent, f".{name}.expo-staging")
 
 
+def lock(fd: int) -> bool:
+    """Lock an open file or folder for this process alone; False where another process has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # held by another; any other error: a filesystem without locks
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _locked(path: str) -> bool:
+    """Whether another process has locked a file."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # over NFS a lock needs a file open for writing
+    except OSError:
+        return False
+    try:
+        return not lock(fd)
+    finally:
+        os.close(fd)
+
+
+def journals_of_ranks(folder: str) -> list[str]:
+    """Names of the journals in a staging folder that are not rank 0's."""
+    return sorted(name for name in os.listdir(folder) if name.startswith(f"{JOURNAL}."))
+
+
 def held(out: str) -> int:
     """Bytes of disk that an interrupted merge's staging folder takes."""
     total = 0
@@ -280,6 +309,8 @@ class Staging:
         if not self._try_lock():
             self._ours = False
             raise OutputError(f"{self.out}: another merge is writing it now, in {self.folder}")
+        if found and any(_locked(self.path(name)) for name in journals_of_ranks(self.folder)):
+            raise OutputError(f"{self.out}: ranks of an interrupted merge are still stopping: try again in a moment")
         if found and not (self.overwrite or self.resume):
             raise OutputError(
                 f"{self.folder} was left by an interrupted merge: --resume goes on with it, --overwrite starts anew"
@@ -309,12 +340,7 @@ class Staging:
         """Take the lock on the folder, which dies with this process."""
         # Not through a link: what it leads to is not this merge's to empty.
         self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # held by another; any other error: a filesystem without locks
-            return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-        return True
+        return lock(self._lock)
 
     def __enter__(self) -> Staging:
         return self

@@ -164,7 +164,7 @@ def good_head(place: Path) -> Any:
 
     with pytest.raises(RuntimeError):
         expo.merge(place / "s", place / "a", 0.5, out, overwrite=True, progress=fail)
-    found = read(str(place / ".out.expo-staging"))
+    found = read(str(place / ".out.expo-staging" / JOURNAL))
     assert found is not None
     return {"merge": found.merge, "chunk": found.chunk}
 

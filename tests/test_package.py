@@ -36,6 +36,7 @@ def test_public_names() -> None:
         "Output",
         "OutputError",
         "PlanError",
+        "RankError",
         "SearchResult",
         "UsageError",
         "compare",
@@ -57,6 +58,7 @@ def test_every_error_is_an_expo_error_with_an_exit_code() -> None:
         "ExpoError": 1,
         "OutputError": 4,
         "PlanError": 3,
+        "RankError": 4,
         "UsageError": 2,
     }
 

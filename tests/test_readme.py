@@ -26,7 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def commands(block: str) -> list[list[str]]:
     """The lines behind a `$` that call our modules; make and pip are other tests' business."""
     lines = block.replace("\\\n", " ").splitlines()
-    return [shlex.split(line[2:]) for line in lines if line.startswith("$ python -m expo")]
+    ours = [shlex.split(line[2:]) for line in lines if re.match(r"\$ (python|torchrun .*) -m expo", line)]
+    programs = {"python": ["-W", "error"], "torchrun": ["-m", "torch.distributed.run"]}
+    return [[sys.executable, *programs[program], *words] for program, *words in ours]
 
 
 def test_the_readme_has_something_to_run() -> None:
@@ -38,7 +40,7 @@ def test_the_readme_has_something_to_run() -> None:
 def test_block(kind: str, text: str, folder: Path) -> None:
     runs = [[sys.executable, "-W", "error", "-c", text]]
     if kind == "console":
-        runs = [[sys.executable, *words[1:]] for words in commands(text)]
+        runs = commands(text)
     for command in runs:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -17,9 +17,9 @@ import pytest
 from checkpoints import ODD_SHAPES, fingerprint, random_tensors, write_folder
 
 import expo
-from expo import journal, making
+from expo import filling, journal, making
 from expo.fast import main
-from expo.journal import Journal, read
+from expo.journal import Journal, place, read
 from expo.writer import JOURNAL
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ class Stop(Exception):
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseException, work: Callable[[], Any]) -> str:
     """Do the work until so many chunks were written, then fail; the message."""
-    sink, seen = making.Making._sink, iter(range(10**6))
+    sink, seen = filling.Filling._sink, iter(range(10**6))
 
     def failing(self: Any, *arguments: Any) -> None:
         if next(seen) >= chunks:
@@ -58,7 +58,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseExcepti
         time.sleep(0.001)  # so that some ticks pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(making.Making, "_sink", failing)
+        patch.setattr(filling.Filling, "_sink", failing)
         with pytest.raises(type(error)) as caught:
             work()
     return str(caught.value)
@@ -87,7 +87,7 @@ def test_the_same_bytes_and_the_same_report(
     said = interrupted(monkeypatch, chunks, expo.OutputError("the disk is full"), lambda: expo.merge(*pair, 0.3, out))
     assert said == f"the disk is full; what is done is kept in {staging(out)}: the same command with --resume goes on"
     assert not out.exists()
-    found = read(str(staging(out)))
+    found = read(place(str(staging(out))))
     assert found is not None
     resumed = expo.merge(*pair, 0.3, out, resume=True)
     assert resumed.resumed == sum(stop - start for (_, start), (stop, _) in found.done.items())
@@ -260,7 +260,7 @@ def test_a_stop_after_the_last_commit(monkeypatch: pytest.MonkeyPatch, pair: Pai
 def test_a_shard_that_has_gone_from_staging(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupted(monkeypatch, 30, Stop(), lambda: expo.merge(*pair, 0.3, out))
-    found = read(str(staging(out)))
+    found = read(place(str(staging(out))))
     assert found is not None
     name = next(iter(found.done))[0]
     (staging(out) / name).unlink()
@@ -288,7 +288,7 @@ def test_what_follows_a_damaged_line_counts_as_not_written(
     assert len(good) > 2
     last = {"torn": good[-1][:-3], "flipped": good[-1].replace(b"model", b"modem", 1), "garbage": b"\xff\0{[" * 9}
     (staging(out) / JOURNAL).write_bytes(b"".join(good[:-1]) + last[damage])
-    found = read(str(staging(out)))
+    found = read(place(str(staging(out))))
     assert found is not None
     assert len(found.done) < 30
     expo.merge(*pair, 0.3, out, resume=True)
@@ -309,7 +309,7 @@ def test_a_journal_without_a_first_line_is_as_none(
 def test_a_line_follows_the_sync_of_what_it_says(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
     """At every line, all shards that it names have been synced since their last write."""
     dirty: set[str] = set()
-    write, sync, append = making.ShardWriter.write, making.ShardWriter.sync, Journal._append
+    write, sync, append = filling.ShardWriter.write, filling.ShardWriter.sync, Journal._append
 
     def writing(self: Any, offset: int, data: Any, length: int) -> None:
         write(self, offset, data, length)
@@ -328,8 +328,8 @@ def test_a_line_follows_the_sync_of_what_it_says(monkeypatch: pytest.MonkeyPatch
             assert f"{name} {start}" not in dirty
         append(self, record)
 
-    monkeypatch.setattr(making.ShardWriter, "write", writing)
-    monkeypatch.setattr(making.ShardWriter, "sync", syncing)
+    monkeypatch.setattr(filling.ShardWriter, "write", writing)
+    monkeypatch.setattr(filling.ShardWriter, "sync", syncing)
     monkeypatch.setattr(Journal, "_append", appending)
     expo.merge(*pair, 0.3, tmp_path / "out")
     assert len(said) > 5
@@ -362,7 +362,7 @@ def test_a_signal_leaves_what_a_resume_goes_on_with(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    sink, seen = making.Making._sink, iter(range(10**6))
+    sink, seen = filling.Filling._sink, iter(range(10**6))
 
     def signalling(self: Any, *arguments: Any) -> None:
         if next(seen) == 9:
@@ -373,7 +373,7 @@ def test_a_signal_leaves_what_a_resume_goes_on_with(
 
     arguments = ["--sft", str(pair[0]), "--aligned", str(pair[1]), "--alpha", "0.3", "--out", str(out), "--quiet"]
     with monkeypatch.context() as patch:
-        patch.setattr(making.Making, "_sink", signalling)
+        patch.setattr(filling.Filling, "_sink", signalling)
         assert main(arguments) == 130
     note = f"what is done is kept in {staging(out)}: the same command with --resume goes on"
     assert capsys.readouterr().err == f"expo: interrupted; {note}\n"

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 import late  # noqa: E402
 
 import expo  # noqa: E402
-from expo import making, pipeline, ring  # noqa: E402
+from expo import filling, pipeline, ring  # noqa: E402
 from expo.engines import Engine, choose  # noqa: E402
 from expo.kernels import sweep  # noqa: E402
 
@@ -79,13 +79,13 @@ def plain(monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Pa
 
 def poisoning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spoil a slot's outputs as soon as the sink has taken them."""
-    sink = making.Making._sink
+    sink = filling.Filling._sink
 
-    def spoil(self: making.Making, k: int, chunk: Any, data: memoryview) -> None:
+    def spoil(self: filling.Filling, k: int, chunk: Any, data: memoryview) -> None:
         sink(self, k, chunk, data)
         late.poison([data])
 
-    monkeypatch.setattr(making.Making, "_sink", spoil)
+    monkeypatch.setattr(filling.Filling, "_sink", spoil)
 
 
 @pytest.mark.parametrize("order", [*late.ORDERS, *SEEDS])

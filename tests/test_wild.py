@@ -24,7 +24,7 @@ from checkpoints import ODD_SHAPES, Tensors, contents, fingerprint, random_tenso
 import expo
 import expo.streaming
 import expo.work
-from expo import journal, making
+from expo import filling, journal
 
 ROOT = Path(__file__).parents[1]
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -427,7 +427,7 @@ class Stop(Exception):
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, *arguments: Any, **options: Any) -> None:
     """A merge that ends when so many chunks were written."""
-    sink, seen = making.Making._sink, iter(range(10**6))
+    sink, seen = filling.Filling._sink, iter(range(10**6))
 
     def failing(self: Any, *chunk: Any) -> None:
         if next(seen) >= chunks:
@@ -435,7 +435,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, *arguments: Any, *
         sink(self, *chunk)
 
     with monkeypatch.context() as patch:
-        patch.setattr(making.Making, "_sink", failing)
+        patch.setattr(filling.Filling, "_sink", failing)
         with pytest.raises(Stop):
             expo.merge(*arguments, **options)
 

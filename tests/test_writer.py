@@ -29,8 +29,7 @@ import expo.journal
 import expo.pipeline
 import expo.work
 import expo.writer
-from expo.layout import OutputShard
-from expo.writer import BLOCK, O_DIRECT, ShardWriter, Staging, aligned_buffer, exchange
+from expo.writer import BLOCK, O_DIRECT, ShardWriter, Staging, aligned_buffer, create_shard, exchange
 
 ROOT = Path(__file__).resolve().parent.parent
 Pair = tuple[Path, Path]
@@ -58,17 +57,19 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     assert fingerprint(*made) == before
 
 
-def shard(size: int) -> OutputShard:
-    return OutputShard("model.safetensors", b"", size, ())
-
-
 def content(size: int) -> bytes:
     return np.random.default_rng(size).bytes(size)
 
 
+def created(path: Path, size: int) -> ShardWriter:
+    """A writer of a whole new file."""
+    create_shard(str(path), size)
+    return ShardWriter(str(path), size, size)
+
+
 def write_all(path: Path, data: bytes, chunk: int = BLOCK, threads: int = 1) -> ShardWriter:
     """Write data through a ShardWriter, in chunks and by several threads."""
-    writer = ShardWriter(str(path), shard(len(data)))
+    writer = created(path, len(data))
     starts = iter(range(0, len(data), chunk))
     failures: list[BaseException] = []
 
@@ -109,14 +110,14 @@ def test_the_file_is_what_was_written_to_the_byte(tmp_path: Path, size: int, chu
 
 
 def test_the_file_has_its_full_size_before_the_first_write(tmp_path: Path) -> None:
-    ShardWriter(str(tmp_path / "file"), shard(123_457)).close()
+    create_shard(str(tmp_path / "file"), 123_457)
     assert (tmp_path / "file").stat().st_size == 123_457
 
 
 def test_a_file_that_is_there_is_never_written_into(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(expo.OutputError, match=f"{tmp_path}/file: File exists"):
-        ShardWriter(str(tmp_path / "file"), shard(4096))
+        create_shard(str(tmp_path / "file"), 4096)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -136,7 +137,7 @@ def refuse_to_sync(monkeypatch: pytest.MonkeyPatch, times: int, name: str = "") 
 def test_after_a_sync_that_failed_none_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_to_sync(monkeypatch, 1)
     buffer = aligned_buffer(2 * BLOCK)
-    with contextlib.closing(ShardWriter(str(tmp_path / "file"), shard(2 * BLOCK))) as writer:
+    with contextlib.closing(created(tmp_path / "file", 2 * BLOCK)) as writer:
         writer.sync()  # nothing is written yet
         writer.write(0, buffer, BLOCK)
         for _ in range(2):
@@ -156,7 +157,7 @@ def test_what_a_sync_failed_for_is_not_gone_on_with(
         refuse_to_sync(patch, 1, name)
         with pytest.raises(expo.OutputError, match=rf"{name}: Input/output error; what is done is kept in"):
             expo.merge(*pair, 0.3, out)
-    found = expo.journal.read(str(staging_folder(out)))
+    found = expo.journal.read(expo.journal.place(staging_folder(out)))
     assert found is not None
     assert name not in {shard for shard, _ in found.done}
     expo.merge(*pair, 0.3, out, resume=True)
@@ -164,13 +165,13 @@ def test_what_a_sync_failed_for_is_not_gone_on_with(
     assert contents(out) == contents(tmp_path / "plain")
 
 
-def test_a_file_that_is_whole_already_is_synced_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_whole_already_is_cut_and_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, data = tmp_path / "file", content(BLOCK + 5)
     path.write_bytes(data + b"the rest of the last block")
     refuse_to_sync(monkeypatch, 1)
     with pytest.raises(expo.OutputError, match=f"^{path}: Input/output error$"):
-        ShardWriter(str(path), shard(len(data)), len(data))
-    ShardWriter(str(path), shard(len(data)), len(data))
+        create_shard(str(path), len(data), len(data))
+    create_shard(str(path), len(data), len(data))
     assert path.read_bytes() == data
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..engines import MOST_WORKERS, Engine, choose, cpu_count
 from ..header import DTYPES
 from ..kernels.contract import ITEMSIZE
-from ..layout import Chunk, Piece
+from ..layout import Chunk, Piece, cut
 from ..plan import UNTOUCHED, Plan
 from ..source import WIDEST, Source
 from ..steps import Action, Step
@@ -29,7 +29,7 @@ def measure(plan: Plan, source: Source, progress: Progress) -> dict[str, Sums]:
     """The sums of every tensor that is compared, by its name."""
     found: list[tuple[str, Sums]] = []
     crew = (choose("numpy"),) * min(cpu_count(), MOST_WORKERS)
-    work = _Measuring(plan, source, crew, lambda *_: None, size=CHUNK)
+    work = _Measuring(plan, source, crew, lambda *_: None, chunks=cut(plan.shards, CHUNK), size=CHUNK)
     work.found = found
     output = max(sum(shard.size for shard in plan.shards), 1)
     work.run(lambda done: progress(plan.input_bytes * done // output, plan.input_bytes))
