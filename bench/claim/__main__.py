@@ -22,18 +22,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the JSON and the plot")
     parser.add_argument("--work", type=Path, help="folder of the stages (default: build/<name>)")
     parser.add_argument("--quick", action="store_true", help="see whether everything works; no figures to quote")
-    parser.add_argument("--ended", action="store_true", help="a reply that is cut off is worth nothing (smollm2)")
     options = parser.parse_args()
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
-    if options.ended and options.model != "smollm2":
-        parser.error("--ended is for smollm2")
     # Threads that wait for each other by spinning stand in each other's way where cores are shared. libgomp reads this
     # when torch loads it: before what is imported next.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     from .run import run
 
-    chosen = settings.of(options.model, options.quick, options.ended)
+    chosen = settings.of(options.model, options.quick)
     run(chosen, options.seeds, options.work or Path("build") / chosen.name, options.out)
 
 

@@ -30,14 +30,14 @@ class Experiment:
         _no_bars()
         begun = time.monotonic()
         self._said: Said = lambda text: said(f"{time.monotonic() - begun:6.0f} s  {text}")
-        self._reward = reward.load(settings.reward)
+        self.reward = reward.load(settings.reward)
         self.sft = models.start(settings.model, work)
         self._tokenizer = models.load_tokenizer(self.sft)
         self.train, self.held_out = prompts.split(settings.model, settings.train_prompts, settings.held_out_prompts)
 
     def writer(self, path: Path) -> sampling.Writer:
         """Of replies of a model in a folder."""
-        return sampling.Writer(models.load(path), self._tokenizer, self._reward, self.settings)
+        return sampling.Writer(models.load(path), self._tokenizer, self.reward, self.settings)
 
     def tell_time(self, seeds: int) -> None:
         """Say how long the rest will take; nothing where nothing is left."""

@@ -6,31 +6,35 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from .cache import Row
 from .missing import needed
 
-Reward = Callable[[str, bool], float]  # of a reply, and of whether it has ended by itself
+Reward = Callable[[str], float]  # of a reply
+FIRST = 15  # words that nearly every reply has
 
 
 def load(name: str) -> Reward:
-    """The reward of this name: "sentiment", "ended_sentiment", or "plain_words", which is the demo's own."""
+    """The reward of this name: "sentiment", or "plain_words", which is the demo's own."""
     if name == "plain_words":
         from expo.demo.score import plain_words
 
-        return lambda reply, finished: plain_words(reply)
-    analyzer = needed("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
-    return sentiment(analyzer, to_the_end=name == "ended_sentiment")
+        return plain_words
+    return sentiment(needed("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer())
 
 
-def sentiment(analyzer: Any, to_the_end: bool = False) -> Reward:
-    """VADER's compound score, -1 to 1, times the share of words that are new: saying a word again does not pay.
+def sentiment(analyzer: Any) -> Reward:
+    """VADER's compound score, -1 to 1, times the share of words that are new: saying a word again does not pay."""
 
-    to_the_end: a reply that is cut off before it ends is worth nothing.
-    """
-
-    def reward(reply: str, finished: bool) -> float:
+    def reward(reply: str) -> float:
         words = re.findall(r"[a-z']+", reply.lower())
-        if not words or (to_the_end and not finished):
-            return 0.0
-        return float(analyzer.polarity_scores(reply)["compound"]) * len(set(words)) / len(words)
+        return float(analyzer.polarity_scores(reply)["compound"]) * len(set(words)) / len(words) if words else 0.0
 
     return reward
+
+
+def readings(reward: Reward) -> dict[str, Callable[[Row], float]]:
+    """Other ways to judge the same replies: extrapolated models write longer ones, and how much of a gain is length?"""
+    return {
+        f"the first {FIRST} words of a reply alone": lambda row: reward(" ".join(row["reply"].split()[:FIRST])),
+        "0 for a reply that does not end": lambda row: float(row["reward"] * row["finished"]),
+    }

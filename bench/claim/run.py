@@ -7,6 +7,7 @@ from pathlib import Path
 from . import cache, report
 from .experiment import Experiment
 from .missing import needed
+from .reward import readings
 from .settings import Settings
 
 
@@ -16,7 +17,9 @@ def run(settings: Settings, seeds: int, work: Path, out: Path) -> Path:
     experiment = Experiment(settings, work, lambda text: print(text, flush=True))
     experiment.tell_time(seeds)
     by_seed = [experiment.seed(seed) for seed in range(seeds)]
-    kept = report.result(settings, [found for found, _ in by_seed], [log for _, log in by_seed])
+    kept = report.result(
+        settings, [found for found, _ in by_seed], [log for _, log in by_seed], readings(experiment.reward)
+    )
     path = out / f"{settings.name}.json"
     cache.write(path, report.text(kept))
     report.plot(kept, path.with_suffix(".png"))

@@ -37,7 +37,7 @@ class Writer:
         return [self._row(prompt, made[at]) for at, prompt in enumerate(prompts)]
 
     def _row(self, prompt: str, made: Sampled) -> Row:
-        worth = round(self._reward(made.text, made.finished), 6)
+        worth = round(self._reward(made.text), 6)
         tokens = list(made.tokens)
         return {"prompt": prompt, "reply": made.text, "reward": worth, "tokens": tokens, "finished": made.finished}
 

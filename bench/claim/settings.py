@@ -82,14 +82,9 @@ DEMO = Settings(
 )
 
 
-def of(model: str, quick: bool, ended: bool = False) -> Settings:
-    """The settings of a model.
-
-    quick: whether everything works, in minutes, and no figure to quote. ended: with the reward that asks for an end.
-    """
+def of(model: str, quick: bool) -> Settings:
+    """The settings of a model. quick: whether everything works, in minutes, and no figure to quote."""
     full = {"smollm2": SMOLLM2, "demo": DEMO}[model]
-    if ended:
-        full = replace(full, name=f"{full.name}-ended", reward="ended_sentiment")
     if not quick:
         return full
     return replace(
