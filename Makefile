@@ -18,9 +18,11 @@ test: .venv/installed
 test-all: .venv/installed
 	$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
 
+# Tens of minutes, and 44 GB of free disk for all of it. EXPO_BENCH_GB=0.1 for a quick look at what it does.
 bench: .venv/installed
-	$(BIN)/python -m pytest --benchmark-only --benchmark-json=.benchmarks.json
-	$(BIN)/python bench/report.py .benchmarks.json bench/results/$$(nproc)-cores.json
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=.benchmarks.json
+	$(BIN)/python -m bench.report .benchmarks.json bench/results/$$(nproc)-cores.json
+	$(BIN)/python -m bench.plots bench/results/$$(nproc)-cores.json
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.conftest import Shapes, llama_shapes
+from bench.pairs import scaled_llama
 from expo.kernels import numerics
 from expo.kernels.contract import working_alpha
 
@@ -51,13 +51,6 @@ CACHE = 256 << 20  # bytes, at least: what torch calls the L2 is not the last ca
 # Sizes
 
 
-def shapes_of(most: int) -> Shapes:
-    """A Llama-2-7B made narrower: all of its 291 tensors, of `most` elements together at most."""
-    scale = (most / 6.74e9) ** 0.5
-    hidden, inner, vocabulary = (max(16, int(size * scale) // 16 * 16) for size in (4096, 11008, 32000))
-    return llama_shapes(hidden, inner, vocabulary, layers=32)
-
-
 class Tensors(NamedTuple):
     """sft and aligned of n elements, out of K rows of them; cut: the elements of each tensor of a model, in a row."""
 
@@ -76,7 +69,7 @@ def lengths(dtype: str) -> list[int]:
     free, _ = torch.cuda.mem_get_info()
     element = (2 * (2 + K) + 3) * DTYPES[dtype].itemsize  # bytes, in two sets and in what the rivals allocate
     most = MOST if dtype == "BF16" else MOST // 4
-    return [prod(shape) for shape in shapes_of(min(most, int(0.8 * free) // element)).values()]
+    return [prod(shape) for shape in scaled_llama(min(most, int(0.8 * free) // element)).values()]
 
 
 def inputs(dtype: str) -> list[Tensors]:
@@ -87,7 +80,7 @@ def inputs(dtype: str) -> list[Tensors]:
     sets = []
     for _ in range(max(2, -(-4 * cache // (3 * sum(cut) * kind.itemsize)))):
         aligned = torch.empty(sum(cut), dtype=kind, device=DEVICE).normal_(std=0.02)
-        sft = aligned + torch.empty_like(aligned).normal_(std=0.0005)
+        sft = aligned + torch.empty_like(aligned).normal_(std=0.01)
         sets.append(Tensors(sft, aligned, aligned.new_zeros(K, sum(cut)), cut))
     return sets
 

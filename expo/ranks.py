@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
 from .errors import ExpoError, RankError, UsageError
@@ -120,7 +117,7 @@ class Ranks(Alone):
         self._watcher.join()
 
     def _name(self) -> str:
-        return f"rank {self.rank} of {self.world} on {socket.gethostname()}"
+        return f"rank {self.rank} of {self.world} on {os.uname().nodename}"
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -199,6 +196,8 @@ def join() -> Iterator[Alone]:
 @contextlib.contextmanager
 def _met(rank: int, world: int) -> Iterator[tuple[Any, Exchange]]:
     """The store and gloo, once all ranks are there. A process group that the program has is left alone."""
+    from datetime import timedelta
+
     import torch
     from torch.distributed.rendezvous import rendezvous
 
@@ -233,6 +232,8 @@ def _token(store: Any, rank: int, world: int) -> str:
 
     Each says hello with a word of its own, and rank 0 answers to that word. Raises RankError where some do not come.
     """
+    import uuid
+
     own, began = uuid.uuid4().hex, time.monotonic()
     store.set(f"expo/hello/{rank}", own)
     while time.monotonic() - began < MEET:

@@ -132,8 +132,8 @@ def plot(kept: dict[str, Any], path: Path) -> None:
     top.set_ylabel(f"mean reward ({kept['settings']['reward'].replace('_', ' ')})")
     top.legend(fontsize="small")
     _rewards(words, kept["readings"][first], kept["settings"]["early"])
-    words.set_ylabel("the same")
-    words.set_title(f"by {first}", fontsize="small")
+    words.set_ylabel("mean reward")
+    words.set_title(f"judged by {first}", fontsize="small")
     for role, curve in kept["curves"].items():
         alphas = [point["alpha"] for point in curve]
         for axis, what in ((tokens, "new_tokens"), (ends, "unfinished")):
