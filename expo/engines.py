@@ -86,9 +86,9 @@ def _triton(device: str) -> Engine:
 def crew(engine: str = "auto", device: str = "auto", processes: int = 1) -> tuple[Engine, ...]:
     """An engine for each worker of a merge from file to file.
 
-    On the CPU one more than processors, as a worker waits while it writes, 8 at most; processes: how many such merges
-    share the processors. Two for a GPU: one reads while
-    the other writes; with engine "auto" and a GPU as the device those of the CPU help it. Raises what choose() raises.
+    processes: how many such merges share the processors. On the CPU one more than processors, as a worker waits while
+    it writes, 8 at most. Two for a GPU: one reads while the other writes; with engine "auto" and a GPU as the device
+    those of the CPU help it. Raises what choose() raises.
     """
     first = choose(engine, device)
     many = min(cpu_count() // processes + 1, MOST_WORKERS)

@@ -82,6 +82,7 @@ class Filling:
         work = Pass(self._plan, self._source, self._crew, self._sink, landed, chunks=chunks, size=self._chunk)
         work.run(tick, cancel)
         self.record()
+        self._journal.close()
         self.shares = work.shares
 
     def verify(self, progress: Progress, cancel: threading.Event | None) -> None:
@@ -89,7 +90,11 @@ class Filling:
         total = self._plan.output_bytes
         chunks = self._portion({})
         check = Pass(self._plan, self._source, self._crew, self._compare, chunks=chunks, size=self._chunk)
-        check.run(lambda count: progress(self._ranks.report(count), total), cancel)
+        try:
+            check.run(lambda count: progress(self._ranks.report(count), total), cancel)
+        except Corrupt:
+            self._journal.void()
+            raise
 
     def record(self) -> None:
         """Write down what is done, unless an input was changed: what was computed from it must not count.

@@ -22,6 +22,7 @@ from .layout import Chunk
 from .work import Measured
 from .writer import JOURNAL, journals_of_ranks, lock, output_errors
 
+LATE = 40.0  # seconds; a client of NFS may hold on to what it knows of a folder for 30
 INTERVAL = 2.0  # seconds of work that a crash can cost; a sync of what was written past the cache takes milliseconds
 MOST = 1 << 30  # bytes of a journal; a terabyte of output takes a tenth of it
 
@@ -108,52 +109,82 @@ class Journal:
                     os.unlink(path)
         self._append({"merge": self._merge, "chunk": chunk_size})
 
-    def resume(self) -> tuple[int, Done] | None:
+    def resume(self, overwrite: bool = False) -> tuple[int, Done] | None:
         """(chunk size, what is on the disk for all outputs); None where that is nothing that could be gone on with.
 
-        Raises OutputError where the journal is another merge's, and says what differs.
+        Raises OutputError where the journal is another merge's, and says what differs; overwrite: that is nothing then.
         """
         for folder in self._folders:
             self.put_back(folder)
         found = [read(place(folder), mend=True) for folder in self._folders]
         for each, folder in zip(found, self._folders, strict=True):
             if each is not None and each.merge != self._merge:
+                if overwrite:
+                    return None
                 differing = "; ".join(differences(each.merge, self._merge))
                 raise OutputError(
                     f"{folder} holds another merge ({differing}): choose another --out, or --overwrite starts anew"
                 )
         begun = _of_all(found)
-        return begun and (begun[0], begun[1] | self.collect(begun[0]))
+        if begun is not None:
+            for done in self.collect(begun[0]):
+                begun[1].update(done)
+        return begun
 
-    def collect(self, chunk_size: int) -> Done:
-        """Take over the chunks that other ranks wrote down, and remove their journals. Raises OutputError."""
+    def collect(self, chunk_size: int) -> Iterator[Done]:
+        """Take over the chunks that other ranks wrote down, a rank's at a time, and remove its journal.
+
+        Raises OutputError.
+        """
         staged = [folder for folder in self._folders if os.path.isdir(folder)]
-        names = sorted({name for folder in staged for name in journals_of_ranks(folder)})
-        done: Done = {}
-        for name in names:
-            found = [read(os.path.join(folder, name)) for folder in staged]
+        for name in sorted({name for folder in staged for name in journals_of_ranks(folder)}):
+            paths = [os.path.join(folder, name) for folder in staged]
+            found = [read(path) for path in paths]
             if all(each is not None and each.merge == self._merge and each.chunk == chunk_size for each in found):
                 begun = _of_all(found)
-                done.update(begun[1] if begun else {})
-        if done:
-            self._append({"done": described(done)})
-        for path in (os.path.join(folder, name) for folder in staged for name in names):
-            with output_errors(path), contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-        return done
+                if begun is not None and begun[1]:
+                    self._append({"done": described(begun[1])})
+                    yield begun[1]
+            for path in paths:
+                with output_errors(path), contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
 
     def join(self) -> tuple[int, Done]:
         """Begin a rank's own journal beside that of rank 0; (chunk size, what was done). Raises OutputError."""
-        begun = _of_all([read(place(folder)) for folder in self._folders])
-        if begun is None:
-            raise OutputError(f"{place(self._folders[0])}: the journal of rank 0 cannot be read here")
+        self._await()
         for folder in filter(os.path.isdir, self._folders):
             path = os.path.join(folder, f"{JOURNAL}.{self._rank}")
             with output_errors(path):
                 self._held.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
                 lock(self._held[-1])
+        # Looked at again under the lock, which keeps others from beginning anew: until here they might have.
+        begun = self._await()
         self._append({"merge": self._merge, "chunk": begun[0]})
         return begun
+
+    def _await(self) -> tuple[int, Done]:
+        """What rank 0 has begun: names that another host has just made may be some seconds late."""
+        deadline = time.monotonic() + LATE
+        while True:
+            for folder in self._folders:
+                with output_errors(folder):
+                    os.listdir(os.path.dirname(folder))  # has a network filesystem ask for them again
+            found = [read(place(folder)) for folder in self._folders]
+            begun = _of_all(found)
+            if begun is not None and all(each is not None and each.merge == self._merge for each in found):
+                return begun
+            if time.monotonic() > deadline:
+                raise OutputError(
+                    f"{place(self._folders[0])}: rank {self._rank} cannot read rank 0's journal of this merge"
+                )
+            time.sleep(0.1)
+
+    def void(self) -> None:
+        """Have nothing count that was written down: what is on the disk is not what was written."""
+        for folder in filter(os.path.isdir, self._folders):
+            for name in (JOURNAL, f"{JOURNAL}.{self._rank}"):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(folder, name))
 
     def close(self) -> None:
         """Let go of a rank's own journals."""

@@ -38,10 +38,11 @@ class Making:
         journal: Journal,
         ranks: Alone,
         resume: bool,
+        overwrite: bool,
     ) -> None:
         """stagings: of the outputs still to be made, by their number. journal: of all outputs.
 
-        resume: go on with what is there. Raises OutputError.
+        resume: go on with what is there; overwrite: unless it is another merge's. Raises OutputError.
         """
         self._plan = plan
         self._source = source
@@ -50,7 +51,8 @@ class Making:
         self._chunk = chunk_size(len(crew), len(plan.alphas))
         self._done: Done = {}
         self.tally = Tally(len(plan.alphas))
-        begun = self._journal.resume() if resume else None
+        self._ranks = ranks
+        begun = self._journal.resume(overwrite) if resume else None
         goes_on = begun is not None and self._adopt(*begun)
         for staging in stagings.values():
             with output_errors(staging.folder):
@@ -72,6 +74,8 @@ class Making:
         """The statistics of these chunks into the tally; False where they are no chunks of the plan's."""
         left = len(done)
         for chunk in cut(self._plan.shards, size):
+            if not left:
+                break
             stop, measured = done.get((chunk.shard.name, chunk.start), (None, {}))
             if stop is None:
                 continue
@@ -84,12 +88,15 @@ class Making:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        cause = self._ranks.cause(error)
         try:
-            if isinstance(error, Corrupt) or (isinstance(error, RankError) and error.kind == Corrupt.__name__):
+            if isinstance(cause, Corrupt) or (isinstance(cause, RankError) and cause.kind == Corrupt.__name__):
                 for staging in self._stagings.values():
                     staging.discard()
-            elif error is not None:
-                self._keep(error)
+            elif cause is not None:
+                self._keep(cause)
+            if cause is not None and cause is not error:
+                raise cause
         finally:
             self.filling.close()
 
@@ -127,10 +134,12 @@ class Making:
 
     def collect(self) -> None:
         """Take over what the other ranks have done, once all have. Raises OutputError."""
-        done = self._journal.collect(self._chunk)
-        there = sum(stop - start for (_, start), (stop, _) in done.items()) * len(self._plan.alphas)
-        there += self.filling.resumed + sum(self.filling.shares.values())
-        if not self._add(self.tally, self._chunk, done) or there != self._plan.output_bytes:
+        there = self.filling.resumed + sum(self.filling.shares.values())
+        sound = True
+        for done in self._journal.collect(self._chunk):
+            there += sum(stop - start for (_, start), (stop, _) in done.items()) * len(self._plan.alphas)
+            sound = sound and self._add(self.tally, self._chunk, done)
+        if not sound or there != self._plan.output_bytes:
             folders = ", ".join(staging.folder for staging in self._stagings.values())
             raise OutputError(f"{folders}: a rank's journal cannot be read, or not all of it")
 
@@ -163,7 +172,11 @@ class Making:
         for staging in self._stagings.values():
             self._journal.set_aside(staging.folder)
             warnings += staging.commit()
-        return warnings + self._journal.remove()
+        return warnings
+
+    def forget(self) -> list[str]:
+        """Remove the journal, once nobody has to be told any more that the outputs are in place; returns warnings."""
+        return self._journal.remove()
 
 
 def _parts(path: str) -> Iterator[bytes]:

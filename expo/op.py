@@ -3,7 +3,7 @@
 `import expo.op` registers it; so does `import expo` where torch has been imported before.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: torch before 2.5 reads a schema from annotations, not from their text.
 
 from typing import Any
 

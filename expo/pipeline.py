@@ -11,8 +11,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -98,7 +98,7 @@ def merge(
     ranks = ranks or Alone()
     fill = partial(_fill, ranks=ranks, verify=verify, progress=progress, cancel=cancel)
     with (
-        ranks.together(),
+        ranks.together(cancel),
         _prepare(want, out, rules, engine, device, overwrite, resume, quiet, ranks) as (weak, strong, job),
         ExitStack() as stack,
     ):
@@ -114,7 +114,7 @@ def merge(
             if path not in job.committed
         }
         journal = Journal(job.journalled, identity)
-        with Making(job.plan, Source(weak, strong), job.crew, stagings, journal, ranks, resume) as making:
+        with Making(job.plan, Source(weak, strong), job.crew, stagings, journal, ranks, resume, overwrite) as making:
             making.create()
             ranks.gather("staged")
             shares, direct = fill(making.filling)
@@ -144,8 +144,12 @@ def merge(
             resumed=making.filling.resumed,
             warnings=tuple(warnings),
         )
-        ranks.gather(merged)
-        return merged
+        try:
+            ranks.gather(merged)
+        except RankError:  # its output is in place all the same; the journal says so to those that are started again
+            if ranks.restarts:
+                return merged
+        return replace(merged, warnings=merged.warnings + tuple(making.forget()))
 
 
 def _fill(
@@ -169,20 +173,17 @@ def _follow(
 ) -> Merged:
     """The part of a rank other than 0, which makes the stagings, completes and commits them."""
     ranks.gather("staged")
-    journal = Journal(job.journalled, identity, ranks.rank)
-    chunk, done = journal.join()
     folders = {k: staging_folder(path) for k, path in enumerate(job.outs) if path not in job.committed}
-    tally = Tally(len(job.outs))
-    filling = Filling(job.plan, Source(weak, strong), job.crew, folders, journal, ranks, tally, chunk, done)
-    try:
-        fill(filling)
-    except BaseException:
-        with suppress(CheckpointError, OutputError):  # what was written down before counts
-            filling.record()
-        raise
-    finally:
-        filling.close()
-        journal.close()
+    source, tally = Source(weak, strong), Tally(len(job.outs))
+    with closing(Journal(job.journalled, identity, ranks.rank)) as journal:
+        filling = Filling(job.plan, source, job.crew, folders, journal, ranks, tally, *journal.join())
+        with closing(filling):
+            try:
+                fill(filling)
+            except BaseException:
+                with suppress(CheckpointError, OutputError):  # what was written down before counts
+                    filling.record()
+                raise
     merged: Merged = ranks.gather(None)[0]
     return merged
 

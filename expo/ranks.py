@@ -1,7 +1,8 @@
-"""The processes of one merge, its ranks: one alone, or those that torchrun has started, on one host or several.
+"""The processes of one merge, its ranks: one alone, or those that a launcher has started, on one host or several.
 
-They meet in a store of torch.distributed and exchange what they must agree on through gloo. Each posts a beat to the
-store, so that the others notice when it stops; one that fails says why there before it goes.
+They meet in a store of torch.distributed and exchange what they must agree on through gloo. A thread of each posts a
+beat to the store, so that the others notice when it stops, and brings back why a rank has failed. No other thread uses
+the store: a call to one whose host is silent does not return, and no signal is heard in it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .errors import ExpoError, RankError, UsageError
+from .errors import Cancelled, ExpoError, RankError, UsageError
 
 BEAT = 0.5  # seconds between two looks at the others
 PATIENCE = 30.0  # seconds without a beat after which a rank counts as dead
-POLL = 0.02  # seconds between two looks at who has arrived
+POLL = 0.02  # seconds between two looks at who has arrived, while somebody waits for that
 MEET = 300.0  # seconds in which all ranks must have started
+EXCHANGE = 60.0  # seconds that gloo has, once all have arrived
 LINGER = 2.0  # seconds that a rank that failed stays for the others to read why: the store may be its own
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what launchers set
 Exchange = Callable[[Any], "list[Any]"]  # a value to those of all ranks, by rank
@@ -36,8 +38,11 @@ class Alone:
     def report(self, done: int) -> int:
         return done
 
+    def cause(self, error: BaseException | None) -> BaseException | None:
+        return error
+
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, cancel: threading.Event | None = None) -> Iterator[None]:
         yield
 
 
@@ -62,28 +67,28 @@ class Ranks(Alone):
         """store: of torch.distributed, with keys of these ranks alone. exchange: called once all have arrived."""
         self.rank, self.world = rank, world
         self.local_rank, self.local_world, self.restarts = local_rank, local_world, restarts
-        self._store, self._exchange, self._patience = store, exchange, patience
-        self._phase = self._done = 0
-        self._others: dict[int, int] = {}  # bytes that the ranks watched have reported in this phase
-        self._failure: tuple[str, str] | None = None  # what has happened elsewhere, and the name of its exception
-        self._closed = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="expo-ranks", daemon=True)
-        self._watcher.start()
+        self._exchange = exchange
+        self._patience = patience
+        self._phase = 0
+        self._cancel: threading.Event | None = None
+        self._watch = Watch(store, rank, world, patience)
 
     def gather(self, value: Any) -> list[Any]:
-        """Wait for all ranks; the values of all, by rank. Raises RankError."""
-        name = f"arrived/{self._phase}"
+        """Wait for all ranks; the values of all, by rank. Raises RankError, and Cancelled as `together` says."""
+        self._watch.arrive(self._phase)
+        while not self._watch.all_arrived(self._phase):
+            self._check()
+            if self._cancel is not None and self._cancel.is_set():
+                raise Cancelled("cancelled")
+            time.sleep(POLL)
         try:
-            self._store.add(name, 1)
-            while self._store.add(name, 0) < self.world:
-                self._check()
-                time.sleep(POLL)
             found = self._exchange(value)
-        except RuntimeError as error:  # of the store or of gloo: whoever is gone may have said why
+        except RuntimeError as error:  # of gloo: whoever is gone may have said why
             time.sleep(2 * BEAT)
             self._check()
             raise RankError(f"{self._name()} has lost the others: {error}") from error
-        self._phase, self._done, self._others = self._phase + 1, 0, {}
+        self._phase += 1
+        self._watch.enter(self._phase)
         return found
 
     def report(self, done: int) -> int:
@@ -92,76 +97,149 @@ class Ranks(Alone):
         Rank 0 watches all, others watch rank 0. Call it now and then. Raises RankError where a rank has failed.
         """
         self._check()
-        self._done = done
-        return done + sum(self._others.values())
+        self._watch.done = done
+        return done + sum(self._watch.others.values())
+
+    def cause(self, error: BaseException | None) -> BaseException | None:
+        """The failure of another rank that lies behind an interrupt: a launcher stops all when one has failed."""
+        if isinstance(error, KeyboardInterrupt):
+            time.sleep(2 * BEAT)
+            with contextlib.suppress(RankError):
+                self._check()
+                return error
+            return self._error()
+        return error
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What is done in it fails on all ranks or on none."""
+    def together(self, cancel: threading.Event | None = None) -> Iterator[None]:
+        """What is done in it fails on all ranks or on none. cancel: ends a rank's waiting for the others."""
+        self._cancel = cancel
         try:
             yield
-        except RankError:
-            raise
-        except KeyboardInterrupt as interrupt:
-            self._tell("was told to stop", "KeyboardInterrupt")
-            why = "was told to stop, by Ctrl-C or by the launcher, which does so when another rank has died"
-            raise KeyboardInterrupt("; ".join(filter(None, (f"{self._name()} {why}", str(interrupt))))) from None
         except BaseException as error:
-            what = str(error) if isinstance(error, ExpoError) else f"{type(error).__name__}: {error}"
-            self._tell(f"failed: {what}", type(error).__name__)
-            raise
+            self.tell(error)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            why = "was told to stop, by Ctrl-C or by the launcher, which does so when another rank has died"
+            raise KeyboardInterrupt("; ".join(filter(None, (f"{self._name()} {why}", str(error))))) from None
+
+    def tell(self, error: BaseException) -> None:
+        """Have the others know of this rank's failure, unless it is another's, and stay until they may have read it."""
+        if isinstance(error, RankError) or self._watch.told.is_set():
+            return
+        what = f"failed: {error}" if isinstance(error, ExpoError) else f"failed: {type(error).__name__}: {error}"
+        what = "was told to stop" if isinstance(error, KeyboardInterrupt) else what
+        with contextlib.suppress(KeyboardInterrupt):  # the error is what counts, and not that it is waited with it
+            self._watch.tell(f"{self._name()} {what}", type(error).__name__)
+            time.sleep(LINGER)
 
     def close(self) -> None:
         """Stop watching the others, and being watched."""
-        self._closed.set()
-        self._watcher.join()
+        self._watch.close()
 
     def _name(self) -> str:
         return f"rank {self.rank} of {self.world} on {os.uname().nodename}"
 
+    def _error(self) -> RankError:
+        assert self._watch.failure is not None
+        what, kind = self._watch.failure
+        return RankError(f"{what}; rank {self.rank} of {self.world} has stopped too", kind)
+
     def _check(self) -> None:
-        if self._failure is not None:
-            what, kind = self._failure
-            raise RankError(f"{what}; rank {self.rank} of {self.world} has stopped too", kind)
+        if self._watch.failure is not None:
+            raise self._error()
+        if time.monotonic() - self._watch.looked > self._patience:
+            raise RankError(f"the store of the ranks has not answered {self._name()} for {self._patience:.0f} s")
 
-    def _tell(self, what: str, kind: str) -> None:
-        """Leave the reason in the store, unless another rank has left one, and stay until it may have been read."""
-        with contextlib.suppress(RuntimeError):
-            self._post_failure(f"{self._name()} {what}", kind)
-            if self.rank == 0:
-                time.sleep(LINGER)
 
-    def _post_failure(self, what: str, kind: str) -> None:
+class Watch:
+    """The thread that posts this rank's beats and looks at the others': rank 0 at all, the others at rank 0.
+
+    looked: when it last came back from the store. failure: of any rank, and the name of its exception. others: bytes
+    that the ranks it looks at have reported in this phase. done: this rank's. told: when a failure is in the store.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int, patience: float) -> None:
+        self.looked = time.monotonic()
+        self.failure: tuple[str, str] | None = None
+        self.others: dict[int, int] = {}
+        self.done = 0
+        self.told = threading.Event()
+        self._store, self._rank, self._world, self._patience = store, rank, world, patience
+        self._phase, self._awaited, self._complete = 0, -1, -1
+        self._news: tuple[str, str] | None = None
+        self._wake, self._closed = threading.Event(), threading.Event()
+        watched = range(1, world) if rank == 0 else (0,)
+        self._seen = dict.fromkeys(watched, (b"", self.looked))
+        self._thread = threading.Thread(target=self._run, name="expo-ranks", daemon=True)
+        self._thread.start()
+
+    def arrive(self, phase: int) -> None:
+        """Have it known that this rank waits for the others at the end of a phase."""
+        self._awaited = phase
+        self._wake.set()
+
+    def all_arrived(self, phase: int) -> bool:
+        return self._complete >= phase
+
+    def enter(self, phase: int) -> None:
+        self._phase, self.done, self.others = phase, 0, {}
+
+    def tell(self, what: str, kind: str) -> None:
+        """Leave a failure in the store, unless there is one; waits for that a little."""
+        self._news = what, kind
+        self._wake.set()
+        self.told.wait(LINGER)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._wake.set()
+        self._thread.join(LINGER)  # a store that does not answer holds the thread for good
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:  # the store's host is gone, or has other things in it
+            self.failure = f"the store of the ranks cannot be reached: {error}", type(error).__name__
+
+    def _loop(self) -> None:
+        arrived = -1
+        beats, next_beat = 0, 0.0
+        while not self._closed.is_set():
+            if self._news is not None:
+                self._post(*self._news)
+                self.told.set()
+            if self._awaited > arrived:
+                arrived = self._awaited
+                self._store.add(f"arrived/{arrived}", 1)
+            if self._complete < arrived and self._store.add(f"arrived/{arrived}", 0) >= self._world:
+                self._complete = arrived
+            if time.monotonic() >= next_beat:
+                next_beat, beats = time.monotonic() + BEAT, beats + 1
+                self._store.set(f"beat/{self._rank}", f"{self._phase} {self.done} {beats}")
+                self._look()
+            self.looked = time.monotonic()
+            self._wake.wait(POLL if self._complete < arrived else BEAT)
+            self._wake.clear()
+
+    def _look(self) -> None:
+        if self._store.check(["failed"]):
+            what, kind = json.loads(self._store.get("failed"))
+            self.failure = str(what), str(kind)
+            self.told.set()
+            return
+        for rank, (before, since) in self._seen.items():
+            key = f"beat/{rank}"
+            beat = self._store.get(key) if self._store.check([key]) else b""
+            if beat != before:
+                self._seen[rank] = beat, time.monotonic()
+                phase, done, _ = map(int, beat.split())
+                self.others[rank] = done if phase == self._phase else 0
+            elif time.monotonic() - since > self._patience:
+                self._post(f"rank {rank} of {self._world} has not answered for {self._patience:.0f} s", "")
+
+    def _post(self, what: str, kind: str) -> None:
         self._store.compare_set("failed", "", json.dumps([what, kind]))
-
-    def _watch(self) -> None:
-        """Rank 0 watches all the others, and they watch rank 0: one that it finds dead has failed for all."""
-        watched = range(1, self.world) if self.rank == 0 else (0,)
-        seen = {rank: (b"", time.monotonic()) for rank in watched}
-        beats = 0
-        while not self._closed.wait(BEAT):
-            beats += 1
-            try:
-                self._store.set(f"beat/{self.rank}", f"{self._phase} {self._done} {beats}")
-                if self._store.check(["failed"]):
-                    self._failure = tuple(json.loads(self._store.get("failed")))
-                    return
-                for rank in watched:
-                    self._look(rank, seen)
-            except RuntimeError as error:
-                self._failure = f"the host of the ranks' store cannot be reached: {error}", type(error).__name__
-                return
-
-    def _look(self, rank: int, seen: dict[int, tuple[bytes, float]]) -> None:
-        now, key = time.monotonic(), f"beat/{rank}"
-        beat = self._store.get(key) if self._store.check([key]) else b""
-        before, since = seen[rank]
-        if beat != before:
-            seen[rank] = beat, now
-            phase, done, _ = map(int, beat.split())
-            self._others[rank] = done if phase == self._phase else 0
-        elif now - since > self._patience:
-            self._post_failure(f"rank {rank} of {self.world} has not answered for {self._patience:.0f} s", "")
 
 
 def launched() -> bool:
@@ -178,19 +256,29 @@ def join() -> Iterator[Alone]:
     if not launched():
         yield Alone()
         return
-    try:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local = {name.lower(): int(os.environ.get(name, default)) for name, default in
-                 (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
-        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-    except ValueError as error:
-        raise UsageError(f"RANK, WORLD_SIZE and the like are not what a launcher sets: {error}") from error
+    rank, world, local_rank, local_world = (
+        _number(name, default)
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    if not 0 <= rank < world or local_world < 1:
+        raise UsageError(f"RANK={rank} and WORLD_SIZE={world} are not what a launcher sets; unset them to merge alone")
+    restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0) > 0
     with _met(rank, world) as (store, exchange):
-        ranks = Ranks(store, exchange, rank, world, local["local_rank"], local["local_world_size"], restarts)
+        ranks = Ranks(store, exchange, rank, world, local_rank, local_world, restarts)
         try:
             yield ranks
+        except BaseException as error:
+            ranks.tell(error)
+            raise
         finally:
             ranks.close()
+
+
+def _number(name: str, default: int) -> int:
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError as error:
+        raise UsageError(f"{name}={os.environ[name]!r} is not what a launcher sets; unset it to merge alone") from error
 
 
 @contextlib.contextmanager
@@ -199,22 +287,23 @@ def _met(rank: int, world: int) -> Iterator[tuple[Any, Exchange]]:
     from datetime import timedelta
 
     import torch
-    from torch.distributed.rendezvous import rendezvous
 
     dist: Any = torch.distributed
-    timeout = timedelta(seconds=MEET)
-    own = not dist.is_initialized()
+    own, timeout = not dist.is_initialized(), timedelta(seconds=EXCHANGE)
+    deadline = time.monotonic() + MEET
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        shared, _, _ = next(rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"expo/{_token(shared, rank, world)}", shared)
+        shared = _store(dist, rank, deadline)
+        store = dist.PrefixStore(f"expo/{_token(shared, rank, world, deadline)}", shared)
         if own:
-            dist.init_process_group(
-                "gloo", store=dist.PrefixStore("gloo", store), rank=rank, world_size=world, timeout=timeout
-            )
+            gloo = dist.PrefixStore("gloo", store)
+            dist.init_process_group("gloo", store=gloo, rank=rank, world_size=world, timeout=timeout)
         group = None if own else dist.new_group(backend="gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RankError(f"rank {rank} of {world} could not meet the others at {where}: {error}") from error
+        raise RankError(
+            f"rank {rank} of {world} could not meet the others at {where}: {error}; "
+            "to merge alone in a process that a launcher has started, unset WORLD_SIZE"
+        ) from error
 
     def exchange(value: Any) -> list[Any]:
         found: list[Any] = [None] * world
@@ -227,16 +316,33 @@ def _met(rank: int, world: int) -> Iterator[tuple[Any, Exchange]]:
         dist.destroy_process_group(group)
 
 
-def _token(store: Any, rank: int, world: int) -> str:
+def _store(dist: Any, rank: int, deadline: float) -> Any:
+    """The store at MASTER_ADDR: torchrun's, or rank 0's own. In short tries, between which signals are heard."""
+    from datetime import timedelta
+
+    host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    while True:
+        try:
+            return dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=host,
+                timeout=timedelta(seconds=2), wait_for_workers=False, multi_tenant=True,
+            )  # fmt: skip
+        except RuntimeError:  # nobody listens there yet; a host that cannot listen will not be able to later
+            if host or time.monotonic() > deadline:
+                raise
+            time.sleep(BEAT)
+
+
+def _token(store: Any, rank: int, world: int, deadline: float) -> str:
     """A word that these ranks share and no earlier ones had: a launcher's store may outlive the processes it restarts.
 
-    Each says hello with a word of its own, and rank 0 answers to that word. Raises RankError where some do not come.
+    Each says hello with a word of its own, and rank 0 answers to that word. Raises RuntimeError where some do not come.
     """
     import uuid
 
-    own, began = uuid.uuid4().hex, time.monotonic()
+    own = uuid.uuid4().hex
     store.set(f"expo/hello/{rank}", own)
-    while time.monotonic() - began < MEET:
+    while time.monotonic() < deadline:
         if rank:
             if store.check([f"expo/welcome/{own}"]):
                 token = store.get(f"expo/welcome/{own}").decode()
@@ -249,4 +355,4 @@ def _token(store: Any, rank: int, world: int) -> str:
                 if store.check([other]):
                     store.set(f"expo/welcome/{store.get(other).decode()}", own)
         time.sleep(POLL)
-    raise RankError(f"rank {rank} of {world}: not all ranks have come within {MEET:.0f} s")
+    raise RuntimeError(f"not all ranks have come within {MEET:.0f} s")

@@ -28,7 +28,7 @@ from expo.errors import RankError
 from expo.filling import Corrupt
 from expo.journal import read
 from expo.layout import OutputShard, cut, portion
-from expo.ranks import Ranks
+from expo.ranks import Ranks, join
 from expo.result import Merged
 from expo.writer import JOURNAL, journals_of_ranks
 
@@ -339,6 +339,211 @@ def test_a_rank_that_finds_damage_has_the_output_discarded(
     assert sum(isinstance(each, Corrupt) for each in found) >= 1
     assert all(isinstance(each, Corrupt | RankError) for each in found)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_that_a_rank_finds_is_not_gone_on_with_by_whoever_was_not_told(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    """As where a launcher stops rank 0 before it can know why."""
+    write, compare = filling.ShardWriter.write, filling.Filling._compare
+
+    def damaging(self: Any, offset: int, data: memoryview, length: int) -> None:
+        data[0] ^= 1 if self.path.endswith("00003.safetensors") else 0
+        write(self, offset, data, length)
+
+    def comparing(self: Any, *arguments: Any) -> None:
+        if self._ranks.rank == 0:
+            time.sleep(0.2)
+            raise KeyboardInterrupt
+        compare(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filling.ShardWriter, "write", damaging)
+        patch.setattr(filling.Filling, "_compare", comparing)
+        patch.setattr(Ranks, "tell", lambda *_: None)
+        found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", verify=True, ranks=ranks))
+    assert isinstance(found[0], KeyboardInterrupt)
+    assert isinstance(found[1], Corrupt)
+    assert expo.merge(*pair, 0.3, tmp_path / "out", resume=True).resumed == 0
+    expo.merge(*pair, 0.3, tmp_path / "one")
+    assert files(tmp_path / "out") == files(tmp_path / "one")
+
+
+def test_an_interrupt_is_explained_by_the_failure_behind_it(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    def sinking(self: Any, *arguments: Any) -> None:
+        if self._ranks.rank == 1:
+            raise expo.OutputError("the disk of rank 1 is full")
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filling.Filling, "_sink", sinking)
+        found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert "failed: the disk of rank 1 is full; rank 0 of 2 has stopped too; what is done is kept" in str(found[0])
+    assert expo.merge(*pair, 0.3, tmp_path / "out", resume=True).resumed == 0
+
+
+def test_an_error_is_told_and_raised_though_the_launcher_stops_its_rank_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    (ranks, other) = Host(2).ranks
+    with monkeypatch.context() as patch:
+        patch.setattr(expo.ranks.time, "sleep", interrupted)
+        with pytest.raises(Stop, match="the real one"), ranks.together():
+            raise Stop("the real one")
+    with pytest.raises(RankError, match="failed: Stop: the real one"):
+        other.gather(None)
+    for each in (ranks, other):
+        each.close()
+
+
+def test_overwrite_starts_anew_where_going_on_is_not_possible(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    """A launcher that restarts implies --resume."""
+    with failing(monkeypatch, 1, 3, Stop()):
+        Host(2).run(lambda ranks: expo.merge(*pair, 0.1, tmp_path / "out", ranks=ranks))
+    with pytest.raises(expo.OutputError, match="holds another merge"):
+        expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
+    assert merged_by(2, pair, 0.3, tmp_path / "out", resume=True, overwrite=True).resumed == 0
+    expo.merge(*pair, 0.3, tmp_path / "one")
+    assert files(tmp_path / "out") == files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_a_rank_lost_after_the_commit_takes_nothing_away(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, restarts: bool
+) -> None:
+    commit, follow = expo.making.Making.commit, expo.pipeline._follow
+
+    def late(self: Any) -> Any:
+        """Commit, and wait until the other has failed."""
+        found = commit(self)
+        deadline = time.monotonic() + 10
+        while self._ranks._watch.failure is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return found
+
+    def losing(weak: Any, strong: Any, job: Any, identity: Any, ranks: Any, fill: Callable[[Any], Any]) -> Any:
+        def filled(filling: Any) -> None:
+            fill(filling)
+            raise Stop
+
+        return follow(weak, strong, job, identity, ranks, filled)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(expo.making.Making, "commit", late)
+        patch.setattr(expo.pipeline, "_follow", losing)
+        found = Host(2, restarts=restarts).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert isinstance(found[0], Merged)
+    assert isinstance(found[1], Stop)
+    assert [path.name for path in tmp_path.glob(".*")] == ([".out.expo-journal"] if restarts else [])
+    if restarts:  # and the next attempt finds that there is nothing left to do
+        again = merged_by(2, pair, 0.3, tmp_path / "out", resume=True)
+        assert again.resumed == again.bytes_written
+        assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_rank_that_cannot_begin_lets_go_of_its_journal(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    append = journal.Journal._append
+
+    def full(self: Any, record: Any) -> None:
+        if self._rank:
+            raise expo.OutputError("the disk is full")
+        append(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "_append", full)
+        found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert all(isinstance(each, expo.OutputError | RankError) for each in found)
+    expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
+
+
+def test_a_journal_that_is_late_is_waited_for_and_another_merges_is_not_joined(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / ".out.expo-staging"
+
+    def later() -> None:
+        time.sleep(0.15)
+        folder.mkdir()
+        journal.Journal([str(folder)], {"alpha": 1}).begin(4096)
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    with contextlib.closing(journal.Journal([str(folder)], {"alpha": 1}, 3)) as mine:
+        assert mine.join() == (4096, {})
+    thread.join()
+    monkeypatch.setattr(journal, "LATE", 0.0)
+    with (
+        contextlib.closing(journal.Journal([str(folder)], {"alpha": 2}, 4)) as other,
+        pytest.raises(expo.OutputError, match="rank 4 cannot read rank 0's journal of this merge"),
+    ):
+        other.join()
+
+
+def test_cancel_ends_the_waiting_for_others(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
+    cancel = threading.Event()
+    sink = filling.Filling._sink
+
+    def slow(self: Any, *arguments: Any) -> None:
+        if self._ranks.rank == 1:
+            time.sleep(0.05)
+        sink(self, *arguments)
+
+    def fill(*arguments: Any, **named: Any) -> Any:
+        threading.Timer(0.4, cancel.set).start()  # rank 0 has done its part by then
+        return filled(*arguments, **{**named, "cancel": None})
+
+    filled = expo.pipeline._fill
+    monkeypatch.setattr(filling.Filling, "_sink", slow)
+    monkeypatch.setattr(expo.pipeline, "_fill", fill)
+    found = Host(2).run(
+        lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks, cancel=None if ranks.rank else cancel)
+    )
+    assert isinstance(found[0], expo.Cancelled)
+    assert isinstance(found[1], RankError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for(pair: Pair, tmp_path: Path) -> None:
+    release = threading.Event()
+
+    class Silent:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: release.wait(20)
+
+    ranks = Ranks(Silent(), lambda value: [value], 1, 2, patience=0.2)
+    try:
+        with pytest.raises(RankError, match="the store of the ranks has not answered rank 1 of 2"):
+            expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks)
+    finally:
+        release.set()
+        ranks.close()
+
+
+@pytest.mark.parametrize(("rank", "world"), [("5", "2"), ("-1", "2"), ("x", "2"), ("0", "two")])
+def test_what_no_launcher_sets_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str, world: str) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(expo.UsageError, match="not what a launcher sets; unset"), join():
+        pass
+
+
+def test_ranks_that_do_not_come_are_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expo.ranks.MEET", 0.3)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **address}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match=r"not all ranks have come .*to merge alone .* unset WORLD_SIZE"), join():
+        pass
 
 
 @pytest.mark.parametrize("silent", [0, 1])
