@@ -121,35 +121,44 @@ def merge(
             making.collect()
             making.complete(strong, lambda k: _card(want, rules, weak, strong, job, making.tally, k), digest)
             warnings = [*job.notes, *making.tally.warnings(), *making.commit()]
-        plan, tally = job.plan, making.tally
-        merged = Merged(
-            outputs=tuple(tally.output(k, path, plan.alphas[k]) for k, path in enumerate(job.outs)),
-            extrapolated=plan.extrapolated(),
-            copied=plan.copied(),
-            noted=plan.noted,
-            dropped=tuple(plan.dropped.items()),
-            left_out=plan.left_out,
-            bytes_read=plan.input_bytes,
-            bytes_written=plan.output_bytes,
-            seconds=time.perf_counter() - began,
-            relative_distance=tally.relative_distance,
-            max_abs_difference=tally.max_abs_d,
-            engine=job.crew[0].name,
-            why=job.crew[0].why,
-            workers=len(job.crew),
-            ranks=ranks.world,
-            shares=shares,
-            direct=direct,
-            verified=verify,
-            resumed=making.filling.resumed,
-            warnings=tuple(warnings),
-        )
+        seconds = time.perf_counter() - began
+        merged = _merged(job, making, ranks.world, shares, direct, verify, seconds, warnings)
         try:
             ranks.gather(merged)
-        except RankError:  # its output is in place all the same; the journal says so to those that are started again
-            if ranks.restarts:
+        except (RankError, KeyboardInterrupt):  # the output is in place all the same
+            if ranks.restarts:  # its journal says so to those that are started again
                 return merged
         return replace(merged, warnings=merged.warnings + tuple(making.forget()))
+
+
+def _merged(
+    job: Preview, making: Making, ranks: int, shares: dict[str, int], direct: bool, verified: bool, seconds: float,
+    warnings: Sequence[str],
+) -> Merged:  # fmt: skip
+    """What a merge that is in place reports."""
+    plan, tally = job.plan, making.tally
+    return Merged(
+        outputs=tuple(tally.output(k, path, plan.alphas[k]) for k, path in enumerate(job.outs)),
+        extrapolated=plan.extrapolated(),
+        copied=plan.copied(),
+        noted=plan.noted,
+        dropped=tuple(plan.dropped.items()),
+        left_out=plan.left_out,
+        bytes_read=plan.input_bytes,
+        bytes_written=plan.output_bytes,
+        seconds=seconds,
+        relative_distance=tally.relative_distance,
+        max_abs_difference=tally.max_abs_d,
+        engine=job.crew[0].name,
+        why=job.crew[0].why,
+        workers=len(job.crew),
+        ranks=ranks,
+        shares=shares,
+        direct=direct,
+        verified=verified,
+        resumed=making.filling.resumed,
+        warnings=tuple(warnings),
+    )
 
 
 def _fill(

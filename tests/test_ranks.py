@@ -586,6 +586,32 @@ def test_an_interrupt_says_who_was_told_to_stop(monkeypatch: pytest.MonkeyPatch,
     assert isinstance(found[0], RankError)
 
 
+@pytest.mark.parametrize(
+    ("options", "device"),
+    [
+        ({"device": "cuda"}, "cuda:3"),
+        ({"engine": "triton"}, "cuda:3"),
+        ({"device": "cuda:0"}, "cuda:0"),
+        ({"device": "cpu"}, "cpu"),
+        ({}, "auto"),
+    ],
+)
+def test_each_rank_takes_the_gpu_of_its_local_rank_and_its_share_of_the_processors(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, options: dict[str, str], device: str
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def crew(engine: str, device: str, processes: int) -> Any:
+        asked.append((device, processes))
+        raise expo.EngineError("no GPU here")
+
+    monkeypatch.setattr(expo.pipeline, "crew", crew)
+    ranks = Ranks(dist.HashStore(), lambda value: [value], 7, 8, local_rank=3, local_world=4)
+    with contextlib.closing(ranks), pytest.raises(expo.EngineError):
+        expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks, **options)  # type: ignore[arg-type]
+    assert asked == [(device, 4)]
+
+
 def test_progress_of_rank_0_is_that_of_all(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
     with failing(monkeypatch, 9, 0, Stop()):  # nobody does, and all are slow

@@ -367,9 +367,9 @@ def test_a_signal_leaves_what_a_resume_goes_on_with(
     def signalling(self: Any, *arguments: Any) -> None:
         if next(seen) == 9:
             os.kill(os.getpid(), number)
+            time.sleep(0.5)  # the merge cannot end before a busy machine has the main thread hear of it
         sink(self, *arguments)
-        time.sleep(0.001)  # so that some ticks pass
-        time.sleep(0.002)
+        time.sleep(0.003)  # so that some ticks pass
 
     arguments = ["--sft", str(pair[0]), "--aligned", str(pair[1]), "--alpha", "0.3", "--out", str(out), "--quiet"]
     with monkeypatch.context() as patch:
