@@ -149,8 +149,8 @@ class Journal:
                 with output_errors(path), contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
 
-    def join(self) -> tuple[int, Done]:
-        """Begin a rank's own journal beside that of rank 0; (chunk size, what was done). Raises OutputError."""
+    def join(self, chunk_size: int) -> None:
+        """Begin a rank's own journal beside that of rank 0. Raises OutputError."""
         self._await()
         for folder in filter(os.path.isdir, self._folders):
             path = os.path.join(folder, f"{JOURNAL}.{self._rank}")
@@ -158,21 +158,19 @@ class Journal:
                 self._held.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
                 lock(self._held[-1])
         # Looked at again under the lock, which keeps others from beginning anew: until here they might have.
-        begun = self._await()
-        self._append({"merge": self._merge, "chunk": begun[0]})
-        return begun
+        self._await()
+        self._append({"merge": self._merge, "chunk": chunk_size})
 
-    def _await(self) -> tuple[int, Done]:
-        """What rank 0 has begun: names that another host has just made may be some seconds late."""
+    def _await(self) -> None:
+        """Until rank 0's journal of this merge is there: what another host has just made may be some seconds late."""
         deadline = time.monotonic() + LATE
         while True:
             for folder in self._folders:
                 with output_errors(folder):
                     os.listdir(os.path.dirname(folder))  # has a network filesystem ask for them again
             found = [read(place(folder)) for folder in self._folders]
-            begun = _of_all(found)
-            if begun is not None and all(each is not None and each.merge == self._merge for each in found):
-                return begun
+            if all(each is not None and each.merge == self._merge for each in found):
+                return
             if time.monotonic() > deadline:
                 raise OutputError(
                     f"{place(self._folders[0])}: rank {self._rank} cannot read rank 0's journal of this merge"

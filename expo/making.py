@@ -13,7 +13,7 @@ from .checkpoint import INDEX, Checkpoint
 from .engines import Engine
 from .errors import CheckpointError, ExpoError, OutputError, RankError
 from .filling import Corrupt, Filling
-from .journal import Done, Journal
+from .journal import Done, Journal, Key
 from .layout import cut
 from .plan import CARD, DIGESTS, Plan
 from .ranks import Alone
@@ -131,6 +131,14 @@ class Making:
             with output_errors(staging.folder):  # the journal is about to vouch for these files: their names must last
                 sync_folder(staging.folder)
                 sync_folder(staging.parent)
+
+    @property
+    def begun(self) -> tuple[int, dict[Key, int]]:
+        """What the other ranks must know to divide the rest as this one does: the size of chunks, and those done.
+
+        Not for them to read in the journal, which this rank may have written more into by then.
+        """
+        return self._chunk, {key: stop for key, (stop, _) in self._done.items()}
 
     def collect(self) -> None:
         """Take over what the other ranks have done, once all have. Raises OutputError."""

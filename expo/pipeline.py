@@ -22,7 +22,7 @@ from .engines import Engine, crew
 from .errors import CheckpointError, ExpoError, OutputError, PlanError, RankError, UsageError
 from .filling import Filling
 from .inputs import StrPath, Wanted, open_inputs, wanted
-from .journal import Journal, differences, has_journal
+from .journal import Done, Journal, differences, has_journal
 from .kernels.contract import ITEMSIZE
 from .making import Making
 from .pairing import tie_flag
@@ -116,7 +116,7 @@ def merge(
         journal = Journal(job.journalled, identity)
         with Making(job.plan, Source(weak, strong), job.crew, stagings, journal, ranks, resume, overwrite) as making:
             making.create()
-            ranks.gather("staged")
+            ranks.gather(making.begun)
             shares, direct = fill(making.filling)
             making.collect()
             making.complete(strong, lambda k: _card(want, rules, weak, strong, job, making.tally, k), digest)
@@ -181,11 +181,13 @@ def _follow(
     weak: Checkpoint, strong: Checkpoint, job: Preview, identity: Mapping[str, Any], ranks: Alone, fill: Fill
 ) -> Merged:
     """The part of a rank other than 0, which makes the stagings, completes and commits them."""
-    ranks.gather("staged")
+    chunk, stops = ranks.gather(None)[0]
     folders = {k: staging_folder(path) for k, path in enumerate(job.outs) if path not in job.committed}
     source, tally = Source(weak, strong), Tally(len(job.outs))
     with closing(Journal(job.journalled, identity, ranks.rank)) as journal:
-        filling = Filling(job.plan, source, job.crew, folders, journal, ranks, tally, *journal.join())
+        journal.join(chunk)
+        done: Done = {key: (stop, {}) for key, stop in stops.items()}
+        filling = Filling(job.plan, source, job.crew, folders, journal, ranks, tally, chunk, done)
         with closing(filling):
             try:
                 fill(filling)

@@ -22,6 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def own_signals() -> Iterator[None]:
     """What the process does at a signal, put back: an interrupted command ignores further ones for good."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it runs in the background
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -479,14 +479,33 @@ def test_a_journal_that_is_late_is_waited_for_and_another_merges_is_not_joined(
     thread = threading.Thread(target=later)
     thread.start()
     with contextlib.closing(journal.Journal([str(folder)], {"alpha": 1}, 3)) as mine:
-        assert mine.join() == (4096, {})
+        mine.join(4096)
     thread.join()
+    found = read(str(folder / f"{JOURNAL}.3"))
+    assert found is not None
+    assert (found.merge, found.chunk, found.done) == ({"alpha": 1}, 4096, {})
     monkeypatch.setattr(journal, "LATE", 0.0)
     with (
         contextlib.closing(journal.Journal([str(folder)], {"alpha": 2}, 4)) as other,
         pytest.raises(expo.OutputError, match="rank 4 cannot read rank 0's journal of this merge"),
     ):
-        other.join()
+        other.join(4096)
+
+
+def test_a_rank_that_begins_late_divides_the_work_as_the_others_do(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    """Rank 0 has written much of its own part down by then."""
+    real = journal.Journal.join
+
+    def late(self: Any, size: int) -> None:
+        time.sleep(0.2)
+        real(self, size)
+
+    monkeypatch.setattr(journal.Journal, "join", late)
+    merged_by(3, pair, 0.3, tmp_path / "all")
+    expo.merge(*pair, 0.3, tmp_path / "one")
+    assert files(tmp_path / "all") == files(tmp_path / "one")
 
 
 def test_cancel_ends_the_waiting_for_others(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
