@@ -11,7 +11,7 @@ from typing import Any
 
 import expo
 
-PACKAGES = ("numpy", "torch", "safetensors", "transformers", "mergekit")
+PACKAGES = ("numpy", "torch", "safetensors", "transformers")
 
 
 def describe(cpu: str) -> dict[str, Any]:
