@@ -730,6 +730,7 @@ def test_a_killed_process_of_four_stops_all_and_resume_goes_on(
     assert files(out) == whole
 
 
+@pytest.mark.exhaustive
 def test_torchrun_starts_again_and_goes_on_by_itself(
     pair: Pair, tmp_path: Path, whole: dict[str, bytes], slow: list[str]
 ) -> None:

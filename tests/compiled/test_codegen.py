@@ -73,7 +73,10 @@ def test_every_variant_has_a_limit() -> None:
     assert all(limit(name) for name in VARIANTS)
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(each, marks=() if each in ASSERTED else pytest.mark.exhaustive) for each in aot.TARGETS],
+)
 @pytest.mark.parametrize("name", [PAIR, "sweep2_bf16", "statistics1_bf16", "whole_model_bf16"])
 def test_compiles_without_spills_for_every_gpu(target: str, name: str) -> None:
     found = described(name, target)
