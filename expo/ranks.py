@@ -104,10 +104,8 @@ class Ranks(Alone):
         """The failure of another rank that lies behind an interrupt: a launcher stops all when one has failed."""
         if isinstance(error, KeyboardInterrupt):
             time.sleep(2 * BEAT)
-            with contextlib.suppress(RankError):
-                self._check()
-                return error
-            return self._error()
+            if self._watch.failure is not None:
+                return self._error()
         return error
 
     @contextlib.contextmanager

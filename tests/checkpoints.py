@@ -139,3 +139,23 @@ def sparse_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
     return path
+
+
+# Of every kind, and small enough to be cut into chunks of some KiB.
+MIXED_SHAPES = {**ODD_SHAPES, "embed": ("BF16", (301, 97)), "half": ("F16", (77, 51)), "full": ("F32", (340, 341))}
+
+
+def mixed_pair(folder: Path) -> tuple[Path, Path]:
+    """sft and aligned of MIXED_SHAPES, in shards that differ."""
+    sft = write_folder(folder / "sft", random_tensors(MIXED_SHAPES, 1), shards=2)
+    return sft, write_folder(folder / "aligned", random_tensors(MIXED_SHAPES, 2), shards=3, pad=1)
+
+
+def staging(out: Path) -> Path:
+    """Where an output is made."""
+    return out.parent / f".{out.name}.expo-staging"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Digests of a folder's files, by their paths in it."""
+    return {name.removeprefix(str(folder)): digest for name, digest in fingerprint(folder).items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import ODD_SHAPES, fingerprint, random_tensors, write_folder
+from checkpoints import MIXED_SHAPES, files, mixed_pair, random_tensors, staging, write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +34,6 @@ from expo.writer import JOURNAL, journals_of_ranks
 
 dist: Any = pytest.importorskip("torch.distributed")
 
-SHAPES = {**ODD_SHAPES, "embed": ("BF16", (301, 97)), "half": ("F16", (77, 51)), "full": ("F32", (340, 341))}
 Pair = tuple[Path, Path]
 
 
@@ -52,16 +51,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
-    sft = write_folder(folder / "sft", random_tensors(SHAPES, 1), shards=2)
-    return sft, write_folder(folder / "aligned", random_tensors(SHAPES, 2), shards=3, pad=1)
-
-
-def staging(out: Path) -> Path:
-    return out.parent / f".{out.name}.expo-staging"
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {name.removeprefix(str(folder)): digest for name, digest in fingerprint(folder).items()}
+    return mixed_pair(folder)
 
 
 class Host:
@@ -71,7 +61,6 @@ class Host:
         self.store, self.world = dist.HashStore(), world
         self._table: dict[int, list[Any]] = {}
         self._lock = threading.Lock()
-        self._options = options
         self.ranks = [Ranks(self.store, self._exchange(rank), rank, world, **options) for rank in range(world)]
 
     def _exchange(self, rank: int) -> Callable[[Any], list[Any]]:
@@ -163,7 +152,7 @@ def test_more_ranks_than_chunks(pair: Pair, tmp_path: Path, monkeypatch: pytest.
 
 def test_a_bare_file_and_a_replaced_output(pair: Pair, tmp_path: Path) -> None:
     single = tuple(
-        write_folder(tmp_path / name, random_tensors(SHAPES, seed)) / "model.safetensors"
+        write_folder(tmp_path / name, random_tensors(MIXED_SHAPES, seed)) / "model.safetensors"
         for seed, name in enumerate(("sft", "aligned"))
     )
     expo.merge(*single, 0.3, tmp_path / "one.safetensors")
@@ -543,6 +532,8 @@ def test_a_store_that_does_not_answer_is_not_waited_for(pair: Pair, tmp_path: Pa
     try:
         with pytest.raises(RankError, match="the store of the ranks has not answered rank 1 of 2"):
             expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks)
+        interrupt = KeyboardInterrupt()
+        assert ranks.cause(interrupt) is interrupt  # nobody has said why
     finally:
         release.set()
         ranks.close()

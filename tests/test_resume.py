@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import ODD_SHAPES, fingerprint, random_tensors, write_folder
+from checkpoints import MIXED_SHAPES, files, fingerprint, mixed_pair, random_tensors, staging, write_folder
 
 import expo
 from expo import filling, journal, making
@@ -23,7 +23,6 @@ from expo.journal import Journal, place, read
 from expo.writer import JOURNAL
 
 ROOT = Path(__file__).parents[1]
-SHAPES = {**ODD_SHAPES, "embed": ("BF16", (301, 97)), "half": ("F16", (77, 51)), "full": ("F32", (340, 341))}
 ALPHAS = (0.3, 1.0)
 Pair = tuple[Path, Path]
 
@@ -39,8 +38,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
-    sft = write_folder(folder / "sft", random_tensors(SHAPES, 1), shards=2)
-    return sft, write_folder(folder / "aligned", random_tensors(SHAPES, 2), shards=3, pad=1)
+    return mixed_pair(folder)
 
 
 class Stop(Exception):
@@ -62,14 +60,6 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseExcepti
         with pytest.raises(type(error)) as caught:
             work()
     return str(caught.value)
-
-
-def staging(out: Path) -> Path:
-    return out.parent / f".{out.name}.expo-staging"
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {name.removeprefix(str(folder)): digest for name, digest in fingerprint(folder).items()}
 
 
 @pytest.fixture
@@ -176,7 +166,7 @@ def test_what_a_config_says_of_a_tie_is_part_of_a_merge(
 
 
 def test_another_input_is_refused(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
-    sft = write_folder(tmp_path / "sft", random_tensors(SHAPES, 1), shards=2)
+    sft = write_folder(tmp_path / "sft", random_tensors(MIXED_SHAPES, 1), shards=2)
     interrupted(monkeypatch, 5, Stop(), lambda: expo.merge(sft, pair[1], 0.3, tmp_path / "out"))
     first = min(sft.glob("*.safetensors"))
     os.utime(first, (1, 1))
@@ -192,8 +182,8 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, pair: Pair,
 
 
 def test_a_file_and_over_an_old_output(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
-    aligned = write_folder(tmp_path / "one", random_tensors(SHAPES, 2)) / "model.safetensors"
-    sft = write_folder(tmp_path / "two", random_tensors(SHAPES, 1)) / "model.safetensors"
+    aligned = write_folder(tmp_path / "one", random_tensors(MIXED_SHAPES, 2)) / "model.safetensors"
+    sft = write_folder(tmp_path / "two", random_tensors(MIXED_SHAPES, 1)) / "model.safetensors"
     out, plain = tmp_path / "out.safetensors", tmp_path / "plain.safetensors"
     expo.merge(sft, aligned, 0.3, plain)
     out.write_bytes(b"old")
