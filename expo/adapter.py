@@ -135,7 +135,8 @@ class Adapter:
 
     path: the folder. config: adapter_config.json's object. shard: the file with the weights; every TensorInfo here has
     the name it has there. low_rank, full, copies: by the base's name for the tensor, and no name is in low_rank and
-    full. copies: what the adapter repeats of the base, below a delta; see check_copies.
+    full. copies: what the adapter repeats of the base, below a delta; see check_copies. unties: whether the trained
+    model's head and embedding are two, where the base's were one; note: the sentence that tells the user so.
     """
 
     path: str
@@ -144,6 +145,8 @@ class Adapter:
     low_rank: dict[str, LowRank]
     full: dict[str, TensorInfo]
     copies: dict[str, TensorInfo] = field(default_factory=dict)
+    unties: bool = False
+    note: str | None = None
 
 
 class _Pair(NamedTuple):
@@ -490,6 +493,25 @@ def _equal(shard: WeightFile, one: TensorInfo, other: TensorInfo) -> bool:
         return False
     pieces = zip(_pieces(shard, one), _pieces(shard, other), strict=True)
     return all(a == b for a, b in pieces)
+
+
+def holds_equal(shard: WeightFile, one: TensorInfo | LowRank, other: TensorInfo | LowRank) -> bool:
+    """Return True if two whole tensors of the file, or two deltas by their factors, are the same numbers."""
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        sides = zip(_factors(shard, one), _factors(shard, other), strict=True)
+        return one.scale == other.scale and all(np.array_equal(a, b) for a, b in sides)
+    assert isinstance(one, TensorInfo)
+    assert isinstance(other, TensorInfo)
+    return _equal(shard, one, other)
+
+
+def _factors(shard: WeightFile, delta: LowRank) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield the left factor [M, r] and the right one [r, N]."""
+    for tensor, transposed in ((delta.left, delta.left_transposed), (delta.right, delta.right_transposed)):
+        data = bytearray(tensor.nbytes)
+        shard.readers.get(tensor.name, shard.reader).read(tensor.start, data)
+        matrix = np.frombuffer(data, FLOATS[tensor.dtype]).reshape(tensor.shape)
+        yield matrix.T if transposed else matrix
 
 
 def _pieces(shard: WeightFile, tensor: TensorInfo) -> Iterator[bytearray]:

@@ -92,6 +92,7 @@ class Checkpoint:
     origin: None where it is just a path.
     adapter: what turns these tensors into a checkpoint trained from them, for one that was saved as an adapter alone:
     then `tensors` are those of the checkpoint below it, but for the ones that the adapter has whole.
+    stored: the name in the file of each tensor that has another name here, without what a wrapper had added.
     """
 
     path: str
@@ -105,6 +106,7 @@ class Checkpoint:
     strays: dict[str, str] = field(default_factory=dict)
     origin: Origin | None = None
     adapter: Adapter | None = None
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -120,10 +122,12 @@ class Checkpoint:
         return {**self.shards, **own}
 
     def reader(self, tensor: str) -> Bytes:
-        """What reads the bytes [start, stop) of the tensor's TensorInfo."""
-        own = self.adapter is not None and tensor in self.adapter.full
-        file = self.adapter.shard if own and self.adapter else self.shards[self.weight_map[tensor]]
-        return file.readers.get(self.tensors[tensor].name, file.reader)
+        """Return the reader of the bytes [start, stop) of the tensor's TensorInfo."""
+        if self.adapter is not None and tensor in self.adapter.full:
+            shard = self.adapter.shard
+            return shard.readers.get(self.tensors[tensor].name, shard.reader)
+        file = self.shards[self.weight_map[tensor]]
+        return file.readers.get(self.stored.get(tensor, tensor), file.reader)
 
     def close(self) -> None:
         for file in self.weight_files.values():

@@ -18,8 +18,9 @@ from typing import Any
 from . import __version__, ranks
 from .engines import ENGINES
 from .errors import UsageError
+from .pairing import describe
 from .pipeline import Preview, merge, preview
-from .plan import ON_MISMATCH, ON_UNPAIRED, OUTPUT_DTYPES, describe
+from .plan import ON_MISMATCH, ON_UNPAIRED, OUTPUT_DTYPES
 from .progress import Bar, size
 from .result import Merged
 from .steps import Action

@@ -20,6 +20,7 @@ from .checkpoint import (
     strays_of,
 )
 from .errors import CheckpointError, UsageError
+from .naming import without_wrapper
 
 StrPath = str | os.PathLike[str]
 VOCABULARIES = {
@@ -95,8 +96,12 @@ def open_inputs(
         adapter = _is_adapter(found.place)
         below = _fetched(sft, not adapter, quiet, stand_ins)  # an adapter's tokenizer and config may be its base's
         weak = stack.enter_context(closing(_opened(below)))
-        strong = _over(weak, found, below.headers is None) if adapter else _opened(found)
-        yield weak, stack.enter_context(closing(strong))
+        if adapter:
+            weak = without_wrapper(weak, weak)
+            strong = stack.enter_context(closing(_over(weak, found, below.headers is None)))
+        else:
+            strong = without_wrapper(stack.enter_context(closing(_opened(found))), weak)
+        yield weak, strong
 
 
 @contextmanager
@@ -154,19 +159,24 @@ def _over(base: Checkpoint, found: _Found, has_data: bool = True) -> Checkpoint:
     Raises CheckpointError.
     """
     from .adapter import check_copies, open_adapter
+    from .tying import settled, tie_of, with_head
 
     folder = found.folder
-    adapter = open_adapter(found.place, base.tensors, open_file)
+    tie = tie_of(base)
+    whole = with_head(base, tie)
+    adapter = open_adapter(found.place, whole.tensors, open_file)
     try:
         if has_data and found.headers is None:
-            check_copies(adapter, base.tensors, base.reader)
+            check_copies(adapter, whole.tensors, whole.reader)
+        adapter = settled(adapter, tie, base, found.headers is None)
     except BaseException:
         adapter.shard.reader.close()
         raise
-    tensors = {name: adapter.full.get(name, tensor) for name, tensor in base.tensors.items()}
+    made = whole if adapter.unties else base
+    tensors = {name: adapter.full.get(name, tensor) for name, tensor in made.tensors.items()}
     files, strays = _files(base, folder, os.path.basename(adapter.shard.path)) if base.folder is not None else ({}, {})
     return replace(
-        base, path=folder, tensors=tensors, files=files, strays=strays, origin=found.origin, adapter=adapter
+        made, path=folder, tensors=tensors, files=files, strays=strays, origin=found.origin, adapter=adapter
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from .checkpoint import Checkpoint
 from .header import TensorInfo
+from .kernels.contract import ITEMSIZE
+from .naming import unwrapped
 
 # What old files carry beside the weights: tables and masks that the model computes from its config.
 BUFFERS = re.compile(
@@ -30,10 +32,8 @@ EMBEDDING = re.compile(
 )
 SHARED = re.compile(rf"{_OUTER}{_WRAPPERS}(shared|(encoder|decoder)\.embed_tokens)\.weight$")  # T5's, BART's
 
-# One name in two ways: (pattern, replacement), of versions of transformers and of what wraps a model when it is saved.
+# One name in two ways, of versions of transformers: (pattern, replacement).
 _RENAMES = (
-    (r"^(_orig_mod\.)?module\.|(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
-    (r"^base_model\.model\.", ""),
     (r"^(model|transformer|gpt_neox|bert|roberta|backbone)\.", ""),  # saved without its head
     (r"^embed_out\.", "lm_head."),  # GPT-NeoX, before 5 and since
     (r"^language_model\.model\.", "model.language_model."),  # vision-language models, before 4.52 and since
@@ -75,9 +75,9 @@ def pair(sft: Checkpoint, aligned: Checkpoint) -> Pairs:
     """The fate of every name of both checkpoints."""
     weak, strong = sft.tensors, aligned.tensors
     kept = {name: "a buffer, which the model computes, and no weight" for name, tensor in strong.items()
-            if _is_buffer(tensor) and _is_buffer(weak.get(name, tensor))}  # fmt: skip
+            if is_buffer(tensor) and is_buffer(weak.get(name, tensor))}  # fmt: skip
     dropped = {name: "a buffer, which the model computes" for name, tensor in weak.items()
-               if _is_buffer(tensor) and name not in strong}  # fmt: skip
+               if is_buffer(tensor) and name not in strong}  # fmt: skip
     twins = {name: Twin(weak[name], "") for name in strong if name in weak and name not in kept}
     here = {name: tensor for name, tensor in strong.items() if name not in twins and name not in kept}
     there = {name: tensor for name, tensor in weak.items() if name not in strong and name not in dropped}
@@ -96,7 +96,8 @@ def pair(sft: Checkpoint, aligned: Checkpoint) -> Pairs:
     )
 
 
-def _is_buffer(tensor: TensorInfo) -> bool:
+def is_buffer(tensor: TensorInfo) -> bool:
+    """Return True for a table or mask that the model computes from its config, and that is no weight."""
     if MASK.search(tensor.name):
         return len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
     return BUFFERS.search(tensor.name) is not None
@@ -106,13 +107,17 @@ def _renamed(here: Mapping[str, TensorInfo], there: Mapping[str, TensorInfo]) ->
     """From names of one side to names of the other that mean the same; both sides' names are alone so far."""
     if not here or not there:
         return {}
-    back: dict[str, set[str]] = {}
+    shorts: dict[str, set[str]] = {}  # by the name without wrappers
+    back: dict[str, set[str]] = {}  # by each name that it may have instead
     for old in there:
+        shorts.setdefault(unwrapped(old), set()).add(old)
         for form in _forms(old):
             back.setdefault(form, set()).add(old)
     found: dict[str, str] = {}
     for name, tensor in here.items():
-        fits = {old for old in _forms(name) | back.get(name, set()) if old in there}
+        fits = set(back.get(unwrapped(name), ()))
+        for form in _forms(name):
+            fits |= shorts.get(form, set())
         fits = {old for old in fits if there[old].shape == tensor.shape}
         if len(fits) == 1:
             found[name] = fits.pop()
@@ -121,8 +126,9 @@ def _renamed(here: Mapping[str, TensorInfo], there: Mapping[str, TensorInfo]) ->
 
 
 def _forms(name: str) -> set[str]:
-    """What one rename makes of a name."""
-    return {pattern.sub(new, name) for pattern, new in RENAMES}
+    """Return the names that a tensor may have instead: without a wrapper's prefixes, and with at most one rename."""
+    short = unwrapped(name)
+    return {short, *(pattern.sub(new, short) for pattern, new in RENAMES)}
 
 
 def tie_flag(config: Mapping[str, Any]) -> bool | None:
@@ -152,6 +158,24 @@ def _tied(alone: Mapping[str, TensorInfo], lacking: Mapping[str, TensorInfo], ti
         if len(fits) == 1 and lacking[fits[0]].shape[1:] == tensor.shape[1:]:
             found[name] = fits[0]
     return found
+
+
+def mismatched(aligned: TensorInfo, sft: TensorInfo) -> bool:
+    """Return True if two twins cannot be extrapolated as they are: by shape, or as one of them has no numbers."""
+    return aligned.shape != sft.shape or (aligned.dtype in ITEMSIZE) != (sft.dtype in ITEMSIZE)
+
+
+def rows_in_common(aligned: TensorInfo, sft: TensorInfo) -> int:
+    """Return how many first rows could be extrapolated where only the numbers of rows differ; 0 for none."""
+    floating = aligned.dtype in ITEMSIZE and sft.dtype in ITEMSIZE
+    if not floating or not aligned.shape or not sft.shape or aligned.shape[1:] != sft.shape[1:]:
+        return 0
+    return min(aligned.shape[0], sft.shape[0])
+
+
+def describe(tensor: TensorInfo) -> str:
+    """Return a tensor's dtype and shape: `BF16 [4096, 32]`."""
+    return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def is_embedding(name: str) -> bool:

@@ -387,7 +387,7 @@ def _prepare(
                 check_free(path, strong.folder is None, overwrite)
         except (PlanError, OutputError) as found:
             error = found
-        notes = () if note is None else (note,)
+        notes = plan.notes if note is None else (*plan.notes, note)
         yield weak, strong, Preview(plan, outs, committed, workers, free_bytes(outs[0]), notes, error)
 
 

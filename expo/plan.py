@@ -7,33 +7,33 @@ complete enough to print, and must not be carried out.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoint import ADAPTER_CONFIG, CONFIG, Checkpoint
+from .checkpoint import ADAPTER_CONFIG, Checkpoint
+from .config import rewritten
 from .errors import PlanError, UsageError
 from .header import TensorInfo
 from .kernels.contract import ITEMSIZE, working_alpha
 from .layout import OutputShard, index_of, joined, lay_out, size_of
-from .pairing import Pairs, Twin, is_embedding, pair
-from .quantised import problem
+from .naming import wrapper_note
+from .pairing import Twin, describe, mismatched, pair, rows_in_common
+from .problems import float_bytes, model_problems, tensor_problems
 from .steps import Action, Step, some_rows
 
 if TYPE_CHECKING:
     from .adapter import Adapter
 
-INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 ON_UNPAIRED = ("error", "aligned")
 ON_MISMATCH = ("error", "rows", "aligned")
-NOT_IN_SFT, ONLY_IN_SFT, UNTOUCHED = "not in sft", "only in sft", "not in the adapter"  # reasons
+NOT_IN_SFT, ONLY_IN_SFT, UNTOUCHED, SFT_HAS = "not in sft", "only in sft", "not in the adapter", "sft has "  # reasons
 OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 CARD = "README.md"
 MAX_ALPHAS = 64
+MOST_LINES = 40  # of an error's text
 OTHER_WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
 )  # fmt: skip
@@ -74,7 +74,7 @@ class Plan:
     alphas: one for each output; everything else is the same for all of them. steps: in aligned's order, those of one
     tensor together. dropped: tensors of sft alone, and why. index: the index file's bytes, None without one. made:
     files that are written anew, by name. carried: aligned's other files that come along. left_out: (file, reason).
-    problems: why the merge cannot be done; empty when it can.
+    problems: why the merge cannot be done; empty when it can. notes: what to know of the output all the same.
     """
 
     alphas: tuple[float, ...]
@@ -86,6 +86,7 @@ class Plan:
     carried: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def extrapolated(self, k: int | None = None) -> int:
         """Number of tensors that are, or rows of which are, in output k or in any."""
@@ -123,9 +124,12 @@ class Plan:
             yield TensorInfo(name, steps[0].dtype, shape, 0, sum(step.nbytes for step in steps)), steps
 
     def check(self) -> None:
-        """Raise PlanError with every problem, if there is one."""
-        if self.problems:
-            raise PlanError("\n".join(self.problems))
+        """Raise PlanError with every problem, in at most MOST_LINES lines, if there is one."""
+        lines = "\n".join(self.problems).splitlines()
+        if len(lines) > MOST_LINES:
+            lines = [*lines[: MOST_LINES - 1], f"and {len(lines) - MOST_LINES + 1} more lines; --plan --json has them"]
+        if lines:
+            raise PlanError("\n".join(lines))
 
 
 def make_plan(
@@ -159,14 +163,15 @@ def make_plan(
         if name in pairs.kept:
             steps.append(_copy(name, tensor, tensor.dtype, pairs.kept[name], wanted))
         else:
-            target = _output_dtype(sft, aligned, name, dtype)
-            steps += _steps(name, aligned, pairs.twins.get(name), wanted, target, on_mismatch == "rows")
-    problems = _model_problems(sft, aligned)
-    problems += _tensor_problems(sft, aligned, pairs, on_unpaired, on_mismatch)
+            twin = pairs.twins.get(name)
+            target = _output_dtype(aligned, name, twin, dtype)
+            steps += _steps(name, aligned, twin, wanted, target, on_mismatch == "rows")
+    problems = model_problems(sft, aligned)
+    problems += tensor_problems(sft, aligned, pairs, on_unpaired, on_mismatch)
     for rule in rules:
         if not any(rule.pattern.search(name) for name in aligned.tensors):
             problems.append(f"--alpha-for {rule.pattern.pattern!r} matches no tensor of {aligned.path}")
-    made = _config(aligned, steps, dtype)
+    made = rewritten(aligned, steps, OUTPUT_DTYPES[dtype] if dtype else None)
     carried, left_out = sort_files([name for name in aligned.files if name not in made])
     problems += [
         f"{aligned.files[name]} is a link out of its folder, to {aligned.strays[name]}, and would "
@@ -177,8 +182,29 @@ def make_plan(
     shards = lay_out(aligned, steps, most)
     return Plan(
         tuple(alphas), tuple(steps), pairs.dropped | dict.fromkeys(pairs.left, ONLY_IN_SFT), shards,
-        index_of(aligned, shards, most is not None), made, carried, left_out, tuple(problems),
+        index_of(aligned, shards, most is not None), made, carried, left_out, tuple(problems), _notes(aligned, steps),
     )  # fmt: skip
+
+
+def _notes(aligned: Checkpoint, steps: Sequence[Step]) -> tuple[str, ...]:
+    """Return what a user should know of an output that is written all the same."""
+    found = [wrapper_note(aligned), aligned.adapter.note if aligned.adapter else None, _mostly_copied(aligned, steps)]
+    return tuple(filter(None, found))
+
+
+def _mostly_copied(aligned: Checkpoint, steps: Sequence[Step]) -> str | None:
+    """Return a warning where the options, and not the tensors, leave most of the numbers as aligned has them."""
+    if aligned.adapter is not None:  # an adapter leaves most tensors alone, and so should its merge
+        return None
+    copied = [step for step in steps if step.action is Action.COPY]
+    kept = float_bytes(step.aligned for step in copied if step.reason.startswith((NOT_IN_SFT, SFT_HAS)))
+    total = float_bytes(step.aligned for step in steps)
+    if 2 * kept <= total:
+        return None
+    return (
+        f"{kept / total:.0%} of the floating-point bytes are copied from aligned and not extrapolated, as "
+        "--on-unpaired or --on-mismatch says: are sft and aligned saved in two forms, or two different models?"
+    )
 
 
 def check_arguments(
@@ -217,43 +243,31 @@ def check_arguments(
     return rules, size_of(max_shard_size)
 
 
-def _output_dtype(sft: Checkpoint, aligned: Checkpoint, name: str, dtype: str | None) -> str:
-    """An adapter keeps tensors in a dtype of its own; merged they take the base's."""
+def _output_dtype(aligned: Checkpoint, name: str, twin: Twin | None, dtype: str | None) -> str:
+    """Return the dtype of a tensor of the output; what an adapter keeps in a dtype of its own takes the base's."""
     tensor = aligned.tensors[name]
     if tensor.dtype not in ITEMSIZE:
         return tensor.dtype
     if dtype is not None:
         return OUTPUT_DTYPES[dtype]
     whole = aligned.adapter is not None and name in aligned.adapter.full
-    return sft.tensors[name].dtype if whole and sft.tensors[name].dtype in ITEMSIZE else tensor.dtype
-
-
-def _mismatch(aligned: TensorInfo, sft: TensorInfo) -> bool:
-    return aligned.shape != sft.shape or (aligned.dtype in ITEMSIZE) != (sft.dtype in ITEMSIZE)
-
-
-def _rows_in_common(aligned: TensorInfo, sft: TensorInfo) -> int:
-    """First rows that could be extrapolated where the two differ in the number of rows alone; 0 for none."""
-    floating = aligned.dtype in ITEMSIZE and sft.dtype in ITEMSIZE
-    if not floating or not aligned.shape or not sft.shape or aligned.shape[1:] != sft.shape[1:]:
-        return 0
-    return min(aligned.shape[0], sft.shape[0])
+    return twin.tensor.dtype if whole and twin is not None and twin.tensor.dtype in ITEMSIZE else tensor.dtype
 
 
 def _steps(
     name: str, aligned: Checkpoint, twin: Twin | None, alphas: tuple[float, ...], dtype: str, by_rows: bool
 ) -> list[Step]:
-    """A tensor's fate; `_tensor_problems` says which of these copies need the user's word first."""
+    """A tensor's fate; `problems.tensor_problems` says which of these copies need the user's word first."""
     tensor = aligned.tensors[name]
     if twin is None:
         return [_copy(name, tensor, dtype, NOT_IN_SFT, alphas)]
     if aligned.adapter is not None and name not in aligned.adapter.full:
         return [_adapted(name, aligned.adapter, tensor, alphas, dtype)]
     other = twin.tensor
-    if not _mismatch(tensor, other):
+    if not mismatched(tensor, other):
         return [_step(name, tensor, other, alphas, dtype, twin.reason)]
-    common = _rows_in_common(tensor, other) if by_rows else 0
-    reason = f"sft has {describe(other)}"
+    common = rows_in_common(tensor, other) if by_rows else 0
+    reason = f"{SFT_HAS}{describe(other)}"
     if not common:
         return [_copy(name, tensor, dtype, reason, alphas)]
     both = some_rows(tensor, 0, common), some_rows(other, 0, common)
@@ -297,94 +311,6 @@ def _working(alphas: tuple[float, ...], aligned: TensorInfo, sft: TensorInfo) ->
 
 def _why_zero(alphas: tuple[float, ...], adapted: bool = False) -> str:
     return ("alpha rounds to 0 in fp32" if any(alphas) else "alpha is 0") + ": base and adapter" * adapted
-
-
-def _config(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None) -> dict[str, bytes]:
-    """config.json as the output needs it, where that is not aligned's own: its dtype, and its number of tokens."""
-    config = aligned.config
-    if CONFIG not in aligned.files:
-        return {}
-    if dtype is not None:
-        name = TORCH_NAMES[OUTPUT_DTYPES[dtype]]
-        config = _with_dtype(
-            config if {"dtype", "torch_dtype"} & set(config) else {**config, "torch_dtype": None}, name
-        )
-    if aligned.adapter is not None:
-        names = {step.name for step in steps if is_embedding(step.name)} & set(aligned.adapter.full)
-        sizes = {aligned.tensors[name].shape[0] for name in names}
-        config = _with_vocabulary(config, sizes.pop()) if len(sizes) == 1 else config
-    return {} if config == aligned.config else {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
-
-
-def _with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
-    """A config, or its text model's, with another number of tokens where it says one."""
-    inner = config.get("text_config")
-    if "vocab_size" not in config and isinstance(inner, dict):
-        return {**config, "text_config": _with_vocabulary(inner, size)}
-    return {**config, "vocab_size": size} if "vocab_size" in config else config
-
-
-def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """A config, and those of its parts, with another dtype where they name one or leave it open."""
-    return {
-        key: name if key in ("dtype", "torch_dtype") and isinstance(value, str | None)
-        else _with_dtype(value, name) if isinstance(value, dict) and key.endswith("config")
-        else value
-        for key, value in config.items()
-    }  # fmt: skip
-
-
-def _model_problems(sft: Checkpoint, aligned: Checkpoint) -> list[str]:
-    roles = (("sft", sft), ("aligned", aligned))
-    problems = [
-        text for role, checkpoint in roles[: 1 if aligned.adapter else 2] if (text := problem(role, checkpoint))
-    ]
-    kinds = [checkpoint.config.get("model_type") for checkpoint in (sft, aligned)]
-    if None not in kinds and kinds[0] != kinds[1]:
-        problems.append(
-            f"different architectures: sft {sft.path} is {kinds[0]!r}, aligned {aligned.path} is {kinds[1]!r}; "
-            "extrapolation needs two checkpoints of one model"
-        )
-    return problems
-
-
-def _tensor_problems(
-    sft: Checkpoint, aligned: Checkpoint, pairs: Pairs, on_unpaired: str, on_mismatch: str
-) -> list[str]:
-    problems = []
-    unsupported = [
-        f"{role}'s {name} ({tensor.dtype})"
-        for role, checkpoint in (("sft", sft), ("aligned", aligned))
-        for name, tensor in checkpoint.tensors.items()
-        if tensor.dtype not in ITEMSIZE and tensor.dtype not in INTEGERS
-    ]
-    unpaired = [f"{name} (aligned only)" for name in pairs.unpaired] + [f"{name} (sft only)" for name in pairs.left]
-    mismatched = [
-        f"{name}: sft {describe(twin.tensor)}, aligned {describe(aligned.tensors[name])}"
-        for name, twin in pairs.twins.items()
-        if _mismatch(aligned.tensors[name], twin.tensor)
-        and not (on_mismatch == "rows" and _rows_in_common(aligned.tensors[name], twin.tensor))
-    ]
-    if unsupported:
-        problems.append(_listing("of a dtype that cannot be extrapolated (quantised?)", "", unsupported))
-    if unpaired and on_unpaired == "error":
-        problems.append(_listing("without a twin", "--on-unpaired aligned keeps aligned's, drops sft's", unpaired))
-    if mismatched and on_mismatch != "aligned":
-        fix = "--on-mismatch aligned keeps aligned's"
-        if on_mismatch == "error":
-            fix += ", rows extrapolates the rows that both have"
-        problems.append(_listing("whose twin has another shape or kind of dtype", fix, mismatched))
-    return problems
-
-
-def _listing(what: str, fix: str, items: Sequence[str]) -> str:
-    count = f"{len(items)} tensor{'s' * (len(items) > 1)} {what}"
-    return "\n  ".join([f"{count}; {fix}:" if fix else f"{count}:", *items])
-
-
-def describe(tensor: TensorInfo) -> str:
-    """`BF16 [4096, 32]`."""
-    return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def sort_files(files: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:

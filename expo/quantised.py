@@ -1,14 +1,20 @@
-"""Quantised checkpoints: which scheme, by config, file or tensor names, and the way out. Pure."""
+"""Quantised checkpoints: how one is recognised, which scheme it has, and what the user can do. Pure.
+
+A scheme announces itself in config.json, by a file of its own, or by the names of its tensors. Where none of them is
+known here, the tensors still tell: a weight that holds integers, or integers beside a scale, are codes.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from .checkpoint import Checkpoint
 from .header import TensorInfo
 from .kernels.contract import ITEMSIZE
+from .pairing import is_buffer
 
 ORIGINAL = "use the checkpoint that it was quantised from"
 LOADED = "load it with transformers, quantization_config={0}(dequantize=True), and save_pretrained() it"
@@ -17,7 +23,10 @@ WAYS_OUT = {
     "mxfp4": f"{ORIGINAL}, or {LOADED.format('Mxfp4Config')}",
     "bitsandbytes": f"{ORIGINAL}, or load it with transformers, model.dequantize() and save_pretrained() it",
 }
-FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+FILES = {
+    "quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt",
+    "quanto_qmap.json": "optimum-quanto",
+}  # fmt: skip
 # Companions of a weight that is stored as codes, by scheme.
 TENSORS = (
     (re.compile(r"\.weight_scale_inv$"), "fp8"),
@@ -26,15 +35,44 @@ TENSORS = (
     (re.compile(r"\.qzeros$"), "gptq or awq"),
     (re.compile(r"\.weight\.(absmax|quant_state\.\w+|quant_map|nested_absmax)$|\.SCB$"), "bitsandbytes"),
     (re.compile(r"_blocks$"), "mxfp4"),
+    (re.compile(r"\.weight\._(data|scale|shift|zeropoint)$"), "optimum-quanto"),
 )
 SCALE = re.compile(r"\.weight_scale(_inv)?$")
+# The scheme of a weight whose codes or companions have such a name, where no rule above has named it.
+CODED = (
+    (re.compile(r"\.biases$"), "MLX"),
+    (re.compile(r"\.W_q$"), "hqq"),
+    (re.compile(r"\.Qidxs$"), "quip"),
+    (re.compile(r"\.code(s|books)$"), "aqlm"),
+)
+CODE_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32"}  # position ids and indices are I64, masks are BOOL
+INTEGERS = CODE_DTYPES | {"BOOL", "I64", "U64"}
+# The last part of a name that says "codes", and one that says "what turns codes into numbers".
+CODES = re.compile(r"(^|[._])(q_?weight|w_q|weight_q|weight_packed|q_?data|int_data|qidxs|codes)$", re.IGNORECASE)
+COMPANION = re.compile(
+    r"(^|[._])(q?scales?|scales?_inv|q?zeros?|zero_?points?|zp|absmax|codebooks?|centroids|quant_map|g_idx|scb|biases)$",
+    re.IGNORECASE,
+)
+
+
+class Codes(NamedTuple):
+    """A tensor that holds codes and not numbers; beside: the tensor that shows it, None where its own name does."""
+
+    tensor: TensorInfo
+    beside: str | None
+
+    def __str__(self) -> str:
+        near = f", beside {self.beside!r}" if self.beside else ""
+        return f"{self.tensor.name!r} is {self.tensor.dtype} {list(self.tensor.shape)}{near}"
 
 
 def scheme(checkpoint: Checkpoint) -> str | None:
-    """The name of the quantisation scheme, None for a checkpoint of plain numbers."""
+    """Return the name of the quantisation scheme, None for a checkpoint of plain numbers."""
     config: Any = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     if config:
         return str((config.get("quant_method") or "unknown") if isinstance(config, dict) else config)
+    if isinstance(checkpoint.config.get("quantization"), dict):
+        return "MLX"
     for name, found in FILES.items():
         if name in checkpoint.files:
             return found
@@ -42,23 +80,80 @@ def scheme(checkpoint: Checkpoint) -> str | None:
     for pattern, found in TENSORS:
         if any(pattern.search(name) and _is_companion(name, tensors) for name in tensors):
             return found
-    return None
+    codes = find_codes(tensors)
+    if codes is None:
+        return None
+    names = (codes.tensor.name, codes.beside or "")
+    return next((found for pattern, found in CODED if any(map(pattern.search, names))), "unknown")
 
 
 def _is_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a tensor of such a name comes with codes: a scale beside a weight of plain numbers is a weight itself."""
+    """Return True if a tensor of such a name comes with codes: a scale beside plain numbers is a weight itself."""
     if name.endswith("_blocks"):
         return tensors[name].dtype == "U8" and f"{name.removesuffix('_blocks')}_scales" in tensors
     weight = tensors.get(SCALE.sub(".weight", name)) if SCALE.search(name) else None
     return weight is None or weight.dtype not in ITEMSIZE
 
 
+def find_codes(tensors: Mapping[str, TensorInfo]) -> Codes | None:
+    """Return a tensor of integers that stands for numbers, whatever the scheme; None where there is none.
+
+    A matrix of integers holds codes if it is called a weight or by a name for codes, if other layers have numbers under
+    its name, or if its module has a companion, such as scales. So does a companion of integers itself, beside a weight
+    of the same module.
+    """
+    integers = [tensor for tensor in tensors.values() if tensor.dtype in INTEGERS and not is_buffer(tensor)]
+    if not integers:
+        return None
+    numbers = {_any_layer(name) for name, tensor in tensors.items() if tensor.dtype in ITEMSIZE}
+    modules: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        for module in _modules(name):
+            modules[module].append(name)
+    for tensor in integers:
+        near = [other for module in _modules(tensor.name) for other in modules[module] if other != tensor.name]
+        companion = next(filter(COMPANION.search, near), None)
+        if _stands_for_numbers(tensor, companion, _any_layer(tensor.name) in numbers):
+            return Codes(tensor, companion)
+        weight = next((other for other in near if other.endswith("weight")), None)
+        if weight is not None and COMPANION.search(tensor.name):
+            return Codes(tensor, weight)
+    return None
+
+
+def _stands_for_numbers(tensor: TensorInfo, companion: str | None, in_other_layers: bool) -> bool:
+    """Return True if a tensor of integers holds codes by its own name, by its twins' dtypes, or by its companion."""
+    leaf = tensor.name.rpartition(".")[2]
+    if leaf == "weight" and tensor.shape:
+        return True
+    if len(tensor.shape) < 2:
+        return False
+    if in_other_layers or CODES.search(tensor.name):
+        return True
+    return companion is not None and tensor.dtype in CODE_DTYPES and "position" not in leaf and "mask" not in leaf
+
+
+def _modules(name: str) -> Iterator[str]:
+    """Yield the module that a tensor belongs to, and for `proj.weight._data` the one above its weight too."""
+    module = name.rpartition(".")[0]
+    yield module
+    if module.endswith(".weight"):
+        yield module.removesuffix(".weight")
+
+
+def _any_layer(name: str) -> str:
+    """Return the name with a star for every number in it."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 def problem(role: str, checkpoint: Checkpoint) -> str | None:
-    """Why a quantised checkpoint cannot be extrapolated, and the way out; None where it is not quantised."""
+    """Return why a quantised checkpoint cannot be extrapolated, and the way out; None where it is not quantised."""
     found = scheme(checkpoint)
     if found is None:
         return None
+    codes = find_codes(checkpoint.tensors)
+    shown = f" ({codes})" if codes else ""
     return (
-        f"{role} {checkpoint.path} is quantised (quant_method {found}): its numbers are codes that cannot be "
+        f"{role} {checkpoint.path} is quantised (quant_method {found}): its numbers are codes{shown} that cannot be "
         f"extrapolated; {WAYS_OUT.get(found, ORIGINAL)}"
     )

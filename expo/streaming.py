@@ -63,8 +63,8 @@ def stream(
         plan = make_plan(weak, strong, want.alphas, alpha_for, on_unpaired, on_mismatch, dtype)
         plan.check()
         note = tokens.difference(weak, strong)
-        if note is not None:
-            warnings.warn(note, stacklevel=2)
+        for text in plan.notes if note is None else (*plan.notes, note):
+            warnings.warn(text, stacklevel=2)
         several = isinstance(alpha, Iterable) and not isinstance(alpha, str)
         return _stream(plan, Source(weak, strong), chosen, _wrapper(framework, to), several, stack.pop_all())
 

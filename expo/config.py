@@ -1,0 +1,62 @@
+"""config.json of an output: aligned's, but for its dtype, its number of tokens and its tie. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .checkpoint import CONFIG, Checkpoint
+from .pairing import is_embedding
+from .steps import Step
+
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def rewritten(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None) -> dict[str, bytes]:
+    """Return config.json by its name where the output needs another than aligned's own; {} where it does not.
+
+    Args:
+        aligned: The checkpoint whose config the output takes over.
+        steps: The steps of the output's tensors.
+        dtype: The safetensors name of the output's dtype, None for aligned's own.
+    """
+    config = aligned.config
+    if CONFIG not in aligned.files:
+        return {}
+    if dtype is not None:
+        name = TORCH_NAMES[dtype]
+        config = _with_dtype(
+            config if {"dtype", "torch_dtype"} & set(config) else {**config, "torch_dtype": None}, name
+        )
+    if aligned.adapter is not None:
+        names = {step.name for step in steps if is_embedding(step.name)} & set(aligned.adapter.full)
+        sizes = {aligned.tensors[name].shape[0] for name in names}
+        config = _with_vocabulary(config, sizes.pop()) if len(sizes) == 1 else config
+        config = _untied(config) if aligned.adapter.unties else config
+    return {} if config == aligned.config else {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+
+
+def _with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return a config with another number of tokens where it, or its text model's, says one."""
+    inner = config.get("text_config")
+    if "vocab_size" not in config and isinstance(inner, dict):
+        return {**config, "text_config": _with_vocabulary(inner, size)}
+    return {**config, "vocab_size": size} if "vocab_size" in config else config
+
+
+def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a config with another dtype wherever it or one of its parts names one or leaves it open."""
+    return {
+        key: name if key in ("dtype", "torch_dtype") and isinstance(value, str | None)
+        else _with_dtype(value, name) if isinstance(value, dict) and key.endswith("config")
+        else value
+        for key, value in config.items()
+    }  # fmt: skip
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config that says that the head is not the embedding."""
+    inner = config.get("text_config")
+    text = {"text_config": {**inner, "tie_word_embeddings": False}} if isinstance(inner, dict) else {}
+    return {**config, **text, "tie_word_embeddings": False}

@@ -1,0 +1,107 @@
+"""The names of a checkpoint's tensors, without the prefixes that a wrapper around the model added to them.
+
+torch.compile, DistributedDataParallel, FSDP, PEFT and trainers wrap a model in another module. A state dict of the
+wrapper has longer names, and transformers finds none of them: it leaves the weights of such a checkpoint at random
+values. So an output never has these names. Pure: this module reads no file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from .checkpoint import Checkpoint
+
+# Names of this form belong to a wrapper wherever they stand: no model calls a module of its own so.
+_INNER = re.compile(
+    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_ddp_module)\."
+)
+# Names that a model could use too: they belong to a wrapper only as the first parts of a name.
+_OUTER = re.compile(r"^((module|base_model\.model|pretrained_model|policy|actor)\.)+")
+# A module of the trainer's that holds the model as `self.model`: the model's own names begin again after it.
+_HOLDER = re.compile(
+    r"^(model|transformer|backbone)\.(?=(model|transformer|gpt_neox|language_model|lm_head|embed_out)\.)"
+)
+
+
+def unwrapped(name: str) -> str:
+    """Return the name without what known wrappers add: `lm_head.weight` for `module._orig_mod.lm_head.weight`."""
+    return _OUTER.sub("", _INNER.sub("", name))
+
+
+def without_wrapper(aligned: Checkpoint, sft: Checkpoint) -> Checkpoint:
+    """Return aligned with the names that its model has, so that the output loads.
+
+    Args:
+        aligned: The checkpoint whose names the output takes.
+        sft: The checkpoint that may show the names without the wrapper. It may be aligned itself.
+
+    Returns:
+        aligned itself where no wrapper is found, or where two of the shorter names would be the same.
+    """
+    shorter = _model_names(aligned, sft)
+    if all(name == new for name, new in shorter.items()) or len(set(shorter.values())) < len(shorter):
+        return aligned
+    return replace(
+        aligned,
+        tensors={shorter[name]: tensor._replace(name=shorter[name]) for name, tensor in aligned.tensors.items()},
+        weight_map={shorter[name]: shard for name, shard in aligned.weight_map.items()},
+        stored={new: name for name, new in shorter.items() if new != name},
+    )
+
+
+def wrapper_note(aligned: Checkpoint) -> str | None:
+    """Return the sentence that tells of a wrapper's names in aligned; None where there was no wrapper."""
+    longer = {new: name for new, name in aligned.stored.items() if unwrapped(name) == new or name.endswith("." + new)}
+    if not longer:
+        return None
+    new, stored = next(iter(longer.items()))
+    more = f", and so on for {len(longer)} names" if len(longer) > 1 else ""
+    return (
+        f"aligned was saved inside a wrapper, whose names no model has: its {stored!r} is {new!r} in the output{more}"
+    )
+
+
+def _model_names(aligned: Checkpoint, sft: Checkpoint) -> dict[str, str]:
+    """Return the model's own name for each name of aligned."""
+    theirs = {_INNER.sub("", name) for name in sft.tensors}
+    names = {name: _INNER.sub("", name) for name in aligned.tensors}
+    outer = {name: _OUTER.sub("", inner) for name, inner in names.items()}
+    if _has_names(outer, names, theirs) or (_is_transformers_own(aligned) and _all_differ(outer, names)):
+        names = outer
+    held = {name: _HOLDER.sub("", inner) for name, inner in names.items()}
+    first = {inner.partition(".")[0] for inner in names.values()}
+    if len(first) == 1 and any(held[name] != inner for name, inner in names.items()):
+        held = {name: inner.partition(".")[2] for name, inner in names.items()}
+        if _has_names(held, names, theirs):
+            names = held
+    return names
+
+
+def _has_names(shorter: Mapping[str, str], names: Mapping[str, str], theirs: set[str]) -> bool:
+    """Return True if most names that get shorter are, in their short form alone, names of the other checkpoint."""
+    changed = [name for name in names if shorter[name] != names[name]]
+    fitting = sum(shorter[name] in theirs and names[name] not in theirs for name in changed)
+    return 2 * fitting > len(changed)
+
+
+def _all_differ(shorter: Mapping[str, str], names: Mapping[str, str]) -> bool:
+    return all(shorter[name] != names[name] for name in names)
+
+
+def _is_transformers_own(checkpoint: Checkpoint) -> bool:
+    """Return True if transformers' own code reads the checkpoint: no model there begins with a wrapper's name."""
+    return bool(checkpoint.config.get("model_type")) and not checkpoint.config.get("auto_map")
+
+
+def shared_prefix(names: Iterable[str], theirs: Iterable[str]) -> str:
+    """Return the prefix that all names share and without which most of them are among theirs; "" where none is."""
+    names, other = list(names), set(theirs)
+    if len(names) < 2:
+        return ""
+    first, last = min(names), max(names)  # what these two share, all names between them share
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    cuts = [match.end() for match in re.finditer(r"\.", first[:length])]
+    fits = (first[:cut] for cut in cuts if 2 * sum(name[cut:] in other for name in names) > len(names))
+    return next(fits, "")

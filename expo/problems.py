@@ -1,0 +1,221 @@
+"""Why two checkpoints cannot be merged: each problem says what, where, both values, and what to do about it. Pure.
+
+A message offers --on-unpaired or --on-mismatch only where the tensors are likely to be parts that one model has and the
+other has not. Where they look like the same tensors in another form, the option would leave them as aligned has them
+without a word, so the message says what they look like instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from .checkpoint import Checkpoint
+from .header import TensorInfo, element_count
+from .kernels.contract import ITEMSIZE
+from .naming import shared_prefix
+from .pairing import HEAD, Pairs, describe, is_embedding, mismatched, rows_in_common, tie_flag
+from .quantised import INTEGERS, problem
+
+SHOWN = 10  # tensors, or groups of them, that one problem lists
+EMPTY_HINT = "DeepSpeed ZeRO-3 and FSDP leave empty ones unless the weights are gathered before saving"
+_PEFT = re.compile(r"\.(base_layer|lora_(A|B|embedding_A|embedding_B)|lora_magnitude_vector|modules_to_save)\.")
+_ONE_EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+\.")
+_EXPERTS = re.compile(r"(^|\.)\w*experts?\.")
+
+
+def model_problems(sft: Checkpoint, aligned: Checkpoint) -> list[str]:
+    """Return what is wrong with either checkpoint as a whole, or with the two together."""
+    roles = (("sft", sft), ("aligned", aligned))
+    own = roles[: 1 if aligned.adapter else 2]
+    problems = [text for role, checkpoint in own if (text := problem(role, checkpoint))]
+    problems += [text for role, checkpoint in own if (text := _empty(role, checkpoint, sft, aligned))]
+    kinds = [checkpoint.config.get("model_type") for checkpoint in (sft, aligned)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        problems.append(
+            f"different architectures: sft {sft.path} is {kinds[0]!r}, aligned {aligned.path} is {kinds[1]!r}; "
+            "extrapolation needs two checkpoints of one model"
+        )
+    return problems
+
+
+def _empty(role: str, checkpoint: Checkpoint, sft: Checkpoint, aligned: Checkpoint) -> str | None:
+    """Return the problem of a checkpoint whose weights were not gathered; None where there is none."""
+    names = [name for name in checkpoint.tensors if is_hollow(name, sft, aligned, checkpoint)]
+    if not names:
+        return None
+    first = checkpoint.tensors[names[0]]
+    return (
+        f"{role} {checkpoint.path} has {len(names)} empty of {_counted(len(checkpoint.tensors))}, such as {names[0]!r} "
+        f"({describe(first)}): {EMPTY_HINT}; gather them and save again (DeepSpeed's zero_to_fp32.py does that from a "
+        "checkpoint folder)"
+    )
+
+
+def is_hollow(name: str, sft: Checkpoint, aligned: Checkpoint, checkpoint: Checkpoint) -> bool:
+    """Return True if a tensor is empty where the model must have numbers: a weight, or what the other side has."""
+    tensor = checkpoint.tensors[name]
+    if tensor.dtype not in ITEMSIZE or element_count(tensor.shape):
+        return False
+    other = (sft if checkpoint is aligned else aligned).tensors.get(name)
+    fuller = other is not None and element_count(other.shape) > 0
+    return fuller or tensor.shape == (0,) or name.endswith(".weight")
+
+
+def tensor_problems(
+    sft: Checkpoint, aligned: Checkpoint, pairs: Pairs, on_unpaired: str, on_mismatch: str
+) -> list[str]:
+    """Return what is wrong with single tensors of the two checkpoints, unless the options decide about it."""
+    problems = []
+    unsupported = [
+        f"{role}'s {name} ({tensor.dtype})"
+        for role, checkpoint in (("sft", sft), ("aligned", aligned))
+        for name, tensor in checkpoint.tensors.items()
+        if tensor.dtype not in ITEMSIZE and tensor.dtype not in INTEGERS
+    ]
+    if unsupported:
+        what = f"{_counted(len(unsupported))} of a dtype that cannot be extrapolated (quantised?)"
+        problems.append(_listing(what, "", unsupported))
+    if (pairs.unpaired or pairs.left) and on_unpaired == "error":
+        problems.append(_unpaired(sft, aligned, pairs))
+    if on_mismatch != "aligned":
+        problems += _mismatches(sft, aligned, pairs, on_mismatch)
+    return problems
+
+
+def _unpaired(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
+    """Return the problem of tensors that one checkpoint has alone, with what they look like."""
+    count = f"{_counted(len(pairs.unpaired) + len(pairs.left))} without a twin"
+    prefix = _unknown_prefix(sft, aligned)
+    if prefix is not None:
+        return f"{count}: {prefix}"
+    items = _grouped([(name, "aligned only") for name in pairs.unpaired] + [(name, "sft only") for name in pairs.left])
+    return _listing(count, _likely_cause(sft, aligned, pairs), items)
+
+
+def _unknown_prefix(sft: Checkpoint, aligned: Checkpoint) -> str | None:
+    """Return what to say of a side whose names all begin with what the other side's names lack."""
+    for role, one, other in (("sft", sft, aligned), ("aligned", aligned, sft)):
+        prefix = shared_prefix(one.tensors, other.tensors)
+        if prefix:
+            return (
+                f"all names of {role} {one.path} begin with {prefix!r}, and without it they are names of the other: "
+                "a wrapper added it; save the model inside the wrapper, or take the prefix off the names"
+            )
+    return None
+
+
+def _likely_cause(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
+    """Return what unpaired tensors look like and what to do; the option only where they look like parts of one side."""
+    alone = [*pairs.unpaired, *pairs.left]
+    if any(_PEFT.search(name) for name in alone):
+        return (
+            "one of the two is the whole state dict of a PEFT model: merge_and_unload() it with PEFT and "
+            "save_pretrained() the result"
+        )
+    if _differs_by_experts(pairs):
+        return (
+            "the experts of the one are fused and those of the other are apart: load the fused one with transformers' "
+            "from_pretrained() and save_pretrained() it, which writes a tensor for each expert"
+        )
+    if all(map(is_embedding, alone)):
+        return _tie(sft, aligned, pairs)
+    if _same_shapes(sft, aligned, pairs):
+        return (
+            "they look like the same tensors under other names: load both with transformers' from_pretrained() and "
+            "save_pretrained() them again, which gives both the same names"
+        )
+    return "--on-unpaired aligned keeps aligned's, drops sft's"
+
+
+def _differs_by_experts(pairs: Pairs) -> bool:
+    """Return True if one side has a tensor for each expert and the other has one for all experts."""
+    sides = [[name for name in names if _EXPERTS.search(name)] for names in (pairs.unpaired, pairs.left)]
+    apart = [any(_ONE_EXPERT.search(name) for name in names) for names in sides]
+    return all(sides) and apart[0] is not apart[1]
+
+
+def _tie(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
+    """Return what to do about a head or an embedding that one side has alone."""
+    role, lacking = ("sft", sft) if pairs.unpaired else ("aligned", aligned)
+    name = (pairs.unpaired or pairs.left)[0]
+    if not HEAD.search(name) or (pairs.unpaired and pairs.left):
+        return f"one of the two is not whole: {role} {lacking.path} has no {name!r}; download or save it again"
+    if tie_flag(lacking.config) is not True:
+        return (
+            f"{role} {lacking.path} has no head: if it uses its embedding for that, say so by "
+            '"tie_word_embeddings": true in its config.json; else download or save it again'
+        )
+    return (
+        f"{role} ties its head to its embedding and the other has a head of its own: load {role} with transformers, "
+        "give its lm_head.weight a copy of its own (torch.nn.Parameter(model.lm_head.weight.detach().clone())), set "
+        "model.config.tie_word_embeddings to False, and save_pretrained() it"
+    )
+
+
+def _same_shapes(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> bool:
+    """Return True if most tensors of the side with fewer unpaired ones have a shape that the other side lacks too."""
+    ours = Counter(aligned.tensors[name].shape for name in pairs.unpaired)
+    theirs = Counter(sft.tensors[name].shape for name in pairs.left)
+    return 2 * (ours & theirs).total() > min(ours.total(), theirs.total()) > 0
+
+
+def _mismatches(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs, on_mismatch: str) -> list[str]:
+    """Return the problems of twins that differ in shape, or of which one has integers and the other has numbers."""
+    twins = {name: twin.tensor for name, twin in pairs.twins.items() if mismatched(aligned.tensors[name], twin.tensor)}
+    kinds, shapes = [], {}
+    for name, other in twins.items():
+        tensor = aligned.tensors[name]
+        if (tensor.dtype in ITEMSIZE) != (other.dtype in ITEMSIZE):
+            kinds.append(name)
+        elif not (on_mismatch == "rows" and rows_in_common(tensor, other)):
+            shapes[name] = other
+    problems = []
+    for names, what, fix in (
+        (kinds, "with integers in the one and numbers in the other", "one of the two is quantised, or another model"),
+        (list(shapes), "whose twin has another shape", _shape_fix(sft, aligned, shapes, on_mismatch)),
+    ):
+        items = [f"{name}: sft {describe(twins[name])}, aligned {describe(aligned.tensors[name])}" for name in names]
+        problems += [_listing(f"{_counted(len(items))} {what}", fix, items)] if items else []
+    return problems
+
+
+def _shape_fix(sft: Checkpoint, aligned: Checkpoint, twins: Mapping[str, TensorInfo], on_mismatch: str) -> str:
+    """Return what to do about twins of different shapes; an option where it gives a model that was extrapolated."""
+    tensors = {name: aligned.tensors[name] for name in twins}
+    if any(element_count(tensor.shape) == 0 for tensor in (*tensors.values(), *twins.values())):
+        return "some are empty: save the model again with gathered weights"
+    if 2 * float_bytes(tensors.values()) > float_bytes(aligned.tensors.values()):
+        return "they are most of the model: sft and aligned look like models of different sizes"
+    fix = "--on-mismatch aligned keeps aligned's"
+    rows = all(rows_in_common(tensor, twins[name]) and is_embedding(name) for name, tensor in tensors.items())
+    return fix + ", rows extrapolates the rows that both have" if rows and on_mismatch == "error" else fix
+
+
+def float_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """Return the bytes of the tensors that have floating-point numbers."""
+    return sum(tensor.nbytes for tensor in tensors if tensor.dtype in ITEMSIZE)
+
+
+def _grouped(items: Sequence[tuple[str, str]]) -> list[str]:
+    """Return a line for each (name, side), or for each pattern of names where these would be too many lines."""
+    if len(items) <= SHOWN:
+        return [f"{name} ({side})" for name, side in items]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, side in items:
+        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", name), side), []).append(name)
+    return [
+        f"{names[0]} ({side})" if len(names) == 1 else f"{pattern} ({side}): {_counted(len(names))}"
+        for (pattern, side), names in groups.items()
+    ]
+
+
+def _counted(count: int) -> str:
+    return f"{count} tensor{'s' * (count != 1)}"
+
+
+def _listing(what: str, fix: str, items: Sequence[str]) -> str:
+    """Return what is wrong, what to do, and a line for each of the first items."""
+    shown = [*items[:SHOWN], *([f"and {len(items) - SHOWN} more lines like these"] if len(items) > SHOWN else [])]
+    return "\n  ".join([f"{what}; {fix}:" if fix else f"{what}:", *shown])

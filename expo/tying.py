@@ -1,0 +1,159 @@
+"""An adapter over a base whose head is its embedding: are the two still one after the training, or two?
+
+PEFT trains copies. With `modules_to_save=["embed_tokens"]` it trains a copy of the embedding, and the head goes on with
+the base's; LoRA on either of the two changes that one alone. Then the trained model has a head of its own, though its
+files were tied. `ensure_weight_tying` in the adapter's config makes PEFT keep the two one. Source:
+github.com/huggingface/peft, tuners/tuners_utils.py and utils/other.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+from .adapter import MERGE, Adapter, LowRank, holds_equal
+from .checkpoint import Checkpoint
+from .errors import CheckpointError
+from .header import TensorInfo
+from .pairing import EMBEDDING, HEAD, tie_flag
+
+# The head's name in a model whose embedding has this name. The others' models have no head, or one of several parts.
+_HEADS = (
+    (re.compile(r"^(model|transformer|model\.decoder|model\.language_model|backbone)\.(embed_tokens|wte|word_embeddings"
+                r"|embeddings?)\.weight$"), "lm_head.weight"),
+    (re.compile(r"^language_model\.model\.embed_tokens\.weight$"), "language_model.lm_head.weight"),
+    (re.compile(r"^gpt_neox\.embed_in\.weight$"), "embed_out.weight"),
+)  # fmt: skip
+_ANY_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|embeddings?|shared)\.weight$"
+)
+Change = TypeVar("Change", TensorInfo, LowRank)
+_GENERATES = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForImageTextToText|ForMaskedLM|ForSeq2SeqLM")
+
+
+class Tie(NamedTuple):
+    """The tied matrix of a base, under both names. stored: whether the head stands in a file too."""
+
+    embedding: str
+    head: str
+    stored: bool
+
+
+def tie_of(base: Checkpoint) -> Tie | None:
+    """Return the tie of a base whose head is its embedding; None for a base with a head of its own, or without one."""
+    architectures = base.config.get("architectures") or []
+    if architectures and not any(_GENERATES.search(str(each)) for each in architectures):
+        return None
+    heads = [name for name in base.tensors if HEAD.search(name)]
+    flag = tie_flag(base.config)
+    if flag is False or (heads and flag is None):
+        return None
+    pairs = [(name, head) for name in base.tensors for pattern, head in _HEADS if pattern.search(name)]
+    if len(pairs) != 1 or heads not in ([], [pairs[0][1]]):
+        return None
+    return Tie(*pairs[0], bool(heads))
+
+
+def with_head(base: Checkpoint, tie: Tie | None) -> Checkpoint:
+    """Return the base with the head under a name of its own, where its bytes are the embedding's."""
+    if tie is None or tie.stored:
+        return base
+    return replace(
+        base,
+        tensors={**base.tensors, tie.head: base.tensors[tie.embedding]._replace(name=tie.head)},
+        weight_map={**base.weight_map, tie.head: base.weight_map[tie.embedding]},
+        stored={**base.stored, tie.head: base.stored.get(tie.embedding, tie.embedding)},
+    )
+
+
+def settled(adapter: Adapter, tie: Tie | None, base: Checkpoint, has_data: bool) -> Adapter:
+    """Return the adapter with both tied tensors changed alike, or marked as one that unties them.
+
+    Args:
+        adapter: The adapter over the base that `with_head` gives.
+        tie: The base's tie, None where it has none.
+        base: The base, as it is in its files.
+        has_data: False where zeros stand for the adapter's data, so that the config alone must tell.
+
+    Raises:
+        CheckpointError: The adapter trains an embedding that is tied to a head whose name is not known.
+    """
+    if tie is None:
+        _refuse_unknown_tie(adapter, base)
+        return adapter
+    changes = {name: adapter.full.get(name) or adapter.low_rank.get(name) for name in (tie.embedding, tie.head)}
+    if not any(changes.values()):
+        return adapter
+    if not _stay_tied(adapter, tie, changes, has_data):
+        return replace(adapter, unties=True, note=_note(tie, changes))
+    return _tied_again(adapter, tie)
+
+
+def _stay_tied(adapter: Adapter, tie: Tie, changes: Mapping[str, TensorInfo | LowRank | None], has_data: bool) -> bool:
+    """Return True if the embedding and the head are the same matrix in the trained model."""
+    embedding, head = changes[tie.embedding], changes[tie.head]
+    ensured = bool(adapter.config.get("ensure_weight_tying"))
+    if embedding is not None and head is not None:
+        if not has_data:
+            return ensured or not _is_trained_copy(adapter.config, tie.embedding)
+        return type(embedding) is type(head) and holds_equal(adapter.shard, embedding, head)
+    if ensured:
+        return True
+    name, change = (tie.embedding, embedding) if embedding is not None else (tie.head, head)
+    # PEFT saves an embedding that was resized, or that the user trained as a whole, without a copy: it is still tied.
+    return not isinstance(change, LowRank) and not _is_trained_copy(adapter.config, name)
+
+
+def _is_trained_copy(config: Mapping[str, Any], name: str) -> bool:
+    """Return True if the tensor's module is one of `modules_to_save`, of which PEFT trains copies."""
+    module = name.removesuffix(".weight")
+    return any(f".{module}".endswith(f".{each}") for each in config.get("modules_to_save") or [])
+
+
+def _tied_again(adapter: Adapter, tie: Tie) -> Adapter:
+    """Return the adapter with the embedding's change for both, or for the one of the two that the base stores."""
+    copies = {name: tensor for name, tensor in adapter.copies.items() if name != tie.head}
+    return replace(
+        adapter, full=_shared(adapter.full, tie), low_rank=_shared(adapter.low_rank, tie), copies=copies
+    )  # fmt: skip
+
+
+def _shared(changes: Mapping[str, Change], tie: Tie) -> dict[str, Change]:
+    """Return the changes with the embedding's, or else the head's, for both tensors as far as the base stores them."""
+    found = dict(changes)
+    head = found.pop(tie.head, None)
+    change = found.get(tie.embedding, head)
+    if change is not None:
+        found |= dict.fromkeys((tie.embedding, tie.head) if tie.stored else (tie.embedding,), change)
+    return found
+
+
+def _note(tie: Tie, changes: Mapping[str, TensorInfo | LowRank | None]) -> str:
+    trained = " and ".join(repr(name) for name, change in changes.items() if change is not None)
+    lora = any(isinstance(change, LowRank) for change in changes.values())
+    peft = (
+        "; PEFT's merge_and_unload() would change the tied matrix itself, which is not what was trained" if lora else ""
+    )
+    return (
+        f"sft ties {tie.head!r} to {tie.embedding!r}, and the adapter trains {trained} apart: the output has both "
+        f"tensors, and its config.json says tie_word_embeddings false{peft}"
+    )
+
+
+def _refuse_unknown_tie(adapter: Adapter, base: Checkpoint) -> None:
+    """Raise CheckpointError where a trained copy of an embedding would change a head that is not known here."""
+    if tie_flag(base.config) is not True or any(HEAD.search(name) for name in base.tensors):
+        return
+    architectures = [str(each) for each in base.config.get("architectures") or []]
+    if architectures and not any(map(_GENERATES.search, architectures)):
+        return
+    for name in (*adapter.low_rank, *adapter.full):
+        is_embedding = EMBEDDING.search(name) or _ANY_EMBEDDING.search(name)
+        apart = name in adapter.low_rank or _is_trained_copy(adapter.config, name)
+        if is_embedding and apart and not adapter.config.get("ensure_weight_tying"):
+            raise CheckpointError(
+                f"{adapter.path}: it trains {name!r}, which sft ties to a head whose name is not known here, and PEFT "
+                f"leaves that head as it was; {MERGE}"
+            )
