@@ -70,13 +70,17 @@ def _model_names(aligned: Checkpoint, sft: Checkpoint) -> dict[str, str]:
     outer = {name: _OUTER.sub("", inner) for name, inner in names.items()}
     if _has_names(outer, names, theirs) or (_is_transformers_own(aligned) and _all_differ(outer, names)):
         names = outer
-    held = {name: _HOLDER.sub("", inner) for name, inner in names.items()}
-    first = {inner.partition(".")[0] for inner in names.values()}
-    if len(first) == 1 and any(held[name] != inner for name, inner in names.items()):
-        held = {name: inner.partition(".")[2] for name, inner in names.items()}
-        if _has_names(held, names, theirs):
-            names = held
-    return names
+    return _without_holder(names, theirs, _is_transformers_own(aligned))
+
+
+def _without_holder(names: dict[str, str], theirs: set[str], is_transformers_own: bool) -> dict[str, str]:
+    """Return the names without the module that holds the model, where all begin with it and the model's own follow."""
+    holders = {inner.partition(".")[0] for inner in names.values()}
+    if len(holders) > 1 or not any(map(_HOLDER.search, names.values())):
+        return names
+    held = {name: inner.partition(".")[2] for name, inner in names.items()}
+    has_head = any(inner.startswith(("lm_head.", "embed_out.")) for inner in held.values())  # never inside a model
+    return held if _has_names(held, names, theirs) or (is_transformers_own and has_head) else names
 
 
 def _has_names(shorter: Mapping[str, str], names: Mapping[str, str], theirs: set[str]) -> bool:

@@ -28,7 +28,8 @@ _OUTER = r"^(?!(.*\.)?\d+\.)"
 _WRAPPERS = r"((module|_orig_mod|base_model|model|transformer|language_model)\.)*"
 HEAD = re.compile(rf"{_OUTER}((.*\.)?(lm_head|embed_out)|{_WRAPPERS}output)\.weight$")
 EMBEDDING = re.compile(
-    rf"{_OUTER}((.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)|{_WRAPPERS}shared)\.weight$"
+    rf"{_OUTER}((.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|backbone\.embeddings?)"
+    rf"|{_WRAPPERS}shared)\.weight$"
 )
 SHARED = re.compile(rf"{_OUTER}{_WRAPPERS}(shared|(encoder|decoder)\.embed_tokens)\.weight$")  # T5's, BART's
 

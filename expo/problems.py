@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from .checkpoint import Checkpoint
 from .header import TensorInfo, element_count
 from .kernels.contract import ITEMSIZE
-from .naming import shared_prefix
+from .naming import shared_prefix, unwrapped
 from .pairing import HEAD, Pairs, describe, is_embedding, mismatched, rows_in_common, tie_flag
 from .quantised import INTEGERS, problem
 
@@ -60,7 +60,7 @@ def is_hollow(name: str, sft: Checkpoint, aligned: Checkpoint, checkpoint: Check
         return False
     other = (sft if checkpoint is aligned else aligned).tensors.get(name)
     fuller = other is not None and element_count(other.shape) > 0
-    return fuller or tensor.shape == (0,) or name.endswith(".weight")
+    return fuller or name.endswith("weight")
 
 
 def tensor_problems(
@@ -86,9 +86,10 @@ def tensor_problems(
 
 def _unpaired(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
     """Return the problem of tensors that one checkpoint has alone, with what they look like."""
-    count = f"{_counted(len(pairs.unpaired) + len(pairs.left))} without a twin"
+    alone = [*pairs.unpaired, *pairs.left]
+    count = f"{_counted(len(alone))} without a twin"
     prefix = _unknown_prefix(sft, aligned)
-    if prefix is not None:
+    if prefix is not None and not any(map(_PEFT.search, alone)):
         return f"{count}: {prefix}"
     items = _grouped([(name, "aligned only") for name in pairs.unpaired] + [(name, "sft only") for name in pairs.left])
     return _listing(count, _likely_cause(sft, aligned, pairs), items)
@@ -97,7 +98,7 @@ def _unpaired(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
 def _unknown_prefix(sft: Checkpoint, aligned: Checkpoint) -> str | None:
     """Return what to say of a side whose names all begin with what the other side's names lack."""
     for role, one, other in (("sft", sft, aligned), ("aligned", aligned, sft)):
-        prefix = shared_prefix(one.tensors, other.tensors)
+        prefix = shared_prefix(map(unwrapped, one.tensors), map(unwrapped, other.tensors))
         if prefix:
             return (
                 f"all names of {role} {one.path} begin with {prefix!r}, and without it they are names of the other: "
@@ -109,7 +110,7 @@ def _unknown_prefix(sft: Checkpoint, aligned: Checkpoint) -> str | None:
 def _likely_cause(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
     """Return what unpaired tensors look like and what to do; the option only where they look like parts of one side."""
     alone = [*pairs.unpaired, *pairs.left]
-    if any(_PEFT.search(name) for name in alone):
+    if any(map(_PEFT.search, alone)):
         return (
             "one of the two is the whole state dict of a PEFT model: merge_and_unload() it with PEFT and "
             "save_pretrained() the result"
@@ -167,6 +168,8 @@ def _mismatches(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs, on_mismatch:
     kinds, shapes = [], {}
     for name, other in twins.items():
         tensor = aligned.tensors[name]
+        if is_hollow(name, sft, aligned, aligned) or (name in sft.tensors and is_hollow(name, sft, aligned, sft)):
+            continue  # model_problems names it
         if (tensor.dtype in ITEMSIZE) != (other.dtype in ITEMSIZE):
             kinds.append(name)
         elif not (on_mismatch == "rows" and rows_in_common(tensor, other)):

@@ -17,18 +17,16 @@ from .adapter import MERGE, Adapter, LowRank, holds_equal
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .header import TensorInfo
-from .pairing import EMBEDDING, HEAD, tie_flag
+from .pairing import HEAD, is_embedding, tie_flag
 
 # The head's name in a model whose embedding has this name. The others' models have no head, or one of several parts.
 _HEADS = (
-    (re.compile(r"^(model|transformer|model\.decoder|model\.language_model|backbone)\.(embed_tokens|wte|word_embeddings"
-                r"|embeddings?)\.weight$"), "lm_head.weight"),
+    (re.compile(r"^(model|transformer|model\.decoder|model\.language_model)\.(embed_tokens|wte|word_embeddings)\.weight$"),
+     "lm_head.weight"),
+    (re.compile(r"^backbone\.embeddings?\.weight$"), "lm_head.weight"),
     (re.compile(r"^language_model\.model\.embed_tokens\.weight$"), "language_model.lm_head.weight"),
     (re.compile(r"^gpt_neox\.embed_in\.weight$"), "embed_out.weight"),
 )  # fmt: skip
-_ANY_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|embeddings?|shared)\.weight$"
-)
 Change = TypeVar("Change", TensorInfo, LowRank)
 _GENERATES = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForImageTextToText|ForMaskedLM|ForSeq2SeqLM")
 
@@ -150,9 +148,8 @@ def _refuse_unknown_tie(adapter: Adapter, base: Checkpoint) -> None:
     if architectures and not any(map(_GENERATES.search, architectures)):
         return
     for name in (*adapter.low_rank, *adapter.full):
-        is_embedding = EMBEDDING.search(name) or _ANY_EMBEDDING.search(name)
         apart = name in adapter.low_rank or _is_trained_copy(adapter.config, name)
-        if is_embedding and apart and not adapter.config.get("ensure_weight_tying"):
+        if is_embedding(name) and apart and not adapter.config.get("ensure_weight_tying"):
             raise CheckpointError(
                 f"{adapter.path}: it trains {name!r}, which sft ties to a head whose name is not known here, and PEFT "
                 f"leaves that head as it was; {MERGE}"

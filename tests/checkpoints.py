@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,15 @@ import numpy as np
 
 # Tensors by name: (safetensors dtype, shape, bytes).
 Tensors = Mapping[str, tuple[str, tuple[int, ...], bytes]]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out the warnings of other libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
 
 # Integers, a scalar, empty tensors, and one tensor longer than several small chunks.
 ODD_SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import contents, fingerprint, read_file, read_folder, safetensors_bytes, staging_folder
+from checkpoints import contents, fingerprint, quiet, read_file, read_folder, safetensors_bytes, staging_folder
 from test_resume import Stop, interrupted
 
 import expo
@@ -98,14 +97,6 @@ class Made(NamedTuple):
     @property
     def pair(self) -> tuple[Path, Path]:
         return self.base, self.adapter
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings of other libraries."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def tokenizer(size: int, template: str) -> Any:

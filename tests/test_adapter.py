@@ -6,13 +6,12 @@ import contextlib
 import json
 import math
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import quiet
 
 from expo.adapter import Adapter, LowRank, check_copies, is_adapter, open_adapter
 from expo.checkpoint import Shard
@@ -29,14 +28,6 @@ GPT2 = {
     "vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0,
     "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings of other libraries."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class Made:
