@@ -34,6 +34,7 @@ from .checkpoint import (
 )
 from .errors import CheckpointError
 from .header import TensorInfo
+from .pairing import NameIndex
 from .reader import Bytes
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
@@ -338,7 +339,8 @@ def _place(
     path: str, config: Mapping[str, Any], pairs: Sequence[_Pair], base: Mapping[str, TensorInfo]
 ) -> dict[str, _Placed]:
     """Each pair by the name of the base's tensor that it changes."""
-    names = {pair.module: _in_base(f"{pair.module}.weight", base) for pair in pairs}
+    index = _Names(base)
+    names = {pair.module: index.find(f"{pair.module}.weight") for pair in pairs}
     missing = [module for module, name in names.items() if name is None]
     if missing:
         raise CheckpointError(_not_in_base(path, config, missing, "module"))
@@ -454,13 +456,14 @@ def _full(
     shard: WeightFile, config: Mapping[str, Any], others: Sequence[TensorInfo], base: Mapping[str, TensorInfo]
 ) -> dict[str, TensorInfo]:
     """Whole tensors by the base's names, those that lie below factors too."""
+    index = _Names(base)
     found: dict[str, TensorInfo] = {}
     missing = []
     for tensor in others:
         key = tensor.name.removeprefix(PREFIX)
         if ".original_module." in key:  # the base's, which one of modules_to_save stands in for
             continue
-        name = next(filter(None, (_in_base(name, base) for name in _unwrapped(key))), None)
+        name = next(filter(None, map(index.find, _unwrapped(key))), None)
         if name is None:
             missing.append(tensor)
         elif name not in found:
@@ -533,10 +536,22 @@ def _values(reader: Bytes, tensor: TensorInfo) -> Iterator[np.ndarray[Any, Any]]
         yield np.frombuffer(piece, dtype)
 
 
-def _in_base(name: str, base: Mapping[str, TensorInfo]) -> str | None:
-    """The base's name for a tensor of the model that was trained."""
-    names = (here + name[len(there) :] for there, here in PREFIXES if name.startswith(there))
-    return next((name for name in names if name in base), None)
+class _Names:
+    """The base's names, found by the names that the trained model had."""
+
+    def __init__(self, base: Mapping[str, TensorInfo]) -> None:
+        self._base = base
+        self._index: NameIndex | None = None
+
+    def find(self, name: str) -> str | None:
+        """Return the base's name for a tensor of the model that was trained; None where it has none, or two."""
+        names = (here + name[len(there) :] for there, here in PREFIXES if name.startswith(there))
+        found = next((each for each in names if each in self._base), None)
+        if found is not None:
+            return found
+        self._index = self._index or NameIndex(self._base)
+        fits = self._index.find(name)
+        return fits.pop() if len(fits) == 1 else None
 
 
 def _not_in_base(path: str, config: Mapping[str, Any], names: Sequence[str], kind: str) -> str:

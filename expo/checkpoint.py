@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .errors import CheckpointError
@@ -93,6 +93,7 @@ class Checkpoint:
     adapter: what turns these tensors into a checkpoint trained from them, for one that was saved as an adapter alone:
     then `tensors` are those of the checkpoint below it, but for the ones that the adapter has whole.
     stored: the name in the file of each tensor that has another name here, without what a wrapper had added.
+    notes: what is odd about the files and does no harm.
     """
 
     path: str
@@ -107,6 +108,7 @@ class Checkpoint:
     origin: Origin | None = None
     adapter: Adapter | None = None
     stored: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -181,25 +183,57 @@ def _open_sharded(folder: str, config: dict[str, Any], index_name: str) -> Check
             raise CheckpointError(f"{where}: it names {name}, which is not in the folder; download it again")
         shards[name] = open_file(os.path.join(folder, name))
     checkpoint = _assemble(folder, folder, shards, config, index)
+    return replace(checkpoint, notes=_compare_with_index(where, weight_map, checkpoint))
+
+
+def _compare_with_index(where: str, weight_map: Mapping[str, str], checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what is odd about an index but does no harm, as transformers reads all tensors of all shards.
+
+    Raises:
+        CheckpointError: The index gives a tensor to another shard than the one that has it.
+    """
+    found = checkpoint.weight_map
+    absent = [tensor for tensor in weight_map if tensor not in found]
     for tensor, name in weight_map.items():
-        found = checkpoint.weight_map.get(tensor, "none of the shards")
-        if found != name:
-            raise CheckpointError(f"{where}: tensor {tensor!r} is said to be in {name}, but it is in {found}")
-    if len(checkpoint.weight_map) > len(weight_map):
-        tensor, name = next(item for item in checkpoint.weight_map.items() if item[0] not in weight_map)
-        raise CheckpointError(f"{os.path.join(folder, name)}: tensor {tensor!r} is not in {index_name}")
-    return checkpoint
+        if found.get(tensor, name) != name:
+            raise CheckpointError(
+                f"{where}: tensor {tensor!r} is said to be in {name}, but it is in {found[tensor]}; correct the entry, "
+                "or load the model with transformers and save_pretrained() it again"
+            )
+    unnamed = [tensor for tensor in found if tensor not in weight_map]
+    superseded = [
+        tensor.name
+        for name, shard in checkpoint.shards.items()
+        for tensor in shard.header.tensors
+        if found[tensor.name] != name
+    ]
+    kinds = (
+        (absent, "is in the index and in no shard, so the model goes without it"),
+        (unnamed, "is in a shard and not in the index; it counts, as transformers reads whole shards"),
+        (superseded, "is in two shards; the one in the shard that the index names counts"),
+    )
+    return tuple(
+        f"{where}: {names[0]!r} {what}" + f" ({len(names)} tensors are like that)" * (len(names) > 1)
+        for names, what in kinds
+        if names
+    )
 
 
 def _assemble(
     path: str, folder: str | None, shards: dict[str, WeightFile], config: dict[str, Any], index: dict[str, Any] | None
 ) -> Checkpoint:
+    """Put the tensors of all shards together; of a tensor in two shards the later counts, if the index says so too."""
     tensors: dict[str, TensorInfo] = {}
     weight_map: dict[str, str] = {}
+    said = index["weight_map"] if index else {}
     for name, shard in shards.items():
         for tensor in shard.header.tensors:
-            if tensor.name in tensors:
-                raise CheckpointError(f"{shard.path}: tensor {tensor.name!r} is also in {weight_map[tensor.name]}")
+            if tensor.name in tensors and said.get(tensor.name) != name:
+                raise CheckpointError(
+                    f"{shard.path}: tensor {tensor.name!r} is also in {weight_map[tensor.name]}; transformers takes "
+                    f"the one in {name}, but the index does not name that file for it; if it is the right one, let "
+                    "the index say so"
+                )
             tensors[tensor.name] = tensor
             weight_map[tensor.name] = name
     if not tensors:

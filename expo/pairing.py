@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from .checkpoint import Checkpoint
@@ -108,22 +108,33 @@ def _renamed(here: Mapping[str, TensorInfo], there: Mapping[str, TensorInfo]) ->
     """From names of one side to names of the other that mean the same; both sides' names are alone so far."""
     if not here or not there:
         return {}
-    shorts: dict[str, set[str]] = {}  # by the name without wrappers
-    back: dict[str, set[str]] = {}  # by each name that it may have instead
-    for old in there:
-        shorts.setdefault(unwrapped(old), set()).add(old)
-        for form in _forms(old):
-            back.setdefault(form, set()).add(old)
+    index = NameIndex(there)
     found: dict[str, str] = {}
     for name, tensor in here.items():
-        fits = set(back.get(unwrapped(name), ()))
-        for form in _forms(name):
-            fits |= shorts.get(form, set())
-        fits = {old for old in fits if there[old].shape == tensor.shape}
+        fits = {old for old in index.find(name) if there[old].shape == tensor.shape}
         if len(fits) == 1:
             found[name] = fits.pop()
     taken = Counter(found.values())
     return {name: old for name, old in found.items() if taken[old] == 1}
+
+
+class NameIndex:
+    """Finds a tensor among others under a name of another version of transformers, or of a wrapper around the model."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._unwrapped: dict[str, set[str]] = {}
+        self._renamed: dict[str, set[str]] = {}
+        for name in names:
+            self._unwrapped.setdefault(unwrapped(name), set()).add(name)
+            for form in _forms(name):
+                self._renamed.setdefault(form, set()).add(name)
+
+    def find(self, name: str) -> set[str]:
+        """Return the names among the others that may mean the same tensor: one rename apart, in either direction."""
+        found = set(self._renamed.get(unwrapped(name), ()))
+        for form in _forms(name):
+            found |= self._unwrapped.get(form, set())
+        return found
 
 
 def _forms(name: str) -> set[str]:

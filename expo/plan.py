@@ -182,14 +182,16 @@ def make_plan(
     shards = lay_out(aligned, steps, most)
     return Plan(
         tuple(alphas), tuple(steps), pairs.dropped | dict.fromkeys(pairs.left, ONLY_IN_SFT), shards,
-        index_of(aligned, shards, most is not None), made, carried, left_out, tuple(problems), _notes(aligned, steps),
+        index_of(aligned, shards, most is not None), made, carried, left_out, tuple(problems),
+        _notes(sft, aligned, steps),
     )  # fmt: skip
 
 
-def _notes(aligned: Checkpoint, steps: Sequence[Step]) -> tuple[str, ...]:
+def _notes(sft: Checkpoint, aligned: Checkpoint, steps: Sequence[Step]) -> tuple[str, ...]:
     """Return what a user should know of an output that is written all the same."""
-    found = [wrapper_note(aligned), aligned.adapter.note if aligned.adapter else None, _mostly_copied(aligned, steps)]
-    return tuple(filter(None, found))
+    adapted = aligned.adapter.note if aligned.adapter else None
+    found = [wrapper_note(aligned), adapted, _mostly_copied(aligned, steps)]
+    return (*dict.fromkeys((*sft.notes, *aligned.notes)), *filter(None, found))
 
 
 def _mostly_copied(aligned: Checkpoint, steps: Sequence[Step]) -> str | None:

@@ -127,13 +127,27 @@ def test_as_many_rows_are_what_they_are_without_the_option() -> None:
     ],
 )
 def test_rows_do_not_solve_every_mismatch(sft: Any, aligned: Any) -> None:
-    plan = make({"w": sft}, {"w": aligned}, on_mismatch="rows")
+    rest: Shapes = {"rest": ("BF16", (100, 4))}
+    plan = make({**rest, "w": sft}, {**rest, "w": aligned}, on_mismatch="rows")
     (problem,) = plan.problems
+    if 0 in (*sft[1], *aligned[1]):
+        assert "empty" in problem
+        assert "--on-mismatch" not in problem, "an empty tensor is no part of a model, on either side"
+        assert make({**rest, "w": sft}, {**rest, "w": aligned}, on_mismatch="aligned").problems
+        return
     assert f"w: sft {sft[0]} {list(sft[1])}, aligned {aligned[0]} {list(aligned[1])}" in problem
-    assert "--on-mismatch aligned" in problem
+    assert ("--on-mismatch aligned" in problem) is (sft[0] == aligned[0]), "integers for numbers are codes"
     assert "rows extrapolates" not in problem, "no use in offering what was asked for"
-    check_headers(plan, {"w": aligned})
-    make({"w": sft}, {"w": aligned}, on_mismatch="aligned").check()
+    check_headers(plan, {**rest, "w": aligned})
+    make({**rest, "w": sft}, {**rest, "w": aligned}, on_mismatch="aligned").check()
+
+
+def test_no_option_is_offered_where_most_of_the_model_differs_in_shape() -> None:
+    (problem,) = make(
+        {"w": ("BF16", (10, 4)), "s": ("BF16", (4,))}, {"w": ("BF16", (10, 5)), "s": ("BF16", (4,))}
+    ).problems
+    assert "models of different sizes" in problem
+    assert "--on-mismatch" not in problem
 
 
 def test_only_what_rows_do_not_solve_is_listed() -> None:
