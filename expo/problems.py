@@ -19,6 +19,8 @@ from .pairing import HEAD, Pairs, describe, is_embedding, mismatched, rows_in_co
 from .quantised import INTEGERS, problem
 
 SHOWN = 10  # tensors, or groups of them, that one problem lists
+# Without the option transformers 5 writes the names and the layout that it has read.
+SAVE_AS_IN_MEMORY = "save_pretrained(folder, save_original_format=False)"
 EMPTY_HINT = "DeepSpeed ZeRO-3 and FSDP leave empty ones unless the weights are gathered before saving"
 _PEFT = re.compile(r"\.(base_layer|lora_(A|B|embedding_A|embedding_B)|lora_magnitude_vector|modules_to_save)\.")
 _ONE_EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+\.")
@@ -117,15 +119,15 @@ def _likely_cause(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
         )
     if _differs_by_experts(pairs):
         return (
-            "the experts of the one are fused and those of the other are apart: load the fused one with transformers' "
-            "from_pretrained() and save_pretrained() it, which writes a tensor for each expert"
+            "the experts of the one are fused and those of the other are apart: load the one whose experts are apart "
+            f"with transformers, and {SAVE_AS_IN_MEMORY}, which fuses them"
         )
     if all(map(is_embedding, alone)):
         return _tie(sft, aligned, pairs)
     if _same_shapes(sft, aligned, pairs):
         return (
-            "they look like the same tensors under other names: load both with transformers' from_pretrained() and "
-            "save_pretrained() them again, which gives both the same names"
+            "they look like the same tensors under other names: load both with transformers, and "
+            f"{SAVE_AS_IN_MEMORY}, which gives both the same names"
         )
     return "--on-unpaired aligned keeps aligned's, drops sft's"
 
@@ -192,8 +194,10 @@ def _shape_fix(sft: Checkpoint, aligned: Checkpoint, twins: Mapping[str, TensorI
     if 2 * float_bytes(tensors.values()) > float_bytes(aligned.tensors.values()):
         return "they are most of the model: sft and aligned look like models of different sizes"
     fix = "--on-mismatch aligned keeps aligned's"
-    rows = all(rows_in_common(tensor, twins[name]) and is_embedding(name) for name, tensor in tensors.items())
-    return fix + ", rows extrapolates the rows that both have" if rows and on_mismatch == "error" else fix
+    rows = all(rows_in_common(tensor, twins[name]) for name, tensor in tensors.items())
+    if rows and any(map(is_embedding, tensors)) and on_mismatch == "error":  # a vocabulary of another size
+        fix += ", rows extrapolates the rows that both have"
+    return fix
 
 
 def float_bytes(tensors: Iterable[TensorInfo]) -> int:

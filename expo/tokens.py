@@ -7,10 +7,12 @@ list of [token, score] (Unigram), and added_tokens is a list of objects with id 
 from __future__ import annotations
 
 import filecmp
+import re
 from typing import Any
 
 from .checkpoint import Checkpoint, load_json
 from .errors import CheckpointError
+from .pairing import is_embedding
 
 TOKENIZER = "tokenizer.json"
 SHOWN = 3  # ids that differ, named one by one
@@ -38,8 +40,16 @@ def difference(sft: Checkpoint, aligned: Checkpoint) -> str | None:
             named.append(f"{len(alone)} in {role} alone, the first of them {alone[0]} {here[alone[0]]!r}")
     return (
         f"the tokenizers differ in {len(others)} token id{'s' * (len(others) > 1)} ({'; '.join(named)}): rows of the "
-        "embeddings are extrapolated by id; --alpha-for 'embed|lm_head=0' keeps aligned's"
+        f"embeddings are extrapolated by id{_way_out(aligned)}"
     )
+
+
+def _way_out(aligned: Checkpoint) -> str:
+    """Return the option that keeps aligned's embeddings, by their names; "" where none is known by its name."""
+    names = [re.escape(name.removesuffix(".weight")) for name in aligned.tensors if is_embedding(name)]
+    if not names:
+        return ""
+    return f"; --alpha-for '^({'|'.join(names)})\\.weight$=0' keeps aligned's"
 
 
 def ids(tokenizer: dict[str, Any]) -> dict[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from test_plan import checkpoint
 
 from expo import tokens
+from expo.plan import make_plan
+from expo.steps import Action
 from expo.tokens import TOKENIZER, difference, ids
 
 BPE = {"a": 0, "b": 1, "c": 2}
@@ -96,7 +99,7 @@ def test_what_is_no_difference(tmp_path: Path, sft: Any, aligned: Any) -> None:
     assert compare(tmp_path, sft, aligned) is None
 
 
-END = "rows of the embeddings are extrapolated by id; --alpha-for 'embed|lm_head=0' keeps aligned's"
+END = "rows of the embeddings are extrapolated by id"
 
 
 @pytest.mark.parametrize(
@@ -222,3 +225,28 @@ def test_identical_files_are_not_parsed(tmp_path: Path, monkeypatch: pytest.Monk
     else:
         one = dataclasses.replace(checkpoint({"w": ("BF16", (1,))}), files={TOKENIZER: str(tmp_path / "nowhere")})
         assert difference(one, one) is None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.embed_tokens.weight", "lm_head.weight"), ("transformer.wte.weight",), ("gpt_neox.embed_in.weight",),
+        ("shared.weight", "lm_head.weight"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_option_that_is_offered_keeps_aligneds_embeddings(names: tuple[str, ...], tmp_path: Path) -> None:
+    inner = {"model.layers.0.embed_tokens_norm.weight": ("BF16", (4,)), "encoder.layer.0.output.weight": ("BF16", (4,))}
+    shapes = {**dict.fromkeys(names, ("BF16", (3, 4))), **inner}
+    opened = []
+    for role, vocabulary in (("sft", BPE), ("aligned", {**BPE, "a": 2, "c": 0})):
+        path = tmp_path / f"{role}.json"
+        path.write_text(json.dumps(tokenizer(vocabulary)))
+        opened.append(dataclasses.replace(checkpoint(shapes, f"/models/{role}"), files={TOKENIZER: str(path)}))
+    note = difference(*opened)
+    assert note is not None
+    words = shlex.split(note[note.index("--alpha-for") : note.index(" keeps")])
+    pattern, _, alpha = words[1].rpartition("=")
+    plan = make_plan(*opened, [0.3], {pattern: float(alpha)})
+    plan.check()
+    assert {step.name for step in plan.steps if step.action is Action.COPY} == set(names)

@@ -380,17 +380,21 @@ def test_other_ways_to_treat_rows(tmp_path: Path, resized: Pair) -> None:
     sft, aligned = map(read_folder, resized)
     kept = {name for name, (_, shape, _) in aligned.items() if sft[name][1] != shape}
     options: dict[str, Any] = {"on_mismatch": "aligned"}
-    expo.merge(*resized, 0.3, tmp_path / "out", **options)
+    merged = expo.merge(*resized, 0.3, tmp_path / "out", **options)
+    assert merged.warnings[0].startswith(
+        "100% of the floating-point bytes are copied from aligned and not extrapolated"
+    )
     found = read_folder(tmp_path / "out")
-    assert found == streamed(*resized, 0.3, **options)
+    with pytest.warns(UserWarning, match="100% of the floating-point bytes are copied"):
+        assert found == streamed(*resized, 0.3, **options)
     assert {name for name in found if found[name] == aligned[name]} == kept | {"count"}
     for work in (lambda: expo.merge(*resized, 0.3, tmp_path / "new"), lambda: expo.stream(*resized, 0.3)):
         with pytest.raises(expo.PlanError) as caught:
             work()
         first, *rest = str(caught.value).splitlines()
         assert first == (
-            "6 tensors whose twin has another shape or kind of dtype; --on-mismatch aligned keeps aligned's, rows "
-            "extrapolates the rows that both have:"
+            "6 tensors whose twin has another shape; they are most of the model: sft and aligned look like models of "
+            "different sizes:"
         )
         assert len(rest) == 6
         assert "  grown: sft BF16 [10, 4], aligned BF16 [12, 4]" in rest
@@ -405,14 +409,14 @@ def test_other_ways_to_treat_rows(tmp_path: Path, resized: Pair) -> None:
 
 
 def test_rows_are_of_no_help_where_something_else_differs(tmp_path: Path) -> None:
-    body: Shapes = {"w": ("BF16", (3, 3))}
+    body: Shapes = {"w": ("BF16", (30, 3))}
     sft = write_folder(tmp_path / "sft", random_tensors({**body, "e": ("BF16", (4, 5)), "i": ("I64", (3,))}, 1))
     aligned = write_folder(tmp_path / "aligned", random_tensors({**body, "e": ("BF16", (4, 6)), "i": ("I64", (4,))}, 2))
     for work in (expo.stream, lambda *pair, **more: expo.merge(*pair, tmp_path / "out", **more)):
         with pytest.raises(expo.PlanError) as caught:
             work(sft, aligned, 0.3, on_mismatch="rows")
         assert str(caught.value).splitlines() == [
-            "2 tensors whose twin has another shape or kind of dtype; --on-mismatch aligned keeps aligned's:",
+            "2 tensors whose twin has another shape; --on-mismatch aligned keeps aligned's:",
             "  e: sft BF16 [4, 5], aligned BF16 [4, 6]",
             "  i: sft I64 [3], aligned I64 [4]",
         ]
@@ -777,8 +781,7 @@ def tokenizer(*tokens: str) -> str:
 
 DIFFER = (
     "the tokenizers differ in 3 token ids (1 is 'b' in sft and 'x' in aligned; 3 is '<end>' in sft and 'd' in aligned; "
-    "1 in aligned alone, the first of them 4 '<end>'): rows of the embeddings are extrapolated by id; "
-    "--alpha-for 'embed|lm_head=0' keeps aligned's"
+    "1 in aligned alone, the first of them 4 '<end>'): rows of the embeddings are extrapolated by id"
 )
 
 

@@ -89,7 +89,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 TOKENS = (
     "the tokenizers differ in 1 token id (1 is 'b' in sft and 'c' in aligned): rows of the embeddings are extrapolated "
-    "by id; --alpha-for 'embed|lm_head=0' keeps aligned's"
+    "by id"
 )
 PLAN = f"""\
 extrapolate  embed.weight[0:10]   BF16 [10, 4] to F16     alpha 0.3, sft has BF16 [10, 4]  80 bytes
