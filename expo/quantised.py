@@ -38,7 +38,7 @@ TENSORS = (
     (re.compile(r"\.weight\._(data|scale|shift|zeropoint)$"), "optimum-quanto"),
 )
 SCALE = re.compile(r"\.weight_scale(_inv)?$")
-# The scheme of a weight whose codes or companions have such a name, where no rule above has named it.
+# The scheme of a checkpoint that has codes and tensors of such a name, where no rule above has named it.
 CODED = (
     (re.compile(r"\.biases$"), "MLX"),
     (re.compile(r"\.W_q$"), "hqq"),
@@ -80,11 +80,9 @@ def scheme(checkpoint: Checkpoint) -> str | None:
     for pattern, found in TENSORS:
         if any(pattern.search(name) and _is_companion(name, tensors) for name in tensors):
             return found
-    codes = find_codes(tensors)
-    if codes is None:
+    if find_codes(tensors) is None:
         return None
-    names = (codes.tensor.name, codes.beside or "")
-    return next((found for pattern, found in CODED if any(map(pattern.search, names))), "unknown")
+    return next((found for pattern, found in CODED if any(map(pattern.search, tensors))), "unknown")
 
 
 def _is_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:

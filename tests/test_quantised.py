@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import random_tensors, write_folder
+from checkpoints import quiet, random_tensors, write_folder
 from test_plan import ALPHA, Shapes, checkpoint
 
+import expo
 from expo.checkpoint import Checkpoint, open_checkpoint
 from expo.plan import make_plan
 from expo.quantised import ORIGINAL, problem, scheme
@@ -30,9 +31,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "null for a method": ({"quantization_config": {"quant_method": None}}, "unknown"),
     "a string": ({"quantization_config": "hqq"}, "hqq"),
     "a list": ({"quantization_config": [1]}, "[1]"),
+    "MLX": ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
     "the second of two keys": ({"quantization_config": {}, "compression_config": {"quant_method": "x"}}, "x"),
 }
-FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+FILES = {
+    "quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt",
+    "quanto_qmap.json": "optimum-quanto",
+}  # fmt: skip
 TENSORS: dict[str, tuple[Shapes, str]] = {
     "DeepSeek's fp8": ({f"{Q}.weight": ("F8_E4M3", (4, 4)), f"{Q}.weight_scale_inv": ("F32", (1, 1))}, "fp8"),
     "compressed, packed": (
@@ -57,6 +62,34 @@ TENSORS: dict[str, tuple[Shapes, str]] = {
         {"model.layers.0.mlp.experts.gate_up_proj_blocks": ("U8", (2, 4, 1, 16)),
          "model.layers.0.mlp.experts.gate_up_proj_scales": ("U8", (2, 4, 1))}, "mxfp4",
     ),
+    "MLX": (
+        {f"{Q}.weight": ("U32", (4, 1)), f"{Q}.scales": ("BF16", (4, 1)), f"{Q}.biases": ("BF16", (4, 1))}, "MLX",
+    ),
+    "optimum-quanto": (
+        {f"{Q}.weight._data": ("I8", (4, 4)), f"{Q}.weight._scale": ("BF16", (4, 1))}, "optimum-quanto",
+    ),
+    "HQQ": (
+        {f"{Q}.W_q": ("U8", (2, 4)), f"{Q}.scale": ("F16", (4, 1)), f"{Q}.zero": ("F16", (4, 1))}, "hqq",
+    ),
+    "AQLM": (
+        {f"{Q}.codes": ("I16", (1, 1, 2)), f"{Q}.codebooks": ("F16", (2, 8, 1, 4)), f"{Q}.scales": ("F16", (1, 1))},
+        "aqlm",
+    ),
+    "QuIP#": ({f"{Q}.Qidxs": ("I16", (4, 1)), f"{Q}.SU": ("F16", (4,)), f"{Q}.SV": ("F16", (4,))}, "quip"),
+    "EETQ": ({**CODES, f"{Q}.weight_scales": ("F16", (4,))}, "unknown"),
+    "BitNet": ({f"{Q}.weight": ("U8", (1, 4)), f"{Q}.weight_scale_2": ("BF16", (1,))}, "unknown"),
+    "torchao": ({f"{Q}.weight_qdata": ("I8", (4, 4)), f"{Q}.weight_scale": ("F32", (4,))}, "unknown"),
+    "codes alone": ({"model.layers.1.mlp.up_proj.weight": ("I8", (4, 4))}, "unknown"),
+    "codes of 64 bits": ({"model.layers.1.mlp.up_proj.weight": ("I64", (4, 4))}, "unknown"),
+    "one layer of several": (
+        {"model.layers.1.mlp.experts.up_proj": ("BF16", (2, 4, 4)), "model.layers.2.mlp.experts.up_proj":
+         ("U8", (2, 4, 2))}, "unknown",
+    ),
+    "fused experts and their scales": (
+        {"model.layers.1.mlp.experts.up_proj": ("U8", (2, 4, 2)), "model.layers.1.mlp.experts.up_proj_scale":
+         ("F32", (2, 4))}, "unknown",
+    ),
+    "zero points beside numbers": ({f"{Q}.weight_zero_point": ("I8", (4,))}, "unknown"),
 }  # fmt: skip
 
 
@@ -134,6 +167,11 @@ def test_both_may_be_quantised_each_in_its_own_way() -> None:
         pytest.param({"vision.absmax": ("F32", (1,)), "quant_map": ("F32", (1,)), "SCB.weight": ("F32", (1,))},
                      id="words of bitsandbytes"),
         pytest.param({"g_idx.weight": ("F32", (1,)), "idx": ("I64", (1,)), "qzeros": ("F32", (1,))}, id="of GPTQ"),
+        pytest.param({"blocks.0.attn.relative_position_index": ("I64", (4, 4)), "blocks.0.attn.logit_scale":
+                      ("F32", (2, 1, 1))}, id="Swin's index"),
+        pytest.param({"h.0.attn.bias": ("U8", (1, 1, 4, 4)), "h.0.attn.scale": ("F32", ())}, id="a mask of bytes"),
+        pytest.param({"embeddings.position_ids": ("I32", (1, 4)), "embeddings.scale": ("F32", ())}, id="positions"),
+        pytest.param({"bn.num_batches_tracked": ("I64", ()), "bn.weight": ("F32", (4,))}, id="a counter"),
         pytest.param({"mask": ("BOOL", (4,)), "ids": ("I64", (4,)), "table": ("U8", (4,))}, id="integers"),
     ],
 )  # fmt: skip
@@ -161,3 +199,44 @@ def test_from_the_disk(tmp_path: Path) -> None:
     assert scheme(opened) == "bitsandbytes"
     (tmp_path / "model" / "quantize_config.json").write_text("{}")
     assert scheme(open_checkpoint(tmp_path / "model")) == "gptq"
+
+
+# The ways out of transformers' own schemes, taken.
+
+
+def test_fp8_blocks_are_dequantised_by_the_advice(tmp_path: Path) -> None:
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 64}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "sft")
+    state, wanted = {}, {}
+    for name, tensor in model.state_dict().items():
+        if "_proj." not in name:
+            state[name] = wanted[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        scale = torch.rand(rows // 128, columns // 128) + 0.5
+        codes = (tensor.float() * 100).to(torch.float8_e4m3fn)
+        state[name], state[f"{name}_scale_inv"] = codes, scale
+        wanted[name] = codes.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    model.config.save_pretrained(tmp_path / "fp8")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file(state, tmp_path / "fp8" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(expo.PlanError, match=r"FineGrainedFP8Config\(dequantize=True\)"):
+        expo.merge(tmp_path / "sft", tmp_path / "fp8", 0.3, tmp_path / "out")
+    with quiet():
+        plain = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "fp8", quantization_config=transformers.FineGrainedFP8Config(dequantize=True), dtype="auto"
+        )
+        plain.save_pretrained(tmp_path / "plain")
+    expo.merge(tmp_path / "sft", tmp_path / "plain", 0.0, tmp_path / "out")
+    with quiet():
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float32, output_loading_info=True
+        )
+    assert not any(info.values()), info
+    for name, tensor in wanted.items():
+        assert torch.allclose(loaded.state_dict()[name], tensor.float(), rtol=2**-7), name
