@@ -33,6 +33,8 @@ EMBEDDING = re.compile(
 )
 SHARED = re.compile(rf"{_OUTER}{_WRAPPERS}(shared|(encoder|decoder)\.embed_tokens)\.weight$")  # T5's, BART's
 
+_GENERATES = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForImageTextToText|ForMaskedLM|ForSeq2SeqLM")
+
 # One name in two ways, of versions of transformers: (pattern, replacement).
 _RENAMES = (
     (r"^(model|transformer|gpt_neox|bert|roberta|backbone)\.", ""),  # saved without its head
@@ -148,6 +150,12 @@ def tie_flag(config: Mapping[str, Any]) -> bool | None:
     inner = config.get("text_config")
     said = [each.get("tie_word_embeddings") for each in (config, inner if isinstance(inner, dict) else {})]
     return False if False in said else True if True in said else None
+
+
+def generates(config: Mapping[str, Any]) -> bool:
+    """Return False if a config says that the model has no head for tokens: a classifier, or a model without a head."""
+    architectures = config.get("architectures") or []
+    return not architectures or any(_GENERATES.search(str(each)) for each in architectures)
 
 
 def _tied(alone: Mapping[str, TensorInfo], lacking: Mapping[str, TensorInfo], tied: bool) -> dict[str, str]:

@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint
 from .header import TensorInfo, element_count
 from .kernels.contract import ITEMSIZE
 from .naming import shared_prefix, unwrapped
-from .pairing import HEAD, Pairs, describe, is_embedding, mismatched, rows_in_common, tie_flag
+from .pairing import HEAD, Pairs, describe, generates, is_embedding, mismatched, rows_in_common, tie_flag
 from .quantised import INTEGERS, problem
 
 SHOWN = 10  # tensors, or groups of them, that one problem lists
@@ -122,8 +122,9 @@ def _likely_cause(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
             "the experts of the one are fused and those of the other are apart: load the one whose experts are apart "
             f"with transformers, and {SAVE_AS_IN_MEMORY}, which fuses them"
         )
-    if all(map(is_embedding, alone)):
-        return _tie(sft, aligned, pairs)
+    tie = _tie(sft, aligned, pairs)
+    if tie is not None:
+        return tie
     if _same_shapes(sft, aligned, pairs):
         return (
             "they look like the same tensors under other names: load both with transformers, and "
@@ -139,22 +140,25 @@ def _differs_by_experts(pairs: Pairs) -> bool:
     return all(sides) and apart[0] is not apart[1]
 
 
-def _tie(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
-    """Return what to do about a head or an embedding that one side has alone."""
-    role, lacking = ("sft", sft) if pairs.unpaired else ("aligned", aligned)
-    name = (pairs.unpaired or pairs.left)[0]
-    if not HEAD.search(name) or (pairs.unpaired and pairs.left):
-        return f"one of the two is not whole: {role} {lacking.path} has no {name!r}; download or save it again"
-    if tie_flag(lacking.config) is not True:
+def _tie(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str | None:
+    """Return what to do about a head that one side has alone; None where it is not a matter of ties."""
+    for role, lacking, names in (("sft", sft, pairs.unpaired), ("aligned", aligned, pairs.left)):
+        if not any(map(HEAD.search, names)) or not generates(lacking.config):
+            continue
+        if tie_flag(lacking.config) is not True:
+            return (
+                f"{role} {lacking.path} has no head: if it uses its embedding for that, say so by "
+                '"tie_word_embeddings": true in its config.json; else download or save it again'
+            )
         return (
-            f"{role} {lacking.path} has no head: if it uses its embedding for that, say so by "
-            '"tie_word_embeddings": true in its config.json; else download or save it again'
+            f"{role} ties its head to its embedding and the other has a head of its own: load {role} with "
+            "transformers, give its lm_head.weight a copy of its own (torch.nn.Parameter(model.lm_head.weight.detach()"
+            ".clone())), set model.config.tie_word_embeddings to False, and save_pretrained() it"
         )
-    return (
-        f"{role} ties its head to its embedding and the other has a head of its own: load {role} with transformers, "
-        "give its lm_head.weight a copy of its own (torch.nn.Parameter(model.lm_head.weight.detach().clone())), set "
-        "model.config.tie_word_embeddings to False, and save_pretrained() it"
-    )
+    if all(map(is_embedding, (*pairs.unpaired, *pairs.left))):
+        role, lacking = ("sft", sft) if pairs.unpaired else ("aligned", aligned)
+        return f"{role} {lacking.path} is not whole: it lacks an embedding; download or save it again"
+    return None
 
 
 def _same_shapes(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> bool:

@@ -17,7 +17,7 @@ from .adapter import MERGE, Adapter, LowRank, holds_equal
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .header import TensorInfo
-from .pairing import HEAD, is_embedding, tie_flag
+from .pairing import HEAD, generates, is_embedding, tie_flag
 
 # The head's name in a model whose embedding has this name. The others' models have no head, or one of several parts.
 _HEADS = (
@@ -28,7 +28,6 @@ _HEADS = (
     (re.compile(r"^gpt_neox\.embed_in\.weight$"), "embed_out.weight"),
 )  # fmt: skip
 Change = TypeVar("Change", TensorInfo, LowRank)
-_GENERATES = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForImageTextToText|ForMaskedLM|ForSeq2SeqLM")
 
 
 class Tie(NamedTuple):
@@ -41,8 +40,7 @@ class Tie(NamedTuple):
 
 def tie_of(base: Checkpoint) -> Tie | None:
     """Return the tie of a base whose head is its embedding; None for a base with a head of its own, or without one."""
-    architectures = base.config.get("architectures") or []
-    if architectures and not any(_GENERATES.search(str(each)) for each in architectures):
+    if not generates(base.config):
         return None
     heads = [name for name in base.tensors if HEAD.search(name)]
     flag = tie_flag(base.config)
@@ -142,10 +140,7 @@ def _note(tie: Tie, changes: Mapping[str, TensorInfo | LowRank | None]) -> str:
 
 def _refuse_unknown_tie(adapter: Adapter, base: Checkpoint) -> None:
     """Raise CheckpointError where a trained copy of an embedding would change a head that is not known here."""
-    if tie_flag(base.config) is not True or any(HEAD.search(name) for name in base.tensors):
-        return
-    architectures = [str(each) for each in base.config.get("architectures") or []]
-    if architectures and not any(map(_GENERATES.search, architectures)):
+    if tie_flag(base.config) is not True or any(map(HEAD.search, base.tensors)) or not generates(base.config):
         return
     for name in (*adapter.low_rank, *adapter.full):
         apart = name in adapter.low_rank or _is_trained_copy(adapter.config, name)

@@ -208,6 +208,18 @@ def test_a_tied_aligned_over_an_sft_with_a_head_of_its_own(tmp_path: Path) -> No
         assert torch.equal(found[name], expo.extrapolate(start[name], before[name], 0.3)), name
 
 
+def test_a_classifier_over_a_model_with_a_head_is_offered_the_option() -> None:
+    body: Shapes = {"model.norm.weight": ("BF16", (4,)), "model.embed_tokens.weight": ("BF16", (9, 4))}
+    sft = checkpoint(
+        {**body, "lm_head.weight": ("BF16", (9, 4))}, "/models/sft", config={"architectures": ["XForCausalLM"]}
+    )
+    aligned = checkpoint(
+        {**body, "score.weight": ("BF16", (1, 4))}, config={"architectures": ["XForSequenceClassification"]}
+    )
+    (problem,) = make_plan(sft, aligned, [ALPHA]).problems
+    assert "--on-unpaired aligned keeps aligned's, drops sft's" in problem
+
+
 # Empty tensors.
 
 
