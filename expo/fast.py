@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--dtype", choices=OUTPUT_DTYPES, help="of the output, rounded once (default: aligned's)")
     add("--max-shard-size", metavar="SIZE", help="of an output's file, 5GB say (default: aligned's own files)")
+    add(
+        "--carry", action="append", default=[], metavar="PATTERN",
+        help="take further files of aligned's folder along: 'docs/*', say; repeatable",
+    )  # fmt: skip
     add("--engine", choices=ENGINES, default="auto", help="auto: compiled CPU code, else NumPy; triton needs a GPU")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, or cuda[:index]: a GPU too")
     add("--plan", action="store_true", help="read headers only, print every tensor's fate, write nothing")
@@ -119,6 +123,7 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
         "recipe": options.recipe,
         "dtype": options.dtype,
         "max_shard_size": options.max_shard_size,
+        "carry": options.carry,
         "engine": options.engine,
         "device": options.device,
         "overwrite": options.overwrite,

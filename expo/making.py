@@ -15,9 +15,10 @@ from .errors import CheckpointError, ExpoError, OutputError, RankError
 from .filling import Corrupt, Filling
 from .journal import Done, Journal, Key
 from .layout import cut
-from .plan import CARD, DIGESTS, Plan
+from .plan import Plan
 from .ranks import Alone
 from .result import Tally
+from .sidecars import CARD, DIGESTS
 from .source import Source
 from .work import CHUNK, MIB, chunk_size
 from .writer import BLOCK, JOURNAL, Staging, aligned_buffer, create_shard, output_errors, read_back, sync_folder

@@ -18,6 +18,7 @@ from typing import Any
 
 from . import tokens
 from .checkpoint import Checkpoint, Origin
+from .custom_code import find_code
 from .engines import Engine, crew
 from .errors import CheckpointError, ExpoError, OutputError, PlanError, RankError, UsageError
 from .filling import Filling
@@ -26,10 +27,11 @@ from .journal import Done, Journal, differences, has_journal
 from .kernels.contract import ITEMSIZE
 from .making import Making
 from .pairing import tie_flag
-from .plan import CARD, Plan, Rules, check_arguments, make_plan
+from .plan import Plan, Rules, check_arguments, make_plan
 from .progress import size
 from .ranks import Alone
 from .result import Merged, Tally
+from .sidecars import CARD, has_tokenizer, missing_modules
 from .source import CONVERTING, FACTORS, Source
 from .work import RING_SLOTS, Progress, chunk_size
 from .writer import Staging, check_free, held, staging_folder
@@ -52,6 +54,7 @@ def merge(
     on_mismatch: str = "error",
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    carry: Sequence[str] = (),
     engine: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
@@ -67,7 +70,7 @@ def merge(
 
     sft, aligned: a folder as transformers saves it, of .safetensors or .bin files, a bare file of either kind, or a hub
         id "org/name[@revision]", which is downloaded; aligned may be a PEFT LoRA adapter over sft. A folder gives a
-        folder with aligned's config, tokenizer and code files and a model card, a file gives a file; weights are
+        folder with the files that aligned is loaded with and a model card, a file gives a file; weights are
         written as safetensors. Tensors of dtype BF16, F16, F32 and F64, in any mix, are extrapolated in fp32 (fp64
         where one is F64) and rounded once to aligned's dtype; integers are copied from aligned.
     alpha: one number, or several: inputs are read once, and each alpha has its own output.
@@ -78,6 +81,8 @@ def merge(
         keep aligned's where sft's has another shape, or "rows" to extrapolate the rows that both have.
     dtype: of the output, "bf16", "fp16" or "fp32"; aligned's own by default. max_shard_size: bytes of an output's file,
         or "5GB"; aligned's own files by default.
+    carry: patterns (fnmatch, of paths in aligned's folder) of files that come along into the output beside those that a
+        model is loaded with, such as ["*.png"].
     engine, device: see `engines.crew`. overwrite: replace an output. verify: read it back, compare, and then commit.
     quiet: download without progress bars. progress(done, total): bytes of output, called in this thread. cancel: set
         it from any thread to stop.
@@ -94,7 +99,7 @@ def merge(
     """
     began = time.perf_counter()
     want = wanted(sft, aligned, alpha, recipe)
-    rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size)
+    rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size, carry)
     ranks = ranks or Alone()
     fill = partial(_fill, ranks=ranks, verify=verify, progress=progress, cancel=cancel)
     with (
@@ -221,8 +226,9 @@ def _card(
         aligned=aligned.origin or Origin(aligned.name),
         alpha=alpha,
         rules=rules.alpha_for,
-        options={name: str(value) for name, value in rules.chosen().items()},
-        command=_command(want, rules, alpha),
+        options={name: str(value) for name, value in rules.chosen().items()}
+        | ({"--carry": " ".join(rules.carry)} if rules.carry else {}),
+        command=_command(want, rules, sft, aligned, alpha),
         name=f"{aligned.name}-expo-{alpha_text(alpha)}",
         readme=None if readme is None else _text(readme),
         output=tally.output(k, out, alpha),
@@ -232,6 +238,8 @@ def _card(
         copied=job.plan.copied(k),
         dropped=tuple(job.plan.dropped.items()),
         dtype=", ".join(sorted({step.dtype for step in job.plan.steps if step.dtype in ITEMSIZE})),
+        tokenizer=has_tokenizer(job.plan.carried),
+        code=any(name.endswith(".py") for name in job.plan.carried),
     )
     return text.encode()
 
@@ -244,14 +252,23 @@ def _text(path: str) -> str:
         raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
-def _command(want: Wanted, rules: Rules, alpha: float) -> str:
+def _command(want: Wanted, rules: Rules, sft: Checkpoint, aligned: Checkpoint, alpha: float) -> str:
     """What to type for an output, wherever it is to go: the same model has the same card."""
-    words = ["python", "-m", "expo.fast", "--sft", os.fspath(want.sft), "--aligned", os.fspath(want.aligned)]
+    words = ["python", "-m", "expo.fast", "--sft", _given(want.sft, sft), "--aligned", _given(want.aligned, aligned)]
     words += ["--alpha", alpha_text(alpha)]
     for pattern, value in rules.alpha_for.items():
         words += ["--alpha-for", f"{pattern}={alpha_text(value)}"]
     words += [word for option, value in rules.chosen().items() for word in (option, str(value))]
+    words += [word for pattern in rules.carry for word in ("--carry", pattern)]
     return shlex.join(words)
+
+
+def _given(name: StrPath, checkpoint: Checkpoint) -> str:
+    """Return a hub id as the user gave it, and of a local path the last part: the rest is nobody else's business."""
+    name = os.fspath(name)
+    if name != checkpoint.path:
+        return name
+    return "@".join(filter(None, checkpoint.origin)) if checkpoint.origin else os.path.basename(os.path.abspath(name))
 
 
 def _part(progress: Progress | None, before: int, passes: int) -> Progress:
@@ -337,6 +354,7 @@ def preview(
     on_mismatch: str = "error",
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    carry: Sequence[str] = (),
     engine: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
@@ -348,7 +366,7 @@ def preview(
     Raises what merge() raises where there is no plan at all: UsageError, EngineError, CheckpointError.
     """
     want = wanted(sft, aligned, alpha, recipe)
-    rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size)
+    rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size, carry)
     prepared = _prepare(want, out, rules, engine, device, overwrite, resume, quiet, Alone(), headers_only=True)
     with prepared as (_, _, job):
         return job
@@ -373,9 +391,11 @@ def _prepare(
     workers = crew(engine, device, ranks.local_world)
     check_arguments(want.alphas, *rules)  # before anything is downloaded
     check_names(out, want.alphas)
-    with open_inputs(want.sft, want.aligned, quiet, headers_only) as (weak, strong):
-        plan = make_plan(weak, strong, want.alphas, *rules)
-        note = tokens.difference(weak, strong)
+    with open_inputs(want.sft, want.aligned, quiet, headers_only, rules.carry) as (weak, strong):
+        code = find_code(strong.files)
+        plan = make_plan(weak, strong, want.alphas, *rules, code)
+        found = (tokens.difference(weak, strong), tokens.missing(weak, strong), missing_modules(plan.left_out))
+        notes = (*filter(None, found), *code.notes)
         outs = output_paths(out, strong, want.alphas)
         committed = _committed(outs) if resume else frozenset()
         error: ExpoError | None = None
@@ -385,9 +405,8 @@ def _prepare(
             check_places(missing, plan, (weak, strong))
             for path in missing:
                 check_free(path, strong.folder is None, overwrite)
-        except (PlanError, OutputError) as found:
-            error = found
-        notes = () if note is None else (note,)
+        except (PlanError, OutputError) as caught:
+            error = caught
         yield weak, strong, Preview(plan, outs, committed, workers, free_bytes(outs[0]), notes, error)
 
 

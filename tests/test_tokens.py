@@ -13,7 +13,7 @@ import pytest
 from test_plan import checkpoint
 
 from expo import tokens
-from expo.tokens import TOKENIZER, difference, ids
+from expo.tokens import TOKENIZER, difference, ids, missing
 
 BPE = {"a": 0, "b": 1, "c": 2}
 
@@ -222,3 +222,23 @@ def test_identical_files_are_not_parsed(tmp_path: Path, monkeypatch: pytest.Monk
     else:
         one = dataclasses.replace(checkpoint({"w": ("BF16", (1,))}), files={TOKENIZER: str(tmp_path / "nowhere")})
         assert difference(one, one) is None
+
+
+# A tokenizer that is not there.
+
+WARNING = "aligned has no tokenizer, so the output has none; sft has one: copy it if aligned was trained with it"
+
+
+@pytest.mark.parametrize(
+    ("sft", "aligned", "warning"),
+    [
+        (["tokenizer.json", "tokenizer_config.json"], ["config.json"], WARNING),
+        (["tokenizer.model"], ["chat_template.jinja", "special_tokens_map.json"], WARNING),
+        (["tokenizer.json"], ["own.tiktoken"], None), (["tokenizer.json"], ["vocab.txt"], None),
+        (["tokenizer.json"], ["tokenizer_config.json"], None), (["config.json"], ["config.json"], None),
+    ],
+)  # fmt: skip
+def test_aligned_without_a_tokenizer(sft: list[str], aligned: list[str], warning: str | None) -> None:
+    weak, strong = (checkpoint({"w": ("BF16", (1,))}, files=files) for files in (sft, aligned))
+    assert missing(weak, dataclasses.replace(strong, folder="/models/aligned")) == warning
+    assert missing(weak, dataclasses.replace(strong, folder=None)) is None, "a bare file comes alone"
