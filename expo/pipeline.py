@@ -26,6 +26,7 @@ from .inputs import StrPath, Wanted, open_inputs, wanted
 from .journal import Done, Journal, differences, has_journal
 from .kernels.contract import ITEMSIZE
 from .making import Making
+from .mounts import refuse_mount_point
 from .pairing import tie_flag
 from .plan import Plan, Rules, check_arguments, make_plan
 from .progress import size
@@ -311,8 +312,8 @@ def _identity(sft: Checkpoint, aligned: Checkpoint, plan: Plan, rules: Rules) ->
 class Preview:
     """What merge() would do, and with what.
 
-    free: bytes that may still be written to the output's disk. notes: what to know of the pair. error: what merge()
-    would raise, or None. committed: outputs that an interrupted merge has put in place.
+    free: bytes that may still be written to the output's disk, or to the fullest of several. notes: what to know of the
+    pair. error: what merge() would raise, or None. committed: outputs that an interrupted merge has put in place.
     """
 
     plan: Plan
@@ -363,7 +364,8 @@ def preview(
 ) -> Preview:
     """The plan of a merge with the same arguments, from headers alone; writes nothing but the hub's cache.
 
-    Raises what merge() raises where there is no plan at all: UsageError, EngineError, CheckpointError.
+    Raises what merge() raises where there is no plan at all: UsageError, EngineError, CheckpointError, and OutputError
+    for an `out` that is a mount point.
     """
     want = wanted(sft, aligned, alpha, recipe)
     rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size, carry)
@@ -391,6 +393,9 @@ def _prepare(
     workers = crew(engine, device, ranks.local_world)
     check_arguments(want.alphas, *rules)  # before anything is downloaded
     check_names(out, want.alphas)
+    if out is not None:
+        for path in fill_in(out, want.alphas):
+            refuse_mount_point(path, os.path.isfile(want.aligned))
     with open_inputs(want.sft, want.aligned, quiet, headers_only, rules.carry) as (weak, strong):
         code = find_code(strong.files)
         plan = make_plan(weak, strong, want.alphas, *rules, code)
@@ -407,7 +412,7 @@ def _prepare(
                 check_free(path, strong.folder is None, overwrite)
         except (PlanError, OutputError) as caught:
             error = caught
-        yield weak, strong, Preview(plan, outs, committed, workers, free_bytes(outs[0]), notes, error)
+        yield weak, strong, Preview(plan, outs, committed, workers, min(map(free_bytes, outs)), notes, error)
 
 
 def _committed(outs: Sequence[str]) -> frozenset[str]:
@@ -434,8 +439,12 @@ def check_names(out: StrPath | None, alphas: Sequence[float]) -> None:
 def output_paths(out: StrPath | None, aligned: Checkpoint, alphas: Sequence[float]) -> tuple[str, ...]:
     """One path for each alpha."""
     suffix = ".safetensors" if aligned.folder is None else ""
-    template = f"{aligned.name}-expo-{{alpha}}{suffix}" if out is None else os.fspath(out)
-    return tuple(template.replace("{alpha}", alpha_text(alpha)) for alpha in alphas)
+    return fill_in(f"{aligned.name}-expo-{{alpha}}{suffix}" if out is None else out, alphas)
+
+
+def fill_in(template: StrPath, alphas: Sequence[float]) -> tuple[str, ...]:
+    """The template's path for each alpha."""
+    return tuple(os.fspath(template).replace("{alpha}", alpha_text(alpha)) for alpha in alphas)
 
 
 def alpha_text(alpha: float) -> str:
@@ -453,19 +462,27 @@ def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) 
                 source = os.path.realpath(path)
                 if os.path.commonpath((place, source)) in (place, source):
                     raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another --out")
-    if not outs:
-        return
-    needed, free = plan.output_bytes // len(plan.alphas) * len(outs), free_bytes(outs[0])
-    # What an interrupted merge has left is gone on with or removed; `Staging` refuses otherwise, and names it.
-    if free + sum(map(held, outs)) < needed:
-        raise OutputError(
-            f"{outs[0]}: {size(needed)} are needed, but {size(free)} are free; free some space or choose another --out"
-        )
+    disks: dict[int, list[str]] = {}
+    for out in outs:
+        disks.setdefault(os.stat(_standing(out)).st_dev, []).append(out)
+    for here in disks.values():
+        needed, free = plan.output_bytes // len(plan.alphas) * len(here), free_bytes(here[0])
+        # What an interrupted merge has left is gone on with or removed; `Staging` refuses otherwise, and names it.
+        if free + sum(map(held, here)) < needed:
+            raise OutputError(
+                f"{here[0]}: {size(needed)} are needed, but {size(free)} are free; free some space or choose another "
+                "--out"
+            )
 
 
 def free_bytes(out: str) -> int:
     """Bytes that may still be written on the disk that `out` will be on."""
+    return shutil.disk_usage(_standing(out)).free
+
+
+def _standing(out: str) -> str:
+    """The folder that an output's name, or the folders to be made for it, will be in."""
     folder = os.path.dirname(os.path.realpath(out))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    return shutil.disk_usage(folder).free
+    return folder
