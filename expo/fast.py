@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with what an interrupted merge has left, if it is there")
     add("--digest", action="store_true", help="write SHA256SUMS too, which sha256sum -c checks")
     add("--verify", action="store_true", help="read the output back and compare it with a recomputation")
+    add("--check", action="store_true", help="have transformers load it, without its data, before it is put in place")
     add("--quiet", action="store_true", help="no progress and no summary")
     add("--version", action="version", version=f"expo {__version__}")
     return parser
@@ -147,7 +148,7 @@ def _merge(options: argparse.Namespace) -> int:
         try:
             merged = merge(
                 options.sft, options.aligned, options.alpha, options.out,
-                **choices, verify=options.verify, digest=options.digest, progress=bar, ranks=these,
+                **choices, verify=options.verify, digest=options.digest, check=options.check, progress=bar, ranks=these,
             )  # fmt: skip
         finally:
             if bar is not None:
@@ -185,7 +186,7 @@ def _summary(merged: Merged) -> Iterator[str]:
             f"  alpha {output.alpha:g}  {output.changed:.1%} of elements changed, |change| / |aligned| "
             f"{output.relative_change:.3g}, {output.non_finite} non-finite"
         )
-        yield f"           -> {output.path}" + (" (verified)" if merged.verified else "")
+        yield f"           -> {output.path}" + " (verified)" * merged.verified + " (checked)" * merged.checked
 
 
 def _some(lines: Sequence[str]) -> Iterator[str]:

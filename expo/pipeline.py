@@ -62,6 +62,7 @@ def merge(
     resume: bool = False,
     verify: bool = False,
     digest: bool = False,
+    check: bool = False,
     quiet: bool = True,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
@@ -89,6 +90,8 @@ def merge(
         it from any thread to stop.
 
     resume: go on with what an interrupted merge of the same inputs and options has left. digest: write SHA256SUMS too.
+    check: have transformers load each output, without its data, before it is put in place: weights that are missing,
+        unexpected, of another shape or tied and stored apart are an OutputError. No custom code is run.
     ranks: of `ranks.join()`, where several processes make the merge together; all must call this with the same
         arguments. Each fills its part of the output, and all return the same when rank 0 has put it in place.
 
@@ -110,6 +113,7 @@ def merge(
     ):
         if job.error is not None:
             raise job.error
+        loader = _loader(strong) if check and not ranks.rank else None
         identity = _identity(weak, strong, job.plan, rules)
         _agree(ranks, {**identity, "--out": job.outs, "what is in place": sorted(job.committed)})
         if ranks.rank:
@@ -126,9 +130,11 @@ def merge(
             shares, direct = fill(making.filling)
             making.collect()
             making.complete(strong, lambda k: _card(want, rules, weak, strong, job, making.tally, k), digest)
+            if loader is not None:
+                making.check(loader)
             warnings = [*job.notes, *making.tally.warnings(), *making.commit()]
         seconds = time.perf_counter() - began
-        merged = _merged(job, making, ranks.world, shares, direct, verify, seconds, warnings)
+        merged = _merged(job, making, ranks.world, shares, direct, (verify, check), seconds, warnings)
         try:
             ranks.gather(merged)
         except (RankError, KeyboardInterrupt):  # the output is in place all the same
@@ -138,10 +144,10 @@ def merge(
 
 
 def _merged(
-    job: Preview, making: Making, ranks: int, shares: dict[str, int], direct: bool, verified: bool, seconds: float,
-    warnings: Sequence[str],
+    job: Preview, making: Making, ranks: int, shares: dict[str, int], direct: bool, proofs: tuple[bool, bool],
+    seconds: float, warnings: Sequence[str],
 ) -> Merged:  # fmt: skip
-    """What a merge that is in place reports."""
+    """What a merge that is in place reports; proofs: whether it was verified, and whether it was checked."""
     plan, tally = job.plan, making.tally
     return Merged(
         outputs=tuple(tally.output(k, path, plan.alphas[k]) for k, path in enumerate(job.outs)),
@@ -161,10 +167,18 @@ def _merged(
         ranks=ranks,
         shares=shares,
         direct=direct,
-        verified=verified,
+        verified=proofs[0],
+        checked=proofs[1],
         resumed=making.filling.resumed,
         warnings=tuple(warnings),
     )
+
+
+def _loader(aligned: Checkpoint) -> Any:
+    """The class that --check loads outputs with. Raises UsageError."""
+    from .loading import model_class
+
+    return model_class(aligned)
 
 
 def _fill(
