@@ -162,7 +162,7 @@ def test_without_architectures_the_model_of_the_type_counts(tmp_path: Path) -> N
     ("config", "said"),
     [
         ({"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}},
-         "its class OwnForCausalLM is custom code (auto_map in aligned's config.json), which is not run; leave --check"),
+         "its class OwnForCausalLM is custom code (auto_map in aligned's config.json), which is not run; "),
         ({"architectures": None, "model_type": "own", "auto_map": {"AutoModel": "modeling_own.Own"}},
          "its model_type 'own' is custom code"),
         ({"architectures": ["NoSuchModel"]}, "does not know the class NoSuchModel of aligned's config.json"),
