@@ -170,8 +170,8 @@ def _stored(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
     """Return what the files call a head or an embedding of the model; None where it is not in them."""
     if name in tensors:
         return name
-    kind = HEAD if HEAD.search(name) else EMBEDDING
-    found = [other for other in tensors if kind.search(other)]
+    kind = next((each for each in (HEAD, EMBEDDING) if each.search(name)), None)
+    found = [other for other in tensors if kind is not None and kind.search(other)]
     return found[0] if len(found) == 1 else None
 
 
