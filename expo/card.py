@@ -41,12 +41,15 @@ def card(
     copied: Sequence[tuple[str, str]],
     dropped: Sequence[tuple[str, str]],
     dtype: str,
+    tokenizer: bool,
+    code: bool,
 ) -> str:
     """The text of README.md for one output.
 
     rules: alphas by regular expression, as --alpha-for has them. options: values of the other options, by name.
     command: what to type to make the output again. name: of the output's folder. readme: aligned's own README.md, whose
-    licence, languages and task are taken over. copied, dropped: (tensor, reason). dtype: of the weights.
+    licence, languages and task are taken over. copied, dropped: (tensor, reason). dtype: of the weights. tokenizer,
+    code: whether a tokenizer and Python files come with the output.
     """
     measured = _measured(output, relative_distance, max_abs_difference) if extrapolated else []
     parts = [
@@ -59,8 +62,8 @@ def card(
         "## How far it moved",
         _items([*measured, *_tensors(extrapolated, copied, dropped)]),
         "## How to use it",
-        _fence(_usage(name), "python"),
-        "Where aligned comes with Python files of its own, so does this: pass `trust_remote_code=True` to both calls.",
+        _fence(_usage(name, tokenizer), "python"),
+        *_remarks(tokenizer, code),
         "## Citation",
         f"The method, ExPO, is that of {PAPER}.",
     ]
@@ -107,13 +110,26 @@ def _tensors(extrapolated: int, copied: Sequence[tuple[str, str]], dropped: Sequ
     return [counts, *_some("copied", copied), *_some("dropped", dropped)]
 
 
-def _usage(name: str) -> str:
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"name = {name!r}  # this folder, or the id under which it was uploaded\n"
-        "tokenizer = AutoTokenizer.from_pretrained(name)\n"
-        'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")'
-    )
+def _usage(name: str, tokenizer: bool) -> str:
+    lines = [
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * tokenizer}",
+        "",
+        f"name = {name!r}  # this folder, or the id under which it was uploaded",
+        *["tokenizer = AutoTokenizer.from_pretrained(name)"] * tokenizer,
+        'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")',
+    ]
+    return "\n".join(lines)
+
+
+def _remarks(tokenizer: bool, code: bool) -> list[str]:
+    """What the lines of `_usage` do not say."""
+    remarks = []
+    if not tokenizer:
+        remarks.append("No tokenizer is here, as aligned came without one: use the one that aligned was trained with.")
+    if code:
+        calls = "both calls" if tokenizer else "the call"
+        remarks.append(f"Python files of aligned's come with this model: pass `trust_remote_code=True` to {calls}.")
+    return remarks
 
 
 def _front_matter(sft: Origin, aligned: Origin, readme: str | None) -> str:

@@ -84,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--dtype", choices=OUTPUT_DTYPES, help="of the output, rounded once (default: aligned's)")
     add("--max-shard-size", metavar="SIZE", help="of an output's file, 5GB say (default: aligned's own files)")
+    add(
+        "--carry", action="append", default=[], metavar="PATTERN",
+        help="take further files of aligned's folder along: 'docs/*', say; repeatable",
+    )  # fmt: skip
     add("--engine", choices=ENGINES, default="auto", help="auto: compiled CPU code, else NumPy; triton needs a GPU")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, or cuda[:index]: a GPU too")
     add("--plan", action="store_true", help="read headers only, print every tensor's fate, write nothing")
@@ -92,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with what an interrupted merge has left, if it is there")
     add("--digest", action="store_true", help="write SHA256SUMS too, which sha256sum -c checks")
     add("--verify", action="store_true", help="read the output back and compare it with a recomputation")
+    add("--check", action="store_true", help="have transformers load it, without its data, before it is put in place")
     add("--quiet", action="store_true", help="no progress and no summary")
     add("--version", action="version", version=f"expo {__version__}")
     return parser
@@ -120,6 +125,7 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
         "recipe": options.recipe,
         "dtype": options.dtype,
         "max_shard_size": options.max_shard_size,
+        "carry": options.carry,
         "engine": options.engine,
         "device": options.device,
         "overwrite": options.overwrite,
@@ -143,7 +149,7 @@ def _merge(options: argparse.Namespace) -> int:
         try:
             merged = merge(
                 options.sft, options.aligned, options.alpha, options.out,
-                **choices, verify=options.verify, digest=options.digest, progress=bar, ranks=these,
+                **choices, verify=options.verify, digest=options.digest, check=options.check, progress=bar, ranks=these,
             )  # fmt: skip
         finally:
             if bar is not None:
@@ -181,7 +187,7 @@ def _summary(merged: Merged) -> Iterator[str]:
             f"  alpha {output.alpha:g}  {output.changed:.1%} of elements changed, |change| / |aligned| "
             f"{output.relative_change:.3g}, {output.non_finite} non-finite"
         )
-        yield f"           -> {output.path}" + (" (verified)" if merged.verified else "")
+        yield f"           -> {output.path}" + " (verified)" * merged.verified + " (checked)" * merged.checked
 
 
 def _some(lines: Sequence[str]) -> Iterator[str]:

@@ -23,10 +23,11 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from .checkpoint import ADAPTER, ADAPTER_BIN, ADAPTER_CONFIG, CONFIG, INDEX, INDEX_BIN, SINGLE, SINGLE_BIN, load_json
+from .custom_code import find_code
 from .errors import CheckpointError
 from .header import MAX_HEADER
-from .plan import OTHER_WEIGHTS, sort_files
 from .progress import size as size_text
+from .sidecars import CARD, OTHER_WEIGHTS, Code, sort_files
 
 FORMS = (  # of weights, the one that transformers would choose first: the file, and those that it needs beside it
     (SINGLE, ()),
@@ -102,11 +103,18 @@ def origin(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     return None
 
 
-def fetch(hub_id: HubId, weights_only: bool = False, quiet: bool = False, headers_in: str | None = None) -> Snapshot:
+def fetch(
+    hub_id: HubId,
+    weights_only: bool = False,
+    quiet: bool = False,
+    headers_in: str | None = None,
+    carry: Sequence[str] = (),
+) -> Snapshot:
     """Have a repository's files in the cache: those that are not there yet are downloaded.
 
     The weights in the one form that transformers would choose, and with them what a merge carries along from aligned;
-    weights_only: what sft needs, the weights and what says how to read them. quiet: no progress bars. Where the hub
+    weights_only: what sft needs, the weights and what says how to read them. carry: patterns of further files to carry
+    along. quiet: no progress bars. Where the hub
     cannot be reached, what the cache has of that revision counts, if it is complete.
     headers_in: an empty folder. Weights that the cache does not have are not downloaded then: the folder gets files of
     their names and sizes that hold their headers and no data, and links to the rest; it stays empty where none lack.
@@ -127,11 +135,11 @@ def fetch(hub_id: HubId, weights_only: bool = False, quiet: bool = False, header
         except Exception as error:
             if not _unreachable(error):
                 raise
-            return _cached(hub_id, weights_only, error)
+            return _cached(hub_id, weights_only, carry, error)
         sizes = {file.rfilename: file.size for file in info.siblings or ()}
         if info.sha is None:
             raise CheckpointError(f"{hub_id}: {constants.ENDPOINT} does not say which commit that is; is it a hub?")
-        return _download(hub_id, info.sha, sizes, weights_only, headers_in)
+        return _download(hub_id, info.sha, sizes, weights_only, headers_in, carry)
 
 
 @contextlib.contextmanager
@@ -150,16 +158,19 @@ def stand_in(hub_id: HubId) -> Iterator[str]:
             raise CheckpointError(str(error).replace(folder, str(hub_id))) from error
 
 
-def choose(hub_id: HubId, names: Sequence[str], weights_only: bool = False) -> Files:
-    """Those of a repository's files that are needed. Raises CheckpointError where no weights of it can be read."""
+def choose(hub_id: HubId, names: Sequence[str], weights_only: bool = False, carry: Sequence[str] = ()) -> Files:
+    """Those of a repository's files that are needed, without custom code, which `_code` finds.
+
+    Raises CheckpointError where no weights of it can be read.
+    """
     there = set(names)
     form = next((file for file, beside in FORMS if there.issuperset((file, *beside))), None)
     if form is None:
         raise CheckpointError(_nothing_to_read(hub_id, names))
     others = [name for name in (*ABOUT_WEIGHTS, form) if name in there and (name in INDEXES or name != form)]
     if not weights_only:
-        readme = [name for name in names if name == "README.md"]
-        others = list(dict.fromkeys((*others, *readme, *sort_files(sorted(names))[0])))
+        readme = [CARD] if CARD in there else []
+        others = list(dict.fromkeys((*others, *readme, *sort_files(sorted(names), carry=carry).carried)))
     return Files([], form, others) if form in INDEXES else Files([form], None, others)
 
 
@@ -178,16 +189,25 @@ def _listing(names: Sequence[str]) -> str:
 
 
 def _download(
-    hub_id: HubId, commit: str, sizes: Mapping[str, int | None], weights_only: bool, headers_in: str | None
+    hub_id: HubId,
+    commit: str,
+    sizes: Mapping[str, int | None],
+    weights_only: bool,
+    headers_in: str | None,
+    carry: Sequence[str],
 ) -> Snapshot:
     """sizes: of the repository's files, where they are known."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
     repo, names = hub_id.repo, list(sizes)
-    files = choose(hub_id, names, weights_only)
+    files = choose(hub_id, names, weights_only, carry)
     first = files.others or files.weights
-    folder = snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(name) for name in first])
+    wanted, asked = first, set[str]()
+    while wanted:  # code says what other code it needs, once it is there
+        asked.update(wanted)
+        folder = snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(name) for name in wanted])
+        wanted = [] if weights_only else [name for name in _code(folder, names) if name not in asked]
     weights = _shards(hub_id, folder, files.index_file, names) if files.index_file else files.weights
     lacking = [name for name in weights if not os.path.exists(os.path.join(folder, name))]
     if headers_in is not None and lacking:
@@ -201,6 +221,13 @@ def _download(
     with contextlib.suppress(Exception):  # the cache learns which commit the name stands for, now that all is there
         hf_hub_download(repo, first[0], revision=hub_id.revision)
     return Snapshot(folder, repo, commit)
+
+
+def _code(folder: str, names: Iterable[str]) -> list[str]:
+    """Return the custom code among a repository's files that the snapshot names and does not have yet."""
+    found = find_code({name: os.path.join(folder, name) for name in names}).files
+    needed = sort_files(sorted(found), Code(found)).carried
+    return [name for name in needed if not os.path.exists(os.path.join(folder, name))]
 
 
 def _shards(hub_id: HubId, folder: str, index: str, names: Sequence[str]) -> list[str]:
@@ -343,14 +370,14 @@ def _head_once(name: str, url: str, count: int) -> tuple[bytes, int]:
     return bytes(data[:count]), int(size)
 
 
-def _cached(hub_id: HubId, weights_only: bool, error: Exception) -> Snapshot:
+def _cached(hub_id: HubId, weights_only: bool, carry: Sequence[str], error: Exception) -> Snapshot:
     """What the cache has of that revision; `error` is why the hub was not asked."""
     from huggingface_hub import constants, errors, snapshot_download
 
     folder = None
     with contextlib.suppress(errors.LocalEntryNotFoundError):
         folder = snapshot_download(hub_id.repo, revision=hub_id.revision, local_files_only=True, allow_patterns=[])
-    lacking = _lacking(hub_id, folder, weights_only) if folder else []
+    lacking = _lacking(hub_id, folder, weights_only, carry) if folder else []
     if folder and not lacking:
         return Snapshot(folder, hub_id.repo, os.path.basename(folder))
     fact = f"lacks {_listing(lacking)}" if folder else "has nothing of it"
@@ -358,13 +385,16 @@ def _cached(hub_id: HubId, weights_only: bool, error: Exception) -> Snapshot:
     raise CheckpointError(f"{hub_id}: {why}, and the cache {constants.HF_HUB_CACHE} {fact}; {fix}")
 
 
-def _lacking(hub_id: HubId, folder: str, weights_only: bool) -> list[str]:
+def _lacking(hub_id: HubId, folder: str, weights_only: bool, carry: Sequence[str]) -> list[str]:
     """Files that are needed and not in the snapshot."""
+    known = _known(hub_id, folder)
     try:
-        files = choose(hub_id, _known(hub_id, folder), weights_only)
+        files = choose(hub_id, known, weights_only, carry)
     except CheckpointError:
         return ["weights that can be read"]
-    lacking = [name for name in (*files.others, *files.weights) if not os.path.exists(os.path.join(folder, name))]
+    code = [] if weights_only else _code(folder, known)
+    needed = dict.fromkeys((*files.others, *code, *files.weights))
+    lacking = [name for name in needed if not os.path.exists(os.path.join(folder, name))]
     if files.index_file and files.index_file not in lacking:
         index = load_json(os.path.join(folder, files.index_file)).get("weight_map")
         shards = sorted({str(name) for name in index.values()}) if isinstance(index, dict) else []

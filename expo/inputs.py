@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,17 +21,9 @@ from .checkpoint import (
 )
 from .errors import CheckpointError, UsageError
 from .naming import without_wrapper
+from .sidecars import TEMPLATES, TOKENIZER, VOCABULARIES
 
 StrPath = str | os.PathLike[str]
-VOCABULARIES = {
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tekken.json",
-}  # fmt: skip
-TOKENIZER = VOCABULARIES | {
-    "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json",
-}  # fmt: skip
-TEMPLATES = "additional_chat_templates"
 
 
 class Wanted(NamedTuple):
@@ -83,18 +75,20 @@ class _Found(NamedTuple):
 
 @contextmanager
 def open_inputs(
-    sft: StrPath, aligned: StrPath, quiet: bool = True, headers_only: bool = False
+    sft: StrPath, aligned: StrPath, quiet: bool = True, headers_only: bool = False, carry: Sequence[str] = ()
 ) -> Iterator[tuple[Checkpoint, Checkpoint]]:
     """Both checkpoints; hub ids are downloaded first, and an adapter is opened over sft. Raises CheckpointError.
 
     quiet: without the download's progress bars. headers_only: of weights on the hub that are not in the cache, only the
-    headers are downloaded, and zeros stand for their data.
+    headers are downloaded, and zeros stand for their data. carry: patterns of further files that are wanted of aligned.
     """
     with ExitStack() as stack:
         stand_ins = stack if headers_only else None
-        found = _fetched(aligned, False, quiet, stand_ins)
+        found = _fetched(aligned, False, quiet, stand_ins, carry)
         adapter = _is_adapter(found.place)
-        below = _fetched(sft, not adapter, quiet, stand_ins)  # an adapter's tokenizer and config may be its base's
+        below = _fetched(
+            sft, not adapter, quiet, stand_ins, carry
+        )  # an adapter's tokenizer and config may be its base's
         weak = stack.enter_context(closing(_opened(below)))
         if adapter:
             weak = without_wrapper(weak, weak)
@@ -111,7 +105,9 @@ def open_one(path: StrPath, quiet: bool = True) -> Iterator[Checkpoint]:
         yield checkpoint
 
 
-def _fetched(path: StrPath, weights_only: bool, quiet: bool, stand_ins: ExitStack | None = None) -> _Found:
+def _fetched(
+    path: StrPath, weights_only: bool, quiet: bool, stand_ins: ExitStack | None = None, carry: Sequence[str] = ()
+) -> _Found:
     """Where the files are, and where they come from: what exists is a path, and what does not may be a hub id.
 
     stand_ins: takes a folder with headers that are fetched in place of weights; without it weights are fetched.
@@ -127,7 +123,7 @@ def _fetched(path: StrPath, weights_only: bool, quiet: bool, stand_ins: ExitStac
         return _Found(path, None)
     try:
         headers = stand_ins.enter_context(hub.stand_in(hub_id)) if stand_ins else None
-        snapshot = hub.fetch(hub_id, weights_only, quiet, headers)
+        snapshot = hub.fetch(hub_id, weights_only, quiet, headers, carry)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: no such file or folder; as a hub id: {error}") from error
     origin = Origin(snapshot.repo, snapshot.commit)

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 from .checkpoint import INDEX, Checkpoint
 from .engines import Engine
@@ -15,12 +16,15 @@ from .errors import CheckpointError, ExpoError, OutputError, RankError
 from .filling import Corrupt, Filling
 from .journal import Done, Journal, Key
 from .layout import cut
-from .plan import CARD, DIGESTS, Plan
+from .plan import Plan
 from .ranks import Alone
 from .result import Tally
+from .sidecars import CARD, DIGESTS
 from .source import Source
 from .work import CHUNK, MIB, chunk_size
 from .writer import BLOCK, JOURNAL, Staging, aligned_buffer, create_shard, output_errors, read_back, sync_folder
+
+GOES_ON = "the same command with --resume goes on"
 
 
 class Making:
@@ -116,7 +120,8 @@ class Making:
         notes = [f"already in place: {', '.join(done)}"] if done else []
         if left:
             kept = ", ".join(staging.folder for staging in left)
-            notes.append(f"what is done is kept in {kept}: the same command with --resume goes on")
+            command = "--resume without --check puts it in place as it is" if _unloadable(error) else GOES_ON
+            notes.append(f"what is done is kept in {kept}: {command}")
         if isinstance(error, ExpoError | KeyboardInterrupt) and notes:
             raise type(error)("; ".join([str(error), *notes] if str(error) else notes)) from error
 
@@ -173,6 +178,13 @@ class Making:
             elif digest:
                 staging.beside(_digests(staging, [(names[0], os.path.basename(staging.out))]))
 
+    def check(self, loader: Any) -> None:
+        """Have this class of transformers load each output where it is staged. Raises Unloadable."""
+        from .loading import check_output
+
+        for staging in self._stagings.values():
+            check_output(loader, staging.folder, staging.out)
+
     def commit(self) -> list[str]:
         """Put the outputs in place, one by one; returns warnings. Raises CheckpointError, OutputError."""
         self._source.check()
@@ -185,6 +197,13 @@ class Making:
     def forget(self) -> list[str]:
         """Remove the journal, once nobody has to be told any more that the outputs are in place; returns warnings."""
         return self._journal.remove()
+
+
+def _unloadable(error: BaseException) -> bool:
+    """Whether --check failed, as it would again."""
+    from .loading import Unloadable
+
+    return isinstance(error, Unloadable)
 
 
 def _parts(path: str) -> Iterator[bytes]:

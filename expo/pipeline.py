@@ -18,6 +18,7 @@ from typing import Any
 
 from . import tokens
 from .checkpoint import Checkpoint, Origin
+from .custom_code import find_code
 from .engines import Engine, crew
 from .errors import CheckpointError, ExpoError, OutputError, PlanError, RankError, UsageError
 from .filling import Filling
@@ -25,11 +26,13 @@ from .inputs import StrPath, Wanted, open_inputs, wanted
 from .journal import Done, Journal, differences, has_journal
 from .kernels.contract import ITEMSIZE
 from .making import Making
+from .mounts import refuse_mount_point
 from .pairing import tie_flag
-from .plan import CARD, Plan, Rules, check_arguments, make_plan
+from .plan import Plan, Rules, check_arguments, make_plan
 from .progress import size
 from .ranks import Alone
 from .result import Merged, Tally
+from .sidecars import CARD, has_tokenizer, missing_modules
 from .source import CONVERTING, FACTORS, Source
 from .work import RING_SLOTS, Progress, chunk_size
 from .writer import Staging, check_free, held, staging_folder
@@ -52,12 +55,14 @@ def merge(
     on_mismatch: str = "error",
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    carry: Sequence[str] = (),
     engine: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
     verify: bool = False,
     digest: bool = False,
+    check: bool = False,
     quiet: bool = True,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
@@ -67,7 +72,7 @@ def merge(
 
     sft, aligned: a folder as transformers saves it, of .safetensors or .bin files, a bare file of either kind, or a hub
         id "org/name[@revision]", which is downloaded; aligned may be a PEFT LoRA adapter over sft. A folder gives a
-        folder with aligned's config, tokenizer and code files and a model card, a file gives a file; weights are
+        folder with the files that aligned is loaded with and a model card, a file gives a file; weights are
         written as safetensors. Tensors of dtype BF16, F16, F32 and F64, in any mix, are extrapolated in fp32 (fp64
         where one is F64) and rounded once to aligned's dtype; integers are copied from aligned.
     alpha: one number, or several: inputs are read once, and each alpha has its own output.
@@ -78,11 +83,15 @@ def merge(
         keep aligned's where sft's has another shape, or "rows" to extrapolate the rows that both have.
     dtype: of the output, "bf16", "fp16" or "fp32"; aligned's own by default. max_shard_size: bytes of an output's file,
         or "5GB"; aligned's own files by default.
+    carry: patterns (fnmatch, of paths in aligned's folder) of files that come along into the output beside those that a
+        model is loaded with, such as ["*.png"].
     engine, device: see `engines.crew`. overwrite: replace an output. verify: read it back, compare, and then commit.
     quiet: download without progress bars. progress(done, total): bytes of output, called in this thread. cancel: set
         it from any thread to stop.
 
     resume: go on with what an interrupted merge of the same inputs and options has left. digest: write SHA256SUMS too.
+    check: have transformers load each output, without its data, before it is put in place: weights that are missing,
+        unexpected, of another shape or tied and stored apart are an OutputError. No custom code is run.
     ranks: of `ranks.join()`, where several processes make the merge together; all must call this with the same
         arguments. Each fills its part of the output, and all return the same when rank 0 has put it in place.
 
@@ -94,7 +103,7 @@ def merge(
     """
     began = time.perf_counter()
     want = wanted(sft, aligned, alpha, recipe)
-    rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size)
+    rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size, carry)
     ranks = ranks or Alone()
     fill = partial(_fill, ranks=ranks, verify=verify, progress=progress, cancel=cancel)
     with (
@@ -104,6 +113,7 @@ def merge(
     ):
         if job.error is not None:
             raise job.error
+        loader = _loader(strong) if check and not ranks.rank else None
         identity = _identity(weak, strong, job.plan, rules)
         _agree(ranks, {**identity, "--out": job.outs, "what is in place": sorted(job.committed)})
         if ranks.rank:
@@ -120,9 +130,11 @@ def merge(
             shares, direct = fill(making.filling)
             making.collect()
             making.complete(strong, lambda k: _card(want, rules, weak, strong, job, making.tally, k), digest)
+            if loader is not None:
+                making.check(loader)
             warnings = [*job.notes, *making.tally.warnings(), *making.commit()]
         seconds = time.perf_counter() - began
-        merged = _merged(job, making, ranks.world, shares, direct, verify, seconds, warnings)
+        merged = _merged(job, making, ranks.world, shares, direct, (verify, check), seconds, warnings)
         try:
             ranks.gather(merged)
         except (RankError, KeyboardInterrupt):  # the output is in place all the same
@@ -132,10 +144,10 @@ def merge(
 
 
 def _merged(
-    job: Preview, making: Making, ranks: int, shares: dict[str, int], direct: bool, verified: bool, seconds: float,
-    warnings: Sequence[str],
+    job: Preview, making: Making, ranks: int, shares: dict[str, int], direct: bool, proofs: tuple[bool, bool],
+    seconds: float, warnings: Sequence[str],
 ) -> Merged:  # fmt: skip
-    """What a merge that is in place reports."""
+    """What a merge that is in place reports; proofs: whether it was verified, and whether it was checked."""
     plan, tally = job.plan, making.tally
     return Merged(
         outputs=tuple(tally.output(k, path, plan.alphas[k]) for k, path in enumerate(job.outs)),
@@ -155,10 +167,18 @@ def _merged(
         ranks=ranks,
         shares=shares,
         direct=direct,
-        verified=verified,
+        verified=proofs[0],
+        checked=proofs[1],
         resumed=making.filling.resumed,
         warnings=tuple(warnings),
     )
+
+
+def _loader(aligned: Checkpoint) -> Any:
+    """The class that --check loads outputs with. Raises UsageError."""
+    from .loading import model_class
+
+    return model_class(aligned)
 
 
 def _fill(
@@ -221,8 +241,9 @@ def _card(
         aligned=aligned.origin or Origin(aligned.name),
         alpha=alpha,
         rules=rules.alpha_for,
-        options={name: str(value) for name, value in rules.chosen().items()},
-        command=_command(want, rules, alpha),
+        options={name: str(value) for name, value in rules.chosen().items()}
+        | ({"--carry": " ".join(rules.carry)} if rules.carry else {}),
+        command=_command(want, rules, sft, aligned, alpha),
         name=f"{aligned.name}-expo-{alpha_text(alpha)}",
         readme=None if readme is None else _text(readme),
         output=tally.output(k, out, alpha),
@@ -232,6 +253,8 @@ def _card(
         copied=job.plan.copied(k),
         dropped=tuple(job.plan.dropped.items()),
         dtype=", ".join(sorted({step.dtype for step in job.plan.steps if step.dtype in ITEMSIZE})),
+        tokenizer=has_tokenizer(job.plan.carried),
+        code=any(name.endswith(".py") for name in job.plan.carried),
     )
     return text.encode()
 
@@ -244,14 +267,23 @@ def _text(path: str) -> str:
         raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
-def _command(want: Wanted, rules: Rules, alpha: float) -> str:
+def _command(want: Wanted, rules: Rules, sft: Checkpoint, aligned: Checkpoint, alpha: float) -> str:
     """What to type for an output, wherever it is to go: the same model has the same card."""
-    words = ["python", "-m", "expo.fast", "--sft", os.fspath(want.sft), "--aligned", os.fspath(want.aligned)]
+    words = ["python", "-m", "expo.fast", "--sft", _given(want.sft, sft), "--aligned", _given(want.aligned, aligned)]
     words += ["--alpha", alpha_text(alpha)]
     for pattern, value in rules.alpha_for.items():
         words += ["--alpha-for", f"{pattern}={alpha_text(value)}"]
     words += [word for option, value in rules.chosen().items() for word in (option, str(value))]
+    words += [word for pattern in rules.carry for word in ("--carry", pattern)]
     return shlex.join(words)
+
+
+def _given(name: StrPath, checkpoint: Checkpoint) -> str:
+    """Return a hub id as the user gave it, and of a local path the last part: the rest is nobody else's business."""
+    name = os.fspath(name)
+    if name != checkpoint.path:
+        return name
+    return "@".join(filter(None, checkpoint.origin)) if checkpoint.origin else os.path.basename(os.path.abspath(name))
 
 
 def _part(progress: Progress | None, before: int, passes: int) -> Progress:
@@ -294,8 +326,8 @@ def _identity(sft: Checkpoint, aligned: Checkpoint, plan: Plan, rules: Rules) ->
 class Preview:
     """What merge() would do, and with what.
 
-    free: bytes that may still be written to the output's disk. notes: what to know of the pair. error: what merge()
-    would raise, or None. committed: outputs that an interrupted merge has put in place.
+    free: bytes that may still be written to the output's disk, or to the fullest of several. notes: what to know of the
+    pair. error: what merge() would raise, or None. committed: outputs that an interrupted merge has put in place.
     """
 
     plan: Plan
@@ -337,6 +369,7 @@ def preview(
     on_mismatch: str = "error",
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    carry: Sequence[str] = (),
     engine: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
@@ -345,10 +378,11 @@ def preview(
 ) -> Preview:
     """The plan of a merge with the same arguments, from headers alone; writes nothing but the hub's cache.
 
-    Raises what merge() raises where there is no plan at all: UsageError, EngineError, CheckpointError.
+    Raises what merge() raises where there is no plan at all: UsageError, EngineError, CheckpointError, and OutputError
+    for an `out` that is a mount point.
     """
     want = wanted(sft, aligned, alpha, recipe)
-    rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size)
+    rules = Rules(alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size, carry)
     prepared = _prepare(want, out, rules, engine, device, overwrite, resume, quiet, Alone(), headers_only=True)
     with prepared as (_, _, job):
         return job
@@ -373,9 +407,14 @@ def _prepare(
     workers = crew(engine, device, ranks.local_world)
     check_arguments(want.alphas, *rules)  # before anything is downloaded
     check_names(out, want.alphas)
-    with open_inputs(want.sft, want.aligned, quiet, headers_only) as (weak, strong):
-        plan = make_plan(weak, strong, want.alphas, *rules)
-        note = tokens.difference(weak, strong)
+    if out is not None:
+        for path in fill_in(out, want.alphas):
+            refuse_mount_point(path, os.path.isfile(want.aligned))
+    with open_inputs(want.sft, want.aligned, quiet, headers_only, rules.carry) as (weak, strong):
+        code = find_code(strong.files)
+        plan = make_plan(weak, strong, want.alphas, *rules, code)
+        found = (tokens.difference(weak, strong), tokens.missing(weak, strong), missing_modules(plan.left_out))
+        notes = (*plan.notes, *filter(None, found), *code.notes)
         outs = output_paths(out, strong, want.alphas)
         committed = _committed(outs) if resume else frozenset()
         error: ExpoError | None = None
@@ -385,10 +424,9 @@ def _prepare(
             check_places(missing, plan, (weak, strong))
             for path in missing:
                 check_free(path, strong.folder is None, overwrite)
-        except (PlanError, OutputError) as found:
-            error = found
-        notes = plan.notes if note is None else (*plan.notes, note)
-        yield weak, strong, Preview(plan, outs, committed, workers, free_bytes(outs[0]), notes, error)
+        except (PlanError, OutputError) as caught:
+            error = caught
+        yield weak, strong, Preview(plan, outs, committed, workers, min(map(free_bytes, outs)), notes, error)
 
 
 def _committed(outs: Sequence[str]) -> frozenset[str]:
@@ -415,8 +453,12 @@ def check_names(out: StrPath | None, alphas: Sequence[float]) -> None:
 def output_paths(out: StrPath | None, aligned: Checkpoint, alphas: Sequence[float]) -> tuple[str, ...]:
     """One path for each alpha."""
     suffix = ".safetensors" if aligned.folder is None else ""
-    template = f"{aligned.name}-expo-{{alpha}}{suffix}" if out is None else os.fspath(out)
-    return tuple(template.replace("{alpha}", alpha_text(alpha)) for alpha in alphas)
+    return fill_in(f"{aligned.name}-expo-{{alpha}}{suffix}" if out is None else out, alphas)
+
+
+def fill_in(template: StrPath, alphas: Sequence[float]) -> tuple[str, ...]:
+    """The template's path for each alpha."""
+    return tuple(os.fspath(template).replace("{alpha}", alpha_text(alpha)) for alpha in alphas)
 
 
 def alpha_text(alpha: float) -> str:
@@ -434,19 +476,27 @@ def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) 
                 source = os.path.realpath(path)
                 if os.path.commonpath((place, source)) in (place, source):
                     raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another --out")
-    if not outs:
-        return
-    needed, free = plan.output_bytes // len(plan.alphas) * len(outs), free_bytes(outs[0])
-    # What an interrupted merge has left is gone on with or removed; `Staging` refuses otherwise, and names it.
-    if free + sum(map(held, outs)) < needed:
-        raise OutputError(
-            f"{outs[0]}: {size(needed)} are needed, but {size(free)} are free; free some space or choose another --out"
-        )
+    disks: dict[int, list[str]] = {}
+    for out in outs:
+        disks.setdefault(os.stat(_standing(out)).st_dev, []).append(out)
+    for here in disks.values():
+        needed, free = plan.output_bytes // len(plan.alphas) * len(here), free_bytes(here[0])
+        # What an interrupted merge has left is gone on with or removed; `Staging` refuses otherwise, and names it.
+        if free + sum(map(held, here)) < needed:
+            raise OutputError(
+                f"{here[0]}: {size(needed)} are needed, but {size(free)} are free; free some space or choose another "
+                "--out"
+            )
 
 
 def free_bytes(out: str) -> int:
     """Bytes that may still be written on the disk that `out` will be on."""
+    return shutil.disk_usage(_standing(out)).free
+
+
+def _standing(out: str) -> str:
+    """The folder that an output's name, or the folders to be made for it, will be in."""
     folder = os.path.dirname(os.path.realpath(out))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    return shutil.disk_usage(folder).free
+    return folder

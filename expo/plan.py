@@ -7,13 +7,12 @@ complete enough to print, and must not be carried out.
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoint import ADAPTER_CONFIG, Checkpoint
+from .checkpoint import Checkpoint
 from .config import rewritten
 from .errors import PlanError, UsageError
 from .header import TensorInfo
@@ -22,6 +21,7 @@ from .layout import OutputShard, index_of, joined, lay_out, size_of
 from .naming import wrapper_note
 from .pairing import Twin, describe, mismatched, pair, rows_in_common
 from .problems import float_bytes, model_problems, tensor_problems
+from .sidecars import Code, sort_files
 from .steps import Action, Step, some_rows
 
 if TYPE_CHECKING:
@@ -31,14 +31,8 @@ ON_UNPAIRED = ("error", "aligned")
 ON_MISMATCH = ("error", "rows", "aligned")
 NOT_IN_SFT, ONLY_IN_SFT, UNTOUCHED, SFT_HAS = "not in sft", "only in sft", "not in the adapter", "sft has "  # reasons
 OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-CARD = "README.md"
 MAX_ALPHAS = 64
 MOST_LINES = 40  # of an error's text
-OTHER_WEIGHTS = (
-    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
-)  # fmt: skip
-DIGESTS = "SHA256SUMS"
-TRAINING = {"trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
 
 
 class Rules(NamedTuple):
@@ -49,15 +43,17 @@ class Rules(NamedTuple):
     on_mismatch: str
     dtype: str | None
     max_shard_size: str | int | None
+    carry: Sequence[str] = ()
 
     def options(self) -> dict[str, Any]:
         """By their names on the command line."""
         return {f"--{name.replace('_', '-')}": value for name, value in self._asdict().items()}
 
     def chosen(self) -> dict[str, Any]:
-        """Those that are not at their defaults, --alpha-for apart."""
+        """Those that are not at their defaults, apart from --alpha-for and --carry, which are given several times."""
         plain = Rules({}, "error", "error", None, None).options()
-        return {name: value for name, value in self.options().items() if name != "--alpha-for" and value != plain[name]}
+        several = ("--alpha-for", "--carry")
+        return {name: value for name, value in self.options().items() if name not in several and value != plain[name]}
 
 
 class Rule(NamedTuple):
@@ -141,6 +137,8 @@ def make_plan(
     on_mismatch: str = "error",
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    carry: Sequence[str] = (),
+    code: Code | None = None,
 ) -> Plan:
     """Pair the tensors of two checkpoints and lay out the output.
 
@@ -149,12 +147,16 @@ def make_plan(
     "error", "aligned" to keep aligned's tensor, or "rows" to extrapolate the rows that both have and keep the others.
     dtype: of the output's floating-point tensors: "bf16", "fp16" or "fp32"; None for aligned's own.
     max_shard_size: bytes of a file, or "5GB"; None for aligned's own files.
+    carry: patterns (fnmatch) of aligned's files that come along beside those that a model is loaded with.
+    code: the custom code among aligned's files.
     Raises UsageError for an alpha, rule or policy that makes no sense; what the checkpoints make impossible is in
     `problems`.
     """
-    rules, most = check_arguments(alphas, alpha_for, on_unpaired, on_mismatch, dtype, max_shard_size)
+    rules, most = check_arguments(alphas, alpha_for, on_unpaired, on_mismatch, dtype, max_shard_size, carry)
     if most is not None and aligned.folder is None:
         raise UsageError(f"max_shard_size {max_shard_size} makes shards, but aligned {aligned.path} is one bare file")
+    if carry and aligned.folder is None:
+        raise UsageError(f"carry takes files along, but aligned {aligned.path} is one bare file: nothing comes with it")
     pairs = pair(sft, aligned)
     steps: list[Step] = []
     for name, tensor in aligned.tensors.items():
@@ -172,7 +174,9 @@ def make_plan(
         if not any(rule.pattern.search(name) for name in aligned.tensors):
             problems.append(f"--alpha-for {rule.pattern.pattern!r} matches no tensor of {aligned.path}")
     made = rewritten(aligned, steps, OUTPUT_DTYPES[dtype] if dtype else None)
-    carried, left_out = sort_files([name for name in aligned.files if name not in made])
+    carried, left_out, unmet = sort_files(list(aligned.files), code, carry, aligned.path)
+    carried = tuple(name for name in carried if name not in made)
+    problems += unmet
     problems += [
         f"{aligned.files[name]} is a link out of its folder, to {aligned.strays[name]}, and would "
         "be copied into the output: put a copy in its place, or remove it"
@@ -216,6 +220,7 @@ def check_arguments(
     on_mismatch: str = "error",
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    carry: Sequence[str] = (),
 ) -> tuple[list[Rule], int | None]:
     """make_plan's arguments but for the checkpoints: the rules, and the bytes of a file. Raises UsageError."""
     alpha_for = alpha_for or {}
@@ -234,6 +239,8 @@ def check_arguments(
     for option, value, known in choices:
         if value not in known:
             raise UsageError(f"{option} must be one of {', '.join(known)}, got {value!r}")
+    if isinstance(carry, str) or not all(isinstance(pattern, str) and pattern for pattern in carry):
+        raise UsageError(f"carry must be a list of patterns, such as ['*.png'], got {carry!r}")
     rules = []
     for pattern, alpha in alpha_for.items():
         try:
@@ -313,27 +320,3 @@ def _working(alphas: tuple[float, ...], aligned: TensorInfo, sft: TensorInfo) ->
 
 def _why_zero(alphas: tuple[float, ...], adapted: bool = False) -> str:
     return ("alpha rounds to 0 in fp32" if any(alphas) else "alpha is 0") + ": base and adapter" * adapted
-
-
-def sort_files(files: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Aligned's files other than its weights: those that come along, and (file, reason) of those that do not."""
-    carried, left_out = [], []
-    for path in files:
-        base = os.path.basename(path)
-        if base.startswith("."):
-            left_out.append((path, "hidden"))
-        elif base.endswith(OTHER_WEIGHTS):
-            left_out.append((path, "weights in another form, or training state"))
-        elif path == CARD:
-            left_out.append((path, "describes aligned; the output has a card of its own"))
-        elif path == DIGESTS:
-            left_out.append((path, "digests of aligned's files, not of the merge's"))
-        elif base == ADAPTER_CONFIG:
-            left_out.append((path, "of an adapter, which the output is not"))
-        elif base in TRAINING:
-            left_out.append((path, "state of aligned's training"))
-        elif os.path.dirname(path) and not base.endswith((".py", ".jinja")):
-            left_out.append((path, "in a subfolder, and neither code nor a chat template"))
-        else:
-            carried.append(path)
-    return tuple(carried), tuple(left_out)

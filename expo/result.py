@@ -39,8 +39,8 @@ class Merged:
     relative_distance: the 2-norm of aligned - sft over that of aligned; max_abs_difference: its largest element.
     engine, why, workers: what computed, the reason it was chosen, its threads. ranks: processes that made it together,
     each with so many workers. shares: bytes of output by engine.
-    direct: whether all of it was written with O_DIRECT. verified: whether it was read back and compared. resumed: bytes
-    of output that an interrupted merge had left.
+    direct: whether all of it was written with O_DIRECT. verified: whether it was read back and compared.
+    checked: whether transformers loaded it. resumed: bytes of output that an interrupted merge had left.
     """
 
     outputs: tuple[Output, ...]
@@ -61,6 +61,7 @@ class Merged:
     shares: dict[str, int]
     direct: bool
     verified: bool
+    checked: bool
     resumed: int
     warnings: tuple[str, ...]
 

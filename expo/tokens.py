@@ -13,6 +13,7 @@ from typing import Any
 from .checkpoint import Checkpoint, load_json
 from .errors import CheckpointError
 from .pairing import is_embedding
+from .sidecars import has_tokenizer
 
 TOKENIZER = "tokenizer.json"
 SHOWN = 3  # ids that differ, named one by one
@@ -50,6 +51,13 @@ def _way_out(aligned: Checkpoint) -> str:
     if not names:
         return ""
     return f"; --alpha-for '^({'|'.join(names)})\\.weight$=0' keeps aligned's"
+
+
+def missing(sft: Checkpoint, aligned: Checkpoint) -> str | None:
+    """Return a warning where sft has a tokenizer and aligned, whose files come along, has none."""
+    if aligned.folder is None or has_tokenizer(aligned.files) or not has_tokenizer(sft.files):
+        return None
+    return "aligned has no tokenizer, so the output has none; sft has one: copy it if aligned was trained with it"
 
 
 def ids(tokenizer: dict[str, Any]) -> dict[int, str]:

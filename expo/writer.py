@@ -17,6 +17,7 @@ import threading
 from collections.abc import Container, Iterable, Iterator
 
 from .errors import OutputError
+from .mounts import refuse_mount_point
 
 BLOCK = 4096  # O_DIRECT wants memory, offset and length in multiples of the device's block
 EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
@@ -205,7 +206,8 @@ def allocate(fd: int, size: int) -> None:
 
 
 def check_free(out: str, single_file: bool, overwrite: bool) -> None:
-    """Raise OutputError where something stands at `out` that must not be replaced."""
+    """Raise OutputError where something stands at `out` that must not be replaced, or cannot be."""
+    refuse_mount_point(out, single_file)
     if not os.path.exists(out):
         return
     if not overwrite:

@@ -465,6 +465,8 @@ def test_a_tokenizer_is_replaced_as_a_whole(make: Callable[[str], Made], tmp_pat
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "tool.jinja").write_text("tool")
     (base / "tokenization_own.py").write_text("")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "tokenization_own.Model"}}))
     with quiet():
         tokenizer(TOKENS, "").save_pretrained(adapter)
     (adapter / "chat_template.jinja").unlink()
@@ -497,16 +499,16 @@ def test_links_out_of_the_adapter_s_folder(make: Callable[[str], Made], tmp_path
     made = make("LoRA over fp32")
     base, adapter = shutil.copytree(made.base, tmp_path / "base"), shutil.copytree(made.adapter, tmp_path / "adapter")
     (tmp_path / "secret").write_text("secret")
-    (adapter / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(expo.PlanError, match=rf"{adapter}/notes.txt is a link out of its folder, to {tmp_path}/secret"):
+    (adapter / "NOTICE").symlink_to(tmp_path / "secret")
+    with pytest.raises(expo.PlanError, match=rf"{adapter}/NOTICE is a link out of its folder, to {tmp_path}/secret"):
         expo.merge(base, adapter, 0.3, tmp_path / "out")
-    (adapter / "notes.txt").unlink()
-    (adapter / "notes.txt").write_text("the adapter's")
-    (base / "notes.txt").symlink_to(tmp_path / "secret")
+    (adapter / "NOTICE").unlink()
+    (adapter / "NOTICE").write_text("the adapter's")
+    (base / "NOTICE").symlink_to(tmp_path / "secret")
     expo.merge(base, adapter, 0.3, tmp_path / "out")
-    assert (tmp_path / "out" / "notes.txt").read_text() == "the adapter's"
-    (adapter / "notes.txt").unlink()
-    with pytest.raises(expo.PlanError, match=rf"{base}/notes.txt is a link out of its folder"):
+    assert (tmp_path / "out" / "NOTICE").read_text() == "the adapter's"
+    (adapter / "NOTICE").unlink()
+    with pytest.raises(expo.PlanError, match=rf"{base}/NOTICE is a link out of its folder"):
         expo.merge(base, adapter, 0.3, tmp_path / "another")
 
 

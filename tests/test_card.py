@@ -61,6 +61,8 @@ def make(**changes: Any) -> str:
         "copied": [],
         "dropped": [],
         "dtype": "BF16",
+        "tokenizer": True,
+        "code": False,
     }
     return card(**(arguments | changes))
 
@@ -151,6 +153,19 @@ def test_links_lead_to_the_commit_of_a_hub_id_and_of_nothing_else() -> None:
     assert f"- aligned: `name`, commit `{commit}`\n" in body(aligned=Origin("name", commit))
     assert "- aligned: `a/b/c`, commit `1`\n" in body(aligned=Origin("a/b/c", "1"))
     assert "- aligned: `org/name`, commit `](x`\n" in body(aligned=Origin("org/name", "](x"))
+
+
+def test_the_usage_is_of_what_is_there() -> None:
+    plain = body()
+    assert "from transformers import AutoModelForCausalLM, AutoTokenizer\n" in plain
+    assert "AutoTokenizer.from_pretrained" in plain
+    assert "trust_remote_code" not in plain
+    assert "pass `trust_remote_code=True` to both calls" in body(code=True)
+    without = body(tokenizer=False)
+    assert "from transformers import AutoModelForCausalLM\n" in without
+    assert "AutoTokenizer" not in without
+    assert "No tokenizer is here, as aligned came without one" in without
+    assert "pass `trust_remote_code=True` to the call" in body(tokenizer=False, code=True)
 
 
 @pytest.mark.parametrize(

@@ -122,18 +122,26 @@ def client(server: Hub, tmp_path: Path) -> Client:
 
 def model(folder: Path, shards: int = 0) -> dict[str, bytes]:
     """A repository as trainers leave them: the weights, what belongs to them, and much that does not."""
-    write_folder(folder, random_tensors(SHAPES, 1), shards)
+    config = {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    write_folder(folder, random_tensors(SHAPES, 1), shards, config)
     extra = (
         ".gitattributes", "README.md", "LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "special_tokens_map.json", "vocab.json", "modeling_own.py", "training_args.bin", "trainer_state.json",
+        "special_tokens_map.json", "vocab.json", "unused.py", "run.sh", "training_args.bin", "trainer_state.json",
         "model-q4.gguf", "tf_model.h5", "flax_model.msgpack", "original/consolidated.00.pth", "original/params.json",
         "checkpoint-10/optimizer.pt", "runs/events.out.tfevents", "consolidated.safetensors",
     )  # fmt: skip
-    return {**files_of(folder), **{name: json.dumps({"this": name}).encode() for name in extra}}
+    code = {
+        "modeling_own.py": b"from .blocks.attention import Attention\n",
+        "blocks/__init__.py": b"# blocks",
+        "blocks/attention.py": b"WORDS = 'own.words'\n",
+        "own.words": b"a b c",
+    }
+    return {**files_of(folder), **{name: json.dumps({"this": name}).encode() for name in extra}, **code}
 
 
 ABOUT = {"config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
-CARRIED = ABOUT | {"LICENSE", "README.md", "generation_config.json", "modeling_own.py", "vocab.json"}
+CODE = {"modeling_own.py", "blocks/__init__.py", "blocks/attention.py", "own.words"}
+CARRIED = ABOUT | CODE | {"LICENSE", "README.md", "generation_config.json", "vocab.json"}
 
 
 @pytest.mark.parametrize(
@@ -245,7 +253,11 @@ def test_a_repository_without_weights(names: list[str], said: str) -> None:
 def test_a_sharded_repository(server: Hub, client: Client, tmp_path: Path) -> None:
     files = model(tmp_path / "model", shards=3)
     shards = {name for name in files if re.fullmatch(r"model-.*-of-.*\.safetensors", name)}
-    stray = {"pytorch_model.bin": b"x", "model-00004-of-00003.safetensors": b"x", "odd [1]*.txt": b"y"}
+    stray = {
+        "pytorch_model.bin": b"x",
+        "model-00004-of-00003.safetensors": b"x",
+        "additional_chat_templates/odd [1]*.jinja": b"y",
+    }
     commit = server.add("org/name", {**files, **stray})
     both = {*shards, "model.safetensors.index.json"}
     (sft,) = client(("org/name", True, True))
@@ -254,14 +266,14 @@ def test_a_sharded_repository(server: Hub, client: Client, tmp_path: Path) -> No
     assert client.stderr == ""
     server.log.clear()
     aligned, again, named = client("org/name", "org/name", f"org/name@{commit}")
-    assert set(server.asked()) == CARRIED - ABOUT | {"odd [1]*.txt"}
+    assert set(server.asked()) == CARRIED - ABOUT | {"additional_chat_templates/odd [1]*.jinja"}
     assert sft == aligned == again == named
     assert hub.origin(aligned.folder) == ("org/name", commit)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         checkpoint = open_checkpoint(aligned.folder)
     assert set(checkpoint.shards) == shards
-    assert set(checkpoint.files) == CARRIED | {"odd [1]*.txt"}
+    assert set(checkpoint.files) == CARRIED | {"additional_chat_templates/odd [1]*.jinja"}
     assert checkpoint.strays == {}
     checkpoint.close()
     assert read_folder(Path(aligned.folder)) == random_tensors(SHAPES, 1)

@@ -334,7 +334,10 @@ def test_data_start_at_4096_and_transformers_format_is_stated(pair: Pair, tmp_pa
         assert json.loads(data[8 : 8 + length])["__metadata__"] == {"format": "pt"}
 
 
-CARRIED = ["config.json", "chat_template.jinja", "modeling_own.py", "sub/code.py", "templates/tool.jinja", "vocab.json"]
+CARRIED = [
+    "config.json", "additional_chat_templates/tool.jinja", "chat_template.jinja", "modeling_own.py", "sub/code.py",
+    "vocab.json",
+]  # fmt: skip
 LEFT_OUT = {
     "README.md": "describes aligned; the output has a card of its own",
     "SHA256SUMS": "digests of aligned's files, not of the merge's",
@@ -343,7 +346,9 @@ LEFT_OUT = {
     "pytorch_model.bin": "weights in another form, or training state",
     "stale-00001-of-00001.safetensors": "weights in another form, or training state",
     "trainer_state.json": "state of aligned's training",
-    "sub/notes.txt": "in a subfolder, and neither code nor a chat template",
+    "sub/notes.txt": "in a subfolder, and not a file that a model is loaded with",
+    "run.sh": "not a file that a model is loaded with",
+    "train.py": "code that aligned's configs do not name",
 }
 
 
@@ -353,6 +358,10 @@ def test_files_of_aligned_come_along_or_are_named(pair: Pair, tmp_path: Path) ->
     for path in extra:
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"this is {path.name}")
+    config = pair[1] / "config.json"
+    plain = config.read_text()
+    config.write_text(json.dumps({**json.loads(plain), "auto_map": {"AutoModel": "modeling_own.Own"}}))
+    (pair[1] / "modeling_own.py").write_text("from .sub.code import layer\n")
     merged = expo.merge(*pair, 0.3, tmp_path / "out")
     assert dict(merged.left_out) == LEFT_OUT
     out = tmp_path / "out"
@@ -361,9 +370,10 @@ def test_files_of_aligned_come_along_or_are_named(pair: Pair, tmp_path: Path) ->
     assert found == {*CARRIED, *weights, "README.md"}
     assert (out / "README.md").read_text().startswith("---\nbase_model:\n- aligned\n- sft\n")
     assert all((out / name).read_bytes() == (pair[1] / name).read_bytes() for name in CARRIED)
+    config.write_text(plain)
     for path in extra:
         path.unlink()
-    for folder in ("sub", "templates"):
+    for folder in ("sub", "additional_chat_templates"):
         (pair[1] / folder).rmdir()
     assert fingerprint(pair[1]) == fixed
 
@@ -880,7 +890,7 @@ def test_a_carried_file_that_vanishes_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_not_carried_any_more_does_not_come_along_from_what_was_left(tmp_path: Path) -> None:
     pair = make_pair(tmp_path)
     out = tmp_path / "out"
-    for name in ("vocab.json", "sub/code.py"):
+    for name in ("vocab.json", "additional_chat_templates/tool.jinja"):
         (pair[1] / name).parent.mkdir(exist_ok=True)
         (pair[1] / name).write_text("{}")
 
@@ -895,7 +905,7 @@ def test_a_file_that_is_not_carried_any_more_does_not_come_along_from_what_was_l
         with pytest.raises(expo.OutputError, match=f"^the disk is full; {kept(out)}$"):
             expo.merge(*pair, 0.3, out, digest=True)
     (pair[1] / "vocab.json").unlink()
-    (pair[1] / "sub" / "code.py").unlink()
+    (pair[1] / "additional_chat_templates" / "tool.jinja").unlink()
     assert resumes(pair, tmp_path, out)
 
 

@@ -24,7 +24,7 @@ from expo.errors import PlanError, UsageError
 from expo.fast import main
 from expo.header import ALIGNMENT, DTYPES, Header, TensorInfo, element_count, parse
 from expo.layout import Chunk, cut
-from expo.plan import MAX_ALPHAS, Plan, make_plan, sort_files
+from expo.plan import MAX_ALPHAS, Plan, make_plan
 from expo.steps import Action, Step
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -523,36 +523,24 @@ def test_bytes_read_and_written() -> None:
     assert make_plan(*pair(sft, aligned), [0], on_unpaired="aligned").input_bytes == 6 * 2 + 2 * 8 + 5 * 8
 
 
-@pytest.mark.parametrize(
-    ("file", "reason"),
-    [
-        ("config.json", None), ("tokenizer.json", None), ("tokenizer.model", None), ("chat_template.jinja", None),
-        ("modeling_custom.py", None), ("LICENSE", None), ("generation_config.json", None), ("vocab.txt", None),
-        ("code/inner/modeling.py", None), ("additional_chat_templates/tool.jinja", None), ("docs/README.py", None),
-        ("README.md", "describes aligned"), (".gitattributes", "hidden"), ("sub/.hidden", "hidden"),
-        ("pytorch_model.bin", "weights"), ("model-00001-of-00002.safetensors", "weights"),
-        ("pytorch_model.bin.index.json", "weights"), ("model.fp16.gguf", "weights"), ("tf_model.h5", "weights"),
-        ("flax_model.msgpack", "weights"), ("optimizer.pt", "weights"), ("consolidated.00.pth", "weights"),
-        ("onnx/model.onnx", "weights"), ("original/consolidated.ckpt", "weights"), ("rust_model.ot", "weights"),
-        ("trainer_state.json", "training"), ("all_results.json", "training"), ("sub/trainer_state.json", "training"),
-        ("onnx/config.json", "subfolder"), ("docs/README.md", "subfolder"), ("logs/events.out", "subfolder"),
-    ],
-)  # fmt: skip
-def test_fate_of_the_other_files(file: str, reason: str | None) -> None:
-    carried, left_out = sort_files([file])
-    if reason is None:
-        assert (carried, left_out) == ((file,), ())
-    else:
-        assert carried == ()
-        assert left_out[0][0] == file
-        assert reason in left_out[0][1]
-
-
 def test_every_file_is_carried_or_named_in_order() -> None:
     files = ("README.md", "a.bin", "config.json", "sub/x.json", "tokenizer.json")
     plan = make_plan(checkpoint(MODEL), checkpoint(MODEL, files=files), [ALPHA])
     assert plan.carried == ("config.json", "tokenizer.json")
     assert [file for file, _ in plan.left_out] == ["README.md", "a.bin", "sub/x.json"]
+
+
+@pytest.mark.parametrize("carry", ["*.png", [""], [1]])
+def test_patterns_that_make_no_sense(carry: Any) -> None:
+    with pytest.raises(UsageError, match=r"^carry must be a list of patterns, such as \['\*\.png'\], got "):
+        make_plan(*pair(MODEL, MODEL), [ALPHA], carry=carry)
+
+
+def test_a_pattern_that_carries_nothing_is_a_problem_among_the_others() -> None:
+    aligned = checkpoint(MODEL, files=("config.json", "loss.png"))
+    plan = make_plan(checkpoint(MODEL), aligned, [ALPHA], carry=["*.png", "*.pdf"])
+    assert plan.carried == ("config.json", "loss.png")
+    assert plan.problems == ("--carry '*.pdf' matches no file beside the weights of /models/aligned",)
 
 
 # No I/O.

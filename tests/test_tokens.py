@@ -16,7 +16,7 @@ from test_plan import checkpoint
 from expo import tokens
 from expo.plan import make_plan
 from expo.steps import Action
-from expo.tokens import TOKENIZER, difference, ids
+from expo.tokens import TOKENIZER, difference, ids, missing
 
 BPE = {"a": 0, "b": 1, "c": 2}
 
@@ -250,3 +250,23 @@ def test_the_option_that_is_offered_keeps_aligneds_embeddings(names: tuple[str, 
     plan = make_plan(*opened, [0.3], {pattern: float(alpha)})
     plan.check()
     assert {step.name for step in plan.steps if step.action is Action.COPY} == set(names)
+
+
+# A tokenizer that is not there.
+
+WARNING = "aligned has no tokenizer, so the output has none; sft has one: copy it if aligned was trained with it"
+
+
+@pytest.mark.parametrize(
+    ("sft", "aligned", "warning"),
+    [
+        (["tokenizer.json", "tokenizer_config.json"], ["config.json"], WARNING),
+        (["tokenizer.model"], ["chat_template.jinja", "special_tokens_map.json"], WARNING),
+        (["tokenizer.json"], ["own.tiktoken"], None), (["tokenizer.json"], ["vocab.txt"], None),
+        (["tokenizer.json"], ["tokenizer_config.json"], None), (["config.json"], ["config.json"], None),
+    ],
+)  # fmt: skip
+def test_aligned_without_a_tokenizer(sft: list[str], aligned: list[str], warning: str | None) -> None:
+    weak, strong = (checkpoint({"w": ("BF16", (1,))}, files=files) for files in (sft, aligned))
+    assert missing(weak, dataclasses.replace(strong, folder="/models/aligned")) == warning
+    assert missing(weak, dataclasses.replace(strong, folder=None)) is None, "a bare file comes alone"

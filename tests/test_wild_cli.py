@@ -156,8 +156,8 @@ def test_a_plan_as_json_is_what_the_merge_does(
     ]  # fmt: skip
 
 
-def test_the_command_in_the_card_makes_the_same_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], pair: tuple[Path, Path]
+def test_the_command_in_the_card_makes_the_same_model_where_the_inputs_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shlex
 
@@ -167,6 +167,8 @@ def test_the_command_in_the_card_makes_the_same_model(
     card = (tmp_path / "out" / "README.md").read_text()
     command = next(line for line in card.splitlines() if line.startswith("$ python -m expo.fast "))
     assert f"up={rule!r}" in command
+    assert pair[0].parent == pair[1].parent
+    monkeypatch.chdir(pair[0].parent)
     assert run(capsys, *shlex.split(command)[4:], "--out", tmp_path / "again").code == 0
     assert read_folder(tmp_path / "again") == read_folder(tmp_path / "out")
     assert (tmp_path / "again" / "README.md").read_text() == card

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ..checkpoint import Checkpoint
-from ..plan import CARD
 from ..result import TOO_FAR
+from ..sidecars import CARD
 from .places import NORMS, OTHER
 from .records import Comparison, Part
 from .wording import counted, ranges

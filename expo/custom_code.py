@@ -1,0 +1,133 @@
+"""The code that comes with a model: the Python files that its configs name, and what those files name in turn.
+
+Code is parsed, and never run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .sidecars import PROCESSORS, Code
+
+if TYPE_CHECKING:
+    import ast
+
+CONFIGS = ("config.json", "tokenizer_config.json", *sorted(PROCESSORS), "modules.json")
+GENERATE = "custom_generate/generate.py"  # named by its place alone
+REQUIREMENTS = "custom_generate/requirements.txt"
+MAX_CONFIG, MAX_CODE = 100_000_000, 10_000_000  # bytes that are read
+PARSER_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
+
+
+def find_code(files: Mapping[str, str]) -> Code:
+    """Find the code that configs name, what it imports relatively, and the files that it names in full.
+
+    Args:
+        files: Where each file of the folder is, by its relative path. A file that is not there yet is not read.
+    """
+    notes: list[str] = []
+    waiting = [name for name in _roots(files, notes) if name in files]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        if not name.endswith(".py"):
+            continue
+        tree = _parsed(name, files[name], notes)
+        if tree is not None:
+            waiting += (other for other in _named(tree, name) if other in files)
+    return Code(frozenset(found), tuple(notes))
+
+
+def _roots(files: Mapping[str, str], notes: list[str]) -> Iterator[str]:
+    """Yield the files that the configs name, there or not."""
+    for config in CONFIGS:
+        if config not in files:
+            continue
+        try:
+            references = list(_references(_json(files[config])))
+        except (OSError, ValueError, RecursionError) as error:
+            notes.append(f"aligned's {config} cannot be read, so custom code that it may name stays behind: {error}")
+            continue
+        for reference in references:
+            # A class in another repository is written org/name--module.Class.
+            if "--" not in reference:
+                yield from _module(reference.rpartition(".")[0].replace(".", "/"))
+    if GENERATE in files:
+        yield from (GENERATE, REQUIREMENTS)
+
+
+def _json(path: str) -> Any:
+    """Return a file's JSON value; None where the file is not there."""
+    try:
+        with open(path, "rb") as file:
+            return json.loads(file.read(MAX_CONFIG))
+    except FileNotFoundError:
+        return None
+
+
+def _references(value: Any) -> Iterator[str]:
+    """Yield what `auto_map`, a custom pipeline's `impl` and a module's `type` name, at any depth of a config."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            auto_map = value.get("auto_map")
+            classes = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
+            for entry in [*classes, value.get("impl"), value.get("type")]:
+                yield from (text for text in (entry if isinstance(entry, list) else [entry]) if isinstance(text, str))
+            waiting += value.values()
+
+
+def _module(path: str) -> Iterator[str]:
+    """Yield the files that a module of this path may be, and those of the packages that it lies in."""
+    if not path:
+        return
+    yield f"{path}.py"
+    parts = path.split("/")
+    yield from ("/".join([*parts[:count], "__init__.py"]) for count in range(1, len(parts) + 1))
+
+
+def _parsed(name: str, path: str, notes: list[str]) -> ast.AST | None:
+    """Return the syntax tree of a file, None for one that is not there or is not Python of this version."""
+    import ast
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_CODE)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the code's own escapes
+            return ast.parse(text, name)
+    except FileNotFoundError:
+        return None
+    except (OSError, *PARSER_ERRORS) as error:
+        notes.append(
+            f"aligned's {name} cannot be parsed ({error}), so files that it imports may be left out: --carry takes "
+            "them along"
+        )
+        return None
+
+
+def _named(tree: ast.AST, name: str) -> Iterator[str]:
+    """Yield the files that a module's relative imports may mean, and the relative paths among its strings."""
+    import ast
+
+    folder = os.path.dirname(name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = posixpath.normpath(posixpath.join(folder, *[".."] * (node.level - 1)))
+            base = posixpath.normpath(posixpath.join(above, *(node.module or "").split(".")))
+            yield from _module(base if node.module else "")
+            yield from (file for alias in node.names for file in _module(posixpath.normpath(f"{base}/{alias.name}")))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and 0 < len(node.value) < 256:
+            yield posixpath.normpath(node.value)
+            yield posixpath.normpath(posixpath.join(folder, node.value))

@@ -1,0 +1,191 @@
+"""The files beside aligned's weights: which of them come along into an output, and why the others stay behind.
+
+Only files that a model is loaded, used or licensed with come along: people upload outputs, and a training folder holds
+scripts, logs and dumps beside the model. The names below are those of transformers' own constants, written down here
+because a merge must not import transformers; tests/test_sidecars.py compares both.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from .checkpoint import ADAPTER_CONFIG, CONFIG
+from .quantised import FILES as QUANTISED
+
+CARD = "README.md"
+DIGESTS = "SHA256SUMS"
+TEMPLATES = "additional_chat_templates"
+OTHER_WEIGHTS = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
+)  # fmt: skip
+
+# One of these files holds the tokens of a tokenizer: every name in transformers' vocab_files_names that does.
+VOCABULARIES = {
+    "bpe.codes", "byte_maps.json", "dict.txt", "entity_vocab.json", "prophetnet.tokenizer", "sentencepiece.bpe.model",
+    "sentencepiece.model", "source.spm", "spiece.model", "spm.model", "spm_char.model", "target.spm",
+    "target_vocab.json", "tekken.json", "tiktoken.model", "tokenizer.json", "tokenizer.model", "vocab-src.json",
+    "vocab-tgt.json", "vocab.json", "vocab.txt",
+}  # fmt: skip
+# Of one release, or of a name of its own: tokenizer.4.0.0.json, tokenizer.model.v3, qwen.tiktoken, tekken_240911.json.
+VOCABULARY = re.compile(
+    r"tokenizer\.\d[\w.]*\.json|tokenizer\.model\.v\w+|[\w.-]+\.tiktoken|[\w.-]*tekken[\w.-]*\.json"
+)
+TOKENIZER = VOCABULARIES | {
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "emoji.json", "merges.txt", "normalizer.json",
+    "special_tokens_map.json", "tokenizer_config.json", "word_pronunciation.json", "word_shape.json",
+}  # fmt: skip
+PROCESSORS = {
+    "audio_tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
+}  # fmt: skip
+MODEL = {
+    CONFIG, "generation_config.json",
+    "calibration.json", "decision.json", "decision_config.json", "decision_template.jinja", "judge_config.json",
+    "params.json",  # of Mistral's own format
+}  # fmt: skip
+CONFIG_OF_RELEASE = re.compile(r"config\.\d[\w.]*\.json")  # config.4.0.0.json, which config.json's own list names
+SENTENCE_TRANSFORMERS = re.compile(
+    r"modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json|\d+_\w+/config\.json"
+)
+MODULE = re.compile(r"\d+_\w+/(?:model\.safetensors|pytorch_model\.bin)")
+_TERMS = r"(?:licen[cs]es?|notices?|copying|copyright|patents|us(?:e|age)[-_]policy|terms[-_]of[-_]use)"
+LICENCE = re.compile(rf"{_TERMS}(?![a-z])[\w. -]*|[\w. -]*[-_. ]{_TERMS}(?:\.\w+)?", re.IGNORECASE)
+TEXT = {"", ".txt", ".md", ".rst", ".pdf", ".html"}
+TRAINING = {
+    "all_results.json", "eval_results.json", "train_results.json", "trainer_log.jsonl", "trainer_state.json",
+    "training_args.json",
+}  # fmt: skip
+
+
+class Code(NamedTuple):
+    """Custom code that the configs name, and the files that it names; see `custom_code.find_code`.
+
+    notes: what could not be found out, in words.
+    """
+
+    files: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+class Sidecars(NamedTuple):
+    """The fate of every file beside the weights: carried, or left out as (file, reason).
+
+    problems: patterns of `carry` that cannot be followed, in words.
+    """
+
+    carried: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    problems: tuple[str, ...]
+
+
+def sort_files(
+    files: Sequence[str], code: Code | None = None, carry: Iterable[str] = (), where: str = "aligned"
+) -> Sidecars:
+    """Decide which files come along.
+
+    Args:
+        files: Paths relative to the folder, without the weights.
+        code: The custom code among them.
+        carry: Patterns, as fnmatch has them, of further files to carry.
+        where: The folder, for messages.
+    """
+    named = code.files if code else frozenset()
+    patterns = tuple(carry)
+    carried, left_out = [], []
+    for path in files:
+        reason = _barred(path)
+        if reason is None and not _belongs(path, named) and not any(fnmatchcase(path, pattern) for pattern in patterns):
+            reason = _unknown(path)
+        if reason is None:
+            carried.append(path)
+        else:
+            left_out.append((path, reason))
+    problems = (_problem(pattern, files, where) for pattern in patterns)
+    return Sidecars(tuple(carried), tuple(left_out), tuple(filter(None, problems)))
+
+
+def has_tokenizer(files: Iterable[str]) -> bool:
+    """Return whether a tokenizer is among these files; some, of bytes, have no vocabulary but a config."""
+    return any(
+        name in VOCABULARIES or name == "tokenizer_config.json" or VOCABULARY.fullmatch(name) is not None
+        for name in files
+    )
+
+
+def missing_modules(left_out: Iterable[tuple[str, str]]) -> str | None:
+    """Return a warning where weights of sentence-transformers' own modules, which no merge reads, were left out."""
+    found = [path for path, _ in left_out if MODULE.fullmatch(path)]
+    if not found:
+        return None
+    more = f" and {len(found) - 1} more files" if len(found) > 1 else ""
+    return (
+        f"the output lacks {found[0]}{more}: weights of a module that sentence-transformers puts after the model, and "
+        "that a merge does not extrapolate; copy them if aligned's are wanted"
+    )
+
+
+def _barred(path: str) -> str | None:
+    """Return why a file cannot come along, whatever the user asks for; None for any other file."""
+    base = os.path.basename(path)
+    if any(part.startswith(".") for part in path.split("/")):
+        return "hidden"
+    if base.endswith(OTHER_WEIGHTS):
+        return "weights in another form, or training state"
+    if path == CARD:
+        return "describes aligned; the output has a card of its own"
+    if path == DIGESTS:
+        return "digests of aligned's files, not of the merge's"
+    if base == ADAPTER_CONFIG:
+        return "of an adapter, which the output is not"
+    if base in QUANTISED:
+        return "describes quantised weights, which the output has not"
+    return None
+
+
+def _belongs(path: str, code: frozenset[str]) -> bool:
+    """Return whether a model is loaded, used or licensed with this file."""
+    folder, base = os.path.split(path)
+    if path in code or SENTENCE_TRANSFORMERS.fullmatch(path):
+        return True
+    if not folder:
+        known = base in MODEL | PROCESSORS | TOKENIZER
+        return known or any(names.fullmatch(base) for names in (VOCABULARY, CONFIG_OF_RELEASE)) or _licence(base)
+    if folder == TEMPLATES:
+        return base.endswith(".jinja")
+    if folder.endswith("tokenizer"):  # a processor keeps each tokenizer but its first one in a folder of its own
+        return base in TOKENIZER
+    return folder == "LICENSES"
+
+
+def _licence(base: str) -> bool:
+    suffix = os.path.splitext(base)[1]
+    text = suffix in TEXT or suffix.isupper() or suffix[1:].isdigit()  # COPYING.LESSER, LICENSE-2.0
+    return text and LICENCE.fullmatch(base) is not None
+
+
+def _unknown(path: str) -> str:
+    """Return why a file that nobody asked for stays behind."""
+    base = os.path.basename(path)
+    if base in TRAINING:
+        return "state of aligned's training"
+    if base.endswith(".py"):
+        return "code that aligned's configs do not name"
+    if "/" in path:
+        return "in a subfolder, and not a file that a model is loaded with"
+    return "not a file that a model is loaded with"
+
+
+def _problem(pattern: str, files: Sequence[str], where: str) -> str | None:
+    """Return why a pattern of `carry` carries nothing; None where it does."""
+    found = [path for path in files if fnmatchcase(path, pattern)]
+    if not found:
+        return f"--carry {pattern!r} matches no file beside the weights of {where}"
+    reasons = [_barred(path) for path in found]
+    if None in reasons:
+        return None
+    more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
+    return f"--carry {pattern!r}: {found[0]}{more} cannot come along: {reasons[0]}; leave the pattern out"
