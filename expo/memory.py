@@ -14,14 +14,14 @@ from .errors import UsageError
 WORK = 1 << 16  # candidates that NumPy may try to tell two strided views apart; beyond, they count as overlapping
 
 
-def check_memory(torch: Any, tensor: Any, role: str) -> None:
-    """Raise UsageError for a torch tensor that has elements and no memory of its own.
+def check_memory(torch: Any, tensor: Any, role: str, advice: str = "") -> None:
+    """Raise UsageError, with the advice or one by the kind, for a torch tensor with elements and no memory of its own.
 
     Tensors of a wrapper class (DTensor, FakeTensor, quantised tensors) and those inside torch.func report a dtype and a
     shape, but their storage is at address 0. A subclass that owns its memory passes.
     """
     if tensor.numel() and not _storage(torch, tensor):
-        raise UsageError(f"{role} is a {_kind(tensor)} without memory of its own: {_advice(torch, tensor)}")
+        raise UsageError(f"{role} is a {_kind(tensor)} without memory of its own: {advice or _advice(torch, tensor)}")
 
 
 def check_unmasked(np: Any, array: Any, role: str) -> None:
