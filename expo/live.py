@@ -26,13 +26,13 @@ import torch
 from .arrays import THREADS, compute_at, on_device
 from .checkpoint import Checkpoint
 from .engines import cpu_count
-from .errors import EngineError, UsageError
+from .errors import EngineError, PlanError, UsageError
 from .header import Header, TensorInfo, element_count
 from .inputs import StrPath, open_one
 from .kernels.contract import ITEMSIZE, working_alpha
 from .kernels.twin import DTYPES
 from .memory import check_memory
-from .plan import Plan, make_plan
+from .plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
 from .progress import size
 from .steps import Step
 
@@ -103,7 +103,7 @@ class Live:
                 weak = stack.enter_context(open_one(sft))
                 reads = _from_files(weak)
             plan = plan_for(weak, aligned, alpha_for, on_unpaired, on_mismatch)
-            plan.check()
+            _check(plan, by_files=not isinstance(sft, torch.nn.Module))
             there = saved(sft) if isinstance(sft, torch.nn.Module) and keep == "device" else {}
             self._trios, self.memory = _remember(plan, saved(model), self._device, reads, keep, there)
         changed = {step.name for step in plan.steps if step.sft is not None}
@@ -274,6 +274,17 @@ def plan_for(
     They tell apart the tensors that follow the model's from those with one of their own.
     """
     return make_plan(weak, aligned, [1.0, 2.0], alpha_for, on_unpaired, on_mismatch)
+
+
+def _check(plan: Plan, by_files: bool) -> None:
+    """Raise PlanError with every problem, and what helps where names in memory are not those of the files."""
+    alone = any(reason == ONLY_IN_SFT for reason in plan.dropped.values())
+    if plan.problems and by_files and alone and any(step.reason == NOT_IN_SFT for step in plan.steps):
+        raise PlanError(
+            "\n".join(plan.problems) + "\nWhere a library gives weights other names in memory than in files, as "
+            "transformers fuses experts, give sft as a model that it has loaded, too"
+        )
+    plan.check()
 
 
 def _from_module(model: torch.nn.Module) -> Reads:
