@@ -281,8 +281,8 @@ def _check(plan: Plan, by_files: bool) -> None:
     alone = any(reason == ONLY_IN_SFT for reason in plan.dropped.values())
     if plan.problems and by_files and alone and any(step.reason == NOT_IN_SFT for step in plan.steps):
         raise PlanError(
-            "\n".join(plan.problems) + "\nWhere a library gives weights other names in memory than in files, as "
-            "transformers fuses experts, give sft as a model that it has loaded, too"
+            "names in memory are not those of the files; where the library that loads them changes names, as "
+            "transformers fuses experts, give sft as a model that it has loaded too\n" + "\n".join(plan.problems)
         )
     plan.check()
 

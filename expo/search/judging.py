@@ -7,6 +7,7 @@ is loaded as a model too: then both sides have the names of memory, and what a l
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -93,8 +94,11 @@ def open_judged(model: Any, weak: Checkpoint, strong: Checkpoint, files: Plan, o
     found = compare(files, plan, names, by_files=False)
     if found.wrong or plan.problems:
         raise PlanError(_refusal(found, "\n".join(plan.problems)))
+    live = Live(model, sft, keep=options.keep, **how)
+    del sft
+    gc.collect()  # a model refers to itself, and its memory is needed
     note = "weights have other names in memory than in the files, so sft is loaded as a model too"
-    return Judged(model, Live(model, sft, keep=options.keep, **how), found.rounded), note
+    return Judged(model, live, found.rounded), note
 
 
 def _names(strong: Checkpoint, memory: Checkpoint, weights: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
@@ -136,8 +140,9 @@ def compare(files: Plan, live: Plan, names: Mapping[str, TensorInfo], by_files: 
     wrong: dict[str, str] = {}
     rounded: dict[str, torch.dtype] = {}
     for name, steps in of_live.items():
-        if name in names:
-            text, dtype = _difference(of_files[names[name].name], steps, by_files)
+        twin = of_files.get(names[name].name) if name in names else None
+        if twin is not None:
+            text, dtype = _difference(twin, steps, by_files)
         elif not rest:
             continue  # the files have nothing to set it from
         else:
@@ -191,7 +196,7 @@ def _fate(steps: list[Step]) -> str:
 def _difference_of_parts(rest: list[list[Step]], live: list[Step], by_files: bool) -> tuple[str, torch.dtype | None]:
     """Return the same of a weight that is made of some of the files' tensors, which are among `rest`."""
     if by_files or len(live) > 1 or live[0].sft is None:
-        return f"it is no one tensor of the files, and the judged model {_fate(live)}", None
+        return f"no tensor of aligned's files is this one, and the judged model {_fate(live)}", None
     left = next((steps for steps in rest if len(steps) > 1 or steps[0].sft is None), None)
     if left is not None:
         return f"it is made of several tensors of the files, of which the merge {_fate(left)} {left[0].name}", None
@@ -249,6 +254,7 @@ def check_merge(folder: StrPath, judged: Mapping[str, str], trust_remote_code: b
 
     Raises CheckpointError where it cannot be loaded, and where it is another model.
     """
+    gc.collect()  # the judged model refers to itself, and is not held beside this one
     try:
         found = digests(load_model(AutoModelForCausalLM, str(folder), torch.device("cpu"), trust_remote_code))
     except CheckpointError as error:
