@@ -228,6 +228,26 @@ def test_an_expert_that_sft_lacks_is_merged_as_aligned_has_it_and_not_judged_oth
         search(sft, mixture[1], tmp_path / "search", on_unpaired="aligned")
 
 
+def fused(weights: Weights) -> None:
+    """Experts in one tensor, as they are in memory and as files may have them too."""
+    for layer in range(2):
+        parts = {kind: [weights.pop(f"model.layers.{layer}.mlp.experts.{number}.{kind}_proj.weight")
+                        for number in range(4)] for kind in ("gate", "up", "down")}  # fmt: skip
+        both = [torch.cat(each) for each in zip(parts["gate"], parts["up"], strict=True)]
+        weights[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.stack(both)
+        weights[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.stack(parts["down"])
+
+
+def test_experts_that_the_library_pairs_and_the_merge_does_not_are_refused(
+    mixture: tuple[Path, Path], tmp_path: Path
+) -> None:
+    sft = written(tmp_path / "sft", qwen(), 1, fused)
+    with pytest.raises(expo.PlanError, match=r"4 weights, .* differ:(\n.*)*made of several tensors of the files"):
+        search(sft, mixture[1], tmp_path / "search", on_unpaired="aligned")
+    aligned = written(tmp_path / "aligned", qwen(), 2, fused)
+    judged_is_merged(sft, aligned, options(), tmp_path / "out")
+
+
 def test_an_sft_without_a_config_is_no_model_and_the_refusal_says_so(
     mixture: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -284,7 +304,7 @@ def models() -> int:
 @pytest.fixture
 def no_collector() -> Iterator[None]:
     gc.collect()
-    gc.disable()
+    gc.disable()  # so that what is freed does not depend on when it runs
     yield
     gc.enable()
 
@@ -298,6 +318,7 @@ def test_no_more_models_are_held_than_are_needed(
 
     def counted(kind: Any, path: Any, *rest: Any) -> Any:
         model = load_model(kind, path, *rest)
+        model.__dict__["itself"] = model  # as a library's hooks make it
         counts.append((Path(path).name, models()))
         return model
 

@@ -96,7 +96,7 @@ def open_judged(model: Any, weak: Checkpoint, strong: Checkpoint, files: Plan, o
         raise PlanError(_refusal(found, "\n".join(plan.problems)))
     live = Live(model, sft, keep=options.keep, **how)
     del sft
-    gc.collect()  # a model refers to itself, and its memory is needed
+    gc.collect()  # a model may refer to itself, and its memory is needed
     note = "weights have other names in memory than in the files, so sft is loaded as a model too"
     return Judged(model, live, found.rounded), note
 
@@ -254,7 +254,7 @@ def check_merge(folder: StrPath, judged: Mapping[str, str], trust_remote_code: b
 
     Raises CheckpointError where it cannot be loaded, and where it is another model.
     """
-    gc.collect()  # the judged model refers to itself, and is not held beside this one
+    gc.collect()  # the judged model may refer to itself, and is not held beside this one
     try:
         found = digests(load_model(AutoModelForCausalLM, str(folder), torch.device("cpu"), trust_remote_code))
     except CheckpointError as error:
