@@ -256,6 +256,26 @@ def test_an_sft_without_a_config_is_no_model_and_the_refusal_says_so(
         search(tmp_path / "sft.safetensors", mixture[1], tmp_path / "search")
 
 
+def test_an_sft_for_which_a_gpu_has_no_room_may_be_read_on_the_cpu(
+    mixture: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = []
+
+    def full(_: Any, path: str, device: torch.device, *rest: Any) -> Any:
+        places.append(device.type)
+        raise expo.EngineError(f"{path} does not fit into the memory of {device}: try --device cpu")
+
+    monkeypatch.setattr(judging, "load_model", full)
+    model: Any = loaded(mixture[1])
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    with open_inputs(*mixture) as (weak, strong):
+        plan = make_plan(weak, strong, [1.0])
+        for keep in KEEP:
+            with pytest.raises(expo.EngineError, match="try --device cpu, or --keep host or disk, with which sft is"):
+                open_judged(model, weak, strong, plan, options(keep))
+    assert places == ["cuda", "cpu", "cpu"]
+
+
 def test_a_square_matrix_that_the_library_transposes_is_not_taken_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, PlanError
+from ..errors import CheckpointError, EngineError, PlanError
 from ..header import TensorInfo, element_count
 from ..inputs import StrPath
 from ..kernels.contract import ITEMSIZE
@@ -90,6 +90,8 @@ def open_judged(model: Any, weak: Checkpoint, strong: Checkpoint, files: Plan, o
         sft = load_model(AutoModelForCausalLM, weak.path, where, options.trust_remote_code)
     except CheckpointError as error:
         raise PlanError(_refusal(found, f"sft cannot be loaded as a model, which might do: {error}")) from error
+    except EngineError as error:
+        raise EngineError(f"{error}, or --keep host or disk, with which sft is loaded on the CPU") from error
     plan = plan_for(described(sft, "sft"), memory, None, **how)
     found = compare(files, plan, names, by_files=False)
     if found.wrong or plan.problems:
