@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 from .engines import Engine, choose, cpu_count
 from .errors import EngineError, UsageError
 from .kernels.contract import ITEMSIZE, working_alpha
+from .memory import check_memory, check_unmasked, first_ones
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -42,10 +43,12 @@ def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any
         overlap them. Without it the result is a new array of the caller's own. autograd is not recorded.
 
     All three may also be as many arrays or tensors in sequences or iterators, such as model.parameters(); the result
-    is then a list. On a GPU a whole model takes one launch.
+    is then a list. On a GPU a whole model takes one launch. Tied weights that are listed twice are computed once; lists
+    whose result would depend on the order, as an out overlaps what belongs to another pair, are refused.
 
     Contiguous memory on the CPU takes the compiled engine (NumPy where that is not built), which releases the GIL;
-    CUDA tensors take the Triton kernel. Raises UsageError for arguments that do not fit together.
+    CUDA tensors take the Triton kernel. Raises UsageError for arguments that do not fit together, and for tensors that
+    have no memory of their own: DTensor, FakeTensor, meta tensors, wrappers.
     """
     torch = sys.modules.get("torch")  # who holds a tensor has imported it
     if torch is not None and isinstance(aligned, torch.Tensor):
@@ -56,31 +59,31 @@ def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any
 
 
 def _many(torch: Any, sft: list[Any], aligned: list[Any], alpha: float, out: list[Any] | None) -> list[Any]:
-    """One by one, but for what one launch on a GPU can do together; what is listed twice is done once."""
+    """Compute several pairs: all are checked first, and one launch on a GPU does together what it can."""
     outs = [None] * len(aligned) if out is None else out
     if not len(sft) == len(aligned) == len(outs):
         raise UsageError(f"as many of each are needed, got sft {len(sft)}, aligned {len(aligned)}, out {len(outs)}")
-    results: list[Any] = []
-    done: set[tuple[int, ...]] = set()
-    together: defaultdict[Any, list[tuple[Any, Any, Any]]] = defaultdict(list)  # by device
+    checked = []
     for s, a, o in zip(sft, aligned, outs, strict=True):
+        is_tensor = torch is not None and isinstance(a, torch.Tensor)
+        checked.append(_checked(torch, s, a, alpha, o) if is_tensor else _checked_arrays(s, a, alpha, o))
+    results = [each.out for each in checked]
+    triples = list(zip(sft, aligned, results, strict=True))
+    wanted = [True] * len(triples) if out is None else first_ones(triples)  # new memory is nobody else's
+    together: defaultdict[Any, list[tuple[Any, Any, Any]]] = defaultdict(list)  # by device
+    for (s, a, o), each, first in zip(triples, checked, wanted, strict=True):
+        if not first:
+            continue
         if torch is None or not isinstance(a, torch.Tensor):
-            results.append(extrapolate(s, a, alpha, out=o))
-            continue
-        checked = _checked(torch, s, a, alpha, o)
-        results.append(checked.out)
-        places = (s.data_ptr(), a.data_ptr(), checked.out.data_ptr(), a.numel())
-        if places in done and a.numel():  # tied weights, listed twice
-            continue
-        done.add(places)
-        if _on_gpu(a) and _plain(s, a, checked.out) and checked.alpha and "F64" not in checked.dtypes:
-            together[a.device].append((s.detach(), a.detach(), checked.out.detach()))
+            _compute_arrays(s, a, each)
+        elif _on_gpu(a) and _plain(s, a, o) and each.alpha and "F64" not in each.dtypes:
+            together[a.device].append((s.detach(), a.detach(), o.detach()))
         else:
-            _compute(s, a, checked)
-    for triples in together.values():
+            _compute(s, a, each)
+    for launched in together.values():
         from .kernels.whole_model import Table
 
-        Table(*zip(*triples, strict=True)).launch(working_alpha(alpha))
+        Table(*zip(*launched, strict=True)).launch(working_alpha(alpha))
     return results
 
 
@@ -147,16 +150,22 @@ def _tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
 
 
 def _checked(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> _Checked:
-    if out is None:
-        out = torch.empty_like(aligned, requires_grad=False)
-    _check(sft, aligned, out, torch.Tensor)
-    _check_layouts(torch, sft, aligned, out)
+    given = aligned if out is None else out
+    _check(sft, aligned, given, torch.Tensor)
     names = _torch_names()
     dtypes = names.get(sft.dtype), names.get(aligned.dtype)
+    _check_layouts(torch, sft, aligned, given)
     al = _working(alpha, sft, aligned, dtypes)
     device = aligned.device
-    if sft.device != device or out.device != device:
-        raise UsageError(f"devices differ: sft {sft.device}, aligned {device}, out {out.device}")
+    if sft.device != device or given.device != device:
+        raise UsageError(f"devices differ: sft {sft.device}, aligned {device}, out {given.device}")
+    for role, tensor in (("sft", sft), ("aligned", aligned), ("out", given)):
+        check_memory(torch, tensor, role)
+    if out is None:
+        out = torch.empty_like(aligned, requires_grad=False)
+        check_memory(torch, out, "out")  # a FakeTensorMode that is on gives none
+    elif out.numel() and any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+        raise UsageError(f"out has elements that share memory: shape {tuple(out.shape)}, strides {out.stride()}")
     if al and _plain(sft, aligned, out):
         _check_overlap((sft.data_ptr(), aligned.data_ptr(), out.data_ptr()), dtypes, aligned.numel())
     return _Checked(out, dtypes, al)
@@ -185,8 +194,6 @@ def _compute(sft: Any, aligned: Any, checked: _Checked) -> None:
 def _check_layouts(torch: Any, sft: Any, aligned: Any, out: Any) -> None:
     if any(x.layout != torch.strided for x in (sft, aligned, out)):
         raise UsageError(f"tensors must be dense, got sft {sft.layout}, aligned {aligned.layout}, out {out.layout}")
-    if out.numel() and any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
-        raise UsageError(f"out has elements that share memory: shape {tuple(out.shape)}, strides {out.stride()}")
 
 
 def on_device(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
@@ -202,6 +209,12 @@ def on_device(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
 
 
 def _arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
+    checked = _checked_arrays(sft, aligned, alpha, out)
+    _compute_arrays(sft, aligned, checked)
+    return checked.out
+
+
+def _checked_arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> _Checked:
     import numpy as np
 
     if not isinstance(aligned, np.ndarray):
@@ -209,20 +222,37 @@ def _arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
     if out is None:
         out = np.empty_like(aligned)
     _check(sft, aligned, out, np.ndarray)
+    for role, array in (("sft", sft), ("aligned", aligned), ("out", out)):
+        check_unmasked(np, array, role)
     names = _numpy_names()
     dtypes = names.get(sft.dtype), names.get(aligned.dtype)
     al = _working(alpha, sft, aligned, dtypes)
     if not out.flags.writeable:
         raise UsageError("out is read-only")
+    if al and _in_order(sft, aligned, out):
+        _check_overlap(_addresses(sft, aligned, out), dtypes, aligned.size)
+    return _Checked(out, dtypes, al)
+
+
+def _compute_arrays(sft: Any, aligned: Any, checked: _Checked) -> None:
+    import numpy as np
+
+    out, dtypes, al = checked
     if al == 0:
         out[...] = aligned
-    elif not (sft.flags.c_contiguous and aligned.flags.c_contiguous and out.flags.c_contiguous):
-        out[...] = extrapolate(np.ascontiguousarray(sft), np.ascontiguousarray(aligned), alpha).reshape(out.shape)
+    elif not _in_order(sft, aligned, out):
+        out[...] = extrapolate(np.ascontiguousarray(sft), np.ascontiguousarray(aligned), al).reshape(out.shape)
     else:
-        addresses = tuple(x.__array_interface__["data"][0] for x in (sft, aligned, out))
-        _check_overlap(addresses, dtypes, aligned.size)
-        _on_cpu(addresses, dtypes, aligned.size, al)
-    return out
+        _on_cpu(_addresses(sft, aligned, out), dtypes, aligned.size, al)
+
+
+def _in_order(*arrays: Any) -> bool:
+    """Whether the elements of each lie one after the other."""
+    return all(x.flags.c_contiguous for x in arrays)
+
+
+def _addresses(*arrays: Any) -> tuple[int, ...]:
+    return tuple(x.__array_interface__["data"][0] for x in arrays)
 
 
 def _on_cpu(addresses: tuple[int, ...], dtypes: tuple[Any, ...], n: int, alpha: float) -> None:

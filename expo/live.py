@@ -1,10 +1,11 @@
-"""Live: a model in memory whose alpha can be set, in one pass over its parameters, as often as one likes.
+"""Live: a model in memory whose alpha can be set, in one pass over its weights, as often as one likes.
 
-    parameters = aligned + alpha * (aligned - sft)
+    weights = aligned + alpha * (aligned - sft)
 
-with the bits that merged files would have: the same plan pairs the tensors, and the same engines compute. The two
-originals are kept beside the model, as the parameters themselves are overwritten.
-Bytes moved when an alpha is set: both originals read and the parameters written, once.
+with the bits that merged files would have: the same plan pairs the tensors, and the same engines compute. The weights
+are what the model's files hold: its parameters and its persistent buffers. The two originals are kept beside the model,
+as the weights themselves are overwritten.
+Bytes moved when an alpha is set: both originals read and the weights written, once.
 """
 
 from __future__ import annotations
@@ -25,17 +26,23 @@ import torch
 from .arrays import THREADS, compute_at, on_device
 from .checkpoint import Checkpoint
 from .engines import cpu_count
-from .errors import EngineError, UsageError
+from .errors import EngineError, PlanError, UsageError
 from .header import Header, TensorInfo, element_count
 from .inputs import StrPath, open_one
 from .kernels.contract import ITEMSIZE, working_alpha
 from .kernels.twin import DTYPES
-from .plan import Plan, make_plan
+from .memory import check_memory
+from .plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
 from .progress import size
 from .steps import Step
 
 KEEP = ("device", "host", "disk")
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INTEGERS = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+}  # fmt: skip
+IN_MEMORY = "a live model has all its weights in the memory of one process, so load the whole model there"
 JOB = 1 << 21  # elements that a thread of the CPU takes at a time
 PART = 1 << 24  # elements of originals that go to a device at a time
 ALIGNMENT = 64  # bytes: what the widest accesses want
@@ -44,7 +51,7 @@ Reads = Callable[[str, int, memoryview], None]  # (tensor's name, first byte, me
 
 
 class Trio(NamedTuple):
-    """A parameter, or rows of one, and both originals; alpha: the one that alpha_for gives it, None for the model's."""
+    """A weight, or rows of one, and both originals; alpha: the one that alpha_for gives it, None for the model's."""
 
     out: torch.Tensor
     aligned: torch.Tensor
@@ -57,10 +64,12 @@ class Trio(NamedTuple):
 
 
 class Live:
-    """A model whose parameters are aligned + alpha * (aligned - sft) for the alpha that is set.
+    """A model whose weights are aligned + alpha * (aligned - sft) for the alpha that is set.
 
-    live.alpha = 0.4 rewrites the parameters in place, live.alpha = 0 restores aligned, all of it; a tied parameter is
-    rewritten once, buffers are not touched. As a context manager it restores aligned and lets go of the originals.
+    live.alpha = 0.4 rewrites the parameters in place, and the floating-point buffers that the model's files hold, such
+    as a router's bias; live.alpha = 0 restores aligned, all of it. A tied weight is rewritten once. Buffers that are
+    not saved or that the model computes, such as rotary frequencies, stay as they are, and so do integers. As a context
+    manager it restores aligned and lets go of the originals.
     For one thread, and while nothing else uses the model. live.memory: bytes that the originals take where they are.
     """
 
@@ -85,19 +94,20 @@ class Live:
         """
         if keep not in KEEP:
             raise UsageError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
-        aligned = _described(model, "model")
+        aligned = described(model, "model")
         self._device = next(model.parameters()).device
         with ExitStack() as stack:
             if isinstance(sft, torch.nn.Module):
-                weak, reads = _described(sft, "sft"), _from_module(sft)
+                weak, reads = described(sft, "sft"), _from_module(sft)
             else:
                 weak = stack.enter_context(open_one(sft))
                 reads = _from_files(weak)
-            # Two alphas tell apart the tensors that follow the model's from those with one of their own.
-            plan = make_plan(weak, aligned, [1.0, 2.0], alpha_for, on_unpaired, on_mismatch)
-            plan.check()
-            there = dict(sft.named_parameters()) if isinstance(sft, torch.nn.Module) and keep == "device" else {}
-            self._trios, self.memory = _remember(plan, dict(model.named_parameters()), reads, keep, there)
+            plan = plan_for(weak, aligned, alpha_for, on_unpaired, on_mismatch)
+            _check(plan, by_files=not isinstance(sft, torch.nn.Module))
+            there = saved(sft) if isinstance(sft, torch.nn.Module) and keep == "device" else {}
+            self._trios, self.memory = _remember(plan, saved(model), self._device, reads, keep, there)
+        changed = {step.name for step in plan.steps if step.sft is not None}
+        self._buffers = sorted(changed - dict(model.named_parameters()).keys())
         self._jobs = [job for trio in self._trios for job in _jobs(trio)] if self._device.type == "cpu" else []
         self._model = model
         self._places = self._where()
@@ -110,7 +120,7 @@ class Live:
 
     @property
     def alpha(self) -> float | None:
-        """The alpha that the parameters are of; None after a failure in the middle."""
+        """The alpha that the weights are of; None after a failure in the middle."""
         return self._alpha
 
     @alpha.setter
@@ -123,7 +133,7 @@ class Live:
         if self._closed:
             raise UsageError("this Live is closed: make another")
         if self._where() != self._places:
-            raise UsageError("the model's parameters are not where they were: move the model before Live is made")
+            raise UsageError("the model's weights are not where they were: move the model before Live is made")
         self._alpha = None
         with torch.no_grad():
             if value == 0:
@@ -146,7 +156,8 @@ class Live:
         list(self._pool.map(work, range(self._threads)))
 
     def _where(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self._model.parameters()]
+        buffers = (self._model.get_buffer(name) for name in self._buffers)
+        return [tensor.data_ptr() for tensor in (*self._model.parameters(), *buffers)]
 
     def _on_device(self, value: float) -> None:
         groups: dict[tuple[float | None, bool], list[Trio]] = {}
@@ -194,21 +205,50 @@ class Live:
         self.close()
 
 
-def _described(model: torch.nn.Module, role: str) -> Checkpoint:
-    """A model's parameters as a checkpoint's tensors, each once. Raises UsageError."""
+def saved(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights of a model, which are what its files hold: parameters and persistent buffers, by name.
+
+    A tied weight is there once, under its first name. The names are those of model.state_dict().
+    """
+    computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # transformers'
+    found: dict[str, torch.Tensor] = {
+        name: parameter for name, parameter in model.named_parameters() if name not in computed
+    }
+    places = {_home(tensor) for tensor in found.values()}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            full = f"{prefix}.{name}" if prefix else name
+            unsaved = buffer is None or name in module._non_persistent_buffers_set or full in computed
+            if buffer is None or unsaved or _home(buffer) in places:
+                continue
+            places.add(_home(buffer))
+            found[full] = buffer
+    return found
+
+
+def _home(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what two tensors have in common that are one, or views of the same memory."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta or not tensor.numel():
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def described(model: torch.nn.Module, role: str) -> Checkpoint:
+    """Return the weights of a model as a checkpoint's tensors. Raises UsageError for parameters that cannot change.
+
+    A buffer of a dtype that files of weights do not hold is left out.
+    """
     tensors: dict[str, TensorInfo] = {}
-    devices = set()
-    for name, parameter in model.named_parameters():
-        if type(parameter.data) is not torch.Tensor or parameter.layout != torch.strided or parameter.is_meta:
-            raise UsageError(
-                f"{role}: {name} is a {type(parameter.data).__name__} on {parameter.device}, not in memory"
-            )
-        if parameter.dtype not in NAMES or not parameter.is_contiguous():
-            raise UsageError(
-                f"{role}: {name} is {parameter.dtype}: parameters must be contiguous bf16, fp16, fp32 or fp64"
-            )
-        tensors[name] = TensorInfo(name, NAMES[parameter.dtype], tuple(parameter.shape), 0, parameter.nbytes)
-        devices.add(parameter.device)
+    for name, tensor in saved(model).items():
+        dtype = NAMES.get(tensor.dtype) or INTEGERS.get(tensor.dtype)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        if dtype is None and not is_parameter:
+            continue
+        check_memory(torch, tensor, f"{role}: {name}", IN_MEMORY)
+        if is_parameter:
+            _check_tensor(tensor, name, role)
+        tensors[name] = TensorInfo(name, str(dtype), tuple(tensor.shape), 0, tensor.nbytes)
+    devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
         raise UsageError(
             f"{role}: parameters must be on one device, got {', '.join(sorted(map(str, devices))) or 'none'}"
@@ -219,11 +259,39 @@ def _described(model: torch.nn.Module, role: str) -> Checkpoint:
     return Checkpoint(role, role, {role: file}, tensors, dict.fromkeys(tensors, role), said)
 
 
+def _check_tensor(tensor: torch.Tensor, name: str, role: str) -> None:
+    """Raise UsageError where the kernels cannot read and write the tensor in place."""
+    what = "parameters" if isinstance(tensor, torch.nn.Parameter) else "buffers that files hold"
+    if tensor.dtype not in NAMES or not tensor.is_contiguous() or tensor.layout != torch.strided or tensor.is_neg():
+        raise UsageError(f"{role}: {name} is {tensor.dtype}: {what} must be contiguous bf16, fp16, fp32 or fp64")
+
+
+def plan_for(
+    weak: Checkpoint, aligned: Checkpoint, alpha_for: Mapping[str, float] | None, on_unpaired: str, on_mismatch: str
+) -> Plan:
+    """Return the plan of a Live, over two alphas.
+
+    They tell apart the tensors that follow the model's from those with one of their own.
+    """
+    return make_plan(weak, aligned, [1.0, 2.0], alpha_for, on_unpaired, on_mismatch)
+
+
+def _check(plan: Plan, by_files: bool) -> None:
+    """Raise PlanError with every problem, and what helps where names in memory are not those of the files."""
+    alone = any(reason == ONLY_IN_SFT for reason in plan.dropped.values())
+    if plan.problems and by_files and alone and any(step.reason == NOT_IN_SFT for step in plan.steps):
+        raise PlanError(
+            "names in memory are not those of the files; where the library that loads them changes names, as "
+            "transformers fuses experts, give sft as a model that it has loaded too\n" + "\n".join(plan.problems)
+        )
+    plan.check()
+
+
 def _from_module(model: torch.nn.Module) -> Reads:
-    parameters = dict(model.named_parameters())
+    weights = saved(model)
 
     def read(name: str, start: int, into: memoryview) -> None:
-        flat = parameters[name].detach().reshape(-1).view(torch.uint8)[start : start + len(into)]
+        flat = weights[name].detach().reshape(-1).view(torch.uint8)[start : start + len(into)]
         torch.frombuffer(into, dtype=torch.uint8).copy_(flat)
 
     return read
@@ -237,22 +305,30 @@ def _from_files(checkpoint: Checkpoint) -> Reads:
 
 
 def _remember(
-    plan: Plan, parameters: Mapping[str, torch.nn.Parameter], reads: Reads, keep: str, there: Mapping[str, torch.Tensor]
+    plan: Plan,
+    weights: Mapping[str, torch.Tensor],
+    device: torch.device,
+    reads: Reads,
+    keep: str,
+    there: Mapping[str, torch.Tensor],
 ) -> tuple[list[Trio], int]:
-    """Every parameter that will change, and its originals; and the bytes that these take.
+    """Every weight that will change, and its originals; and the bytes that these take.
 
-    there: sft's tensors that are used where they are.
+    there: sft's tensors that are used where they are. Raises UsageError.
     """
-    device = next(iter(parameters.values())).device
     steps = [step for step in plan.steps if step.sft is not None]
-    at_hand = {name for name, tensor in there.items() if tensor.device == device}
+    for name in {step.name for step in steps}:
+        _check_tensor(weights[name], name, "model")
+        if weights[name].device != device:
+            raise UsageError(f"model: {name} is on {weights[name].device}, and the parameters are on {device}")
+    at_hand = {name for name, tensor in there.items() if tensor.device == device and tensor.is_contiguous()}
     wanted = [step.aligned for step in steps]
     wanted += [step.sft for step in steps if step.sft and step.sft.name not in at_hand]
     room = Room(sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in wanted), keep, device)
     trios = []
     for step in steps:
         assert step.sft is not None
-        out = _rows(parameters[step.name].detach(), step)
+        out = _rows(weights[step.name].detach(), step)
         aligned = room.take(step.aligned)
         aligned.copy_(out)
         if step.sft.name in at_hand:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,7 @@ def make(library: str, dtype: str, shape: tuple[int, ...], seed: int, scale: flo
 def raw(x: Any) -> bytes:
     """Its elements' bytes, in the order of its indices."""
     if isinstance(x, torch.Tensor):
-        x = x.detach().contiguous().reshape(-1).view(torch.uint8).numpy() if x.numel() else np.empty(0)
+        x = x.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy() if x.numel() else np.empty(0)
     return bytes(np.ascontiguousarray(x).tobytes())
 
 
@@ -254,12 +257,6 @@ def test_inference_mode() -> None:
         assert raw(expo.extrapolate(sft, aligned, 0.3, out=aligned)) == raw(aligned)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3])
-def test_meta_tensors_stay_on_meta(alpha: float) -> None:
-    found = expo.extrapolate(torch.empty(3, 4, device="meta"), torch.empty(3, 4, device="meta").bfloat16(), alpha)
-    assert (found.device.type, found.dtype, tuple(found.shape)) == ("meta", torch.bfloat16, (3, 4))
-
-
 def test_a_negative_view_counts_as_what_it_shows() -> None:
     """torch's lazy negation: the memory holds the opposite of the value."""
     shown = torch._neg_view(torch.ones(4))
@@ -400,6 +397,168 @@ def test_sparse_tensors_are_refused() -> None:
         expo.extrapolate(x, x, 0.3)
 
 
+# --- tensors without memory of their own ------------------------------------------------------------------------------
+
+WITHOUT_MEMORY = {
+    "meta": "def make(): return torch.ones(4, device='meta')",
+    "fake": """
+from torch._subclasses.fake_tensor import FakeTensorMode
+def make():
+    with FakeTensorMode():
+        return torch.ones(4)
+""",
+    "DTensor": """
+import torch.distributed
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+def make(): return distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+""",
+    "wrapper": """
+class Wrapper(torch.Tensor):
+    @staticmethod
+    def __new__(cls, inner): return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+    def __init__(self, inner): self.inner = inner
+    def data_ptr(self): return self.inner.data_ptr()
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args = [each.inner if isinstance(each, Wrapper) else each for each in args]
+        return Wrapper(function(*args, **kwargs or {}))
+def make(): return Wrapper(torch.ones(4, dtype=torch.int8).bfloat16())
+""",
+    "TwoTensor": """
+from torch.testing._internal.two_tensor import TwoTensor
+def make(): return TwoTensor(torch.ones(4), torch.ones(4))
+""",
+    "freed": """
+def make():
+    x = torch.ones(8)[4:]
+    x.untyped_storage().resize_(0)
+    return x
+""",
+    "functional": "def make(): return torch._to_functional_tensor(torch.ones(4))",
+}
+ADVICE = {
+    "meta": "a shape and no numbers",
+    "fake": "a shape and no numbers",
+    "DTensor": r"pass .to_local\(\) of each",
+    "wrapper": r"such as its .dequantize\(\)",
+    "TwoTensor": r"such as its .dequantize\(\)",
+    "freed": "its memory was freed",
+    "functional": "outside of torch.func's transforms",
+}
+CALLS = """
+def refused(call):
+    try:
+        call()
+    except expo.UsageError as error:
+        print(error)
+    else:
+        raise SystemExit("nothing was refused")
+for alpha in (0.0, 0.3):
+    x, y, fine = make(), make(), torch.ones_like(make(), device=make().device)
+    refused(lambda: expo.extrapolate(x, y, alpha))
+    refused(lambda: expo.extrapolate(x, y, alpha, out=y))
+    refused(lambda: expo.extrapolate([x], [y], alpha))
+    refused(lambda: expo.extrapolate([x], [y], alpha, out=[y]))
+    if x.device.type == "cpu":
+        fine = torch.ones(4, dtype=x.dtype)
+        refused(lambda: expo.extrapolate(fine, fine, alpha, out=y))
+        refused(lambda: expo.extrapolate(x, fine, alpha))
+        refused(lambda: expo.extrapolate(fine, y, alpha))
+"""
+
+
+# What is not refused kills its process, so each has one, forked from one that has imported torch.
+FORKS = """
+import contextlib, io, json, os, sys, traceback, torch, expo
+kinds, calls = json.loads(sys.argv[1])
+for kind, how in kinds.items():
+    sys.stdout.flush()
+    if child := os.fork():
+        print(json.dumps([kind, "", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]))
+        continue
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            exec(how + calls, {"torch": torch, "expo": expo})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(json.dumps([kind, said.getvalue(), 0]), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, tuple[str, int]]:
+    """What each kind's process printed, and its exit code, which is negative where a signal killed it."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKS, json.dumps([WITHOUT_MEMORY, CALLS])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found: dict[str, tuple[str, int]] = {}
+    for kind, text, code in map(json.loads, done.stdout.splitlines()):
+        before, worst = found.get(kind, ("", 0))
+        found[kind] = before + text, worst or code
+    assert found.keys() == WITHOUT_MEMORY.keys(), done.stderr
+    return found
+
+
+@pytest.mark.parametrize("kind", WITHOUT_MEMORY)
+def test_a_tensor_without_memory_is_refused_by_name(kind: str, said: dict[str, tuple[str, int]]) -> None:
+    text, code = said[kind]
+    assert code == 0, (code, text)
+    lines = text.splitlines()
+    assert len(lines) == (8 if kind == "meta" else 14)
+    names = {"fake": "FakeTensor", "DTensor": "DTensor", "wrapper": "Wrapper", "TwoTensor": "TwoTensor"}
+    for line in lines:
+        start = rf"(sft|aligned|out) is a {names.get(kind, 'Tensor')} on (cpu|meta) without memory of its own: "
+        assert re.match(start, line), line
+        assert re.search(ADVICE[kind], line), line
+
+
+def test_what_a_message_says_of_a_dtensor_works() -> None:
+    code = f"""
+import torch, expo
+{WITHOUT_MEMORY["DTensor"]}
+x, y = make(), make()
+expo.extrapolate(x.to_local() * 0, y.to_local(), 0.5, out=y.to_local())
+assert y.full_tensor().tolist() == [1.5] * 4
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+class Plain(torch.Tensor):
+    """A subclass that owns its memory."""
+
+
+def test_a_subclass_with_memory_of_its_own_is_as_good_as_any() -> None:
+    sft, aligned = make("torch", "BF16", (4, 3), 1), make("torch", "BF16", (4, 3), 2)
+    bits = expected(sft, aligned, 0.3)
+    mine = aligned.clone().as_subclass(Plain)  # type: ignore[arg-type]
+    assert raw(expo.extrapolate(sft.as_subclass(Plain), mine, 0.3)) == bits
+    assert raw(expo.extrapolate([sft], [torch.nn.Parameter(mine)], 0.3)[0]) == bits
+    assert expo.extrapolate([sft], [mine], 0.3, out=[mine])[0] is mine
+    assert raw(mine) == bits
+
+
+def test_a_transform_of_torch_func_is_refused() -> None:
+    x = torch.ones(3, 4)
+    with pytest.raises(expo.UsageError, match=r"outside of torch\.func's transforms"):
+        torch.func.vmap(lambda s, a: expo.extrapolate(s, a, 0.3))(x, x)
+    with pytest.raises(expo.UsageError, match=r"outside of torch\.func's transforms"):
+        torch.func.grad(lambda a: expo.extrapolate(x, a, 0.3).sum())(x)
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_masked_arrays_are_refused(which: int, alpha: float) -> None:
+    arrays: list[Any] = [np.zeros(3, np.float32) for _ in range(3)]
+    arrays[which] = np.ma.array(arrays[which], mask=[True, False, False])
+    with pytest.raises(expo.UsageError, match=f"{('sft', 'aligned', 'out')[which]} is a masked array"):
+        expo.extrapolate(arrays[0], arrays[1], alpha, out=arrays[2])
+
+
 # Several at once
 
 
@@ -437,6 +596,76 @@ def test_tied_weights_that_are_listed_twice_move_once() -> None:
     sft, aligned = torch.zeros(5), torch.ones(5)
     expo.extrapolate([sft, sft.view(5)], [aligned, aligned.view(5)], 0.5, out=[aligned, aligned.view(5)])
     assert aligned.tolist() == [1.5] * 5
+
+
+def memory_of(library: str) -> tuple[Any, Any]:
+    """40 numbers in one memory, and a function that makes n others."""
+    return make(library, "F32", (40,), 1), lambda n: make(library, "F32", (n,), 2)
+
+
+def refused(sft: list[Any], aligned: list[Any], out: list[Any], words: str) -> None:
+    before = [raw(x) for x in (*sft, *aligned, *out)]
+    for alpha in (0.5, 0.0):
+        with pytest.raises(expo.UsageError, match=words):
+            expo.extrapolate(sft, aligned, alpha, out=out)
+    assert [raw(x) for x in (*sft, *aligned, *out)] == before, "refused before anything is computed"
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_one_output_of_two_different_pairs_is_refused(library: str) -> None:
+    memory, other = memory_of(library)
+    tied = memory[:10]
+    a, b, c, d = (other(10) for _ in range(4))
+    refused([a, b, c], [d, tied, tied], [d, tied, tied], r"out\[1\] and out\[2\] are the same memory")
+    refused([a, a], [b, c], [tied, tied], r"out\[0\] and out\[1\] are the same memory")
+    refused([a, b, c], [memory[:10], d, memory[5:15]], [memory[:10], d, memory[5:15]], r"out\[0\] and out\[2\] overlap")
+    large = other(30)
+    refused([a, large, b], [c, memory[:30], d], [c, memory[:30], memory[10:20]], r"out\[1\] and out\[2\] overlap")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("role", ["sft", "aligned"])
+def test_an_output_over_the_input_of_another_pair_is_refused(library: str, role: str) -> None:
+    memory, other = memory_of(library)
+    for near in (memory[:10], memory[5:15], memory[3:7]):
+        inputs, others = [other(len(near)), other(10), near], [other(len(near)), other(10), other(len(near))]
+        sft, aligned = (inputs, others) if role == "sft" else (others, inputs)
+        out = [other(len(near)), memory[:10], other(len(near))]
+        refused(sft, aligned, out, rf"out\[1\] overlaps {role}\[2\], so the result would depend on the order")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_lists_that_share_memory_and_depend_on_no_order(library: str) -> None:
+    """Inputs that are shared, results beside each other, columns of one matrix, and exact repetitions."""
+    memory, other = memory_of(library)
+    s, a, wide = other(10), other(10), make(library, "F32", (4, 6), 3)
+    bits = expected(s, a, 0.5)
+    outs = [memory[:10], memory[10:20], memory[20:30], memory[20:30]]
+    expo.extrapolate([s, s, s, s], [a, a, a, a], 0.5, out=outs)
+    assert all(raw(out) == bits for out in outs)
+    expo.extrapolate([s, memory[30:40]], [memory[:10], a], 0.5, out=[memory[:10], memory[30:40]])
+    assert raw(memory[:10]) == expected(s, outs[1], 0.5)
+    columns = [wide[:, :3], wide[:, 3:], wide[:, :3]]
+    given = [make(library, "F32", (4, 3), seed) for seed in (4, 5, 4)]
+    given[2] = given[0]
+    wanted = [expected(x, column, 0.5) for x, column in zip(given, columns, strict=True)]
+    expo.extrapolate(given, columns, 0.5, out=columns)
+    assert [raw(column) for column in columns] == wanted
+    refused(given[:2], [wide[:, :3], wide[:, 2:5]], [wide[:, :3], wide[:, 2:5]], r"out\[0\] and out\[1\] overlap")
+
+
+def test_tied_weights_of_which_one_shows_the_negative_are_two_pairs() -> None:
+    sft, aligned = torch.ones(5), torch.ones(5)
+    refused([sft, torch._neg_view(sft)], [aligned, aligned], [aligned, aligned], "are the same memory")
+
+
+def test_many_shared_inputs_are_compared_in_good_time() -> None:
+    """The comparison is not quadratic in a list of 20 000 tensors."""
+    shared, memory = torch.zeros(4), torch.zeros(20_000, 4)
+    began = time.monotonic()
+    expo.extrapolate([shared] * len(memory), list(memory), 0.5, out=list(memory))
+    expo.extrapolate([shared] * 2000, [*memory[:1000]] * 2, 0.5, out=[*memory[:1000]] * 2)
+    assert time.monotonic() - began < 20
 
 
 def test_numbers_of_tensors_that_differ() -> None:

@@ -67,6 +67,33 @@ def test_fake_refuses_what_the_function_refuses() -> None:
             function(s[1:].to("meta"), a.to("meta"), 0.3)
 
 
+WITHOUT_MEMORY = """
+import torch, expo, expo.op
+from torch.testing._internal.two_tensor import TwoTensor
+x, out = TwoTensor(torch.ones(4), torch.ones(4)), torch.zeros(4)
+for call in (
+    lambda: torch.ops.expo.extrapolate(x, x, 0.3),
+    lambda: torch.ops.expo.extrapolate_(x, x, 0.3, out),
+    lambda: torch.ops.expo.extrapolate_(out, out.clone(), 0.3, x),
+):
+    with torch._C._DisableTorchDispatch():  # as under a mode that does not unwrap
+        try:
+            call()
+        except expo.UsageError as error:
+            print(error)
+"""
+
+
+def test_a_tensor_without_memory_is_refused_and_its_shape_is_to_be_had() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert [line.split(" of its own")[0] for line in done.stdout.splitlines()] == [
+        f"{role} is a TwoTensor on cpu without memory" for role in ("sft", "sft", "out")
+    ]
+    found = torch.ops.expo.extrapolate(torch.empty(3, 4, device="meta"), torch.empty(3, 4, device="meta").half(), 0.3)
+    assert (found.device.type, found.dtype, tuple(found.shape)) == ("meta", torch.float16, (3, 4))
+
+
 @pytest.mark.parametrize(
     ("imports", "found"), [("torch, expo", True), ("expo, torch, expo.op", True), ("expo, torch", False)]
 )

@@ -6,6 +6,7 @@ searching.py  search_alpha(): sample, score, compare, write down
 settings.py     what it is asked for, checked
 probing.py      which alpha to try next, for "auto"
 models.py       models and tokenizers, loaded
+judging.py      the model that is judged, which is the one that the merge writes
 sampling.py     replies as the paper samples them, each from a random stream of its own
 rewards.py      what a reply is worth: a reward model, or a function
 replies.py      the folder in which a search goes on
@@ -16,12 +17,17 @@ plots.py        the picture
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .judging import check_merge
     from .searching import SearchResult, search_alpha
 
-__all__ = ["SearchResult", "search_alpha"]
+__all__ = ["SearchResult", "check_merge", "search_alpha"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "check_merge":  # with torch and transformers
+        from . import judging
+
+        return judging.check_merge
     if name in __all__:  # with NumPy
         from . import searching
 

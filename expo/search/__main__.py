@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace) -> int:
     elif options.merge is None:
         show(f"merge: {result.command}")
     else:
-        _merge(options, pair.sft, pair.aligned, result.best)
+        _merge(options, pair.sft, pair.aligned, result)
     return 0
 
 
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--auto", action="store_true", help="wide probes, then a shrinking interval around the best")
     add("--budget", type=int, default=BUDGET, metavar="N", help="alphas that --auto may try (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="folder of the results, which a stopped search goes on with")
-    add("--merge", metavar="OUT", help="make the merge at the best alpha there")
+    add("--merge", metavar="OUT", help="make the merge at the best alpha there, and check that it is what was judged")
     _add_generation(add)
     add("--version", action="version", version=f"expo {__version__}")
     return parser
@@ -130,7 +130,8 @@ def _search(options: argparse.Namespace, sft: StrPath, aligned: StrPath) -> Sear
         sft, aligned, prompts, options.reward, alphas, options.out,
         max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, seed=options.seed, device=options.device,
         keep=options.keep, budget=options.budget, on_unpaired=options.on_unpaired, on_mismatch=options.on_mismatch,
-        trust_remote_code=options.trust_remote_code, alpacaeval=options.alpacaeval, quiet=options.quiet,
+        trust_remote_code=options.trust_remote_code, alpacaeval=options.alpacaeval, digest=options.merge is not None,
+        quiet=options.quiet,
     )  # fmt: skip
 
 
@@ -159,15 +160,22 @@ def _table(result: SearchResult) -> list[str]:
     return [*lines, "* best  = not distinguishable from it  ! signs of too large an alpha"]
 
 
-def _merge(options: argparse.Namespace, sft: StrPath, aligned: StrPath, alpha: float) -> None:
+def _merge(options: argparse.Namespace, sft: StrPath, aligned: StrPath, result: SearchResult) -> None:
+    """Merge at the best alpha, and load the merge to compare it with the model that was judged."""
     from ..pipeline import merge
+    from .judging import check_merge
 
     merged = merge(
-        sft, aligned, alpha, options.merge,
+        sft, aligned, result.best, options.merge,
         on_unpaired=options.on_unpaired, on_mismatch=options.on_mismatch, resume=True,
     )  # fmt: skip
     warn(merged.warnings)
-    show(f"merged at alpha {alpha:g} -> {merged.outputs[0].path}")
+    path = merged.outputs[0].path
+    show(f"merged at alpha {result.best:g} -> {path}")
+    if not options.quiet:
+        print(f"expo: loading {path}, to compare it with the model that was judged", file=sys.stderr, flush=True)
+    check_merge(path, result.digests, options.trust_remote_code)
+    show(f"checked: all {len(result.digests)} weights are those that were judged, bit for bit")
 
 
 if __name__ == "__main__":

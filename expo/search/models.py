@@ -27,19 +27,22 @@ def device_of(name: str) -> torch.device:
 
 
 def load(kind: Any, path: str, device: torch.device, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A model of its own dtype, ready for inference, and its tokenizer.
+    """Return load_model()'s model and its tokenizer. Raises CheckpointError and EngineError."""
+    model = load_model(kind, path, device, trust_remote_code)
+    with _explained(kind, path, trust_remote_code):
+        where, how = _source(path, trust_remote_code)
+        return model, AutoTokenizer.from_pretrained(where, **how)
+
+
+def load_model(kind: Any, path: str, device: torch.device, trust_remote_code: bool) -> Any:
+    """Return a model of its own dtype, ready for inference.
 
     kind: AutoModelForCausalLM or another of the family. path: a folder, or org/name[@revision].
     Raises CheckpointError, and EngineError where the memory is too small.
     """
-    hub_id = None if os.path.exists(path) else hub.parse(path)
-    where, revision = (path, "main") if hub_id is None else (hub_id.repo, hub_id.revision or "main")
-    how = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    with _explained(kind, path, trust_remote_code):
+        where, how = _source(path, trust_remote_code)
         model, info = kind.from_pretrained(where, dtype="auto", output_loading_info=True, **how)
-        tokenizer = AutoTokenizer.from_pretrained(where, **how)
-    except Exception as error:  # transformers raises all kinds, custom code any
-        raise CheckpointError(_cannot(kind, path, error, trust_remote_code)) from error
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -48,11 +51,26 @@ def load(kind: Any, path: str, device: torch.device, trust_remote_code: bool) ->
             "is it a model of this kind?"
         )
     try:
-        return model.to(device).eval(), tokenizer
+        return model.to(device).eval()
     except torch.cuda.OutOfMemoryError as error:
         raise EngineError(
             f"{path} does not fit into the memory of {device}: {str(error).splitlines()[0]}; try --device cpu"
         ) from error
+
+
+def _source(path: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """Return what transformers takes as a model's name, and its options."""
+    hub_id = None if os.path.exists(path) else hub.parse(path)
+    where, revision = (path, "main") if hub_id is None else (hub_id.repo, hub_id.revision or "main")
+    return where, {"revision": revision, "trust_remote_code": trust_remote_code}
+
+
+@contextlib.contextmanager
+def _explained(kind: Any, path: str, trust_remote_code: bool) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers raises all kinds, custom code any
+        raise CheckpointError(_cannot(kind, path, error, trust_remote_code)) from error
 
 
 def _cannot(kind: Any, path: str, error: Exception, trusted: bool) -> str:

@@ -14,14 +14,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, OutputError
 from ..inputs import StrPath, open_inputs
 from ..pipeline import alpha_text
-from ..plan import make_plan
+from ..plan import Plan, make_plan
 from ..progress import Bar
 from .plots import plot
 from .probing import BUDGET, next_probe
@@ -31,6 +31,7 @@ from .rewards import Reward, load_reward, name_of, rewards_of
 from .settings import Options, Sampling, ascending, sampling_of, texts_of
 
 if TYPE_CHECKING:
+    from .judging import Judged
     from .sampling import Sampler
 
 SUMMARY, PLOT = "summary.json", "plot.png"
@@ -42,7 +43,8 @@ class SearchResult:
 
     best: the alpha of the highest mean reward, 0 where none beats aligned. equals: alphas whose difference from it is
     within the noise. rows: one for each alpha, ascending. verdict: all that in words. path: the folder with
-    replies.jsonl, summary.json and plot.png. command: the one that merges at the best alpha.
+    replies.jsonl, summary.json and plot.png. command: the one that merges at the best alpha. digests: of the weights
+    that were judged at the best alpha, for check_merge(); empty unless they were asked for, and at alpha 0.
     """
 
     best: float
@@ -52,6 +54,7 @@ class SearchResult:
     verdict: str
     path: str
     command: str
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def search_alpha(
@@ -73,9 +76,12 @@ def search_alpha(
     on_mismatch: str = "error",
     trust_remote_code: bool = False,
     alpacaeval: bool = False,
+    digest: bool = False,
     quiet: bool = True,
 ) -> SearchResult:
     """Sample a reply to every prompt at every alpha, score them all, and say which alpha is best.
+
+    The model that is judged at an alpha is the one that the merge writes, or the search is refused before it begins.
 
     sft, aligned: folders or hub ids, as for merge(). Alpha 0, aligned itself, is always among those compared.
     reward: a function of prompts and replies to a list of numbers; "module:function"; or a reward model's folder or hub
@@ -89,6 +95,7 @@ def search_alpha(
         "cuda[:index]". keep: where Live keeps the original weights.
     on_unpaired, on_mismatch: as for merge().
     trust_remote_code: run code that comes with the models. alpacaeval: write alpacaeval-ALPHA.json files too.
+    digest: give the digests with which check_merge() compares a merge at the best alpha with what was judged.
     quiet: False prints progress and messages to stderr.
 
     An exception, KeyboardInterrupt too, leaves the replies that were scored.
@@ -103,7 +110,8 @@ def search_alpha(
     with ExitStack() as stack:
         search = _Search(stack, sft, aligned, texts, reward, out, how, options)
         search.run(given)
-        return search.finish()
+        result = search.finish()
+        return replace(result, digests=search.digests(result.best)) if digest and result.best else result
 
 
 class _Search:
@@ -124,12 +132,14 @@ class _Search:
         self._names = (os.fspath(sft), os.fspath(aligned))
         self._given, self._reward_name = reward, name_of(reward)
         self._weak, self._strong = stack.enter_context(open_inputs(sft, aligned, options.quiet))
-        _check_pair(self._weak, self._strong, options)
+        self._plan = _check_pair(self._weak, self._strong, options)
         self._replies = stack.enter_context(Replies(out, self._settings()))
         if len(self._replies):
             self._say(f"going on with {len(self._replies)} replies in {out}")
         self._bar = None if options.quiet else _Bar()
-        self._ready: tuple[Any, Sampler, Reward] | None = None
+        self._moves = True  # alphas other than 0 are asked for
+        self._judged: tuple[Judged, Any] | None = None
+        self._ready: tuple[Judged, Sampler, Reward] | None = None
 
     def _settings(self) -> dict[str, Any]:
         texts = json.dumps(self._prompts).encode()
@@ -142,10 +152,13 @@ class _Search:
             **asdict(self._sampling),
             "on_unpaired": self._options.on_unpaired,
             "on_mismatch": self._options.on_mismatch,
+            # Before this was so, experts that are fused in memory did not move where this option was given.
+            **({"judged": "exactly what the merge writes"} if self._options.on_unpaired == "aligned" else {}),
         }
 
     def run(self, alphas: list[float] | None) -> None:
         """Evaluate alpha 0 and these, or those that next_probe() names."""
+        self._moves = alphas is None or any(alphas)
         try:
             if alphas is not None:
                 for number, alpha in enumerate(alphas):
@@ -171,12 +184,12 @@ class _Search:
         """Have a reply to every prompt at this alpha. A batch of which some are there is made anew as a whole."""
         count = len(self._prompts)
         if self._replies.of(alpha, count) is None:
-            live, sampler, reward = self._loaded()
+            judged, sampler, reward = self._loaded()
             began, done = time.monotonic(), 0
             for batch in sampler.batches:
                 if not self._replies.has(alpha, batch):
-                    if live.alpha != alpha:
-                        live.alpha = alpha
+                    if judged.alpha != alpha:
+                        judged.alpha = alpha
                     self._replies.add(self._scored(alpha, batch, sampler, reward))
                 done += len(batch)
                 if self._bar is not None:
@@ -204,32 +217,54 @@ class _Search:
             for index, prompt, each, value in columns
         ]
 
-    def _loaded(self) -> tuple[Any, Sampler, Reward]:
-        """The model whose alpha can be set, what samples from it, and the reward."""
+    def _loaded(self) -> tuple[Judged, Sampler, Reward]:
+        """Return the model whose alpha can be set, what samples from it, and the reward."""
         if self._ready is None:
-            from transformers import AutoModelForCausalLM
-
-            from ..live import Live
-            from .models import device_of, load
             from .sampling import Sampler
 
             options = self._options
-            device = device_of(options.device)
             reward = load_reward(self._given, options.device, options.trust_remote_code)
-            model, tokenizer = load(AutoModelForCausalLM, self._strong.path, device, options.trust_remote_code)
-            sampler = Sampler(model, tokenizer, self._prompts, self._sampling, options.seed, options.batch_size)
-            live = Live(
-                model,
-                self._weak.path,
-                keep=options.keep,
-                on_unpaired=options.on_unpaired,
-                on_mismatch=options.on_mismatch,
-            )
-            self._stack.callback(live.close)
+            judged, tokenizer = self._model()
+            sampler = Sampler(judged.model, tokenizer, self._prompts, self._sampling, options.seed, options.batch_size)
             for note in sampler.notes:
                 self._say(note)
-            self._ready = live, sampler, reward
+            self._ready = judged, sampler, reward
         return self._ready
+
+    def _model(self) -> tuple[Judged, Any]:
+        """Return the model whose alpha can be set, and its tokenizer."""
+        if self._judged is None:
+            from transformers import AutoModelForCausalLM
+
+            from .judging import Judged, open_judged
+            from .models import device_of, load
+
+            options = self._options
+            model, tokenizer = load(
+                AutoModelForCausalLM, self._strong.path, device_of(options.device), options.trust_remote_code
+            )
+            if self._moves:
+                judged, note = open_judged(model, self._weak, self._strong, self._plan, options)
+                self._stack.callback(judged.close)
+                if note:
+                    self._say(note)
+            else:
+                judged = Judged(model, None, {})
+            self._judged = judged, tokenizer
+        return self._judged
+
+    def digests(self, alpha: float) -> dict[str, str]:
+        """Return the digests of the judged model's weights at this alpha, which is not 0."""
+        from .judging import digests
+
+        if self._judged is None:
+            self._say("the model is loaded once more, to compare the merge with it")
+        elif not self._moves:  # an earlier search found this alpha
+            self._judged = self._ready = None
+        self._moves = True
+        judged, _ = self._model()
+        judged.alpha = alpha
+        return digests(judged.model)
 
     def _say(self, text: str) -> None:
         if not self._options.quiet:
@@ -247,7 +282,8 @@ class _Search:
         command = self._command(ranking)
         verdict = ranking.verdict()
         result = SearchResult(ranking.best, ranking.equals, ranking.rows, ranking.notes, verdict, folder, command)
-        self._replies.write(SUMMARY, {**asdict(result), "settings": self._settings()})
+        summary = {name: value for name, value in asdict(result).items() if name != "digests"}
+        self._replies.write(SUMMARY, {**summary, "settings": self._settings()})
         if self._options.alpacaeval:
             for alpha, replies in found.items():
                 self._replies.write(f"alpacaeval-{alpha_text(alpha)}.json", self._alpacaeval(alpha, replies))
@@ -286,8 +322,8 @@ class _Bar(Bar):
         return f"{done / total:4.0%}  {done} of up to {total} replies"
 
 
-def _check_pair(weak: Checkpoint, strong: Checkpoint, options: Options) -> None:
-    """Before gigabytes are loaded, that the two fit together. Raises CheckpointError and PlanError."""
+def _check_pair(weak: Checkpoint, strong: Checkpoint, options: Options) -> Plan:
+    """Return the plan of the merge, before gigabytes are loaded. Raises CheckpointError and PlanError."""
     if strong.adapter is not None:
         raise CheckpointError(
             f"{strong.path} is an adapter: make a whole model of it first, with python -m expo.fast --alpha 0, "
@@ -295,7 +331,9 @@ def _check_pair(weak: Checkpoint, strong: Checkpoint, options: Options) -> None:
         )
     if strong.folder is None:
         raise CheckpointError(f"{strong.path} is a file: give the folder with its config and tokenizer")
-    make_plan(weak, strong, [1.0], None, options.on_unpaired, options.on_mismatch).check()
+    plan = make_plan(weak, strong, [1.0], None, options.on_unpaired, options.on_mismatch)
+    plan.check()
+    return plan
 
 
 def _identity(checkpoint: Checkpoint) -> str:

@@ -1,0 +1,205 @@
+"""Checks of the memory behind arrays and tensors: a tensor has some, and no result overwrites another's input.
+
+A kernel gets bare addresses, so both must hold before it runs. No element is read here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from .errors import UsageError
+
+WORK = 1 << 16  # candidates that NumPy may try to tell two strided views apart; beyond, they count as overlapping
+
+
+def check_memory(torch: Any, tensor: Any, role: str, advice: str = "") -> None:
+    """Raise UsageError, with the advice or one by the kind, for a torch tensor with elements and no memory of its own.
+
+    Tensors of a wrapper class (DTensor, FakeTensor, quantised tensors) and those inside torch.func report a dtype and a
+    shape, but their storage is at address 0. A subclass that owns its memory passes.
+    """
+    if tensor.numel() and not _storage(torch, tensor):
+        raise UsageError(f"{role} is a {_kind(tensor)} without memory of its own: {advice or _advice(torch, tensor)}")
+
+
+def check_unmasked(np: Any, array: Any, role: str) -> None:
+    """Raise UsageError for a masked array of NumPy, whose mask the formula does not know."""
+    if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+        raise UsageError(f"{role} is a masked array, and masks are not followed: pass its .filled(value) or its .data")
+
+
+def _storage(torch: Any, tensor: Any) -> int:
+    """Return the address at which the tensor's storage begins, 0 where there is none.
+
+    The tensor's own data_ptr() does not do: a subclass may override it, and a view of freed memory has an offset.
+    """
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return int(torch.Tensor.untyped_storage(tensor).data_ptr())
+    except RuntimeError:  # torch says so by itself for some
+        return 0
+
+
+def _kind(tensor: Any) -> str:
+    return f"{type(tensor).__name__} on {tensor.device}"
+
+
+def _advice(torch: Any, tensor: Any) -> str:
+    names = {kind.__name__ for kind in type(tensor).__mro__}
+    if "DTensor" in names:
+        return "pass .to_local() of each, all of the same placements, none of them Partial"
+    if "FakeTensor" in names or tensor.is_meta:
+        return (
+            "it has a shape and no numbers; load the weights first, or, where shapes alone are wanted, "
+            "call torch.ops.expo.extrapolate"
+        )
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return (
+            "its memory was freed, or a torch.func transform put it in the place of another; call extrapolate "
+            "outside of torch.func's transforms, while the weights are in memory"
+        )
+    return "pass the plain tensors that it wraps, or what it stands for, such as its .dequantize()"
+
+
+def first_ones(triples: Sequence[tuple[Any, Any, Any]]) -> list[bool]:
+    """Return for each (sft, aligned, out) whether it is the first of its kind: tied weights may be listed twice.
+
+    Raises UsageError, with the positions, where the result would depend on the order in which the pairs are computed:
+    where two different pairs write to the same memory, or one reads what another writes.
+    """
+    if _plainly_apart(triples):
+        return [True] * len(triples)
+    places = [(_place(s), _place(a), _place(o)) for s, a, o in triples]
+    first: dict[tuple[_Place, ...], int] = {}
+    fresh = [first.setdefault(each, index) == index for index, each in enumerate(places)]
+    uses: defaultdict[str, list[_Use]] = defaultdict(list)
+    for index, (s, a, o) in enumerate(places):
+        if fresh[index]:
+            for role, place in (("out", o), ("sft", s), ("aligned", a)):
+                uses[place.device].append(_Use(*place.span, index, role, place))
+    for those in uses.values():
+        _check_apart(sorted((use for use in those if use.low < use.high), key=lambda use: use.low))
+    return fresh
+
+
+def _plainly_apart(triples: Sequence[tuple[Any, Any, Any]]) -> bool:
+    """Return True where no pair touches what another writes; False where that takes a closer look.
+
+    This is what holds for nearly every list, and takes a third of the time of the closer look.
+    """
+    spans = []
+    for index, (s, a, o) in enumerate(triples):
+        for x in (s, o) if a is o else (s, a, o):
+            if not (x.is_contiguous() if hasattr(x, "data_ptr") else x.flags.c_contiguous):
+                return False
+            start = _start(x)
+            spans.append((start, start + x.nbytes, index, x is o))
+    spans.sort()
+    write_end = writer = read_end = reader = -1
+    for low, high, index, written in spans:
+        if low == high:
+            continue
+        if (low < write_end and index != writer) or (written and low < read_end and index != reader):
+            return False
+        if written:
+            write_end, writer = max(write_end, high), index
+        else:
+            reader = index if low >= read_end or index == reader else -1  # -1: several
+            read_end = max(read_end, high)
+    return True
+
+
+def _start(x: Any) -> int:
+    """Return the address of the first element."""
+    return int(x.data_ptr() if hasattr(x, "data_ptr") else x.__array_interface__["data"][0])
+
+
+class _Place(NamedTuple):
+    """The memory of an array or tensor: two with equal places hold the same elements in the same order.
+
+    start: the first element's address. strides: bytes from one element to the next, along each dimension. item: bytes
+    of an element. kind: dtype, and "-" where a tensor shows the negative of what its memory holds.
+    """
+
+    device: str
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    item: int
+    kind: str
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first address and the one past the last; equal for an empty one."""
+        if 0 in self.shape:
+            return self.start, self.start
+        reach = [(size - 1) * step for size, step in zip(self.shape, self.strides, strict=True)]
+        return self.start + sum(x for x in reach if x < 0), self.start + sum(x for x in reach if x > 0) + self.item
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """What NumPy needs to know to compare addresses."""
+        data = (self.start, False)
+        return {"version": 3, "data": data, "shape": self.shape, "strides": self.strides, "typestr": f"|V{self.item}"}
+
+
+def _place(x: Any) -> _Place:
+    if hasattr(x, "data_ptr"):
+        item: int = x.element_size()
+        device, kind, shape, count = str(x.device), f"{'-' * x.is_neg()}{x.dtype}", tuple(x.shape), x.numel()
+        contiguous, strides = x.is_contiguous(), tuple(step * item for step in x.stride())
+    else:
+        item, device, kind, shape, count = x.itemsize, "cpu", str(x.dtype), x.shape, x.size
+        contiguous, strides = x.flags.c_contiguous, x.strides
+    if contiguous:
+        shape, strides = (count,), (item,)
+    return _Place(device, _start(x), shape, strides, item, kind)
+
+
+class _Use(NamedTuple):
+    """One use of memory by the pair at this position of the lists."""
+
+    low: int
+    high: int
+    pair: int
+    role: str
+    place: _Place
+
+
+def _check_apart(uses: Iterable[_Use]) -> None:
+    """Compare each use with those that begin before it and are not over; `uses` ascend by their first address."""
+    open_ones: list[_Use] = []
+    for use in uses:
+        open_ones = [other for other in open_ones if other.high > use.low]
+        for other in open_ones:
+            if use.pair != other.pair and "out" in (use.role, other.role) and _share(use.place, other.place):
+                raise UsageError(_clash(*sorted((use, other), key=lambda each: (each.role != "out", each.pair))))
+        open_ones.append(use)
+
+
+def _share(one: _Place, other: _Place) -> bool:
+    """Whether two places whose spans overlap have a byte in common: columns of one matrix, say, do not."""
+    if len(one.shape) == len(other.shape) == 1 and one.strides == (one.item,) and other.strides == (other.item,):
+        return True
+    import numpy
+
+    np: Any = numpy  # whose stubs know two values of max_work alone
+    try:
+        return bool(np.shares_memory(np.asarray(one), np.asarray(other), max_work=WORK))
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _clash(out: _Use, other: _Use) -> str:
+    if other.role == "out":
+        what = "are the same memory" if out.place == other.place else "overlap"
+        return (
+            f"out[{out.pair}] and out[{other.pair}] {what}, but their sft or aligned differ: one result would "
+            "overwrite the other; list tied weights with one sft, or leave one of them out"
+        )
+    return (
+        f"out[{out.pair}] overlaps {other.role}[{other.pair}], so the result would depend on the order: give out "
+        "memory of its own, or leave it away"
+    )
