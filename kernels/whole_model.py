@@ -21,7 +21,20 @@ from .extrapolate import BLOCK, OPTIONS, block, current, ptx
 SEGMENT = 128  # blocks of a row: 2^18 elements, so a tensor wastes at most 127 programs, and 7B parameters take 0.9 MB
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 WIDE = 16  # bytes of the alignment that 128-bit accesses need
-KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+class Pointer(tl.pointer_type):  # type: ignore[misc]
+    """A pointer's type that can be a constant of a kernel: Triton's launcher hashes those, and its own has no hash."""
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+POINTERS = {
+    torch.bfloat16: Pointer(tl.bfloat16),
+    torch.float16: Pointer(tl.float16),
+    torch.float32: Pointer(tl.float32),
+}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -31,16 +44,15 @@ def whole_model(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Rows of int64: the addresses of sft, aligned and out, multiples of ALIGNMENT bytes, and the elements there.
 
-    SFT, ALIGNED: dtypes of their elements. A pointer's type cannot be an argument: it has no hash, and Triton's launcher
-    hashes all constants.
+    SFT, ALIGNED: types of pointers to their elements.
     """
     program = tl.program_id(0)
     row = table_ptr + (program // SEGMENT).to(tl.int64) * 4
     start = (program % SEGMENT) * BLOCK
     left = tl.load(row + 3) - start
-    sft_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(SFT)), ALIGNMENT)
-    aligned_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(ALIGNED)), ALIGNMENT)
-    out_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(ALIGNED)), ALIGNMENT)
+    sft_ptr = tl.multiple_of(tl.load(row).to(SFT), ALIGNMENT)
+    aligned_ptr = tl.multiple_of(tl.load(row + 1).to(ALIGNED), ALIGNMENT)
+    out_ptr = tl.multiple_of(tl.load(row + 2).to(ALIGNED), ALIGNMENT)
     block(sft_ptr + start, aligned_ptr + start, out_ptr + start, left, alpha, BLOCK, PTX)
 
 
@@ -82,7 +94,7 @@ class Table:
             apart = any(tensor.data_ptr() % WIDE for tensor in (s, a, o))
             kinds[s.dtype, a.dtype, 1 if apart else WIDE].append((s, a, o))
         self.groups = [
-            Group(triples, rows(triples), {"SFT": KINDS[s], "ALIGNED": KINDS[a], "ALIGNMENT": alignment})
+            Group(triples, rows(triples), {"SFT": POINTERS[s], "ALIGNED": POINTERS[a], "ALIGNMENT": alignment})
             for (s, a, alignment), triples in kinds.items()
         ]
 

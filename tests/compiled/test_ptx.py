@@ -7,7 +7,7 @@ from typing import Any
 
 import exact
 import numpy as np
-import ptx
+from helpers import ptx
 import pytest
 
 THREADS = 128

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import exact
 import numpy as np
-import ptx
+from helpers import ptx
 import pytest
 import torch
 from mutants import package
