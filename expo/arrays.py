@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
+from . import gpu
 from .engines import Engine, choose, cpu_count
 from .errors import EngineError, UsageError
 from .kernels.contract import ITEMSIZE, working_alpha
@@ -45,7 +46,9 @@ def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any
     is then a list. On a GPU a whole model takes one launch.
 
     Contiguous memory on the CPU takes the compiled engine (NumPy where that is not built), which releases the GIL;
-    CUDA tensors take the Triton kernel. Raises UsageError for arguments that do not fit together.
+    CUDA tensors take the Triton kernel. A kernel that fails its self-test, at first use, or cannot run is replaced by
+    torch's own operations, and a RuntimeWarning says so once for each device. Raises UsageError for arguments that do
+    not fit together.
     """
     torch = sys.modules.get("torch")  # who holds a tensor has imported it
     if torch is not None and isinstance(aligned, torch.Tensor):
@@ -78,9 +81,7 @@ def _many(torch: Any, sft: list[Any], aligned: list[Any], alpha: float, out: lis
         else:
             _compute(s, a, checked)
     for triples in together.values():
-        from .kernels.whole_model import Table
-
-        Table(*zip(*triples, strict=True)).launch(working_alpha(alpha))
+        gpu.compute_together(triples, working_alpha(alpha))
     return results
 
 
@@ -179,7 +180,7 @@ def _compute(sft: Any, aligned: Any, checked: _Checked) -> None:
     elif aligned.device.type == "cpu":
         _on_cpu((sft.data_ptr(), aligned.data_ptr(), out.data_ptr()), dtypes, aligned.numel(), al)
     else:
-        on_device(sft.detach(), aligned.detach(), al, out.detach())
+        gpu.compute(sft.detach(), aligned.detach(), al, out.detach())
 
 
 def _check_layouts(torch: Any, sft: Any, aligned: Any, out: Any) -> None:
@@ -187,18 +188,6 @@ def _check_layouts(torch: Any, sft: Any, aligned: Any, out: Any) -> None:
         raise UsageError(f"tensors must be dense, got sft {sft.layout}, aligned {aligned.layout}, out {out.layout}")
     if out.numel() and any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
         raise UsageError(f"out has elements that share memory: shape {tuple(out.shape)}, strides {out.stride()}")
-
-
-def on_device(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
-    """Three torch tensors on one device that is not the CPU, contiguous; alpha as it works, and not 0."""
-    if aligned.device.type == "cuda":
-        from .kernels import extrapolate as kernels
-
-        kernels.run(sft, aligned, alpha, out)
-    else:
-        from .kernels.twin import twin
-
-        out.copy_(twin(sft, aligned, alpha))
 
 
 def _arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> Any:

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .arrays import THREADS, compute_at, on_device
+from . import gpu
+from .arrays import THREADS, compute_at
 from .checkpoint import Checkpoint
 from .engines import cpu_count
 from .errors import EngineError, UsageError
@@ -155,18 +156,17 @@ class Live:
             groups.setdefault((trio.alpha, together), []).append(trio)
         for (own, together), trios in groups.items():
             alpha = value if own is None else own
-            if together and working_alpha(alpha):
-                self._table(own, trios).launch(working_alpha(alpha))
+            table = self._table(own, trios) if together and working_alpha(alpha) else None
+            if table is not None:
+                gpu.compute_table(table, working_alpha(alpha))
                 continue
             for trio in trios:
                 self._in_parts(trio, working_alpha(alpha, *trio.dtypes))
 
     def _table(self, own: float | None, trios: Sequence[Trio]) -> Any:
-        """Of the tensors that share an alpha, for one launch."""
+        """Return the table of all tensors that share this alpha, kept for later launches; None for want of kernels."""
         if own not in self._tables:
-            from .kernels.whole_model import Table
-
-            self._tables[own] = Table(*zip(*((trio.sft, trio.aligned, trio.out) for trio in trios), strict=True))
+            self._tables[own] = gpu.table((trio.sft, trio.aligned, trio.out) for trio in trios)
         return self._tables[own]
 
     def _in_parts(self, trio: Trio, alpha: float) -> None:
@@ -175,7 +175,7 @@ class Live:
         for sft, aligned, out in zip(*columns, strict=True):
             s, a = (each.to(self._device, non_blocking=True) for each in (sft, aligned))
             if alpha:
-                on_device(s, a, alpha, out)
+                gpu.compute(s, a, alpha, out)
             else:
                 out.copy_(a)
 

@@ -13,7 +13,8 @@ from contextlib import closing
 from typing import NamedTuple, Protocol
 
 from .engines import Engine
-from .errors import Cancelled, EngineError
+from .errors import Cancelled, EngineError, ExpoError
+from .gpu import said
 from .kernels.contract import Statistics
 from .layout import Chunk
 from .plan import Plan
@@ -196,18 +197,27 @@ class Pass:
         measure = self._landed is not None
         if engine.gpu is None:
             return Direct(engine, len(self._plan.alphas), self._source, self._size, measure)
+        from .reserve import Reserved
         from .ring import Ring
 
-        return Ring(engine.gpu, self._plan, self._source, self._size, measure)
+        def ring() -> Ring:
+            return Ring(engine.gpu, self._plan, self._source, self._size, measure)
+
+        if engine.reserve is None:
+            return ring()
+        reserve = Direct(engine.reserve, len(self._plan.alphas), self._source, self._size, measure)
+        return Reserved(engine.gpu.device, ring, reserve)
 
     def _work(self, engine: Engine) -> None:
         try:
             with closing(self._lane(engine)) as lane:
                 self._drive(lane, engine.name)
-        except EngineError as error:  # a RuntimeError too, and says all there is to say
+        except (ExpoError, OSError) as error:  # they say all there is to say
             self._fail(error)
-        except RuntimeError as error:  # of a GPU: out of memory, a kernel that does not compile
-            self._fail(EngineError(f"--engine {engine.name} failed: {error}"))
+        except Exception as error:
+            # Of a GPU: out of memory, a kernel that does not compile. A compiler's errors are of no common kind.
+            known = isinstance(error, RuntimeError) or engine.name == "triton"
+            self._fail(EngineError(f"--engine {engine.name} failed: {said(error)}") if known else error)
         except BaseException as error:  # whatever it is, the thread that called run() raises it
             self._fail(error)
 

@@ -15,8 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .twin import twin
-
 BLOCK = 2048  # elements a program: 16 for each of 128 threads, two 128-bit accesses per bf16 operand
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # of every kernel of this project
 LANES = tl.constexpr(8)  # bf16 elements in a 128-bit access
@@ -97,7 +95,7 @@ def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU."""
-    return not isinstance(extrapolate, triton.runtime.JITFunction)
+    return not isinstance(block, triton.runtime.JITFunction)
 
 
 def ptx() -> bool:
@@ -108,11 +106,3 @@ def ptx() -> bool:
 def available() -> str:
     """Why the kernels cannot run on this machine, or "" where they can; Triton's interpreter counts."""
     return "" if interpreted() or torch.cuda.is_available() else "torch sees no CUDA device"
-
-
-def run(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Tensor) -> None:
-    """The kernel, or the twin for F64; contiguous tensors on one device, alpha as `working_alpha` gives it."""
-    if torch.float64 in (sft.dtype, aligned.dtype):
-        out.copy_(twin(sft, aligned, alpha))
-    else:
-        launch(sft, aligned, alpha, out)

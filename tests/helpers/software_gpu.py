@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 import triton
+from helpers import ptx
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.cache import get_cache_manager
-
-from helpers import ptx
 
 WRITTEN = ("out_ptr", "sums_ptr", "counts_ptr")  # arguments that a kernel may write to
 NUMBERS = itertools.count(1000)  # of devices: Triton keeps what it compiled by them
@@ -111,7 +110,9 @@ class Launcher:
         if "table_ptr" in given:
             self._reach(memory, given["table_ptr"], arguments)
         numbers = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in given.values()]
-        numbers += [0] * (len(self._kernel.parameters) - len(numbers))  # Triton's scratch memory, of which none is asked
+        numbers += [0] * (
+            len(self._kernel.parameters) - len(numbers)
+        )  # Triton's scratch memory, of which none is asked
         assert (y, z) == (1, 1)
         self._gpu.launches.append((self._name, x))
         self._kernel.run(range(x), numbers, memory)
