@@ -17,6 +17,11 @@ _given_up: set[Any] = set()  # of torch.device
 _lock = threading.Lock()
 
 
+def on_gpu(tensor: Any) -> bool:
+    """Return whether a tensor is where kernels run."""
+    return bool(tensor.is_cuda)
+
+
 def give_up(device: Any, error: Exception) -> None:
     """Use the kernels no more on this torch.device in this process, and say so once."""
     with _lock:
@@ -32,8 +37,9 @@ def give_up(device: Any, error: Exception) -> None:
 
 
 def said(error: Exception) -> str:
-    """Return an error's kind and the start of its text: a compiler's may hold all of a kernel."""
-    return f"{type(error).__name__}: {str(error).strip()[:500]}"
+    """Return the start of an error's text, which may hold all of a kernel, after the kind that a compiler's needs."""
+    kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+    return f"{kind}{str(error).strip()[:500]}"
 
 
 def usable(device: Any) -> bool:
@@ -66,7 +72,7 @@ def compute(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
     """Compute with torch tensors on one device that is not the CPU, contiguous; alpha as it works, and not 0."""
     import torch
 
-    if aligned.device.type == "cuda" and torch.float64 not in (sft.dtype, aligned.dtype):
+    if on_gpu(aligned) and torch.float64 not in (sft.dtype, aligned.dtype):
 
         def launch() -> None:
             from .kernels import extrapolate

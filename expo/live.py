@@ -105,7 +105,7 @@ class Live:
         self._threads = min(cpu_count(), THREADS)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expo-live")
         self._tables: dict[float | None, Any] = {}
-        self._near = keep == "device"
+        self._launches = keep == "device" and self._device.type == "cuda"
         self._alpha: float | None = 0.0
         self._closed = False
 
@@ -152,7 +152,7 @@ class Live:
     def _on_device(self, value: float) -> None:
         groups: dict[tuple[float | None, bool], list[Trio]] = {}
         for trio in self._trios:
-            together = self._near and self._device.type == "cuda" and "F64" not in trio.dtypes
+            together = self._launches and "F64" not in trio.dtypes
             groups.setdefault((trio.alpha, together), []).append(trio)
         for (own, together), trios in groups.items():
             alpha = value if own is None else own

@@ -20,9 +20,9 @@ class Reserved:
 
     depth = RING_SLOTS
 
-    def __init__(self, device: Any, make: Callable[[], Lane], reserve: Lane) -> None:
-        """Make the GPU's lane, which may fail too; device: a torch.device, for the warning."""
-        self._device, self._reserve = device, reserve
+    def __init__(self, device: Any, make: Callable[[], Lane], reserve: Lane, name: str) -> None:
+        """Make the GPU's lane, which may fail too; device: a torch.device, for the warning; name: of the reserve."""
+        self._device, self._reserve, self._name = device, reserve, name
         self._chunks: deque[Chunk] = deque()  # begun and not finished
         self._gpu: Lane | None = None
         self._gpu = self._try(make)
@@ -41,7 +41,7 @@ class Reserved:
         if result is not None:
             return result
         self._reserve.begin(chunk)
-        return self._reserve.finish()
+        return self._reserve.finish()._replace(engine=self._name)
 
     def close(self) -> None:
         """Wait for the GPU."""

@@ -71,6 +71,7 @@ class Result(NamedTuple):
 
     buffers: Sequence[memoryview]
     measured: Measured
+    engine: str = ""  # the name of the one that computed it, where that is not the lane's
 
 
 class Lane(Protocol):
@@ -189,7 +190,8 @@ class Pass:
     def _report(self) -> None:
         while self._finished:
             name, chunk, measured = self._finished.popleft()
-            self.shares[name] += (chunk.stop - chunk.start) * len(self._plan.alphas)
+            size = (chunk.stop - chunk.start) * len(self._plan.alphas)
+            self.shares[name] = self.shares.get(name, 0) + size
             if self._landed is not None:
                 self._landed(chunk, measured)
 
@@ -206,7 +208,7 @@ class Pass:
         if engine.reserve is None:
             return ring()
         reserve = Direct(engine.reserve, len(self._plan.alphas), self._source, self._size, measure)
-        return Reserved(engine.gpu.device, ring, reserve)
+        return Reserved(engine.gpu.device, ring, reserve, engine.reserve.name)
 
     def _work(self, engine: Engine) -> None:
         try:
@@ -237,7 +239,7 @@ class Pass:
                 return
             if chunk is None or len(under_way) == lane.depth:
                 done = under_way.popleft()
-                buffers, measured = lane.finish()
-                for k, buffer in enumerate(buffers):
+                result = lane.finish()
+                for k, buffer in enumerate(result.buffers):
                     self._sink(k, done, buffer)
-                self._finished.append((name, done, measured))
+                self._finished.append((result.engine or name, done, result.measured))

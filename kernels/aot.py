@@ -142,9 +142,10 @@ def _nothing_printed(what: str) -> Iterator[None]:
                 sys.stderr.flush()
                 os.dup2(kept, 2)
                 os.close(kept)
-        printed = copy.read().decode(errors="replace").strip()
+        printed = dict.fromkeys(copy.read().decode(errors="replace").strip().splitlines())  # each line once
     if printed:
-        raise CompilerError(f"{what}: the code cannot be trusted, as the compiler printed\n{printed[:2000]}")
+        lines = "\n".join(list(printed)[:20])
+        raise CompilerError(f"{what}: the code cannot be trusted, as the compiler printed\n{lines}")
 
 
 def hidden_arguments(kernel: Any, variant: Variant) -> int:

@@ -33,9 +33,13 @@ def check(device: torch.device) -> None:
     if device in _passed or interpreted():
         return
     with _lock, current(torch.empty(0, device=device)):
-        if device not in _passed and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if device not in _passed and not _capturing(device):
             _run(device)
             _passed.add(device)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def elements() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

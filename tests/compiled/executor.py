@@ -2,7 +2,8 @@
 
 LLVM compiles the arithmetic as it stands. What only a GPU has is replaced: the numbers of program and thread become
 parameters; in inline assembly, accesses become loads and stores that are checked, and products become LLVM's; bf16 is
-rounded with integers, as a CPU's own instruction flushes subnormals. Whatever else a GPU has is refused, so that nothing is skipped in silence.
+rounded with integers, as a CPU's own instruction flushes subnormals. Whatever else a GPU has is refused, so that
+nothing is skipped in silence.
 Threads run one after another, from barrier to barrier where there are any.
 """
 

@@ -142,6 +142,7 @@ def of_floats() -> Iterator[tuple[str, str, Compute]]:
             yield f"{name}.NaN.f32", types, canonical(with_nan(choose))
     yield "abs.f32", "f32 f32", canonical(np.abs)
     yield "neg.f32", "f32 f32", canonical(np.negative)
+    yield "abs.f16", "f16 f16", np.abs
     yield "abs.f16x2", "f16x2 f16x2", np.abs
     yield "cvt.f32.f16", "f32 f16", canonical(lambda x: x.astype(np.float32))
     for kind, narrow in {"bf16": to_bf16, "f16": to_fp16}.items():
