@@ -3,7 +3,7 @@ TORCH ?= torch
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all bench format clean
+.PHONY: demo test test-all bench gpu format clean
 
 demo: .venv/installed
 	$(BIN)/python -W error::UserWarning -m expo.demo
@@ -23,6 +23,10 @@ bench: .venv/installed
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=.benchmarks.json
 	$(BIN)/python -m bench.report .benchmarks.json bench/results/$$(nproc)-cores.json
 	$(BIN)/python -m bench.plots bench/results/$$(nproc)-cores.json
+
+# On a machine with a GPU, its own Python and nothing to install from: at most 9 minutes, $(OUT)/gpu.json and tables.
+gpu:
+	@$(PYTHON) -m bench.gpu $(or $(OUT),build)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

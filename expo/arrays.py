@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
+from . import gpu
 from .engines import Engine, choose, cpu_count
 from .errors import EngineError, UsageError
 from .kernels.contract import ITEMSIZE, working_alpha
@@ -47,8 +48,9 @@ def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any
     whose result would depend on the order, as an out overlaps what belongs to another pair, are refused.
 
     Contiguous memory on the CPU takes the compiled engine (NumPy where that is not built), which releases the GIL;
-    CUDA tensors take the Triton kernel. Raises UsageError for arguments that do not fit together, and for tensors that
-    have no memory of their own: DTensor, FakeTensor, meta tensors, wrappers.
+    CUDA tensors take the Triton kernel. A kernel that fails its self-test, at first use, or cannot run is replaced by
+    torch's own operations, and a RuntimeWarning says so once for each device. Raises UsageError for arguments that do
+    not fit together, and for tensors that have no memory of their own: DTensor, FakeTensor, meta tensors, wrappers.
     """
     torch = sys.modules.get("torch")  # who holds a tensor has imported it
     if torch is not None and isinstance(aligned, torch.Tensor):
@@ -76,19 +78,13 @@ def _many(torch: Any, sft: list[Any], aligned: list[Any], alpha: float, out: lis
             continue
         if torch is None or not isinstance(a, torch.Tensor):
             _compute_arrays(s, a, each)
-        elif _on_gpu(a) and _plain(s, a, o) and each.alpha and "F64" not in each.dtypes:
+        elif gpu.on_gpu(a) and _plain(s, a, o) and each.alpha and "F64" not in each.dtypes:
             together[a.device].append((s.detach(), a.detach(), o.detach()))
         else:
             _compute(s, a, each)
     for launched in together.values():
-        from .kernels.whole_model import Table
-
-        Table(*zip(*launched, strict=True)).launch(working_alpha(alpha))
+        gpu.compute_together(launched, working_alpha(alpha))
     return results
-
-
-def _on_gpu(tensor: Any) -> bool:
-    return bool(tensor.is_cuda)
 
 
 class _Checked(NamedTuple):
@@ -188,24 +184,12 @@ def _compute(sft: Any, aligned: Any, checked: _Checked) -> None:
     elif aligned.device.type == "cpu":
         _on_cpu((sft.data_ptr(), aligned.data_ptr(), out.data_ptr()), dtypes, aligned.numel(), al)
     else:
-        on_device(sft.detach(), aligned.detach(), al, out.detach())
+        gpu.compute(sft.detach(), aligned.detach(), al, out.detach())
 
 
 def _check_layouts(torch: Any, sft: Any, aligned: Any, out: Any) -> None:
     if any(x.layout != torch.strided for x in (sft, aligned, out)):
         raise UsageError(f"tensors must be dense, got sft {sft.layout}, aligned {aligned.layout}, out {out.layout}")
-
-
-def on_device(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
-    """Three torch tensors on one device that is not the CPU, contiguous; alpha as it works, and not 0."""
-    if aligned.device.type == "cuda":
-        from .kernels import extrapolate as kernels
-
-        kernels.run(sft, aligned, alpha, out)
-    else:
-        from .kernels.twin import twin
-
-        out.copy_(twin(sft, aligned, alpha))
 
 
 def _arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> Any:

@@ -11,26 +11,41 @@ import re
 from typing import Any, NamedTuple
 
 from .errors import EngineError, UsageError
-from .kernels.contract import EngineFunction
+from .gpu import attempt, give_up, said
+from .kernels.contract import EngineFunction, Statistics
 
 ENGINES = ("auto", "numpy", "cpu", "triton")
 MOST_WORKERS = 8
 
 
 class Engine(NamedTuple):
-    """name: as in `--engine`; run: the function; why: one phrase for the summary; gpu: a `ring.Device` to stream to."""
+    """An engine, and what it needs.
+
+    name: as in `--engine`. run: the function. why: one phrase for the summary. gpu: a `ring.Device` to stream to.
+    reserve: the engine of the CPU that takes over if the GPU fails; None where nothing may.
+    """
 
     name: str
     run: EngineFunction
     why: str
     gpu: Any = None
+    reserve: Engine | None = None
+
+
+class _Unusable(EngineError):
+    """A GPU that is there, whose kernels fail; device: a torch.device."""
+
+    def __init__(self, device: Any, error: Exception) -> None:
+        super().__init__(f"--engine triton cannot be used on {device}: {said(error)}; --engine cpu needs no GPU")
+        self.device, self.error = device, error
 
 
 def choose(engine: str = "auto", device: str = "auto") -> Engine:
     """The engine that is asked for, or the best for the CPU.
 
     engine: "auto", "numpy", "cpu" or "triton"; device: "auto", "cpu" or "cuda[:index]". auto is the compiled engine,
-    or NumPy where that is not built: from file to file the disk is the limit, and a GPU has nothing to add.
+    or NumPy where that is not built: from file to file the disk is the limit, and a GPU has nothing to add. Where
+    kernels fail on a GPU that only `device` names, a RuntimeWarning says so and the CPU computes.
     Raises UsageError for an unknown name, EngineError for an engine asked for by name that cannot run here.
     """
     if engine not in ENGINES:
@@ -41,8 +56,10 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
         raise UsageError(f"--engine {engine} computes on the CPU, but --device is {device}; leave one of them out")
     if engine == "triton" and device == "cpu":
         raise UsageError("--engine triton computes on a GPU, but --device is cpu; leave one of them out")
-    if engine == "triton" or on_gpu:
+    if engine == "triton":
         return _triton(device)
+    if on_gpu:
+        return _triton_or_cpu(device)
     if engine == "numpy":
         return _numpy("asked for")
     try:
@@ -72,15 +89,41 @@ def _numpy(why: str) -> Engine:
 def _triton(device: str) -> Engine:
     try:
         from .kernels import device as gpu
-        from .kernels import extrapolate, host
+        from .kernels import extrapolate, host, selftest
     except ImportError as error:
         raise EngineError(f"--engine triton needs torch and triton, which cannot be imported: {error}") from error
     device = "cuda" if device == "auto" else device
     try:
         stream_to = None if extrapolate.interpreted() else gpu.Cuda(device)
-        return Engine("triton", host.HostEngine(device), f"asked for, on {device}", stream_to)
+        engine = host.HostEngine(device)
     except RuntimeError as error:
         raise EngineError(f"--engine triton cannot run here: {error}; --engine cpu needs no GPU") from error
+    try:
+        selftest.check(engine.device)
+    except Exception as error:  # wrong bits, or a compiler's, of no common kind
+        raise _Unusable(engine.device, error) from error
+    return Engine("triton", engine, f"asked for, on {device}", stream_to)
+
+
+def _triton_or_cpu(device: str) -> Engine:
+    """Return the GPU with the CPU's engine in reserve, or that engine alone if the GPU's kernels fail their test."""
+    reserve = choose("auto", "cpu")
+    try:
+        first = _triton(device)
+    except _Unusable as error:
+        give_up(error.device, error.error)
+        return reserve._replace(why=f"the kernels fail on {error.device}")
+
+    if first.gpu is None:  # Triton's interpreter
+        return first
+
+    def run(*arguments: Any) -> Statistics | None:
+        found: list[Statistics | None] = []
+        if attempt(first.gpu.device, lambda: found.append(first.run(*arguments))):
+            return found[0]
+        return reserve.run(*arguments)
+
+    return first._replace(run=run, reserve=reserve)
 
 
 def crew(engine: str = "auto", device: str = "auto", processes: int = 1) -> tuple[Engine, ...]:

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .arrays import THREADS, compute_at, on_device
+from . import gpu
+from .arrays import THREADS, compute_at
 from .checkpoint import Checkpoint
 from .engines import cpu_count
 from .errors import EngineError, PlanError, UsageError
@@ -114,7 +115,7 @@ class Live:
         self._threads = min(cpu_count(), THREADS)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expo-live")
         self._tables: dict[float | None, Any] = {}
-        self._near = keep == "device"
+        self._launches = keep == "device" and self._device.type == "cuda"
         self._alpha: float | None = 0.0
         self._closed = False
 
@@ -162,22 +163,21 @@ class Live:
     def _on_device(self, value: float) -> None:
         groups: dict[tuple[float | None, bool], list[Trio]] = {}
         for trio in self._trios:
-            together = self._near and self._device.type == "cuda" and "F64" not in trio.dtypes
+            together = self._launches and "F64" not in trio.dtypes
             groups.setdefault((trio.alpha, together), []).append(trio)
         for (own, together), trios in groups.items():
             alpha = value if own is None else own
-            if together and working_alpha(alpha):
-                self._table(own, trios).launch(working_alpha(alpha))
+            table = self._table(own, trios) if together and working_alpha(alpha) else None
+            if table is not None:
+                gpu.compute_table(table, working_alpha(alpha))
                 continue
             for trio in trios:
                 self._in_parts(trio, working_alpha(alpha, *trio.dtypes))
 
     def _table(self, own: float | None, trios: Sequence[Trio]) -> Any:
-        """Of the tensors that share an alpha, for one launch."""
+        """Return the table of all tensors that share this alpha, kept for later launches; None for want of kernels."""
         if own not in self._tables:
-            from .kernels.whole_model import Table
-
-            self._tables[own] = Table(*zip(*((trio.sft, trio.aligned, trio.out) for trio in trios), strict=True))
+            self._tables[own] = gpu.table((trio.sft, trio.aligned, trio.out) for trio in trios)
         return self._tables[own]
 
     def _in_parts(self, trio: Trio, alpha: float) -> None:
@@ -186,7 +186,7 @@ class Live:
         for sft, aligned, out in zip(*columns, strict=True):
             s, a = (each.to(self._device, non_blocking=True) for each in (sft, aligned))
             if alpha:
-                on_device(s, a, alpha, out)
+                gpu.compute(s, a, alpha, out)
             else:
                 out.copy_(a)
 

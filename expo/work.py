@@ -13,7 +13,8 @@ from contextlib import closing
 from typing import NamedTuple, Protocol
 
 from .engines import Engine
-from .errors import Cancelled, EngineError
+from .errors import Cancelled, EngineError, ExpoError
+from .gpu import said
 from .kernels.contract import Statistics
 from .layout import Chunk
 from .plan import Plan
@@ -70,6 +71,7 @@ class Result(NamedTuple):
 
     buffers: Sequence[memoryview]
     measured: Measured
+    engine: str = ""  # the name of the one that computed it, where that is not the lane's
 
 
 class Lane(Protocol):
@@ -188,7 +190,8 @@ class Pass:
     def _report(self) -> None:
         while self._finished:
             name, chunk, measured = self._finished.popleft()
-            self.shares[name] += (chunk.stop - chunk.start) * len(self._plan.alphas)
+            size = (chunk.stop - chunk.start) * len(self._plan.alphas)
+            self.shares[name] = self.shares.get(name, 0) + size
             if self._landed is not None:
                 self._landed(chunk, measured)
 
@@ -196,18 +199,27 @@ class Pass:
         measure = self._landed is not None
         if engine.gpu is None:
             return Direct(engine, len(self._plan.alphas), self._source, self._size, measure)
+        from .reserve import Reserved
         from .ring import Ring
 
-        return Ring(engine.gpu, self._plan, self._source, self._size, measure)
+        def ring() -> Ring:
+            return Ring(engine.gpu, self._plan, self._source, self._size, measure)
+
+        if engine.reserve is None:
+            return ring()
+        reserve = Direct(engine.reserve, len(self._plan.alphas), self._source, self._size, measure)
+        return Reserved(engine.gpu.device, ring, reserve, engine.reserve.name)
 
     def _work(self, engine: Engine) -> None:
         try:
             with closing(self._lane(engine)) as lane:
                 self._drive(lane, engine.name)
-        except EngineError as error:  # a RuntimeError too, and says all there is to say
+        except (ExpoError, OSError) as error:  # they say all there is to say
             self._fail(error)
-        except RuntimeError as error:  # of a GPU: out of memory, a kernel that does not compile
-            self._fail(EngineError(f"--engine {engine.name} failed: {error}"))
+        except Exception as error:
+            # Of a GPU: out of memory, a kernel that does not compile. A compiler's errors are of no common kind.
+            known = isinstance(error, RuntimeError) or engine.name == "triton"
+            self._fail(EngineError(f"--engine {engine.name} failed: {said(error)}") if known else error)
         except BaseException as error:  # whatever it is, the thread that called run() raises it
             self._fail(error)
 
@@ -227,7 +239,7 @@ class Pass:
                 return
             if chunk is None or len(under_way) == lane.depth:
                 done = under_way.popleft()
-                buffers, measured = lane.finish()
-                for k, buffer in enumerate(buffers):
+                result = lane.finish()
+                for k, buffer in enumerate(result.buffers):
                     self._sink(k, done, buffer)
-                self._finished.append((name, done, measured))
+                self._finished.append((result.engine or name, done, result.measured))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +39,12 @@ KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ITEM = {name: kind.itemsize for name, kind in KINDS.items()}  # bytes
 
 
+class CompilerError(RuntimeError):
+    """The compiler printed something: LLVM reports errors so, and Triton goes on and returns code that lacks a part."""
+
+
 class Variant(NamedTuple):
-    """A kernel for certain dtypes and constants.
+    """A kernel for certain dtypes and constants; PTX, which is the target's, is left to `compiled`.
 
     types: of its arguments, in order, "constexpr" for those in `constants`. wide: arguments that are multiples of 16.
     bytes_per_element: what it reads and writes for every element of the tensor.
@@ -109,11 +115,37 @@ def target_of(text: str) -> GPUTarget:
 
 
 def compiled(variant: Variant, target: GPUTarget, **options: Any) -> Any:
-    """Triton's compiled kernel, with the launchers' options unless others are given."""
+    """Return Triton's compiled kernel, with the launchers' options unless others are given. Raises CompilerError."""
     index = {name: i for i, name in enumerate(variant.types)}
     attributes = {(index[name],): [["tt.divisibility", 16]] for name in variant.wide}
-    source = ASTSource(variant.kernel, variant.types, variant.constants, attributes)
-    return triton.compile(source, target=target, options={**OPTIONS, **options})
+    constants = {"PTX": target.backend == "cuda", **variant.constants}
+    source = ASTSource(variant.kernel, {**variant.types, "PTX": "constexpr"}, constants, attributes)
+    with _nothing_printed(f"{variant.name} for {target.backend}:{target.arch}"):
+        return triton.compile(source, target=target, options={**OPTIONS, **options})
+
+
+@contextmanager
+def _nothing_printed(what: str) -> Iterator[None]:
+    """Raise CompilerError in the end if anything was written to file descriptor 2, where it still arrives.
+
+    A process of its own passes it on, so that the last words of a compiler that aborts are not lost.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.NamedTemporaryFile() as copy:
+        with subprocess.Popen(["tee", copy.name], stdin=subprocess.PIPE, stdout=kept) as tee:
+            assert tee.stdin is not None
+            os.dup2(tee.stdin.fileno(), 2)
+            try:
+                yield
+            finally:
+                sys.stderr.flush()
+                os.dup2(kept, 2)
+                os.close(kept)
+        printed = dict.fromkeys(copy.read().decode(errors="replace").strip().splitlines())  # each line once
+    if printed:
+        lines = "\n".join(list(printed)[:20])
+        raise CompilerError(f"{what}: the code cannot be trusted, as the compiler printed\n{lines}")
 
 
 def hidden_arguments(kernel: Any, variant: Variant) -> int:
@@ -137,7 +169,8 @@ def machine_code(cubin: bytes) -> list[str] | None:
     text = nvidia_tool("nvdisasm", cubin, "-c")
     if text is None:
         return None
-    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text, re.MULTILINE)
+    # For Blackwell nvdisasm 12.8 adds what an instruction waits for: &req={0} ?trans1
+    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)(?:\s+[&?]\w[^;]*)?\s*;", text, re.MULTILINE)
     return [line for line in lines if line != "NOP"]
 
 
@@ -170,14 +203,13 @@ def described(variant: Variant, kernel: Any) -> dict[str, Any]:
     per_thread = block / (warps * kernel.metadata.target.warp_size)
     code = machine_code(kernel.asm["cubin"]) if "cubin" in kernel.asm else None
     arguments: list[dict[str, Any]] = [{"name": name, "type": kind} for name, kind in variant.arguments.items()]
+    given = {"PTX": "ptx" in kernel.asm, **variant.constants}
     names = ("global_scratch", "profile_scratch")[: hidden_arguments(kernel, variant)]
     return {
         "variant": variant.name,
         "entry": kernel.metadata.name,
         "args": arguments + [{"name": name, "type": "*i8", "hidden": True} for name in names],
-        "constexprs": {
-            name: value if isinstance(value, int | None) else str(value) for name, value in variant.constants.items()
-        },
+        "constexprs": {name: value if isinstance(value, int | None) else str(value) for name, value in given.items()},
         "block": block,
         "num_warps": warps,
         "shared": kernel.metadata.shared,
@@ -202,7 +234,7 @@ def write(target: str, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 0, or 2 for arguments that make no sense."""
+    """Run the command; return 0, 1 where a compiler printed something, or 2 for arguments that make no sense."""
     parser = argparse.ArgumentParser(prog="python -m expo.kernels.aot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--target", action="append", default=[], metavar="NAME", help="cuda:90, hip:gfx942; repeatable")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the folders go, one for each target")
@@ -218,11 +250,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             target_of(target)
     except ValueError as error:
         parser.error(str(error))
-    for target in options.target:
-        folder = options.out / target.replace(":", "-")
-        write(target, folder)
-        print(folder)
+    try:
+        for target in options.target:
+            folder = options.out / target.replace(":", "-")
+            with _fresh_cache():
+                write(target, folder)
+            print(folder)
+    except CompilerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+@contextmanager
+def _fresh_cache() -> Iterator[None]:
+    """Have Triton compile anew: what comes from its cache was compiled when nobody looked at what was printed."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("TRITON_CACHE_DIR")
+            if before is not None:
+                os.environ["TRITON_CACHE_DIR"] = before
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ class Cuda:
         reason = available()
         if reason:
             raise RuntimeError(reason)
-        self._device = torch.device(device)
-        torch.empty(0, device=self._device)  # an index that is not there fails here, not in the middle of a merge
+        # An index that is not there fails here, not in the middle of a merge.
+        self.device = torch.empty(0, device=device).device
 
     def pinned(self, size: int) -> torch.Tensor:
         """uint8 memory of the host that the GPU reads and writes by itself, from the start of a page on."""
@@ -30,13 +30,13 @@ class Cuda:
 
     def memory(self, size: int) -> torch.Tensor:
         """uint8 memory of the GPU."""
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def stream(self) -> torch.cuda.Stream:
         """A stream for memory that is allocated by now."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         # Memory that was freed a moment ago may still be in use there.
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         return stream
 
     def enqueue(self, stream: torch.cuda.Stream, work: Callable[[], None]) -> None:

@@ -2,7 +2,8 @@
 
     d = f32(a) - f32(s);  p = alpha * d;  r = f32(a) + p;  out = round-to-nearest-even(r -> dtype of a)
 
-Each fp32 operation rounds once: the launcher forbids fused multiply-adds (enable_fp_fusion=False).
+Each fp32 operation rounds once: the launcher forbids fused multiply-adds (enable_fp_fusion=False), and on NVIDIA's GPUs
+the product is an instruction that no stage of the compiler may fuse.
 Bytes moved per element: itemsize of sft + 2 * itemsize of aligned; 6 for bf16.
 """
 
@@ -13,8 +14,6 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
-
-from .twin import twin
 
 BLOCK = 2048  # elements a program: 16 for each of 128 threads, two 128-bit accesses per bf16 operand
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # of every kernel of this project
@@ -32,41 +31,50 @@ def widen(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def rounded(a, d, alpha, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The formula, from a and d in fp32."""
-    p = alpha * d
+def rounded(a, d, alpha, dtype: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the formula's result, from a and d in fp32; PTX: see `ptx`."""
+    if PTX:
+        # For Blackwell LLVM packs two products and two sums, and ptxas 12.8 and 12.9 fuse the packed ones whatever they
+        # are told. They leave alone what stands in inline assembly.
+        p = tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [d, alpha], tl.float32, is_pure=True, pack=1)
+    else:
+        p = alpha * d
     return (a + p).to(dtype)
 
 
-@triton.jit
-def write(sft_ptr, aligned_ptr, out_ptr, alpha, at, inside):  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator]
+def write(sft_ptr, aligned_ptr, out_ptr, alpha, at, inside, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
     """The elements `at`, where `inside`; all of them for None."""
     sft = tl.load(sft_ptr + at, mask=inside)
     aligned = tl.load(aligned_ptr + at, mask=inside)
     a = widen(aligned)
     d = a - widen(sft)
-    tl.store(out_ptr + at, rounded(a, d, alpha, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at, rounded(a, d, alpha, out_ptr.dtype.element_ty, PTX), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def block(sft_ptr, aligned_ptr, out_ptr, left, alpha, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def block(  # type: ignore[no-untyped-def]
+    sft_ptr, aligned_ptr, out_ptr, left, alpha, BLOCK: tl.constexpr, PTX: tl.constexpr
+):
     """The first BLOCK elements, or the `left` ones that there are: none where it is 0 or negative."""
     at = tl.arange(0, BLOCK)
     if left >= BLOCK:
-        write(sft_ptr, aligned_ptr, out_ptr, alpha, at, None)
+        write(sft_ptr, aligned_ptr, out_ptr, alpha, at, None, PTX)
     else:
         # A bound that the compiler sees to be a multiple of 8: a mask against any other allows 2-byte accesses alone.
         body = (left.to(tl.int32) // LANES) * LANES  # towards zero, so that the tail of a negative one is empty too
-        write(sft_ptr, aligned_ptr, out_ptr, alpha, at, at < body)
+        write(sft_ptr, aligned_ptr, out_ptr, alpha, at, at < body, PTX)
         tail = body + tl.arange(0, LANES)
-        write(sft_ptr, aligned_ptr, out_ptr, alpha, tail, tail < left)
+        write(sft_ptr, aligned_ptr, out_ptr, alpha, tail, tail < left, PTX)
 
 
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
-def extrapolate(sft_ptr, aligned_ptr, out_ptr, n, alpha, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def extrapolate(  # type: ignore[no-untyped-def]
+    sft_ptr, aligned_ptr, out_ptr, n, alpha, BLOCK: tl.constexpr, PTX: tl.constexpr
+):
     """n elements from three addresses, BLOCK for each program; out may be one of the inputs."""
     start = tl.program_id(0).to(tl.int64) * BLOCK  # int64 before the multiply: n may be past 2^31
-    block(sft_ptr + start, aligned_ptr + start, out_ptr + start, n - start, alpha, BLOCK)
+    block(sft_ptr + start, aligned_ptr + start, out_ptr + start, n - start, alpha, BLOCK, PTX)
 
 
 def launch(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Tensor) -> None:
@@ -77,7 +85,7 @@ def launch(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Te
     n = aligned.numel()
     if n:
         with current(aligned):
-            extrapolate[triton.cdiv(n, BLOCK),](sft, aligned, out, n, alpha, BLOCK=BLOCK, **OPTIONS)
+            extrapolate[triton.cdiv(n, BLOCK),](sft, aligned, out, n, alpha, BLOCK=BLOCK, PTX=ptx(), **OPTIONS)
 
 
 def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
@@ -87,17 +95,14 @@ def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU."""
-    return not isinstance(extrapolate, triton.runtime.JITFunction)
+    return not isinstance(block, triton.runtime.JITFunction)
+
+
+def ptx() -> bool:
+    """Return whether launches compile to PTX, NVIDIA's assembly: not for AMD's GPUs, and not in the interpreter."""
+    return torch.version.hip is None and not interpreted()
 
 
 def available() -> str:
     """Why the kernels cannot run on this machine, or "" where they can; Triton's interpreter counts."""
     return "" if interpreted() or torch.cuda.is_available() else "torch sees no CUDA device"
-
-
-def run(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Tensor) -> None:
-    """The kernel, or the twin for F64; contiguous tensors on one device, alpha as `working_alpha` gives it."""
-    if torch.float64 in (sft.dtype, aligned.dtype):
-        out.copy_(twin(sft, aligned, alpha))
-    else:
-        launch(sft, aligned, alpha, out)

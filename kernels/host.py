@@ -26,8 +26,8 @@ class HostEngine:
         reason = available()
         if reason:
             raise RuntimeError(reason)
-        self._device = torch.device("cpu" if interpreted() else device)
-        torch.empty(0, device=self._device)  # an index that is not there fails here, not in the middle of a merge
+        # An index that is not there fails here, not in the middle of a merge.
+        self.device = torch.empty(0, device="cpu" if interpreted() else device).device
 
     def __call__(
         self,
@@ -45,8 +45,8 @@ class HostEngine:
             return numerics.extrapolate(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure)
         s, a = self._upload(sft, sft_dtype, n), self._upload(aligned, aligned_dtype, n)
         results = a.new_empty((len(alphas), -(-n // 16) * 16))
-        partials = Partials.empty(n, len(alphas), self._device) if measure else None
-        launch(s, a, torch.tensor(alphas, dtype=torch.float32, device=self._device), results, partials)
+        partials = Partials.empty(n, len(alphas), self.device) if measure else None
+        launch(s, a, torch.tensor(alphas, dtype=torch.float32, device=self.device), results, partials)
         for result, out in zip(results[:, :n], outs, strict=True):
             bytes_ = result.view(torch.uint8).cpu().numpy()
             np.frombuffer(out, np.uint8, bytes_.size)[:] = bytes_
@@ -54,6 +54,6 @@ class HostEngine:
 
     def _upload(self, memory: Any, dtype: str, n: int) -> torch.Tensor:
         size = n * ITEMSIZE[dtype]
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         host.numpy()[:] = np.frombuffer(memory, np.uint8, size)
-        return host.to(self._device).view(DTYPES[dtype])
+        return host.to(self.device).view(DTYPES[dtype])

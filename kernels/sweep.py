@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .contract import Statistics
-from .extrapolate import LANES, OPTIONS, current, rounded, widen
+from .extrapolate import LANES, OPTIONS, current, ptx, rounded, widen
 
 PART = 2048  # elements at a time: 16 for each of 128 threads
 BLOCK = 2 * PART  # elements a program: what K addresses cost is paid once for two parts
@@ -43,8 +43,9 @@ def _count(a, out, counts_ptr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _write(  # type: ignore[no-untyped-def]
-    sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row, at, inside, K: tl.constexpr
-):
+    sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row, at, inside,
+    K: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """The elements `at`, where `inside`, all of them for None; statistics into a row, unless sums_ptr is None."""
     if inside is None:
         sft = tl.load(sft_ptr + at)
@@ -58,7 +59,7 @@ def _write(  # type: ignore[no-untyped-def]
     if sums_ptr is not None:
         _measure(a, d, sums_ptr + row * 3)
     for k in tl.static_range(K):
-        out = rounded(a, d, tl.load(alphas_ptr + k), out_ptr.dtype.element_ty)
+        out = rounded(a, d, tl.load(alphas_ptr + k), out_ptr.dtype.element_ty, PTX)
         tl.store(out_ptr + k * pitch + at, out, mask=inside)
         if sums_ptr is not None:
             _count(a, out, counts_ptr + row * K + k)
@@ -66,8 +67,9 @@ def _write(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
 def sweep(  # type: ignore[no-untyped-def]
-    sft_ptr, aligned_ptr, out_ptr, alphas_ptr, sums_ptr, counts_ptr, n, pitch, K: tl.constexpr, BLOCK: tl.constexpr
-):
+    sft_ptr, aligned_ptr, out_ptr, alphas_ptr, sums_ptr, counts_ptr, n, pitch,
+    K: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """n elements, BLOCK for each program in two parts; output k starts k * pitch elements after out_ptr.
 
     sums_ptr, counts_ptr: None, or where rows of 3 and of K are written: one for each part, and one for the tail.
@@ -83,16 +85,19 @@ def sweep(  # type: ignore[no-untyped-def]
     if left >= BLOCK:
         for part in tl.static_range(2):
             at = part * PART + tl.arange(0, PART)
-            _write(sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row + part, at, None, K)
+            _write(sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row + part, at, None, K, PTX)
     else:
         body = (left.to(tl.int32) // LANES) * LANES
         for part in tl.static_range(2):
             here = part * PART + tl.arange(0, PART)
             _write(
-                sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row + part, here, here < body, K
-            )
+                sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row + part,
+                here, here < body, K, PTX,
+            )  # fmt: skip
         tail = body + tl.arange(0, LANES)
-        _write(sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row + 2, tail, tail < left, K)
+        _write(
+            sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row + 2, tail, tail < left, K, PTX
+        )
 
 
 class Partials(NamedTuple):
@@ -132,8 +137,9 @@ def launch(
     if n:
         with current(aligned):
             sweep[triton.cdiv(n, BLOCK),](
-                sft, aligned, outs, alphas, sums, counts, n, outs.stride(0), K=len(alphas), BLOCK=BLOCK, **OPTIONS
-            )
+                sft, aligned, outs, alphas, sums, counts, n, outs.stride(0),
+                K=len(alphas), BLOCK=BLOCK, PTX=ptx(), **OPTIONS,
+            )  # fmt: skip
 
 
 def statistics(partials: Partials) -> Statistics:

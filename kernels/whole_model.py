@@ -9,27 +9,38 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from .extrapolate import BLOCK, OPTIONS, block, current
+from .extrapolate import BLOCK, OPTIONS, block, current, ptx
 
 SEGMENT = 128  # blocks of a row: 2^18 elements, so a tensor wastes at most 127 programs, and 7B parameters take 0.9 MB
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 WIDE = 16  # bytes of the alignment that 128-bit accesses need
+
+
+class Pointer(tl.pointer_type):  # type: ignore[misc]
+    """A pointer's type that can be a constant of a kernel: Triton's launcher hashes those, and its own has no hash."""
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
 POINTERS = {
-    torch.bfloat16: tl.pointer_type(tl.bfloat16),
-    torch.float16: tl.pointer_type(tl.float16),
-    torch.float32: tl.pointer_type(tl.float32),
+    torch.bfloat16: Pointer(tl.bfloat16),
+    torch.float16: Pointer(tl.float16),
+    torch.float32: Pointer(tl.float32),
 }
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def whole_model(  # type: ignore[no-untyped-def]
     table_ptr, alpha, SFT: tl.constexpr, ALIGNED: tl.constexpr, ALIGNMENT: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Rows of int64: the addresses of sft, aligned and out, multiples of ALIGNMENT bytes, and the elements there.
 
@@ -42,13 +53,33 @@ def whole_model(  # type: ignore[no-untyped-def]
     sft_ptr = tl.multiple_of(tl.load(row).to(SFT), ALIGNMENT)
     aligned_ptr = tl.multiple_of(tl.load(row + 1).to(ALIGNED), ALIGNMENT)
     out_ptr = tl.multiple_of(tl.load(row + 2).to(ALIGNED), ALIGNMENT)
-    block(sft_ptr + start, aligned_ptr + start, out_ptr + start, left, alpha, BLOCK)
+    block(sft_ptr + start, aligned_ptr + start, out_ptr + start, left, alpha, BLOCK, PTX)
+
+
+class Group(NamedTuple):
+    """Tensors that one launch does: (sft, aligned, out) of one pair of dtypes, and the kernel's table of them.
+
+    constants: the kernel's, for the dtypes of sft and aligned and for the alignment of all addresses. The tensors are
+    held, so that the addresses stay theirs.
+    """
+
+    triples: list[Triple]
+    table: torch.Tensor
+    constants: dict[str, Any]
+
+    def launch(self, alpha: float) -> None:
+        """Run the kernel; alpha not 0, finite in fp32."""
+        if len(self.table):
+            with current(self.table):
+                whole_model[len(self.table) * SEGMENT,](
+                    self.table, alpha, **self.constants, SEGMENT=SEGMENT, BLOCK=BLOCK, PTX=ptx(), **OPTIONS
+                )
 
 
 class Table:
     """Where the tensors of a model are on the GPU: made once, launched for every alpha.
 
-    It holds the tensors, so that the addresses stay theirs.
+    groups: one for each pair of dtypes, and for odd addresses.
     """
 
     def __init__(
@@ -62,20 +93,15 @@ class Table:
         for s, a, o in zip(sft, aligned, out, strict=True):
             apart = any(tensor.data_ptr() % WIDE for tensor in (s, a, o))
             kinds[s.dtype, a.dtype, 1 if apart else WIDE].append((s, a, o))
-        self._launches = [(kind, triples, rows(triples)) for kind, triples in kinds.items()]
+        self.groups = [
+            Group(triples, rows(triples), {"SFT": POINTERS[s], "ALIGNED": POINTERS[a], "ALIGNMENT": alignment})
+            for (s, a, alignment), triples in kinds.items()
+        ]
 
     def launch(self, alpha: float) -> None:
-        """Run the kernel: once for each pair of dtypes, and for odd addresses; alpha not 0, finite in fp32."""
-        for (sft, aligned, alignment), triples, table in self._launches:
-            if len(table):
-                constants = {"SFT": POINTERS[sft], "ALIGNED": POINTERS[aligned], "ALIGNMENT": alignment}
-                with current(triples[0][1]):
-                    whole_model[len(table) * SEGMENT,](
-                        table, alpha, **constants, SEGMENT=SEGMENT, BLOCK=BLOCK, **OPTIONS
-                    )
-
-
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+        """Run the kernel for all groups; alpha not 0, finite in fp32."""
+        for group in self.groups:
+            group.launch(alpha)
 
 
 def rows(triples: Sequence[Triple]) -> torch.Tensor:

@@ -678,20 +678,11 @@ def test_numbers_of_tensors_that_differ() -> None:
 
 def test_what_goes_into_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU: contiguous tensors that the kernel knows, with an alpha that is not 0; the rest goes one by one."""
-    pytest.importorskip("triton")
-    from expo.kernels import whole_model
-
     launched: list[tuple[float, list[Any]]] = []
-
-    class Table:
-        def __init__(self, sft: Any, aligned: Any, out: Any) -> None:
-            self.out = list(out)
-
-        def launch(self, alpha: float) -> None:
-            launched.append((alpha, self.out))
-
-    monkeypatch.setattr("expo.arrays._on_gpu", lambda _: True)
-    monkeypatch.setattr(whole_model, "Table", Table)
+    monkeypatch.setattr("expo.gpu.on_gpu", lambda _: True)
+    monkeypatch.setattr(
+        "expo.gpu.compute_together", lambda triples, alpha: launched.append((alpha, [out for *_, out in triples]))
+    )
     sft, aligned = many(torch, 1), many(torch, 2)
     aligned[4], sft[4] = torch.ones(4, 6, dtype=torch.bfloat16).t(), torch.ones(6, 4, dtype=torch.bfloat16)
     aligned.append(torch.ones(3, dtype=torch.float64))

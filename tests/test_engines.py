@@ -29,14 +29,14 @@ def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_is_the_compiled_engine() -> None:
     pytest.importorskip("expo.kernels.cpu")
-    assert choose()[::2] == ("cpu", "compiled, as fast as memory")
-    assert choose("cpu", "cpu")[::2] == ("cpu", "asked for")
-    assert choose("numpy")[::2] == ("numpy", "asked for")
+    assert choose()[:3:2] == ("cpu", "compiled, as fast as memory")
+    assert choose("cpu", "cpu")[:3:2] == ("cpu", "asked for")
+    assert choose("numpy")[:3:2] == ("numpy", "asked for")
 
 
 @pytest.mark.usefixtures("not_built")
 def test_numpy_takes_over_by_itself_and_a_named_engine_does_not() -> None:
-    assert choose()[::2] == ("numpy", "the compiled engine is not built")
+    assert choose()[:3:2] == ("numpy", "the compiled engine is not built")
     with pytest.raises(expo.EngineError, match=r"not built .*--engine numpy"):
         choose("cpu")
 

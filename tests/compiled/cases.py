@@ -222,6 +222,11 @@ def cases(variant: aot.Variant) -> Iterator[Case]:
     yield from (Case(*specials(kinds), alphas=ALPHAS[i:] + ALPHAS[:i]) for i in range(len(ALPHAS)))
 
 
+def with_plain_product(variant: aot.Variant) -> aot.Variant:
+    """The variant as AMD's GPUs have it: the product is not inline assembly, and may be fused where that is allowed."""
+    return variant._replace(constants={**variant.constants, "PTX": False})
+
+
 def instructions(llir: str) -> str:
     """LLVM IR without what refers to the source."""
     return "\n".join(line.partition(", !dbg")[0] for line in llir.splitlines() if not line.startswith("!"))

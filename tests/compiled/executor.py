@@ -1,8 +1,9 @@
 """Runs on this CPU the LLVM IR that Triton lowers a kernel to for NVIDIA GPUs: what it computes, and where it reaches.
 
 LLVM compiles the arithmetic as it stands. What only a GPU has is replaced: the numbers of program and thread become
-parameters, accesses in inline assembly become loads and stores that are checked, and bf16 is rounded with integers, as
-a CPU's own instruction flushes subnormals. Whatever else a GPU has is refused, so that nothing is skipped in silence.
+parameters; in inline assembly, accesses become loads and stores that are checked, and products become LLVM's; bf16 is
+rounded with integers, as a CPU's own instruction flushes subnormals. Whatever else a GPU has is refused, so that
+nothing is skipped in silence.
 Threads run one after another, from barrier to barrier where there are any.
 """
 
@@ -33,6 +34,7 @@ ACCESS = re.compile(
     r"(?:@\$(?P<on>\d+) )?(?P<what>ld|st)\.(?P<space>global|shared::cta)(?:\.v(?P<count>[24]))?\.b(?P<bits>16|32|64) "
     r"(?:\{ (?P<into>.*) \}, )?\[ \$(?P<address>\d+) \+ 0 \](?:, \{ (?P<value>.*) \})?"
 )
+PRODUCT = re.compile(r'asm "mul\.rn\.f32 \$0, \$1, \$2;", "=f,f,f"')
 SHARED_LOAD = re.compile(r"load <4 x i32>, ptr (%\w+), align 16")
 CONVERSION = re.compile(
     r"(fptrunc|fpext) (<(\d+) x b?float>|b?float) (%\w+) to (<\d+ x b?float>|b?float)$", re.MULTILINE
@@ -149,6 +151,7 @@ class Translation:
         """The instructions, with calls in place of a GPU's own."""
         body = re.sub(r" #\d+$", "", body.replace("@global_smem", "@shared"), flags=re.MULTILINE)
         body = ASSEMBLY.sub(self._access, body)
+        body = PRODUCT.sub(self._product, body)
         body = SHARED_LOAD.sub(self._shared_load, body) if self.coroutine else body
         body = CONVERSION.sub(self._conversion, body)
         body = CONSTANT.sub(constant, body)
@@ -168,6 +171,11 @@ class Translation:
     def _access(self, match: re.Match[str]) -> str:
         template, words = Access.of(match[1], match[2]).shim()
         return self._shim(template, **words)
+
+    def _product(self, match: re.Match[str]) -> str:
+        """The product that no compiler may fuse."""
+        self._shims["product"] = shims.PRODUCT
+        return "@product"
 
     def _shared_load(self, match: re.Match[str]) -> str:
         """A load as LLVM has it: Triton loads so from shared memory alone."""

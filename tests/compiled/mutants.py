@@ -34,32 +34,34 @@ sweep = partial(Mutant, "sweep.py", "sweep2_bf16")
 whole = partial(Mutant, "whole_model.py", "whole_model_bf16")
 
 POINTERS = "block(sft_ptr + start, aligned_ptr + start"
+PRODUCT = "[d, alpha]"
 ROUND = "return (a + p).to(dtype)"
 BITS = "(a + p).to(tl.uint32, bitcast=True)"
 CAST = "return ({} >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)"
 FLUSH = "return tl.where((a + p < 2.0**-126) & (a + p > -(2.0**-126)), 0 * (a + p), a + p).to(dtype)"
-STORE = "rounded(a, d, alpha, out_ptr.dtype.element_ty)"
+STORE = "rounded(a, d, alpha, out_ptr.dtype.element_ty, PTX)"
 TWO_PRODUCTS = "((1 + alpha) * a - alpha * widen(sft)).to(out_ptr.dtype.element_ty)"
 
 MUTANTS = [
     plain("offset_in_32_bits", "tl.program_id(0).to(tl.int64) * BLOCK", "tl.program_id(0) * BLOCK", OUTSIDE),
-    plain("body_mask_too_wide", "at, at < body)", "at, at < body + LANES)", OUTSIDE),
-    plain("body_mask_of_all", "at, at < body)", "at, at < left)", DIFFERENT),
-    plain("body_not_masked", "at, at < body)", "at, None)", OUTSIDE),
-    plain("body_lost", "at, at < body)", "at, at < 0)", DIFFERENT),
-    plain("tail_mask_too_wide", "tail, tail < left)", "tail, tail <= left)", OUTSIDE),
-    plain("tail_not_masked", "tail, tail < left)", "tail, None)", OUTSIDE),
-    plain("tail_lost", "tail, tail < left)", "tail, tail < body)", DIFFERENT),
-    plain("tail_one_short", "tail, tail < left)", "tail, tail < left - 1)", DIFFERENT),
+    plain("body_mask_too_wide", "at, at < body,", "at, at < body + LANES,", OUTSIDE),
+    plain("body_mask_of_all", "at, at < body,", "at, at < left,", DIFFERENT),
+    plain("body_not_masked", "at, at < body,", "at, None,", OUTSIDE),
+    plain("body_lost", "at, at < body,", "at, at < 0,", DIFFERENT),
+    plain("tail_mask_too_wide", "tail, tail < left,", "tail, tail <= left,", OUTSIDE),
+    plain("tail_not_masked", "tail, tail < left,", "tail, None,", OUTSIDE),
+    plain("tail_lost", "tail, tail < left,", "tail, tail < body,", DIFFERENT),
+    plain("tail_one_short", "tail, tail < left,", "tail, tail < left - 1,", DIFFERENT),
     plain("full_one_too_soon", "if left >= BLOCK:", "if left >= BLOCK - 1:", OUTSIDE),
     plain("sft_for_aligned", "aligned = tl.load(aligned_ptr", "aligned = tl.load(sft_ptr", DIFFERENT),
     plain("pointers_swapped", POINTERS, "block(aligned_ptr + start, sft_ptr + start", DIFFERENT),
     plain("operands_swapped", "d = a - widen(sft)", "d = widen(sft) - a", DIFFERENT),
-    plain("no_alpha", "p = alpha * d\n", "p = d\n", DIFFERENT),
+    plain("no_alpha", PRODUCT, "[d, 1.0 + 0.0 * d]", DIFFERENT),
+    plain("square_of_d", PRODUCT, "[d, d]", DIFFERENT),
     plain("alpha_on_all", ROUND, "return (alpha * (a + d)).to(dtype)", DIFFERENT),
     plain("two_products", STORE, TWO_PRODUCTS, DIFFERENT),
     plain("difference_rounded", "d = a - widen(sft)", "d = (a - widen(sft)).to(tl.bfloat16).to(tl.float32)", DIFFERENT),
-    plain("product_rounded", "p = alpha * d\n", "p = (alpha * d).to(tl.bfloat16).to(tl.float32)\n", DIFFERENT),
+    plain("product_rounded", ROUND, "return (a + p.to(tl.bfloat16).to(tl.float32)).to(dtype)", DIFFERENT),
     plain("truncated", ROUND, CAST.format(BITS), DIFFERENT),
     plain("half_rounded_up", ROUND, CAST.format(f"({BITS} + 0x8000)"), DIFFERENT),
     plain("subnormals_flushed", ROUND, FLUSH, DIFFERENT),

@@ -116,6 +116,14 @@ define internal TARGET @NAME(SOURCE %x) alwaysinline {
 }
 """
 
+# mul.rn.f32: LLVM's own, which no flag allows to be fused with a sum.
+PRODUCT = """
+define internal float @product(float %x, float %y) alwaysinline {
+  %p = fmul float %x, %y
+  ret float %p
+}
+"""
+
 WIDEN = """
 define internal TARGET @NAME(SOURCE %x) alwaysinline {
   %low = bitcast SOURCE %x to <COUNT x i16>

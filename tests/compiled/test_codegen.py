@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import with_plain_product
 
 from expo.kernels import aot, extrapolate, sweep, whole_model
 
 VARIANTS = aot.variants()
-ASSERTED = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-NVIDIA = ASSERTED[:3]
+ASSERTED = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
+NVIDIA = ASSERTED[:4]
 PAIR = "extrapolate_bf16"
 WIDE = [name for name in VARIANTS if not name.endswith("_unaligned")]
 
@@ -198,10 +199,11 @@ def test_ptx_rounds_each_operation() -> None:
 
 
 def test_fusion_would_show() -> None:
-    """The checks above can fail: the same kernel with fusion allowed has fused multiply-adds at every layer."""
+    """The checks above can fail: a plain product with fusion allowed has fused multiply-adds at every layer."""
     allowed = {"enable_fp_fusion": True}
-    assert len(re.findall(r"\bfma\.rn\.f32\b", kernel(PAIR, **allowed).asm["ptx"])) >= 16
-    assert "FFMA" in aot.opcodes(sass(PAIR, "cuda:90", **allowed))
+    plain = aot.compiled(with_plain_product(VARIANTS[PAIR]), aot.target_of("cuda:90"), **allowed)
+    assert len(re.findall(r"\bfma\.rn\.f32\b", plain.asm["ptx"])) >= 16
+    assert "FFMA" in aot.opcodes(aot.machine_code(plain.asm["cubin"]) or ["FFMA"])
     assert amd_fused(PAIR, **allowed)
 
 
@@ -240,7 +242,7 @@ def test_launch(monkeypatch: pytest.MonkeyPatch, n: int, programs: int) -> None:
     extrapolate.launch(tensor, tensor, 0.25, tensor)
     assert launches.grid == (programs,)
     assert launches.arguments[3:] == (n, 0.25)
-    assert launches.options == {"BLOCK": VARIANTS[PAIR].constants["BLOCK"], **extrapolate.OPTIONS}
+    assert launches.options == {"BLOCK": VARIANTS[PAIR].constants["BLOCK"], "PTX": True, **extrapolate.OPTIONS}
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -253,7 +255,8 @@ def test_launch_of_a_sweep(monkeypatch: pytest.MonkeyPatch, n: int, programs: in
     assert launches.grid == (programs,)
     assert launches.arguments[6:] == (n, n + 5)
     assert (launches.arguments[4] is not None) is measured
-    assert launches.options == {"K": 2, "BLOCK": VARIANTS["sweep2_bf16"].constants["BLOCK"], **extrapolate.OPTIONS}
+    constants = {"K": 2, "BLOCK": VARIANTS["sweep2_bf16"].constants["BLOCK"], "PTX": True}
+    assert launches.options == {**constants, **extrapolate.OPTIONS}
 
 
 def test_launch_of_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +267,7 @@ def test_launch_of_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     table = launches.arguments[0]
     assert launches.grid == (3 * whole_model.SEGMENT,)
     assert table[:, 3].tolist() == [3, whole_model.SEGMENT * extrapolate.BLOCK, 1]
-    assert launches.options == {**VARIANTS["whole_model_bf16"].constants, **extrapolate.OPTIONS}
+    assert launches.options == {**VARIANTS["whole_model_bf16"].constants, "PTX": True, **extrapolate.OPTIONS}
 
 
 def test_launch_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +300,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
             *("sft_ptr", "aligned_ptr", "out_ptr", "n", "alpha"), "global_scratch", "profile_scratch",
         ]  # fmt: skip
         assert [each.get("hidden", False) for each in entries[0]["args"]] == [False] * 5 + [True] * 2
-        assert entries[0]["constexprs"] == {"BLOCK": 2048}
+        assert entries[0]["constexprs"] == {"BLOCK": 2048, "PTX": folder == "cuda-90"}
         assert entries[0]["bytes_per_element"] == 6
 
 
@@ -309,6 +312,31 @@ def test_arguments_are_those_of_the_compiled_entry(name: str) -> None:
     declared = re.findall(rf"\.param \.(\w+) .*{kernel(name).metadata.name}_param_\d+", ptx.partition(")")[0])
     arguments = described(name, "cuda:90")["args"]
     assert declared == ["u64" if each["type"].startswith("*") else sizes[each["type"]] for each in arguments]
+
+
+def test_a_compiler_that_prints_fails_the_command(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVIDIA's assembly for an AMD GPU: LLVM prints errors, Triton returns, and the code lacks the product."""
+    wrong = VARIANTS[PAIR]._replace(constants={**VARIANTS[PAIR].constants, "PTX": True})
+    monkeypatch.setattr(aot, "variants", lambda: {PAIR: wrong})
+    for _ in range(2):  # the second time it could come from Triton's cache, silently
+        assert aot.main(["--target", "hip:gfx942", "--out", str(tmp_path)]) == 1
+        said = capfd.readouterr()
+        assert said.out == ""
+        why = "error: extrapolate_bf16 for hip:gfx942: the code cannot be trusted, as the compiler printed\n"
+        assert "could not allocate output register" in said.err.partition(why)[2]
+    assert not (tmp_path / "hip-gfx942" / "kernels.json").exists()
+
+
+def test_what_nvdisasm_adds_for_blackwell_is_no_part_of_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As release 12.8, which Triton 3.5 and 3.6 ship, prints it."""
+    text = """        /*02f0*/                   FFMA R15, R16, UR4, R21               &req={0}           ?trans1;
+        /*0300*/              @!P0 BRA `(.L_x_0)                         ?WAIT5_END_GROUP;
+        /*0310*/                   EXIT                                                  ?trans5;
+"""
+    monkeypatch.setattr(aot, "nvidia_tool", lambda *_: text)
+    assert aot.machine_code(b"") == ["FFMA R15, R16, UR4, R21", "@!P0 BRA `(.L_x_0)", "EXIT"]
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,7 +146,7 @@ def test_outputs_far_apart(bits: int) -> None:
         ("mov.u32 $3, 0x0;", "mov.u32 $3, 0x1;", "inline assembly"),
         ("[ $4 + 0 ]", "[ $4 + 16 ]", "inline assembly"),
         ("ptx.sreg.tid.x", "ptx.sreg.laneid", r"llvm\.nvvm\.read\.ptx\.sreg\.laneid"),
-        ("to <2 x bfloat>", "to <2 x bfloat>\n  %y = fneg bfloat 0xR0000", "fneg bfloat"),
+        ("to bfloat", "to bfloat\n  %y = fneg bfloat 0xR0000", "fneg bfloat"),
         ("  ret void", "  store i32 0, ptr addrspace(1) %0\n  ret void", "store i32 0"),
         ("  ret void", "  %x = load i32, ptr addrspace(1) %0\n  ret void", "load i32"),
         ("  ret void", "  call void @other()\n  ret void", "other"),

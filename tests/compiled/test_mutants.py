@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import built, cases, instructions, verify
+from cases import built, cases, instructions, verify, with_plain_product
 from mutants import MUTANTS, Mutant, package
 
 from expo.kernels import aot
@@ -34,18 +34,19 @@ def test_mutants_fail(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_copy_without_mistakes_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the mutants fail is not the copying."""
-    compiler = package(tmp_path, "none", "extrapolate.py", "p = alpha * d\n", "p = d * alpha\n", monkeypatch)
+    compiler = package(tmp_path, "none", "extrapolate.py", "[d, alpha]", "[alpha, d]", monkeypatch)
     for name in KERNELS:
         execute(compiler, name)
 
 
-# Fused multiply-adds, which the compiler makes where it may
+# Fused multiply-adds, which the compiler makes where it may, of products that are not inline assembly
 
 
 @cache
-def compiled(name: str, target: str, fusion: bool) -> dict[str, Any]:
+def compiled(name: str, target: str, fusion: bool, plain: bool = True) -> dict[str, Any]:
     options = {"enable_fp_fusion": True} if fusion else {}
-    return dict(aot.compiled(aot.variants()[name], aot.target_of(target), **options).asm)
+    variant = aot.variants()[name]
+    return dict(aot.compiled(with_plain_product(variant) if plain else variant, aot.target_of(target), **options).asm)
 
 
 def fused(name: str, layer: str, fusion: bool) -> list[str]:
@@ -70,11 +71,20 @@ def test_fusion_is_seen(name: str, layer: str) -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
+def test_a_product_in_assembly_is_never_fused(name: str) -> None:
+    """Not even where the compiler may fuse whatever it finds."""
+    asm = compiled(name, "cuda:90", fusion=True, plain=False)
+    assert not re.findall(r"\b(?:fma|mad)\.[\w.]*f32\b", asm["ptx"])
+    code = aot.machine_code(asm["cubin"])
+    assert [opcode for opcode in aot.opcodes(code or []) if opcode.startswith("FFMA")] == []
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_fusion_is_not_seen_by_execution(name: str) -> None:
     """Products and sums are fused after the LLVM IR, so that executing it proves nothing about them."""
     with_fusion, without = (instructions(compiled(name, "cuda:90", fusion)["llir"]) for fusion in (True, False))
     assert with_fusion == without
-    variant = aot.variants()[name]
+    variant = with_plain_product(aot.variants()[name])
     kernel = built(variant, enable_fp_fusion=True)
     for case in cases(variant):
         verify(kernel, variant, case)

@@ -7,8 +7,8 @@ from typing import Any
 
 import exact
 import numpy as np
-import ptx
 import pytest
+from helpers import ptx
 
 THREADS = 128
 NAN, INF, TINY = 0x7FFFFFFF, 0x7F800000, 1  # bits of fp32

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import exact
 import numpy as np
-import ptx
 import pytest
 import torch
+from cases import with_plain_product
+from helpers import ptx
 from mutants import package
 from same import assert_same
 from statistics_mutants import MUTANTS, Mutant
@@ -315,7 +316,7 @@ def test_special_values(name: str, target: str) -> None:
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100"])
 def test_operations_that_may_be_fused_are_refused(target: str) -> None:
     """Without .rn the assembler, which comes after PTX, may fuse a product and a sum."""
-    variant = aot.variants()["extrapolate_bf16"]
+    variant = with_plain_product(aot.variants()["extrapolate_bf16"])
     text = aot.compiled(variant, aot.target_of(target), enable_fp_fusion=True).asm["ptx"]
     with pytest.raises(ptx.Refused, match=r"sub\.f32"):
         ptx.Kernel(text)
@@ -326,7 +327,8 @@ def test_fusion_shows() -> None:
     kernel, pair = compiled("extrapolate_bf16", "cuda:90"), weights("BF16", 2**21)
     expected, _ = reference(pair, kernel.dtypes, [0.3])
     assert_same(plain(kernel, pair, 0.3), expected[0], "BF16")
-    text = aot.compiled(kernel.variant, aot.target_of("cuda:90"), enable_fp_fusion=True).asm["ptx"]
+    variant = with_plain_product(kernel.variant)
+    text = aot.compiled(variant, aot.target_of("cuda:90"), enable_fp_fusion=True).asm["ptx"]
     got = plain(kernel._replace(kernel=ptx.Kernel(text.replace("sub.f32", "sub.rn.f32"))), pair, 0.3)
     at = np.flatnonzero(got != expected[0])
     assert len(at) > 10

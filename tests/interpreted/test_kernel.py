@@ -257,7 +257,7 @@ def test_whole_model(fence: Fence, monkeypatch: pytest.MonkeyPatch, place: str) 
         expected.append(reference(sft, aligned, pair, working_alpha(0.3)))
     table = whole_model.Table(*zip(*triples, strict=True))
     fence.readable = [extent(x) for triple in triples for x in triple[:2]] + [
-        extent(rows) for _, _, rows in table._launches
+        extent(group.table) for group in table.groups
     ]
     fence.writable = [extent(triple[2]) for triple in triples]
     table.launch(working_alpha(0.3))

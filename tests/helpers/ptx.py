@@ -8,6 +8,7 @@ modelled: races in global memory.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, product
@@ -26,7 +27,9 @@ TYPES: dict[str, tuple[int, Any]] = {
     **{f"s{bits}": (bits, np.dtype(f"i{bits // 8}").type) for bits in (16, 32, 64)},
 }
 ACCESS = re.compile(r"(ld|st)\.(global|shared)(?:(?<=shared)::cta)?(?:\.v([24]))?\.b(16|32|64)")
+MATRICES = re.compile(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
 WARP, EVERY_LANE = 32, 0xFFFFFFFF
+POISON = 0xA5A5  # as fp32 a number, so that a result made of it is wrong
 WINDOW = 1024  # where shared memory starts: not 0, so that a lost base shows
 PAGE = 1 << 32  # between buffers: an access past one does not reach the next
 
@@ -139,6 +142,7 @@ def of_floats() -> Iterator[tuple[str, str, Compute]]:
             yield f"{name}.NaN.f32", types, canonical(with_nan(choose))
     yield "abs.f32", "f32 f32", canonical(np.abs)
     yield "neg.f32", "f32 f32", canonical(np.negative)
+    yield "abs.f16", "f16 f16", np.abs
     yield "abs.f16x2", "f16x2 f16x2", np.abs
     yield "cvt.f32.f16", "f32 f16", canonical(lambda x: x.astype(np.float32))
     for kind, narrow in {"bf16": to_bf16, "f16": to_fp16}.items():
@@ -151,7 +155,7 @@ def multiply_add(x: Array, y: Array, z: Array) -> Array:
 
 
 def of_integers() -> Iterator[tuple[str, str, Compute]]:
-    for to, source in (("u64", "u32"), ("u32", "u64"), ("s64", "s32"), ("u32", "u16")):
+    for to, source in (("u64", "u32"), ("u32", "u64"), ("s64", "s32"), ("u32", "u16"), ("u16", "u32"), ("u64", "u16")):
         yield f"cvt.{to}.{source}", f"{to} {source}", lambda x, to=to: x.astype(TYPES[to][1])
     for kind in ("s32", "s64"):
         yield f"neg.{kind}", f"{kind} " * 2, np.negative
@@ -238,11 +242,12 @@ class Buffer(NamedTuple):
     start: int
     size: int
     writable: bool
-    memory: Array  # bytes, from the page on which it starts
+    memory: Array  # bytes from `base` on
+    base: int  # an address that 16 divides, at most 15 bytes before the start or that of the page
 
 
 class Memory:
-    """Global memory: arrays, each alone on its page."""
+    """Global memory: arrays, each alone on its page, and what the process has at addresses of its own."""
 
     def __init__(self) -> None:
         self._buffers: list[Buffer] = []
@@ -252,24 +257,31 @@ class Memory:
         page = (len(self._buffers) + 1) * PAGE
         memory = np.zeros((shift + data.nbytes + 15) // 16 * 16, np.uint8)
         memory[shift : shift + data.nbytes] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        self._buffers.append(Buffer(page + shift, data.nbytes, writable, memory))
+        self._buffers.append(Buffer(page + shift, data.nbytes, writable, memory, page))
         return page + shift
+
+    def map(self, address: int, size: int, writable: bool) -> None:
+        """Give access to the process's own memory, without a copy."""
+        base, stop = address // 16 * 16, -(-(address + size) // 16) * 16
+        if size:
+            memory = np.ctypeslib.as_array((ctypes.c_uint8 * (stop - base)).from_address(base))
+            self._buffers.append(Buffer(address, size, writable, memory, base))
 
     def read(self, address: int, dtype: Any) -> Array:
         """What the buffer that starts there holds now."""
         (found,) = (buffer for buffer in self._buffers if buffer.start == address)
-        return found.memory[address % PAGE :][: found.size].view(dtype)
+        return found.memory[address - found.base :][: found.size].view(dtype)
 
     def _each(self, access: Access, writing: bool) -> Iterator[tuple[Array, Array, Array]]:
         """For each buffer that is touched: its memory in units of the access, the lanes there, and their units."""
         access.require(access.address % access.size == 0, "misaligned")
         outside = np.ones(len(access.address), bool)
-        for start, size, writable, memory in self._buffers:
+        for start, size, writable, memory, base in self._buffers:
             if size >= access.size and writable >= writing:
                 inside = access.address - np.uint64(start) <= np.uint64(size - access.size)
                 if inside.any():
                     units = memory.view(STORED[access.width]).reshape(-1, access.words)
-                    yield units, inside, (access.address[inside] % PAGE // access.size).astype(np.int64)
+                    yield units, inside, ((access.address[inside] - np.uint64(base)) // access.size).astype(np.int64)
                 outside &= ~inside
         access.require(~outside, "a write outside the writable buffers" if writing else "a read outside the buffers")
 
@@ -479,11 +491,13 @@ class Kernel:
         if len(operands) == 2:
             if found := re.fullmatch(r"mov\.[bu](16|32|64)", opcode):
                 return self._mov(operands, int(found[1]))
-            if found := re.fullmatch(r"ld\.param\.b(32|64)", opcode):
-                return self._parameter(operands, int(found[1]))
+            if found := re.fullmatch(r"ld\.param\.(b32|b64|s32|u32)", opcode):
+                return self._parameter(operands, found[1])
             if found := ACCESS.fullmatch(opcode):
                 return self._access(operands, found[1], found[2], int(found[3] or 1), int(found[4]))
         if not guarded:
+            if (found := MATRICES.fullmatch(opcode)) and len(operands) == 2:
+                return self._matrices(operands, found[1], int(found[2]))
             if opcode == "bar.sync" and operands == ["0"]:
                 return lambda group, where: group.shared.barrier()
             if opcode == "shfl.sync.bfly.b32" and operands[3:] == ["31", "-1"] and operands[2] in SHUFFLES:
@@ -521,6 +535,11 @@ class Kernel:
         constant = np.array([[value % (1 << width)]], STORED[width]).view(dtype)
         return lambda group: constant
 
+    def _half(self, name: str, width: int) -> Source:
+        """Reads a register, or poison: LLVM leaves unwritten the half of a pair that nothing depends on."""
+        source, poison = self._source(name, f"b{width}"), np.full((1, 1), POISON, STORED[width])
+        return lambda group: source(group) if name in group.registers else poison
+
     def _computed(self, operands: list[str], types: list[str], compute: Compute) -> Act:
         width, dtype = TYPES[types[0]]
         to = self._register(operands[0], width)
@@ -541,7 +560,7 @@ class Kernel:
             sources = [SPECIAL[of]]
         elif of.startswith("{"):
             names = self._parts(of, width)
-            sources = [self._source(name, f"b{width // len(names)}") for name in names]
+            sources = [self._half(name, width // len(names)) for name in names]
         else:
             sources = [self._source(of, f"b{width}")]
 
@@ -553,24 +572,42 @@ class Kernel:
 
         return act
 
-    def _parameter(self, operands: list[str], width: int) -> Act:
-        to, name = self._register(operands[0], width), operands[1].strip("[] ")
+    def _parameter(self, operands: list[str], kind: str) -> Act:
+        """Into a register as wide, or with a sign or zeros before it into one of 64 bits."""
+        width, dtype = TYPES[kind]
+        wide = width if kind[0] == "b" else 64
+        to, name = self._register(operands[0], wide), operands[1].strip("[] ")
         if name not in self.parameters or TYPES[self.parameters[name]][0] != width:
             raise Refused("no such parameter")
-        return lambda group, where: group.write(to, group.arguments[name], where)
+        widened = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{wide // 8}")
+
+        def act(group: Group, where: Array | None) -> None:
+            value = group.arguments[name].view(dtype).astype(widened)
+            group.write(to, value.view(STORED[wide]), where)
+
+        return act
+
+    def _place(self, text: str, space: str) -> tuple[Source, int]:
+        """What gives an address in square brackets, and the number that is added to it."""
+        found = re.fullmatch(r"\[\s*(%\w+|global_smem)(?:\s*\+\s*(\d+))?\s*\]", text)
+        if found is None or (space == "global" and found[1] == "global_smem"):
+            raise Refused("unknown operands")
+        if found[1] == "global_smem":
+            return SPECIAL["global_smem"], int(found[2] or 0)
+        return self._source(found[1], "u64" if space == "global" else "u32"), int(found[2] or 0)
 
     def _access(self, operands: list[str], way: str, space: str, count: int, width: int) -> Act:
         """A load or a store of `count` words."""
         text, place = operands if way == "ld" else operands[::-1]
-        names, found = self._parts(text, width * count), re.fullmatch(r"\[\s*(%\w+)(?:\s*\+\s*(\d+))?\s*\]", place)
-        if found is None or len(names) != count or "_" in names or (space == "shared" and width != 32):
+        names = self._parts(text, width * count)
+        if len(names) != count or "_" in names or (space == "shared" and width != 32):
             raise Refused("unknown operands")
-        base = self._source(found[1], "u64" if space == "global" else "u32")
-        offset = int(found[2] or 0)
+        base, offset = self._place(place, space)
 
         def act(group: Group, where: Array | None) -> None:
             start = base(group)
-            access = group.access(start + start.dtype.type(offset), where, width, count)
+            address = np.broadcast_to(start + start.dtype.type(offset), group.shape)
+            access = group.access(address, where, width, count)
             held: Memory | Shared = group.memory if space == "global" else group.shared
             if way == "st":
                 lanes = access.row, access.thread
@@ -578,9 +615,36 @@ class Kernel:
                 return
             words = held.load(access)
             for i, name in enumerate(names):
-                value = np.zeros(group.shape, STORED[width])
+                value = group.registers.get(name)  # lanes that take no part keep what they have, if anything
+                value = np.full(group.shape, POISON, STORED[width]) if value is None else value.copy()
                 value[access.row, access.thread] = words[:, i]
-                group.write(name, value, where)
+                group.write(name, value, None)
+
+        return act
+
+    def _matrices(self, operands: list[str], way: str, count: int) -> Act:
+        """Matrices of 8 rows of 16 bytes in shared memory, a register of every lane for each.
+
+        Lanes 8i to 8i + 7 hold the addresses of matrix i's rows; lane t has word t % 4 of row t // 4.
+        """
+        text, place = operands if way == "ld" else operands[::-1]
+        names, lane = self._parts(text, 32 * count), np.arange(WARP)
+        if len(names) != count or "_" in names:
+            raise Refused("unknown operands")
+        base, offset = self._place(place, "shared")
+
+        def act(group: Group, where: Array | None) -> None:
+            rows = np.broadcast_to(base(group) + np.uint32(offset), group.shape).reshape(group.shape[0], -1, WARP)
+            used = rows[..., : 8 * count]
+            if (used % 16).any():
+                raise Fault(f"misaligned in shared memory: {used[used % 16 > 0][0]:#x}")
+            for i, name in enumerate(names):
+                words = rows[..., 8 * i + lane // 4] + (lane % 4 * 4).astype(np.uint32)
+                access = group.access(words.reshape(group.shape), None, 32, 1)
+                if way == "st":
+                    group.shared.store(access, group.read(name)[access.row, access.thread][:, None])
+                else:
+                    group.write(name, group.shared.load(access).reshape(group.shape), None)
 
         return act
 
