@@ -15,6 +15,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -90,7 +91,8 @@ class Live:
         keep: where the originals live: on the model's "device", in the "host"'s memory, or on the "disk" in an unnamed
             temporary file (TMPDIR says where). They take the bytes of both models; with "device" a model given as sft
             is used where it is, and must not change meanwhile.
-        alpha_for, on_unpaired, on_mismatch: as for merge().
+        alpha_for, on_unpaired, on_mismatch: as for merge(); a UserWarning says so where they leave most of the weights
+            as they are.
         Raises UsageError, CheckpointError, PlanError, and EngineError where there is too little room for the originals.
         """
         if keep not in KEEP:
@@ -105,6 +107,8 @@ class Live:
                 reads = _from_files(weak)
             plan = plan_for(weak, aligned, alpha_for, on_unpaired, on_mismatch)
             _check(plan, by_files=not isinstance(sft, torch.nn.Module))
+            for note in plan.notes:
+                warnings.warn(note, stacklevel=2)
             there = saved(sft) if isinstance(sft, torch.nn.Module) and keep == "device" else {}
             self._trios, self.memory = _remember(plan, saved(model), self._device, reads, keep, there)
         changed = {step.name for step in plan.steps if step.sft is not None}

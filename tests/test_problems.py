@@ -130,6 +130,17 @@ def test_an_option_that_copies_most_of_the_model_is_a_warning(
     assert "of the floating-point bytes are copied from aligned and not extrapolated" in capsys.readouterr().err
 
 
+def test_live_warns_of_it_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sft, aligned = pair_of(MIXTURES["Qwen 3 MoE"](), tmp_path)
+    small = {name: tensor for name, tensor in read_folder(sft).items() if "experts" in name or "norm" in name}
+    (sft / "model.safetensors").write_bytes(safetensors_bytes(small))
+    with quiet():
+        model = LOAD(aligned, dtype="auto")
+    with pytest.warns(UserWarning, match="of the floating-point bytes are copied from aligned"):
+        expo.Live(model, sft, on_unpaired="aligned").close()
+
+
 # Names, heads and parts.
 
 
