@@ -67,10 +67,18 @@ def _roots(files: Mapping[str, str], notes: list[str]) -> Iterator[str]:
 def _json(path: str) -> Any:
     """Return a file's JSON value; None where the file is not there."""
     try:
-        with open(path, "rb") as file:
-            return json.loads(file.read(MAX_CONFIG))
+        return json.loads(_read(path, MAX_CONFIG))
     except FileNotFoundError:
         return None
+
+
+def _read(path: str, most: int) -> bytes:
+    """Return a file's bytes. Raises OSError, and ValueError where there are more than `most`."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"{size} bytes, but at most {most} are read")
+        return file.read(size)
 
 
 def _references(value: Any) -> Iterator[str]:
@@ -102,8 +110,7 @@ def _parsed(name: str, path: str, notes: list[str]) -> ast.AST | None:
     import ast
 
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_CODE)
+        text = _read(path, MAX_CODE)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the code's own escapes
             return ast.parse(text, name)

@@ -122,6 +122,14 @@ def test_a_config_that_is_not_json(tmp_path: Path, text: Any) -> None:
     )
 
 
+def test_a_file_that_is_too_large_to_be_code(tmp_path: Path) -> None:
+    (tmp_path / "modeling_own.py").touch()
+    os.truncate(tmp_path / "modeling_own.py", 1 << 34)
+    code, (note,) = found(tmp_path, {"config.json": MODEL})
+    assert code == {"modeling_own.py"}
+    assert f"({1 << 34} bytes, but at most 10000000 are read)" in note
+
+
 def test_in_a_merge_code_comes_along_unrun_and_what_was_not_found_out_is_said(tmp_path: Path) -> None:
     tensors = {"w": ("BF16", (8, 8))}
     write_folder(tmp_path / "sft", random_tensors(tensors, 1))

@@ -280,6 +280,9 @@ def test_code_is_copied_and_never_run(tmp_path: Path) -> None:
     for folder in (sft, aligned):
         for name in ("modeling_custom.py", "config.py", "__init__.py", "json.py"):
             (folder / name).write_text(code)
+    config = json.loads((aligned / "config.json").read_text())
+    named = {"AutoModel": "modeling_custom.Own", "AutoConfig": "json.Own", "AutoTokenizer": "../../../etc/passwd.Own"}
+    (aligned / "config.json").write_text(json.dumps({**config, "auto_map": named}))
     expo.merge(sft, aligned, 0.5, tmp_path / "out")
     assert (tmp_path / "out" / "modeling_custom.py").read_text() == code
     assert not (tmp_path / "ran").exists()
