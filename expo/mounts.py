@@ -19,7 +19,10 @@ def refuse_mount_point(out: str, single_file: bool = False) -> None:
         single_file: True where the output is one file.
     """
     place = os.path.realpath(out)
-    if not os.path.exists(place) or not is_mount_point(place):
+    if not os.path.exists(place):
+        return
+    if not is_mount_point(place):
+        _refuse_mount_inside(out, place)
         return
     if os.path.isdir(place):
         kind, name = ("file", "merged.safetensors") if single_file else ("folder", "merged")
@@ -29,16 +32,26 @@ def refuse_mount_point(out: str, single_file: bool = False) -> None:
     raise OutputError(f"{out} is a mount point, which cannot be replaced: {advice}")
 
 
+def _refuse_mount_inside(out: str, place: str) -> None:
+    """Raise OutputError where something is mounted inside an output: its removal would empty that volume."""
+    inside = next((each for each in _listed() if each.startswith(os.path.join(place, ""))), None)
+    if inside is not None:
+        raise OutputError(f"{out} has a mount point in it, {inside}, so it cannot be replaced: choose another --out")
+
+
 def is_mount_point(place: str) -> bool:
     """Return whether something is mounted at this real path, or bound to it, a file included."""
     # os.path.ismount compares devices, and a bind mount may be of the same one.
+    return place in _listed() or os.path.ismount(place)
+
+
+def _listed() -> list[str]:
+    """Return the mount points that the system lists; none where it does not say."""
     try:
         with open(MOUNTINFO, "rb") as file:
-            if place in mount_points(file.read()):
-                return True
+            return list(mount_points(file.read()))
     except OSError:
-        pass
-    return os.path.ismount(place)
+        return []
 
 
 def mount_points(mountinfo: bytes) -> Iterator[str]:

@@ -59,6 +59,18 @@ def test_it_is_refused_before_anything_is_read(
     assert capsys.readouterr() == ("", f"expo: error: {said}\n")
 
 
+def test_an_output_with_a_volume_inside_is_not_replaced(volume: Path) -> None:
+    """Removing the old output would empty the volume."""
+    out = volume.parent
+    (out / "config.json").write_text("{}")
+    with pytest.raises(expo.OutputError, match="has a mount point in it") as caught:
+        expo.merge(DEMO / "sft", DEMO / "aligned", 0.3, out, overwrite=True)
+    assert str(volume) in str(caught.value)
+    assert volume.is_dir()
+    expo.merge(DEMO / "sft", DEMO / "aligned", 0.3, volume / "merged")
+    assert (volume / "merged" / "config.json").exists(), "beside it and in it there is room"
+
+
 def test_several_alphas_and_a_link_that_leads_there(volume: Path) -> None:
     link = volume.with_name("out-0.5")
     link.symlink_to(volume)
