@@ -34,6 +34,7 @@ TARGETS = (
     *(f"hip:{arch}" for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")),
 )
 STAGES = ("ttir", "ttgir", "llir", "ptx", "cubin", "amdgcn", "hsaco")
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)  # it takes other descriptions of arguments
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ITEM = {name: kind.itemsize for name, kind in KINDS.items()}  # bytes
@@ -245,6 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not options.target or options.out is None:
         parser.error("name at least one --target, and the folder --out")
+    if OLD:
+        parser.error(f"Triton 3.3 or later is needed, this is {triton.__version__}")
     try:
         for target in options.target:
             target_of(target)

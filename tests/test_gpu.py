@@ -30,6 +30,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 extrapolate = pytest.importorskip("expo.kernels.extrapolate")
 sweep = pytest.importorskip("expo.kernels.sweep")
 whole_model = pytest.importorskip("expo.kernels.whole_model")
+selftest = pytest.importorskip("expo.kernels.selftest")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -322,6 +323,38 @@ def test_outputs_more_than_two_to_the_31_elements_apart(kernel: Kernel) -> None:
     kernel(upload(s, "BF16"), upload(a, "BF16"), alphas, outs)()
     for out, right in zip(outs, expected, strict=True):
         assert_same(bits_of(out, "BF16"), right, "BF16")
+
+
+# The self-test
+
+
+@pytest.fixture
+def untested(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The device, as in a new process."""
+    monkeypatch.setattr(selftest, "_passed", set())
+    return torch.empty(0, device=DEVICE).device
+
+
+def test_the_kernels_pass_their_test(untested: torch.device) -> None:
+    selftest.check(untested)
+    assert selftest._passed == {untested}
+
+
+def test_capture(untested: torch.device) -> None:
+    """A launch in a graph: no test is captured with it, and the graph gives the definition's bits when it runs."""
+    s, a = random_bits(8, ("BF16", "BF16"), 5000)
+    (expected,), _ = reference(s, a, ("BF16", "BF16"), (0.3,))
+    sft, aligned = upload(s, "BF16"), upload(a, "BF16")
+    out = torch.zeros_like(aligned)
+    extrapolate.launch(sft, aligned, working_alpha(0.3), out)  # compiles
+    torch.cuda.synchronize()
+    out.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        expo.extrapolate(sft, aligned, 0.3, out=out)
+    assert selftest._passed == set()
+    graph.replay()
+    assert_same(bits_of(out, "BF16"), expected, "BF16")
 
 
 # Devices and streams

@@ -344,6 +344,14 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == [*aot.TARGETS, *VARIANTS]
 
 
+def test_an_old_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(aot, "OLD", True)
+    with pytest.raises(SystemExit) as stopped:
+        aot.main(["--target", "cuda:90", "--out", "x"])
+    assert stopped.value.code == 2
+    assert "Triton 3.3 or later is needed, this is 3." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
