@@ -47,7 +47,7 @@ BASE = "is it the checkpoint that the adapter was trained from?"
 # What makes scale * B @ A the wrong delta, or not all of it; merge_and_unload() knows how to apply it.
 OTHER_KINDS = {
     "use_dora": "DoRA, which rescales the base's weights",
-    "lora_bias": "biases of lora_B",
+    "lora_bias": "biases of lora_B (PEFT merges them into layers that have a bias of their own, and into no others)",
     "trainable_token_indices": "single trained rows of an embedding",
     "target_parameters": "LoRA of parameters that are no module's weight, as of fused experts",
     "megatron_config": "LoRA of Megatron's parallel layers",
