@@ -42,6 +42,10 @@ FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64
 PIECE = 1 << 20  # bytes of a tensor that are compared at a time; of the widest dtype
 
 MERGE = "merge_and_unload() it with PEFT, save_pretrained() the result and give that folder instead"
+TIED_ELSEWHERE = (
+    "sft ties that to other tensors and the trained model has them apart, which is not read; what PEFT merges and "
+    "saves may be tied again, so give that folder instead only if its logits are the trained model's"
+)
 BASE = "is it the checkpoint that the adapter was trained from?"
 
 # What makes scale * B @ A the wrong delta, or not all of it; merge_and_unload() knows how to apply it.
@@ -463,7 +467,7 @@ def _full(
         key = tensor.name.removeprefix(PREFIX)
         if ".original_module." in key:  # the base's, which one of modules_to_save stands in for
             continue
-        name = next(filter(None, map(index.find, _unwrapped(key))), None)
+        name = next(filter(None, map(index.find, names_without_wrappers(tensor.name))), None)
         if name is None:
             missing.append(tensor)
         elif name not in found:
@@ -479,8 +483,9 @@ def _full(
     return found
 
 
-def _unwrapped(key: str) -> Iterator[str]:
-    """A tensor's name without PEFT's wrappers around its module, which may name the adapter."""
+def names_without_wrappers(name: str) -> Iterator[str]:
+    """Yield the names that a tensor of the file may have in the model: without PEFT's wrappers and adapter's name."""
+    key = name.removeprefix(PREFIX)
     yield key
     for wrapper in (r"\.base_layer", r"\.modules_to_save", r"\.modules_to_save\.[^.]+"):
         yield re.sub(rf"{wrapper}(?=\.)", "", key, count=1)
@@ -560,7 +565,7 @@ def _not_in_base(path: str, config: Mapping[str, Any], names: Sequence[str], kin
     count = f"{len(names)} {kind}{'s' * (len(names) > 1)}"
     hint = ""
     if any(re.search(r"(^|\.)(lm_head|embed_out)(\.|$)", name) for name in names):
-        hint = f"; a head that sft ties to its embedding cannot be trained alone: {MERGE}"
+        hint = f"; if it is a head that sft ties to its embedding: {TIED_ELSEWHERE}"
     return (
         f"{path}: {count} of the adapter that sft does not have: {_some(names)}; is sft the checkpoint that the "
         f"adapter was trained from{over}?{hint}"

@@ -8,7 +8,7 @@ values. So an output never has these names. Pure: this module reads no file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from .checkpoint import Checkpoint
@@ -19,10 +19,9 @@ _INNER = re.compile(
 )
 # Names that a model could use too: they belong to a wrapper only as the first parts of a name.
 _OUTER = re.compile(r"^((module|base_model\.model|pretrained_model|policy|actor)\.)+")
-# A module of the trainer's that holds the model as `self.model`: the model's own names begin again after it.
-_HOLDER = re.compile(
-    r"^(model|transformer|backbone)\.(?=(model|transformer|gpt_neox|language_model|lm_head|embed_out)\.)"
-)
+# A trainer's own module may hold the model as `self.model`: the model's names begin again after it with one of these.
+_BEGINNINGS = ("model", "transformer", "gpt_neox", "bert", "roberta", "rwkv", "language_model", "lm_head", "embed_out")
+_NEVER_INSIDE = ("transformer", "gpt_neox", "bert", "roberta", "rwkv", "lm_head", "embed_out")  # model.bert is none
 
 
 def unwrapped(name: str) -> str:
@@ -42,24 +41,39 @@ def without_wrapper(aligned: Checkpoint, sft: Checkpoint) -> Checkpoint:
     """
     shorter = _model_names(aligned, sft)
     if all(name == new for name, new in shorter.items()) or len(set(shorter.values())) < len(shorter):
-        return aligned
+        note = _suspicion(aligned.tensors)
+        return replace(aligned, notes=(*aligned.notes, note)) if note else aligned
     return replace(
         aligned,
         tensors={shorter[name]: tensor._replace(name=shorter[name]) for name, tensor in aligned.tensors.items()},
         weight_map={shorter[name]: shard for name, shard in aligned.weight_map.items()},
         stored={new: name for name, new in shorter.items() if new != name},
+        notes=(*aligned.notes, _note(shorter)),
     )
 
 
-def wrapper_note(aligned: Checkpoint) -> str | None:
-    """Return the sentence that tells of a wrapper's names in aligned; None where there was no wrapper."""
-    longer = {new: name for new, name in aligned.stored.items() if unwrapped(name) == new or name.endswith("." + new)}
-    if not longer:
-        return None
-    new, stored = next(iter(longer.items()))
+def _note(shorter: Mapping[str, str]) -> str:
+    """Return the sentence that tells of a wrapper's names in aligned."""
+    longer = [name for name, new in shorter.items() if new != name]
     more = f", and so on for {len(longer)} names" if len(longer) > 1 else ""
     return (
-        f"aligned was saved inside a wrapper, whose names no model has: its {stored!r} is {new!r} in the output{more}"
+        f"aligned was saved inside a wrapper, whose names no model has: its {longer[0]!r} is {shorter[longer[0]]!r} in "
+        f"the output{more}"
+    )
+
+
+def _suspicion(names: Iterable[str]) -> str | None:
+    """Return a warning if all names begin with what may be a wrapper's, though nothing shows that it is one."""
+    names = list(names)
+    prefix = _common_prefix(names)
+    parts = prefix.split(".")[:-1]
+    follow = {name.removeprefix(prefix).partition(".")[0] for name in names}
+    is_odd = _OUTER.search(prefix) or (set(parts) - set(_BEGINNINGS) and follow & set(_BEGINNINGS))
+    if not parts or not is_odd:
+        return None
+    return (
+        f"all names of aligned begin with {prefix!r}, and so do the output's: if a wrapper around the model added that, "
+        "no model will find them, which --check can tell; take it off the names then"
     )
 
 
@@ -74,13 +88,18 @@ def _model_names(aligned: Checkpoint, sft: Checkpoint) -> dict[str, str]:
 
 
 def _without_holder(names: dict[str, str], theirs: set[str], is_transformers_own: bool) -> dict[str, str]:
-    """Return the names without the module that holds the model, where all begin with it and the model's own follow."""
-    holders = {inner.partition(".")[0] for inner in names.values()}
-    if len(holders) > 1 or not any(map(_HOLDER.search, names.values())):
+    """Return the names without the `model.` of a trainer's module, where all begin with it and the model's own follow.
+
+    `model.layers.0` beside sft's `layers.0` is no wrapper: sft was saved without its head.
+    """
+    if any(not inner.startswith("model.") for inner in names.values()):
         return names
-    held = {name: inner.partition(".")[2] for name, inner in names.items()}
-    has_head = any(inner.startswith(("lm_head.", "embed_out.")) for inner in held.values())  # never inside a model
-    return held if _has_names(held, names, theirs) or (is_transformers_own and has_head) else names
+    held = {name: inner.removeprefix("model.") for name, inner in names.items()}
+    beginnings = {inner.partition(".")[0] for inner in held.values()}
+    is_whole = not any(re.match(r"\w+\.\d+\.", inner) for inner in held.values())
+    if is_whole and _has_names(held, names, theirs):
+        return held
+    return held if is_transformers_own and beginnings & set(_NEVER_INSIDE) else names
 
 
 def _has_names(shorter: Mapping[str, str], names: Mapping[str, str], theirs: set[str]) -> bool:
@@ -104,8 +123,18 @@ def shared_prefix(names: Iterable[str], theirs: Iterable[str]) -> str:
     names, other = list(names), set(theirs)
     if len(names) < 2:
         return ""
+    cuts = [match.end() for match in re.finditer(r"\.", _common_prefix(names))]
+    fits = (names[0][:cut] for cut in cuts if 2 * sum(name[cut:] in other for name in names) > len(names))
+    return next(fits, "")
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """Return the longest beginning that all names share, up to a dot."""
     first, last = min(names), max(names)  # what these two share, all names between them share
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    cuts = [match.end() for match in re.finditer(r"\.", first[:length])]
-    fits = (first[:cut] for cut in cuts if 2 * sum(name[cut:] in other for name in names) > len(names))
-    return next(fits, "")
+    return first[: first.rfind(".", 0, length) + 1]
+
+
+def any_number(name: str) -> str:
+    """Return the name with a star for every number in it: the same for all layers, and for all experts."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

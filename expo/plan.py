@@ -18,7 +18,6 @@ from .errors import PlanError, UsageError
 from .header import TensorInfo
 from .kernels.contract import ITEMSIZE, working_alpha
 from .layout import OutputShard, index_of, joined, lay_out, size_of
-from .naming import wrapper_note
 from .pairing import Twin, describe, mismatched, pair, rows_in_common
 from .problems import float_bytes, model_problems, tensor_problems
 from .sidecars import Code, sort_files
@@ -194,7 +193,7 @@ def make_plan(
 def _notes(sft: Checkpoint, aligned: Checkpoint, steps: Sequence[Step]) -> tuple[str, ...]:
     """Return what a user should know of an output that is written all the same."""
     adapted = aligned.adapter.note if aligned.adapter else None
-    found = [wrapper_note(aligned), adapted, _mostly_copied(aligned, steps)]
+    found = [adapted, _mostly_copied(aligned, steps)]
     return (*dict.fromkeys((*sft.notes, *aligned.notes)), *filter(None, found))
 
 

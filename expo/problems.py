@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from .checkpoint import Checkpoint
 from .header import TensorInfo, element_count
 from .kernels.contract import ITEMSIZE
-from .naming import shared_prefix, unwrapped
+from .naming import any_number, shared_prefix, unwrapped
 from .pairing import HEAD, Pairs, describe, generates, is_embedding, mismatched, rows_in_common, tie_flag
 from .quantised import INTEGERS, problem
 
@@ -32,7 +32,7 @@ def model_problems(sft: Checkpoint, aligned: Checkpoint) -> list[str]:
     roles = (("sft", sft), ("aligned", aligned))
     own = roles[: 1 if aligned.adapter else 2]
     problems = [text for role, checkpoint in own if (text := problem(role, checkpoint))]
-    problems += [text for role, checkpoint in own if (text := _empty(role, checkpoint, sft, aligned))]
+    problems += [text for role, checkpoint in roles if (text := _empty(role, checkpoint, sft, aligned))]
     kinds = [checkpoint.config.get("model_type") for checkpoint in (sft, aligned)]
     if None not in kinds and kinds[0] != kinds[1]:
         problems.append(
@@ -44,7 +44,8 @@ def model_problems(sft: Checkpoint, aligned: Checkpoint) -> list[str]:
 
 def _empty(role: str, checkpoint: Checkpoint, sft: Checkpoint, aligned: Checkpoint) -> str | None:
     """Return the problem of a checkpoint whose weights were not gathered; None where there is none."""
-    names = [name for name in checkpoint.tensors if is_hollow(name, sft, aligned, checkpoint)]
+    own = checkpoint.adapter.full if checkpoint.adapter else checkpoint.tensors
+    names = [name for name in checkpoint.tensors if name in own and is_hollow(name, sft, aligned, checkpoint)]
     if not names:
         return None
     first = checkpoint.tensors[names[0]]
@@ -56,13 +57,13 @@ def _empty(role: str, checkpoint: Checkpoint, sft: Checkpoint, aligned: Checkpoi
 
 
 def is_hollow(name: str, sft: Checkpoint, aligned: Checkpoint, checkpoint: Checkpoint) -> bool:
-    """Return True if a tensor is empty where the model must have numbers: a weight, or what the other side has."""
+    """Return True if a tensor is empty where a model has numbers: a weight, a bias, or what the other side has."""
     tensor = checkpoint.tensors[name]
     if tensor.dtype not in ITEMSIZE or element_count(tensor.shape):
         return False
     other = (sft if checkpoint is aligned else aligned).tensors.get(name)
     fuller = other is not None and element_count(other.shape) > 0
-    return fuller or name.endswith("weight")
+    return fuller or name.endswith(("weight", "bias")) or _EXPERTS.search(name) is not None
 
 
 def tensor_problems(
@@ -122,15 +123,14 @@ def _likely_cause(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
             "the experts of the one are fused and those of the other are apart: load the one whose experts are apart "
             f"with transformers, and {SAVE_AS_IN_MEMORY}, which fuses them"
         )
-    tie = _tie(sft, aligned, pairs)
-    if tie is not None:
-        return tie
-    if _same_shapes(sft, aligned, pairs):
+    if _same_shapes(sft, aligned, pairs) or _same_layers(pairs):
         return (
-            "they look like the same tensors under other names: load both with transformers, and "
-            f"{SAVE_AS_IN_MEMORY}, which gives both the same names"
+            "they look like the same tensors under other names or in another form: if transformers loads both and "
+            f"reports no missing weights, {SAVE_AS_IN_MEMORY} gives both the same names; else rename those of one side"
         )
-    return "--on-unpaired aligned keeps aligned's, drops sft's"
+    if _lacks_layers(aligned, pairs):
+        return "aligned lacks layers that sft has: is all of it saved, and is it a model of the same depth?"
+    return _tie(sft, aligned, pairs) or "--on-unpaired aligned keeps aligned's, drops sft's"
 
 
 def _differs_by_experts(pairs: Pairs) -> bool:
@@ -143,7 +143,8 @@ def _differs_by_experts(pairs: Pairs) -> bool:
 def _tie(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str | None:
     """Return what to do about a head that one side has alone; None where it is not a matter of ties."""
     for role, lacking, names in (("sft", sft, pairs.unpaired), ("aligned", aligned, pairs.left)):
-        if not any(map(HEAD.search, names)) or not generates(lacking.config):
+        lost = any(map(HEAD.search, names)) and not any(map(HEAD.search, lacking.tensors))
+        if not lost or not generates(lacking.config):
             continue
         if tie_flag(lacking.config) is not True:
             return (
@@ -166,6 +167,19 @@ def _same_shapes(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> bool:
     ours = Counter(aligned.tensors[name].shape for name in pairs.unpaired)
     theirs = Counter(sft.tensors[name].shape for name in pairs.left)
     return 2 * (ours & theirs).total() > min(ours.total(), theirs.total()) > 0
+
+
+def _same_layers(pairs: Pairs) -> bool:
+    """Return True if most modules with unpaired tensors have some on both sides: q_proj here, and qkv_proj there."""
+    ours, theirs = ({name.rsplit(".", 2)[0] for name in names} for names in (pairs.unpaired, pairs.left))
+    both = [module for module in ours & theirs if re.search(r"\.\d+(\.|$)", module)]
+    return 2 * len(both) > min(len(ours), len(theirs)) > 0
+
+
+def _lacks_layers(aligned: Checkpoint, pairs: Pairs) -> bool:
+    """Return True if sft has tensors alone whose names differ from aligned's in a number only."""
+    known = {any_number(name) for name in aligned.tensors}
+    return any(any_number(name) in known for name in pairs.left)
 
 
 def _mismatches(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs, on_mismatch: str) -> list[str]:
@@ -215,7 +229,7 @@ def _grouped(items: Sequence[tuple[str, str]]) -> list[str]:
         return [f"{name} ({side})" for name, side in items]
     groups: dict[tuple[str, str], list[str]] = {}
     for name, side in items:
-        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", name), side), []).append(name)
+        groups.setdefault((any_number(name), side), []).append(name)
     return [
         f"{names[0]} ({side})" if len(names) == 1 else f"{pattern} ({side}): {_counted(len(names))}"
         for (pattern, side), names in groups.items()

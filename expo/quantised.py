@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from .checkpoint import Checkpoint
 from .header import TensorInfo
 from .kernels.contract import ITEMSIZE
+from .naming import any_number
 from .pairing import is_buffer
 
 ORIGINAL = "use the checkpoint that it was quantised from"
@@ -38,20 +39,22 @@ TENSORS = (
     (re.compile(r"\.weight\._(data|scale|shift|zeropoint)$"), "optimum-quanto"),
 )
 SCALE = re.compile(r"\.weight_scale(_inv)?$")
+CODE_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32"}  # position ids and indices are I64, masks are BOOL
+INTEGERS = CODE_DTYPES | {"BOOL", "I64", "U64"}
+# The last part of a name that says "codes", and words that say "what turns codes into numbers".
+CODES = re.compile(r"(^|[._])(q_?weight|w_q|weight_q|weight_packed|q_?data|int_data|qidxs|codes)$", re.IGNORECASE)
+CODES_OF_ANY_DTYPE = re.compile(r"\.W_q$")  # HQQ may store its bytes as if they were floats
+_WORDS = r"q?scales?|scales?_inv|q?zeros?|zero_?points?|zp|absmax|codebooks?|centroids|quant_map|g_idx|scb|biases"
+COMPANION = re.compile(rf"_?(?:{_WORDS})", re.IGNORECASE)
+SHARE = 0.2  # of all bytes: where the layers hold so many integers, these are codes, whatever they are called
+
+
 # The scheme of a checkpoint that has codes and tensors of such a name, where no rule above has named it.
 CODED = (
     (re.compile(r"\.biases$"), "MLX"),
-    (re.compile(r"\.W_q$"), "hqq"),
+    (CODES_OF_ANY_DTYPE, "hqq"),
     (re.compile(r"\.Qidxs$"), "quip"),
     (re.compile(r"\.code(s|books)$"), "aqlm"),
-)
-CODE_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32"}  # position ids and indices are I64, masks are BOOL
-INTEGERS = CODE_DTYPES | {"BOOL", "I64", "U64"}
-# The last part of a name that says "codes", and one that says "what turns codes into numbers".
-CODES = re.compile(r"(^|[._])(q_?weight|w_q|weight_q|weight_packed|q_?data|int_data|qidxs|codes)$", re.IGNORECASE)
-COMPANION = re.compile(
-    r"(^|[._])(q?scales?|scales?_inv|q?zeros?|zero_?points?|zp|absmax|codebooks?|centroids|quant_map|g_idx|scb|biases)$",
-    re.IGNORECASE,
 )
 
 
@@ -100,35 +103,53 @@ def find_codes(tensors: Mapping[str, TensorInfo]) -> Codes | None:
     its name, or if its module has a companion, such as scales. So does a companion of integers itself, beside a weight
     of the same module.
     """
-    integers = [tensor for tensor in tensors.values() if tensor.dtype in INTEGERS and not is_buffer(tensor)]
+    integers = [tensor for tensor in tensors.values() if _may_be_codes(tensor)]
     if not integers:
         return None
-    numbers = {_any_layer(name) for name, tensor in tensors.items() if tensor.dtype in ITEMSIZE}
+    numbers = {any_number(name) for name, tensor in tensors.items() if tensor.dtype in ITEMSIZE}
     modules: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
         for module in _modules(name):
             modules[module].append(name)
     for tensor in integers:
         near = [other for module in _modules(tensor.name) for other in modules[module] if other != tensor.name]
-        companion = next(filter(COMPANION.search, near), None)
-        if _stands_for_numbers(tensor, companion, _any_layer(tensor.name) in numbers):
+        companion = next((other for other in near if _is_named_for(other, tensor.name)), None)
+        if _stands_for_numbers(tensor, companion, any_number(tensor.name) in numbers):
             return Codes(tensor, companion)
         weight = next((other for other in near if other.endswith("weight")), None)
-        if weight is not None and COMPANION.search(tensor.name):
+        if weight is not None and _is_named_for(tensor.name, weight):
             return Codes(tensor, weight)
+    layers = (tensor for tensor in integers if any_number(tensor.name) != tensor.name)
+    coded = [tensor for tensor in layers if tensor.dtype in CODE_DTYPES]
+    if sum(tensor.nbytes for tensor in coded) > SHARE * sum(tensor.nbytes for tensor in tensors.values()):
+        return Codes(max(coded, key=lambda tensor: tensor.nbytes), None)
     return None
 
 
+def _may_be_codes(tensor: TensorInfo) -> bool:
+    integers = tensor.dtype in INTEGERS and not is_buffer(tensor)
+    return integers or CODES_OF_ANY_DTYPE.search(tensor.name) is not None
+
+
+def _is_named_for(companion: str, tensor: str) -> bool:
+    """Return True if a name says that it goes with another of its module: `scales`, `up_proj_scale` for `up_proj`."""
+    leaf, other = companion.rpartition(".")[2], tensor.rpartition(".")[2]
+    for stem in (f"{other}_", "weight_"):
+        leaf = leaf.removeprefix(stem)
+    return COMPANION.fullmatch(leaf) is not None
+
+
 def _stands_for_numbers(tensor: TensorInfo, companion: str | None, in_other_layers: bool) -> bool:
-    """Return True if a tensor of integers holds codes by its own name, by its twins' dtypes, or by its companion."""
+    """Return True if a tensor holds codes by its own name, by its twins' dtypes, or by its companion."""
     leaf = tensor.name.rpartition(".")[2]
-    if leaf == "weight" and tensor.shape:
+    if tensor.dtype not in INTEGERS or (leaf == "weight" and tensor.shape):
         return True
     if len(tensor.shape) < 2:
         return False
-    if in_other_layers or CODES.search(tensor.name):
+    if in_other_layers:
         return True
-    return companion is not None and tensor.dtype in CODE_DTYPES and "position" not in leaf and "mask" not in leaf
+    named = CODES.search(tensor.name) is not None or companion is not None
+    return named and tensor.dtype in CODE_DTYPES and "position" not in leaf and "mask" not in leaf
 
 
 def _modules(name: str) -> Iterator[str]:
@@ -137,11 +158,6 @@ def _modules(name: str) -> Iterator[str]:
     yield module
     if module.endswith(".weight"):
         yield module.removesuffix(".weight")
-
-
-def _any_layer(name: str) -> str:
-    """Return the name with a star for every number in it."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def problem(role: str, checkpoint: Checkpoint) -> str | None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-from .adapter import MERGE, Adapter, LowRank, holds_equal
+from .adapter import TIED_ELSEWHERE, Adapter, LowRank, holds_equal, names_without_wrappers
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .header import TensorInfo
@@ -74,7 +74,7 @@ def settled(adapter: Adapter, tie: Tie | None, base: Checkpoint, has_data: bool)
         has_data: False where zeros stand for the adapter's data, so that the config alone must tell.
 
     Raises:
-        CheckpointError: The adapter trains an embedding that is tied to a head whose name is not known.
+        CheckpointError: The adapter trains an embedding that is tied to tensors whose names are not known here.
     """
     if tie is None:
         _refuse_unknown_tie(adapter, base)
@@ -88,24 +88,30 @@ def settled(adapter: Adapter, tie: Tie | None, base: Checkpoint, has_data: bool)
 
 
 def _stay_tied(adapter: Adapter, tie: Tie, changes: Mapping[str, TensorInfo | LowRank | None], has_data: bool) -> bool:
-    """Return True if the embedding and the head are the same matrix in the trained model."""
+    """Return True if the embedding and the head are the same matrix in the trained model.
+
+    Where PEFT ties what it trains, it saves both. `ensure_weight_tying` alone tells nothing: PEFT ties no modules but
+    those that are called embed_tokens and lm_head.
+    """
     embedding, head = changes[tie.embedding], changes[tie.head]
-    ensured = bool(adapter.config.get("ensure_weight_tying"))
     if embedding is not None and head is not None:
         if not has_data:
-            return ensured or not _is_trained_copy(adapter.config, tie.embedding)
+            return bool(adapter.config.get("ensure_weight_tying")) or not _is_trained_copy(adapter, embedding)
         return type(embedding) is type(head) and holds_equal(adapter.shard, embedding, head)
-    if ensured:
-        return True
-    name, change = (tie.embedding, embedding) if embedding is not None else (tie.head, head)
     # PEFT saves an embedding that was resized, or that the user trained as a whole, without a copy: it is still tied.
-    return not isinstance(change, LowRank) and not _is_trained_copy(adapter.config, name)
+    change = embedding if embedding is not None else head
+    return not isinstance(change, LowRank) and not _is_trained_copy(adapter, change)
 
 
-def _is_trained_copy(config: Mapping[str, Any], name: str) -> bool:
-    """Return True if the tensor's module is one of `modules_to_save`, of which PEFT trains copies."""
-    module = name.removesuffix(".weight")
-    return any(f".{module}".endswith(f".{each}") for each in config.get("modules_to_save") or [])
+def _is_trained_copy(adapter: Adapter, change: TensorInfo | LowRank | None) -> bool:
+    """Return True if a whole tensor's module is one of `modules_to_save`, of which PEFT trains copies.
+
+    PEFT compares the ends of the module's name in the model that it trains, as `str.endswith` does.
+    """
+    if not isinstance(change, TensorInfo):
+        return False
+    saved = tuple(map(str, adapter.config.get("modules_to_save") or ()))
+    return any(name.removesuffix(".weight").endswith(saved) for name in names_without_wrappers(change.name))
 
 
 def _tied_again(adapter: Adapter, tie: Tie) -> Adapter:
@@ -143,9 +149,6 @@ def _refuse_unknown_tie(adapter: Adapter, base: Checkpoint) -> None:
     if tie_flag(base.config) is not True or any(map(HEAD.search, base.tensors)) or not generates(base.config):
         return
     for name in (*adapter.low_rank, *adapter.full):
-        apart = name in adapter.low_rank or _is_trained_copy(adapter.config, name)
-        if is_embedding(name) and apart and not adapter.config.get("ensure_weight_tying"):
-            raise CheckpointError(
-                f"{adapter.path}: it trains {name!r}, which sft ties to a head whose name is not known here, and PEFT "
-                f"leaves that head as it was; {MERGE}"
-            )
+        apart = name in adapter.low_rank or _is_trained_copy(adapter, adapter.full.get(name))
+        if apart and is_embedding(name):
+            raise CheckpointError(f"{adapter.path}: it trains {name!r}; {TIED_ELSEWHERE}")

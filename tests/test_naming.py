@@ -139,6 +139,47 @@ def test_shards_and_an_adapter_over_a_wrapped_base(plain: tuple[Path, Path, Path
     assert index["weight_map"].keys() == read_folder(sft).keys()
 
 
+TRAINED: dict[str, Any] = {
+    "GPT-2": transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0),
+    "T5": transformers.T5Config(vocab_size=64, d_model=32, d_ff=64, d_kv=8, num_layers=1, num_heads=2),
+    "BERT": transformers.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                    num_attention_heads=2),
+    "Mamba": transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4),
+}  # fmt: skip
+CLASSES = {"T5": transformers.AutoModelForSeq2SeqLM, "BERT": transformers.AutoModelForMaskedLM}
+
+
+@pytest.mark.parametrize("family", TRAINED)
+@pytest.mark.parametrize("prefix", ["model.", "_forward_module.model.", "actor.model.", "module."])
+def test_a_trainers_module_around_other_families(family: str, prefix: str, tmp_path: Path) -> None:
+    """Their own names begin with something else than `model.`."""
+    kind = CLASSES.get(family, transformers.AutoModelForCausalLM)
+    torch.manual_seed(0)
+    model = kind.from_config(TRAINED[family]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "sft")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.003)
+    model.save_pretrained(tmp_path / "plain")
+    expo.merge(tmp_path / "sft", tmp_path / "plain", 0.3, tmp_path / "wanted")
+    merged = expo.merge(tmp_path / "sft", renamed(tmp_path / "plain", tmp_path / "al", prefix), 0.3, tmp_path / "out")
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "wanted")
+    assert prefix in merged.warnings[0]
+
+
+@pytest.mark.parametrize("prefix", ["foo.", "net.student."])
+def test_an_unknown_prefix_on_both_sides_is_a_warning(
+    prefix: str, plain: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    sft, aligned, _ = (renamed(folder, tmp_path / folder.name, prefix) for folder in plain)
+    merged = expo.merge(sft, aligned, 0.3, tmp_path / "out")
+    said = [warning for warning in merged.warnings if "if a wrapper around the model added that" in warning]
+    (text,) = said
+    assert text.startswith(f"all names of aligned begin with {prefix!r}, and so do the output's")
+    with pytest.raises(expo.OutputError):
+        expo.merge(sft, aligned, 0.3, tmp_path / "checked", check=True)
+
+
 @pytest.mark.parametrize(
     ("name", "short"),
     [
@@ -174,7 +215,9 @@ OWN: Shapes = {"policy.a.weight": ("BF16", (4,)), "policy.b.weight": ("BF16", (4
 )  # fmt: skip
 def test_names_that_are_the_models_own_stay(sft: Shapes, aligned: Shapes, config: dict[str, Any]) -> None:
     given = checkpoint(aligned, config=config)
-    assert without_wrapper(given, checkpoint(sft, "/models/sft", config=config)) is given
+    found = without_wrapper(given, checkpoint(sft, "/models/sft", config=config))
+    assert found.tensors == given.tensors
+    assert ["'policy.', and so do the output's" in note for note in found.notes] == [True] * (aligned is OWN)
 
 
 @pytest.mark.parametrize("side", ["sft", "aligned"])

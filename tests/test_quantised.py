@@ -89,6 +89,9 @@ TENSORS: dict[str, tuple[Shapes, str]] = {
         {"model.layers.1.mlp.experts.up_proj": ("U8", (2, 4, 2)), "model.layers.1.mlp.experts.up_proj_scale":
          ("F32", (2, 4))}, "unknown",
     ),
+    "Marlin": ({f"{Q}.B": ("I32", (16, 4)), f"{Q}.s": ("F16", (1, 4))}, "unknown"),
+    "EXL3": ({f"{Q}.trellis": ("I16", (8, 8)), f"{Q}.suh": ("F16", (4,))}, "unknown"),
+    "HQQ as floats": ({f"{Q}.W_q": ("F32", (2, 4)), f"{Q}.scale": ("F16", (4, 1))}, "hqq"),
     "zero points beside numbers": ({f"{Q}.weight_zero_point": ("I8", (4,))}, "unknown"),
 }  # fmt: skip
 
@@ -171,6 +174,9 @@ def test_both_may_be_quantised_each_in_its_own_way() -> None:
                       ("F32", (2, 1, 1))}, id="Swin's index"),
         pytest.param({"h.0.attn.bias": ("U8", (1, 1, 4, 4)), "h.0.attn.scale": ("F32", ())}, id="a mask of bytes"),
         pytest.param({"embeddings.position_ids": ("I32", (1, 4)), "embeddings.scale": ("F32", ())}, id="positions"),
+        pytest.param({"enc.attn.rel_index": ("I32", (2, 2)), "enc.attn.logit_scale": ("F32", (4,)), "enc.out.weight":
+                      ("F32", (8, 8))}, id="an index of 32 bits"),
+        pytest.param({"vq.codes": ("I64", (2, 2)), "vq.codebook": ("F32", (2, 2))}, id="codes of a quantiser's own"),
         pytest.param({"bn.num_batches_tracked": ("I64", ()), "bn.weight": ("F32", (4,))}, id="a counter"),
         pytest.param({"mask": ("BOOL", (4,)), "ids": ("I64", (4,)), "table": ("U8", (4,))}, id="integers"),
     ],

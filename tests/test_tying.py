@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import quiet, read_folder, safetensors_bytes
+from checkpoints import quiet, read_file, read_folder, safetensors_bytes
 
 import expo
 
@@ -196,15 +196,44 @@ TARGETS = {"OPT": ["q_proj"], "GPT-2": ["c_attn"], "BLOOM": ["query_key_value"],
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_families(family: str, train: Train, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["embedding", "head", "embedding, said to be tied", "LoRA, said to be tied"])
+def test_other_families(family: str, kind: str, train: Train, tmp_path: Path) -> None:
+    """PEFT ties no modules but those called embed_tokens and lm_head, whatever `ensure_weight_tying` says."""
     config, module = FAMILIES[family]
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    settings = {"modules_to_save": [module], "target_modules": TARGETS.get(family, ["q_proj"])}
+    targets = TARGETS.get(family, ["q_proj"])
+    settings: dict[str, Any] = {"target_modules": targets, "ensure_weight_tying": "said" in kind}
+    if kind.startswith("LoRA"):
+        settings["target_modules"] = [*targets, module]
+    else:
+        settings["modules_to_save"] = ["lm_head" if kind == "head" else module]
     adapter, want = train(settings, over=tmp_path / "base")
     expo.merge(tmp_path / "base", adapter, 0.0, tmp_path / "out")
     assert torch.allclose(logits(tmp_path / "out"), want, atol=1e-4)
     assert (logits(tmp_path / "base") - want).abs().max() > 0.01, "the training shows"
+
+
+@pytest.mark.parametrize("modules", [["head"], ["tokens"], ["model.embed_tokens"]], ids=str)
+def test_modules_to_save_by_the_end_of_a_name(modules: list[str], base: Path, train: Train, tmp_path: Path) -> None:
+    """PEFT compares names as str.endswith does, not by their parts."""
+    adapter, want = train({"modules_to_save": modules})
+    expo.merge(base, adapter, 0.0, tmp_path / "out")
+    assert torch.allclose(logits(tmp_path / "out"), want, atol=1e-5)
+    assert not says_tied(tmp_path / "out")
+
+
+def test_an_empty_trained_copy_is_refused(base: Path, train: Train, tmp_path: Path) -> None:
+    for module in ("embed_tokens", "norm"):
+        adapter, _ = train({"modules_to_save": [module]})
+        file = adapter / "adapter_model.safetensors"
+        emptied = {key: (dtype, (0,), b"") if module in key else (dtype, shape, data)
+                   for key, (dtype, shape, data) in read_file(file).items()}  # fmt: skip
+        file.write_bytes(safetensors_bytes(emptied))
+        for option in ("error", "aligned"):
+            with pytest.raises(expo.PlanError, match="gathered before saving") as caught:
+                expo.merge(base, adapter, 0.3, tmp_path / "out", on_mismatch=option)
+            assert "--on" not in str(caught.value)
 
 
 def test_a_classifier_has_no_head_to_untie(tmp_path: Path) -> None:
@@ -238,9 +267,12 @@ def test_a_tie_that_is_not_known_here_is_refused_and_the_advice_is_right(tmp_pat
         wrapped.save_pretrained(tmp_path / "adapter")
         want = wrapped.eval()(input_ids=ids, decoder_input_ids=ids).logits
         whole = wrapped.merge_and_unload()
-    with pytest.raises(expo.CheckpointError, match=r"merge_and_unload\(\) it with PEFT"):
+    with pytest.raises(expo.CheckpointError, match="only if its logits are the trained model's"):
         expo.merge(tmp_path / "base", tmp_path / "adapter", 0.3, tmp_path / "out")
     whole.save_pretrained(tmp_path / "whole")
+    with quiet(), torch.no_grad():
+        alone = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
+        assert torch.allclose(alone(input_ids=ids, decoder_input_ids=ids).logits, want, atol=1e-5), "as it asks for"
     expo.merge(tmp_path / "base", tmp_path / "whole", 0.0, tmp_path / "out")
     with quiet(), torch.no_grad():
         made = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
