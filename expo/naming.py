@@ -72,8 +72,8 @@ def _suspicion(names: Iterable[str]) -> str | None:
     if not parts or not is_odd:
         return None
     return (
-        f"all names of aligned begin with {prefix!r}, and so do the output's: if a wrapper around the model added that, "
-        "no model will find them, which --check can tell; take it off the names then"
+        f"all names of aligned begin with {prefix!r}, and so do the output's: if a wrapper around the model added "
+        "that, no model will find them, which --check can tell; take it off the names then"
     )
 
 

@@ -19,6 +19,7 @@ from .quantised import FILES as QUANTISED
 CARD = "README.md"
 DIGESTS = "SHA256SUMS"
 TEMPLATES = "additional_chat_templates"
+SPEAKERS = "speaker_embeddings"  # Bark's processor names it in speaker_embeddings_path.json
 OTHER_WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
 )  # fmt: skip
@@ -40,7 +41,7 @@ TOKENIZER = VOCABULARIES | {
 }  # fmt: skip
 PROCESSORS = {
     "audio_tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json",
+    "speaker_embeddings_path.json", "video_preprocessor_config.json",
 }  # fmt: skip
 MODEL = {
     CONFIG, "generation_config.json",
@@ -53,7 +54,11 @@ SENTENCE_TRANSFORMERS = re.compile(
 )
 MODULE = re.compile(r"\d+_\w+/(?:model\.safetensors|pytorch_model\.bin)")
 _TERMS = r"(?:licen[cs]es?|notices?|copying|copyright|patents|us(?:e|age)[-_]policy|terms[-_]of[-_]use)"
-LICENCE = re.compile(rf"{_TERMS}(?![a-z])[\w. -]*|[\w. -]*[-_. ]{_TERMS}(?:\.\w+)?", re.IGNORECASE)
+# A licence's own name may follow: LICENSE-APACHE-2.0, LICENSE.llama3, COPYING.LESSER. Words in lower case may not.
+_WHICH = (
+    r"(?:[-_. ](?:[A-Z][A-Z0-9]*|\d[\w.]*|(?i:mit|apache|bsd|gpl|lgpl|agpl|cc|llama|gemma|model|code|weights)[\d.]*))*"
+)
+LICENCE = re.compile(rf"(?i:{_TERMS}){_WHICH}(?:\.\w+)?|[\w. -]*[-_. ](?i:{_TERMS})(?:\.\w+)?")
 TEXT = {"", ".txt", ".md", ".rst", ".pdf", ".html"}
 TRAINING = {
     "all_results.json", "eval_results.json", "train_results.json", "trainer_log.jsonl", "trainer_state.json",
@@ -154,6 +159,8 @@ def _belongs(path: str, code: frozenset[str]) -> bool:
     if not folder:
         known = base in MODEL | PROCESSORS | TOKENIZER
         return known or any(names.fullmatch(base) for names in (VOCABULARY, CONFIG_OF_RELEASE)) or _licence(base)
+    if folder == SPEAKERS:
+        return base.endswith(".npy")
     if folder == TEMPLATES:
         return base.endswith(".jinja")
     if folder.endswith("tokenizer"):  # a processor keeps each tokenizer but its first one in a folder of its own

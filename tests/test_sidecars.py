@@ -22,7 +22,8 @@ NEEDED = (
     "audio_tokenizer_config.json",
     "LICENSE", "LICENSE.txt", "LICENSE-2.0", "LICENSE.MIT", "LICENCE.md", "license.md", "MODEL_LICENSE", "NOTICE",
     "Notice.txt", "COPYING", "COPYING.LESSER", "USE_POLICY.md", "USE-POLICY.txt", "ACCEPTABLE_USE_POLICY.md",
-    "Tongyi Qianwen LICENSE.md", "third_party_notices.txt", "LICENSES/MIT.txt",
+    "Tongyi Qianwen LICENSE.md", "third_party_notices.txt", "LICENSES/MIT.txt", "LICENSE-APACHE", "license-mit.txt",
+    "LICENSE_LLAMA3.txt", "COPYING.LESSER", "speaker_embeddings_path.json", "speaker_embeddings/en_1_semantic.npy",
     "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
     "sentence_xlm-roberta_config.json", "1_Pooling/config.json",
 )  # fmt: skip
@@ -46,7 +47,8 @@ LEFT_OUT = {
     "not a file that a model is loaded with": (
         "latest", "run.sh", "nohup.out", "debug.log", "events.out.tfevents.17", "model.safetensors.bak", "core.4711",
         "generated_predictions.jsonl", "training_loss.png", "config.json.bak", "config.old.json", "tokenizer.json~",
-        "ds_config.json", "license.log", "LICENSE.bak", "predicted_license_plates.txt", "unlicensed.txt", "noticed.md",
+        "ds_config.json", "license.log", "LICENSE.bak", "predicted_license_plates.txt",
+        "license_server_password.txt", "copying_progress.txt", "notice_to_staff.md", "unlicensed.txt", "noticed.md",
         "modelcard.json", "requirements.txt", "vocab.json.1", "wandb-summary.json", "id_rsa", "token.txt",
     ),
 }  # fmt: skip
