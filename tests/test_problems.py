@@ -155,6 +155,40 @@ def test_the_same_tensors_under_other_names_are_not_offered_the_option() -> None
     assert "--on-unpaired" not in problem
 
 
+LAYERS = range(3)
+FORMS: dict[str, tuple[Shapes, Shapes]] = {
+    "attention in one matrix": (
+        {f"model.layers.{i}.self_attn.{one}_proj.weight": ("BF16", (4, 4)) for i in LAYERS for one in "qkv"},
+        {f"model.layers.{i}.self_attn.qkv_proj.weight": ("BF16", (12, 4)) for i in LAYERS},
+    ),
+    "a head under another name": ({"lm_head.weight": ("BF16", (9, 4))}, {"head.weight": ("BF16", (9, 4))}),
+    "Meta's names": (
+        {"lm_head.weight": ("BF16", (9, 4)), "model.layers.0.mlp.up_proj.weight": ("BF16", (8, 4))},
+        {"output.weight": ("BF16", (9, 4)), "layers.0.feed_forward.w3.weight": ("BF16", (8, 4))},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_form_of_the_same_tensors_is_not_taken_for_parts_of_one_side(form: str, turned: bool) -> None:
+    body: Shapes = {"model.norm.weight": ("BF16", (4,))}
+    one, other = reversed(FORMS[form]) if turned else FORMS[form]
+    sft, aligned = checkpoint({**body, **one}, "/models/sft"), checkpoint({**body, **other})
+    (problem,) = make_plan(sft, aligned, [ALPHA]).problems
+    assert "under other names or in another form: if transformers loads both and reports no missing weights" in problem
+    assert "--on-unpaired" not in problem
+    assert "tie_word_embeddings" not in problem
+
+
+def test_layers_that_aligned_lacks_are_no_parts_of_sft() -> None:
+    layers: Shapes = {f"model.layers.{i}.mlp.up_proj.weight": ("BF16", (4, 4)) for i in LAYERS}
+    fewer = {name: layers[name] for name in list(layers)[:-1]}
+    (problem,) = make_plan(checkpoint(layers, "/models/sft"), checkpoint(fewer), [ALPHA]).problems
+    assert "aligned lacks layers that sft has" in problem
+    assert "--on-unpaired" not in problem
+
+
 @pytest.mark.parametrize("alone", ["sft", "aligned"])
 def test_parts_of_one_side_are_offered_the_option_and_it_is_right(alone: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
