@@ -52,5 +52,17 @@ def test_every_row_of_what_can_go_wrong_names_a_test_that_exists() -> None:
     names = [name for row in rows for name in re.findall(r"`(test_\w+)`", row[3])]
     assert len(rows) > 10
     assert all(re.search(r"`test_\w+`", row[3]) for row in rows)
-    defined = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-    assert [name for name in names if f"def {name}(" not in defined] == []
+    assert [name for name in names if f"def {name}(" not in defined_tests()] == []
+
+
+def defined_tests() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+
+
+def test_every_refusal_of_the_docs_names_a_test_that_exists() -> None:
+    text = (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| (?!-|the (message|note) says)", line)]
+    assert len(rows) > 15
+    assert all(re.search(r"`test_\w+`", row) for row in rows)
+    names = re.findall(r"`(test_\w+)`", text)
+    assert [name for name in names if f"def {name}(" not in defined_tests()] == []
