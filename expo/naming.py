@@ -19,6 +19,8 @@ _INNER = re.compile(
 )
 # Names that a model could use too: they belong to a wrapper only as the first parts of a name.
 _OUTER = re.compile(r"^((module|base_model\.model|pretrained_model|policy|actor)\.)+")
+# PEFT's `base_model.model.` before a model without its head, or `base_model.` before names that begin with `model.`
+_BODY = re.compile(r"(^|\.)base_model\.model\.\w+\.\d+\.")
 # A trainer's own module may hold the model as `self.model`: the model's names begin again after it with one of these.
 _BEGINNINGS = ("model", "transformer", "gpt_neox", "bert", "roberta", "rwkv", "language_model", "lm_head", "embed_out")
 _NEVER_INSIDE = ("transformer", "gpt_neox", "bert", "roberta", "rwkv", "lm_head", "embed_out")  # model.bert is none
@@ -68,8 +70,8 @@ def _suspicion(names: Iterable[str]) -> str | None:
     prefix = _common_prefix(names)
     parts = prefix.split(".")[:-1]
     follow = {name.removeprefix(prefix).partition(".")[0] for name in names}
-    is_odd = _OUTER.search(prefix) or (set(parts) - set(_BEGINNINGS) and follow & set(_BEGINNINGS))
-    if not parts or not is_odd:
+    is_unknown = bool(set(parts) - set(_BEGINNINGS) and follow & set(_BEGINNINGS))
+    if not (_OUTER.search(prefix) or is_unknown or len(set(parts)) < len(parts)):
         return None
     return (
         f"all names of aligned begin with {prefix!r}, and so do the output's: if a wrapper around the model added "
@@ -82,6 +84,8 @@ def _model_names(aligned: Checkpoint, sft: Checkpoint) -> dict[str, str]:
     theirs = {_INNER.sub("", name) for name in sft.tensors}
     names = {name: _INNER.sub("", name) for name in aligned.tensors}
     outer = {name: _OUTER.sub("", inner) for name, inner in names.items()}
+    if any(map(_BODY.search, names.values())) and not _has_names(outer, names, theirs):
+        outer = {name: f"model.{short}" if short != names[name] else short for name, short in outer.items()}
     if _has_names(outer, names, theirs) or (_is_transformers_own(aligned) and _all_differ(outer, names)):
         names = outer
     return _without_holder(names, theirs, _is_transformers_own(aligned))

@@ -42,7 +42,7 @@ SCALE = re.compile(r"\.weight_scale(_inv)?$")
 CODE_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32"}  # position ids and indices are I64, masks are BOOL
 INTEGERS = CODE_DTYPES | {"BOOL", "I64", "U64"}
 # The last part of a name that says "codes", and words that say "what turns codes into numbers".
-CODES = re.compile(r"(^|[._])(q_?weight|w_q|weight_q|weight_packed|q_?data|int_data|qidxs|codes)$", re.IGNORECASE)
+CODES = re.compile(r"(^|[._])(q_?weight|w_q|weight_q|weight_packed|q_?data|int_data|qidxs)$", re.IGNORECASE)
 CODES_OF_ANY_DTYPE = re.compile(r"\.W_q$")  # HQQ may store its bytes as if they were floats
 _WORDS = r"q?scales?|scales?_inv|q?zeros?|zero_?points?|zp|absmax|codebooks?|centroids|quant_map|g_idx|scb|biases"
 COMPANION = re.compile(rf"_?(?:{_WORDS})", re.IGNORECASE)
@@ -119,8 +119,7 @@ def find_codes(tensors: Mapping[str, TensorInfo]) -> Codes | None:
         weight = next((other for other in near if other.endswith("weight")), None)
         if weight is not None and _is_named_for(tensor.name, weight):
             return Codes(tensor, weight)
-    layers = (tensor for tensor in integers if any_number(tensor.name) != tensor.name)
-    coded = [tensor for tensor in layers if tensor.dtype in CODE_DTYPES]
+    coded = [tensor for tensor in integers if any_number(tensor.name) != tensor.name and not _is_table(tensor)]
     if sum(tensor.nbytes for tensor in coded) > SHARE * sum(tensor.nbytes for tensor in tensors.values()):
         return Codes(max(coded, key=lambda tensor: tensor.nbytes), None)
     return None
@@ -146,10 +145,15 @@ def _stands_for_numbers(tensor: TensorInfo, companion: str | None, in_other_laye
         return True
     if len(tensor.shape) < 2:
         return False
-    if in_other_layers:
+    if in_other_layers or CODES.search(tensor.name):
         return True
-    named = CODES.search(tensor.name) is not None or companion is not None
-    return named and tensor.dtype in CODE_DTYPES and "position" not in leaf and "mask" not in leaf
+    return companion is not None and tensor.dtype in CODE_DTYPES and not _is_table(tensor)
+
+
+def _is_table(tensor: TensorInfo) -> bool:
+    """Return True for positions, masks and indices, which are integers in plain models too."""
+    leaf = tensor.name.rpartition(".")[2]
+    return tensor.dtype == "BOOL" or any(word in leaf for word in ("position", "mask", "index"))
 
 
 def _modules(name: str) -> Iterator[str]:

@@ -89,6 +89,25 @@ def test_the_output_loads_and_is_the_same(
     assert [f"'{prefix}" in warning for warning in result.warnings] == [True] * (wrapped != "sft")
 
 
+@pytest.mark.parametrize("wrapped", ["aligned", "both"])
+@pytest.mark.parametrize("prefix", ["base_model.", "base_model.model."])
+def test_two_wrappers_whose_names_look_alike(wrapped: str, prefix: str, tmp_path: Path) -> None:
+    """Without a head, `base_model.model.layers` may be either; the model's names begin with `model.` all the same."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": True}))
+    model.save_pretrained(tmp_path / "sft")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.003)
+    model.save_pretrained(tmp_path / "aligned")
+    expo.merge(tmp_path / "sft", tmp_path / "aligned", 0.3, tmp_path / "merged")
+    given = {name: tmp_path / name for name in ("sft", "aligned")}
+    for name in ("sft", "aligned") if wrapped == "both" else ("aligned",):
+        given[name] = renamed(given[name], tmp_path / f"wrapped-{name}", prefix)
+    expo.merge(given["sft"], given["aligned"], 0.3, tmp_path / "out")
+    assert_same(tmp_path / "out", tmp_path / "merged")
+
+
 def test_a_bin_file_inside_a_wrapper(plain: tuple[Path, Path, Path], tmp_path: Path) -> None:
     sft, aligned, merged = plain
     sft = renamed(sft, tmp_path / "sft", "module.", bin_file=True)

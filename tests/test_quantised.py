@@ -76,6 +76,8 @@ TENSORS: dict[str, tuple[Shapes, str]] = {
         "aqlm",
     ),
     "QuIP#": ({f"{Q}.Qidxs": ("I16", (4, 1)), f"{Q}.SU": ("F16", (4,)), f"{Q}.SV": ("F16", (4,))}, "quip"),
+    "QuIP#, packed": ({f"{Q}.Qidxs": ("I64", (4, 1)), f"{Q}.SU": ("F16", (4,))}, "quip"),
+    "SpQR": ({f"{Q}.dense_weights": ("I64", (16,)), f"{Q}.row_offsets": ("I32", (5,))}, "unknown"),
     "EETQ": ({**CODES, f"{Q}.weight_scales": ("F16", (4,))}, "unknown"),
     "BitNet": ({f"{Q}.weight": ("U8", (1, 4)), f"{Q}.weight_scale_2": ("BF16", (1,))}, "unknown"),
     "torchao": ({f"{Q}.weight_qdata": ("I8", (4, 4)), f"{Q}.weight_scale": ("F32", (4,))}, "unknown"),
