@@ -1,9 +1,9 @@
-"""Everything that needs a GPU, in one command of at most 9 minutes: python -m bench.gpu [FOLDER] (`make gpu`).
+"""This runs all that needs a GPU, in at most 9 minutes: python -m bench.gpu [FOLDER] (`make gpu`).
 
-Builds the extension in place, runs the tests that are marked `gpu` and then `bench_gpu.py`; writes FOLDER/gpu.json and
-prints it as tables. Nothing is installed or downloaded: needed are torch, triton, setuptools, and the packages of
-NEEDED. What is missing where no registry can be reached comes along as wheels: `pip download --no-deps -d wheels NAME`
-elsewhere, `pip install --no-index --no-deps wheels/*.whl` there.
+It builds the extension in place, runs the tests that are marked `gpu` and then `bench_gpu.py`. It writes
+FOLDER/gpu.json after each stage, and prints tables. Nothing is installed or downloaded: a C compiler and the packages
+of NEEDED must be there. A package that is missing where no registry can be reached comes along as a wheel:
+`pip download --no-deps -d wheels NAME` elsewhere, `pip install --no-index --no-deps wheels/*.whl` there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,10 +28,13 @@ from bench.report import keep, tables
 ROOT = Path(__file__).parents[1]
 NEEDED = (
     *("torch", "triton", "setuptools", "numpy", "ml_dtypes", "safetensors", "transformers", "huggingface_hub", "yaml"),
-    *("pytest", "pytest_benchmark", "hypothesis"),  # the tests' own: hypothesis where they are collected
+    *("pytest", "pytest_benchmark"),
 )
-BUILD, TESTS, BENCHMARKS, GRACE = 45, 250, 190, 15  # seconds at most, GRACE after an interrupt of each: 530 in all
+COMPILERS = ("cc", "gcc", "clang")
+# Seconds: of all of it, imports too; of a stage at most; of the last contestant that begins; after an interrupt.
+ALL, BUILD, TESTS, LAST, GRACE = 525, 45, 270, 40, 15
 ELEMENTS = 64 << 20  # of a tensor that is benchmarked, in bf16: most of the time goes into checking its result
+MESSAGE = 300  # characters that are kept of a failure
 # A warning is an error in the project's tests, where versions are pinned; here only the one that kernels are given up.
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-W", "error::RuntimeWarning", "-m", "gpu")
 
@@ -43,7 +47,11 @@ def obstacle() -> str:
 
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
-    return f"these packages are missing: {', '.join(missing)}; see the head of bench/gpu.py" if missing else ""
+    if missing:
+        return f"these packages are missing: {', '.join(missing)}; see the head of bench/gpu.py"
+    if not os.environ.get("CC") and not any(map(shutil.which, COMPILERS)):
+        return f"Triton compiles its launcher with a C compiler: install {' or '.join(COMPILERS)}, or name one in CC"
+    return ""
 
 
 def run(arguments: Sequence[str], seconds: float, **environment: str) -> tuple[int | None, float]:
@@ -66,67 +74,98 @@ def run(arguments: Sequence[str], seconds: float, **environment: str) -> tuple[i
     return code, time.monotonic() - start
 
 
-def counts(report: Path) -> dict[str, Any]:
-    """Return how many tests passed, failed and were skipped, from JUnit's XML, and the names of those that failed."""
-    passed, skipped, failed = 0, 0, []
-    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-        if case.find("failure") is not None or case.find("error") is not None:
-            failed.append(case.get("name", ""))
-        elif case.find("skipped") is not None:
-            skipped += 1
+def results(report: Path) -> dict[str, Any]:
+    """Return how many tests passed, failed and were skipped, and why, from JUnit's XML, which may be cut short."""
+    found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": {}, "skips": {}}
+    try:
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    except (OSError, ElementTree.ParseError) as error:
+        return {**found, "unreadable": str(error)[:MESSAGE]}
+    for case in cases:
+        bad = [each for kind in ("failure", "error") if (each := case.find(kind)) is not None]
+        skip = case.find("skipped")
+        if bad:
+            found["failures"][case.get("name", "")] = (bad[0].get("message") or bad[0].text or "")[:MESSAGE]
+        elif skip is not None:
+            found["skips"][case.get("name", "")] = (skip.get("message") or "")[:MESSAGE]
         else:
-            passed += 1
-    return {"passed": passed, "failed": len(failed), "skipped": skipped, "names_of_failed": failed}
+            found["passed"] += 1
+    return {**found, "failed": len(found["failures"]), "skipped": len(found["skips"])}
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Build, test and benchmark; return all that is to be kept."""
+def figures(report: Path) -> dict[str, Any]:
+    """Return what is kept of pytest-benchmark's JSON, which may be missing or cut short."""
+    try:
+        return keep(json.loads(report.read_text()))
+    except (OSError, ValueError, KeyError) as error:
+        return {"unreadable": f"{type(error).__name__}: {error}"[:MESSAGE]}
+
+
+def measure(folder: Path, deadline: float) -> Iterator[dict[str, Any]]:
+    """Test and benchmark; yield all that is to be kept, after each stage. deadline: of time.monotonic()."""
     import torch
     import triton
 
     from bench.bench_gpu import driver
 
-    tests, benchmarks = folder / "tests.xml", folder / "benchmarks.json"
-    code, seconds = run([*PYTEST, "tests", f"--junitxml={tests}"], TESTS)
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "driver": driver(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "tests": {**counts(tests), "exit_code": code, "seconds": round(seconds, 1)},
     }
-    more = ["bench/bench_gpu.py", "--benchmark-only", f"--benchmark-json={benchmarks}"]
-    code, seconds = run([*PYTEST, *more], BENCHMARKS, EXPO_BENCH_GPU_ELEMENTS=str(ELEMENTS))
-    raw = benchmarks.read_text() if benchmarks.exists() else ""
-    found["benchmarks"] = {**(keep(json.loads(raw)) if raw else {}), "exit_code": code, "seconds": round(seconds, 1)}
-    return found
+    xml = folder / "tests.xml"
+    code, seconds = run([*PYTEST, "tests/test_gpu.py", f"--junitxml={xml}"], left(deadline, TESTS))
+    found["tests"] = {**results(xml), "exit_code": code, "seconds": round(seconds, 1)}
+    yield found
+    raw, xml = folder / "benchmarks.json", folder / "benchmarks.xml"
+    more = ["bench/bench_gpu.py", "--benchmark-only", f"--benchmark-json={raw}", f"--junitxml={xml}"]
+    limit = left(deadline)
+    until = time.time() + limit - LAST
+    chosen = {"EXPO_BENCH_GPU_ELEMENTS": str(ELEMENTS), "EXPO_BENCH_GPU_UNTIL": str(until)}
+    code, seconds = run([*PYTEST, *more], limit, **chosen)
+    runs = {**results(xml), "exit_code": code, "seconds": round(seconds, 1)}
+    found["benchmarks"] = {**figures(raw), "runs": runs}
+    yield found
+
+
+def left(deadline: float, most: float = ALL) -> float:
+    """Return the seconds that a stage may take, so that its end and an interrupt of it are before the deadline."""
+    return max(1.0, min(most, deadline - time.monotonic() - GRACE))
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
-    """Return what is printed: the GPU, the tests, and a table of the benchmarks."""
+    """Yield what is printed: the GPU, the tests, and a table of the benchmarks."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     yield f"{found['device']}, driver {found['driver']}, {versions}"
-    tests = found["tests"]
-    yield (
-        f"\n| tests | passed | failed | skipped | s |\n|---|---|---|---|---|\n"
-        f"| `pytest -m gpu` | {tests['passed']} | {tests['failed']} | {tests['skipped']} | {tests['seconds']} |"
-    )
-    yield from (f"failed: {name}" for name in tests["names_of_failed"][:20])
-    if tests["exit_code"] is None:
-        yield "the tests were stopped for want of time: not all were run"
+    yield "\n| run | passed | failed | skipped | s |\n|---|---|---|---|---|"
+    stages = {"tests": found["tests"], "benchmarks": found["benchmarks"]["runs"]}
+    for name, stage in stages.items():
+        yield f"| {name} | {stage['passed']} | {stage['failed']} | {stage['skipped']} | {stage['seconds']} |"
+    for name, stage in stages.items():
+        yield from (f"failed: {each}: {text}" for each, text in list(stage["failures"].items())[:20])
+        if stage["exit_code"] is None:
+            yield f"the {name} were stopped for want of time: not all were run"
+        elif stage["exit_code"] != 0:
+            yield f"the {name} ended with exit code {stage['exit_code']}"
+        if "unreadable" in stage:
+            yield f"the report of the {name} cannot be read: {stage['unreadable']}"
+    yield from (f"not measured: {each}: {text}" for each, text in stages["benchmarks"]["skips"].items())
     if "benchmarks" in found["benchmarks"]:
         yield from tables(found["benchmarks"])
-    if found["benchmarks"]["exit_code"] != 0:
-        yield f"\nthe benchmarks ended with {found['benchmarks']['exit_code']}: what is missing above was not measured"
+    else:
+        yield f"there are no figures: {found['benchmarks']['unreadable']}"
 
 
 def succeeded(found: dict[str, Any]) -> bool:
-    """Return whether tests ran and all passed, and the benchmarks came to their end."""
-    tests = found["tests"]
-    return bool(tests["exit_code"] == 0 and tests["passed"] and found["benchmarks"]["exit_code"] == 0)
+    """Return whether tests ran and all passed, and all benchmarks were measured."""
+    tests, runs = found["tests"], found["benchmarks"]["runs"]
+    good = tests["exit_code"] == 0 and tests["passed"] and runs["exit_code"] == 0 and runs["passed"]
+    return bool(good and not runs["skipped"])
 
 
 def main(arguments: Sequence[str]) -> int:
     """Return 0, or 1 where something failed or there is no GPU."""
+    deadline = time.monotonic() + ALL
     why = obstacle()
     if why:
         print(f"make gpu needs a GPU and what the tests need: {why}", file=sys.stderr)
@@ -134,12 +173,13 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # children would inherit that it is ignored
     out = Path(arguments[0] if arguments else "build")
     out.mkdir(parents=True, exist_ok=True)
-    code, _ = run(["setup.py", "-q", "build_ext", "--inplace"], BUILD)
-    if code != 0:
-        print("the extension was not built; NumPy takes its place", file=sys.stderr)
+    code, _ = run(["setup.py", "-q", "build_ext", "--inplace"], left(deadline, BUILD))
+    if not any((ROOT / "kernels").glob("_cpu*.so")):  # setup.py does without it where there is no compiler
+        print(f"the extension was not built (exit code {code}); NumPy takes its place", file=sys.stderr)
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder))
-    (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+        for found in measure(Path(folder), deadline):
+            (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(lines(found)))
     print(f"\n{out / 'gpu.json'}")
     return 0 if succeeded(found) else 1

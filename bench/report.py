@@ -28,7 +28,8 @@ RIVALS = {
 
 
 def keep(raw: dict[str, Any]) -> dict[str, Any]:
-    """Machine, commit, and each benchmark's figures; times in seconds."""
+    """Return machine, commit, and each benchmark's figures, times in seconds; missing: those that have no round."""
+    done = [bench for bench in raw["benchmarks"] if bench.get("stats", {}).get("rounds")]
     return {
         "machine": raw["machine_info"],
         "date": raw["datetime"][:10],
@@ -36,10 +37,11 @@ def keep(raw: dict[str, Any]) -> dict[str, Any]:
         "benchmarks": {
             bench["name"]: {
                 **{key: round(bench["stats"][key], 6) for key in ("median", "iqr", "min", "max", "rounds")},
-                **bench["extra_info"],
+                **bench.get("extra_info", {}),
             }
-            for bench in raw["benchmarks"]
+            for bench in done
         },
+        "missing": [bench["name"] for bench in raw["benchmarks"] if bench not in done],
     }
 
 
@@ -56,6 +58,7 @@ def machine(kept: dict[str, Any]) -> dict[str, Any]:
 def tables(kept: dict[str, Any]) -> Iterator[str]:
     """Markdown, of what has been run; medians, lowest and highest in brackets."""
     benches = kept["benchmarks"]
+    yield from (f"not measured: {name}" for name in kept.get("missing", ()))
     warm, cold = (named(benches, test) for test in (r"test_warm(_slow)?", "test_cold"))
     yield from _merges(warm, SYNCED, "inputs cached, both synced to the disk")
     yield from _merges(warm, UNSYNCED, "inputs cached, ours synced and the rival not")
@@ -66,7 +69,9 @@ def tables(kept: dict[str, Any]) -> Iterator[str]:
     yield from _memory(benches)
     yield from _start(benches)
     yield from _rates(benches, "test_kernel", "one thread, GB/s moved (of memcpy's)", "of_memcpy")
-    on_gpu = next((bench for name, bench in benches.items() if name.startswith("test_gpu[")), None)
+    on_gpu = next(
+        (bench for name, bench in benches.items() if name.startswith("test_gpu[") and "device" in bench), None
+    )
     if on_gpu:
         yield from _rates(benches, "test_gpu", f"on a GPU, {on_gpu['device']}, GB/s moved (of a copy's)", "of_roof")
         yield f"\ndriver {on_gpu['driver']}, torch {on_gpu['torch']}, triton {on_gpu['triton']}"
@@ -150,7 +155,7 @@ def _rates(benches: dict[str, Row], test: str, title: str, ratio: str) -> Iterat
         yield f"\n| {title} | bf16 | fp16 | fp32 |\n|---|---|---|---|"
     for name in names:
         rows = [benches.get(f"{test}[{name}-{dtype}]") for dtype in ("BF16", "F16", "F32")]
-        cells = [f"{row['gb_per_s']:.1f} ({row[ratio]:.2f})" if row else "not run" for row in rows]
+        cells = [f"{row['gb_per_s']:.1f} ({row[ratio]:.2f})" if row and ratio in row else "not run" for row in rows]
         yield f"| {name.replace('_', ' ')} | {' | '.join(cells)} |"
 
 

@@ -49,8 +49,10 @@ def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any
 
     Contiguous memory on the CPU takes the compiled engine (NumPy where that is not built), which releases the GIL;
     CUDA tensors take the Triton kernel. A kernel that fails its self-test, at first use, or cannot run is replaced by
-    torch's own operations, and a RuntimeWarning says so once for each device. Raises UsageError for arguments that do
-    not fit together, and for tensors that have no memory of their own: DTensor, FakeTensor, meta tensors, wrappers.
+    torch's own operations, and a RuntimeWarning says so once for each device. A CUDA graph that is captured before the
+    self-test holds torch's operations too: call this once, with the same dtypes, before the capture.
+    Raises UsageError for arguments that do not fit together, and for tensors that have no memory of their own: DTensor,
+    FakeTensor, meta tensors, wrappers.
     """
     torch = sys.modules.get("torch")  # who holds a tensor has imported it
     if torch is not None and isinstance(aligned, torch.Tensor):

@@ -10,8 +10,8 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from .errors import EngineError, UsageError
-from .gpu import attempt, give_up, said
+from .errors import EngineError, ExpoError, UsageError
+from .gpu import attempt, error_text, reason_given_up
 from .kernels.contract import EngineFunction, Statistics
 
 ENGINES = ("auto", "numpy", "cpu", "triton")
@@ -23,6 +23,7 @@ class Engine(NamedTuple):
 
     name: as in `--engine`. run: the function. why: one phrase for the summary. gpu: a `ring.Device` to stream to.
     reserve: the engine of the CPU that takes over if the GPU fails; None where nothing may.
+    note: a sentence for a warning where this engine takes the place of a GPU; "" elsewhere.
     """
 
     name: str
@@ -30,14 +31,15 @@ class Engine(NamedTuple):
     why: str
     gpu: Any = None
     reserve: Engine | None = None
+    note: str = ""
 
 
-class _Unusable(EngineError):
-    """A GPU that is there, whose kernels fail; device: a torch.device."""
+class UnusableGpu(EngineError):
+    """A GPU that is there, whose kernels fail; device: a torch.device; reason: the error's text."""
 
-    def __init__(self, device: Any, error: Exception) -> None:
-        super().__init__(f"--engine triton cannot be used on {device}: {said(error)}; --engine cpu needs no GPU")
-        self.device, self.error = device, error
+    def __init__(self, device: Any, reason: str) -> None:
+        super().__init__(f"--engine triton cannot be used on {device}: {reason}; --engine cpu needs no GPU")
+        self.device, self.reason = device, reason
 
 
 def choose(engine: str = "auto", device: str = "auto") -> Engine:
@@ -45,7 +47,7 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
 
     engine: "auto", "numpy", "cpu" or "triton"; device: "auto", "cpu" or "cuda[:index]". auto is the compiled engine,
     or NumPy where that is not built: from file to file the disk is the limit, and a GPU has nothing to add. Where
-    kernels fail on a GPU that only `device` names, a RuntimeWarning says so and the CPU computes.
+    kernels fail on a GPU that only `device` names, the CPU computes, and the engine's note says so.
     Raises UsageError for an unknown name, EngineError for an engine asked for by name that cannot run here.
     """
     if engine not in ENGINES:
@@ -90,19 +92,40 @@ def _triton(device: str) -> Engine:
     try:
         from .kernels import device as gpu
         from .kernels import extrapolate, host, selftest
-    except ImportError as error:
+    except Exception as error:  # a library that cannot be loaded is an OSError
         raise EngineError(f"--engine triton needs torch and triton, which cannot be imported: {error}") from error
     device = "cuda" if device == "auto" else device
     try:
         stream_to = None if extrapolate.interpreted() else gpu.Cuda(device)
         engine = host.HostEngine(device)
-    except RuntimeError as error:
-        raise EngineError(f"--engine triton cannot run here: {error}; --engine cpu needs no GPU") from error
+    except Exception as error:
+        raise EngineError(f"--engine triton cannot run here: {error_text(error)}; --engine cpu needs no GPU") from error
+    reason = reason_given_up(engine.device)  # by tensors in this process, for dtypes that the self-test lacks
+    if reason:
+        raise UnusableGpu(engine.device, reason)
     try:
         selftest.check(engine.device)
     except Exception as error:  # wrong bits, or a compiler's, of no common kind
-        raise _Unusable(engine.device, error) from error
-    return Engine("triton", engine, f"asked for, on {device}", stream_to)
+        raise UnusableGpu(engine.device, error_text(error)) from error
+    return Engine("triton", _raising_runtime_errors(engine), f"asked for, on {device}", stream_to)
+
+
+def _raising_runtime_errors(engine: EngineFunction) -> EngineFunction:
+    """Return the engine with Triton's errors as RuntimeErrors, which callers expect of an engine.
+
+    An error of Triton's compiler is an Exception, and a cache folder that cannot be written to is an OSError, which
+    callers would take for one of the inputs.
+    """
+
+    def run(*arguments: Any) -> Statistics | None:
+        try:
+            return engine(*arguments)
+        except (ExpoError, RuntimeError):
+            raise
+        except Exception as error:
+            raise RuntimeError(error_text(error)) from error
+
+    return run
 
 
 def _triton_or_cpu(device: str) -> Engine:
@@ -110,16 +133,20 @@ def _triton_or_cpu(device: str) -> Engine:
     reserve = choose("auto", "cpu")
     try:
         first = _triton(device)
-    except _Unusable as error:
-        give_up(error.device, error.error)
-        return reserve._replace(why=f"the kernels fail on {error.device}")
+    except UnusableGpu as error:
+        note = (
+            f"the Triton kernels are not used on {error.device}; --engine {reserve.name} computes instead, with the "
+            f"same bits. The reason: {error.reason}"
+        )
+        return reserve._replace(why=f"the kernels fail on {error.device}", note=note)
 
     if first.gpu is None:  # Triton's interpreter
         return first
 
     def run(*arguments: Any) -> Statistics | None:
         found: list[Statistics | None] = []
-        if attempt(first.gpu.device, lambda: found.append(first.run(*arguments))):
+        no_kernel = "F64" in (arguments[1], arguments[3])
+        if not no_kernel and attempt(first.gpu.device, lambda: found.append(first.run(*arguments))):
             return found[0]
         return reserve.run(*arguments)
 

@@ -26,7 +26,10 @@ class Corrupt(OutputError):
 
 
 class Filling:
-    """One rank's part of the shards, which are there in their full size. shares: bytes of output by engine."""
+    """One rank's part of the shards, which are there in their full size.
+
+    shares: bytes of output by engine. notes: sentences for warnings, about GPUs that failed, each once.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Filling:
         self._tally = tally
         self.resumed = sum(stop - start for (_, start), (stop, _) in done.items()) * len(plan.alphas)
         self.shares: dict[str, int] = {}
+        self.notes = dict.fromkeys(engine.note for engine in crew if engine.note)
         self._read = threading.local()  # a buffer of each worker that verifies
 
     @property
@@ -84,6 +88,7 @@ class Filling:
         self.record()
         self._journal.close()
         self.shares = work.shares
+        self.notes |= work.notes
 
     def verify(self, progress: Progress, cancel: threading.Event | None) -> None:
         """Compute this rank's part again and compare it with what the disk has. Raises Corrupt, RankError."""
@@ -95,6 +100,7 @@ class Filling:
         except Corrupt:
             self._journal.void()
             raise
+        self.notes |= check.notes
 
     def record(self) -> None:
         """Write down what is done, unless an input was changed: what was computed from it must not count.

@@ -179,9 +179,12 @@ class Live:
                 self._in_parts(trio, working_alpha(alpha, *trio.dtypes))
 
     def _table(self, own: float | None, trios: Sequence[Trio]) -> Any:
-        """Return the table of all tensors that share this alpha, kept for later launches; None for want of kernels."""
+        """Return the table of all tensors that share this alpha, kept for later launches; None where there is none."""
         if own not in self._tables:
-            self._tables[own] = gpu.table((trio.sft, trio.aligned, trio.out) for trio in trios)
+            made = gpu.table((trio.sft, trio.aligned, trio.out) for trio in trios)
+            if made is None:  # for want of memory, perhaps: the next call asks again
+                return None
+            self._tables[own] = made
         return self._tables[own]
 
     def _in_parts(self, trio: Trio, alpha: float) -> None:

@@ -39,7 +39,7 @@ from .writer import Staging, check_free, held, staging_folder
 
 BASE_MEMORY = 25_000_000  # bytes: the interpreter with what a CPU merge imports
 MAX_CARD = 1 << 20  # characters of aligned's own card that are read
-Fill = Callable[[Filling], tuple[dict[str, int], bool]]
+Fill = Callable[[Filling], tuple[dict[str, int], bool, list[str]]]
 TORCH_MEMORY = 500_000_000  # about what torch and triton take once imported; a GPU's driver takes more
 
 
@@ -127,12 +127,12 @@ def merge(
         with Making(job.plan, Source(weak, strong), job.crew, stagings, journal, ranks, resume, overwrite) as making:
             making.create()
             ranks.gather(making.begun)
-            shares, direct = fill(making.filling)
+            shares, direct, gpus = fill(making.filling)
             making.collect()
             making.complete(strong, lambda k: _card(want, rules, weak, strong, job, making.tally, k), digest)
             if loader is not None:
                 making.check(loader)
-            warnings = [*job.notes, *making.tally.warnings(), *making.commit()]
+            warnings = [*dict.fromkeys((*job.notes, *gpus)), *making.tally.warnings(), *making.commit()]
         seconds = time.perf_counter() - began
         merged = _merged(job, making, ranks.world, shares, direct, (verify, check), seconds, warnings)
         try:
@@ -183,18 +183,21 @@ def _loader(aligned: Checkpoint) -> Any:
 
 def _fill(
     filling: Filling, ranks: Alone, verify: bool, progress: Progress | None, cancel: threading.Event | None
-) -> tuple[dict[str, int], bool]:
-    """All ranks' parts, durable and verified: bytes of output by engine, and whether all was written with O_DIRECT."""
+) -> tuple[dict[str, int], bool, list[str]]:
+    """Compute, sync and verify all ranks' parts.
+
+    Returns bytes of output by engine, whether all was written with O_DIRECT, and what warnings say of GPUs that failed.
+    """
     passes = 1 + verify
     filling.compute(_part(progress, 0, passes), cancel)
     found = ranks.gather((filling.shares, filling.direct))
     if verify:
         filling.verify(_part(progress, 1, passes), cancel)
-        ranks.gather("verified")
+    notes = [note for each in ranks.gather(list(filling.notes)) for note in each]
     shares = Counter[str]()
     for each, _ in found:
         shares.update(each)
-    return dict(shares), all(direct for _, direct in found)
+    return dict(shares), all(direct for _, direct in found), list(dict.fromkeys(notes))
 
 
 def _follow(
@@ -414,7 +417,7 @@ def _prepare(
         code = find_code(strong.files)
         plan = make_plan(weak, strong, want.alphas, *rules, code)
         found = (tokens.difference(weak, strong), tokens.missing(weak, strong), missing_modules(plan.left_out))
-        notes = (*plan.notes, *filter(None, found), *code.notes)
+        notes = (*plan.notes, *filter(None, found), *code.notes, *filter(None, [workers[0].note]))
         outs = output_paths(out, strong, want.alphas)
         committed = _committed(outs) if resume else frozenset()
         error: ExpoError | None = None

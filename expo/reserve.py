@@ -5,24 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from .errors import ExpoError
-from .gpu import give_up
+from .gpu import error_text
 from .layout import Chunk
 from .work import RING_SLOTS, Lane, Result
 
 T = TypeVar("T")
 
 
-class Reserved:
+class LaneWithReserve:
     """A lane (see `work.Lane`) through a GPU; from the GPU's failure on, the reserve computes its chunks."""
 
     depth = RING_SLOTS
 
-    def __init__(self, device: Any, make: Callable[[], Lane], reserve: Lane, name: str) -> None:
-        """Make the GPU's lane, which may fail too; device: a torch.device, for the warning; name: of the reserve."""
-        self._device, self._reserve, self._name = device, reserve, name
+    def __init__(self, make: Callable[[], Lane], reserve: Lane, name: str, failed: Callable[[str], None]) -> None:
+        """Make the GPU's lane, which may fail too; name: of the reserve; failed: takes the text of the GPU's error."""
+        self._reserve, self._name, self._failed = reserve, name, failed
         self._chunks: deque[Chunk] = deque()  # begun and not finished
         self._gpu: Lane | None = None
         self._gpu = self._try(make)
@@ -49,15 +49,15 @@ class Reserved:
             self._gpu.close()
 
     def _try(self, work: Callable[[], T]) -> T | None:
-        """Have the GPU do something; if it fails, let go of it and return None."""
+        """Have the GPU do something; if it fails, let go of it, say so, and return None."""
         try:
             return work()
         except (ExpoError, OSError):  # of the inputs
             raise
         except Exception as error:
-            failed, self._gpu = self._gpu, None
-            give_up(self._device, error)
-            if failed is not None:
+            lane, self._gpu = self._gpu, None
+            if lane is not None:
                 with contextlib.suppress(Exception):  # a GPU that failed may fail again
-                    failed.close()
+                    lane.close()
+            self._failed(error_text(error))
             return None

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from .engines import choose
+from .gpu import error_text
 from .header import DTYPES as BITS
 from .kernels import sweep
 from .kernels.contract import ITEMSIZE
@@ -26,6 +27,8 @@ from .source import Source
 from .steps import Step
 from .work import RING_SLOTS, Measured, Result, put_header
 
+# Rings whose GPU failed for good are kept: where torch frees their memory and events after that, it aborts the process.
+_undrained: list[Ring] = []
 SMALL = 64 << 10  # bytes of a piece below which the CPU does it: it takes longer to launch a kernel
 
 
@@ -143,8 +146,12 @@ class Ring:
 
     def close(self) -> None:
         """Wait for what is under way: its memory is about to go."""
-        for stream in (self._up, self._compute, self._down):
-            self._device.drain(stream)
+        try:
+            for stream in (self._up, self._compute, self._down):
+                self._device.drain(stream)
+        except Exception:
+            _undrained.append(self)
+            raise
 
     def _read(self, slot: Slot, number: int, piece: Piece) -> None:
         """Read a piece's inputs into the slot, or have the CPU compute it."""
@@ -175,8 +182,11 @@ class Ring:
                     gpu.copy_(host, non_blocking=True)
 
         def compute() -> None:
-            for part, constants in zip(parts, alphas, strict=True):
-                sweep.launch(*part.operands, constants, part.results, part.partials)
+            try:
+                for part, constants in zip(parts, alphas, strict=True):
+                    sweep.launch(*part.operands, constants, part.results, part.partials)
+            except OSError as error:  # Triton's, whose cache cannot be written to: no input's, as callers would think
+                raise RuntimeError(error_text(error)) from error
 
         def download() -> None:
             for part in parts:

@@ -65,6 +65,8 @@ def stream(
         note = tokens.difference(weak, strong)
         for text in plan.notes if note is None else (*plan.notes, note):
             warnings.warn(text, stacklevel=2)
+        if chosen.note:
+            warnings.warn(chosen.note, RuntimeWarning, stacklevel=2)
         several = isinstance(alpha, Iterable) and not isinstance(alpha, str)
         return _stream(plan, Source(weak, strong), chosen, _wrapper(framework, to), several, stack.pop_all())
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from .engines import Engine
 from .errors import Cancelled, EngineError, ExpoError
-from .gpu import said
+from .gpu import error_text
 from .kernels.contract import Statistics
 from .layout import Chunk
 from .plan import Plan
@@ -127,7 +127,8 @@ def put_header(chunk: Chunk, buffers: Sequence[memoryview]) -> None:
 class Pass:
     """One pass over chunks of a plan by a crew: a thread for each engine in it, the faster ones take more.
 
-    shares: bytes of output by the name of the engine that computed them.
+    shares: bytes of output by the name of the engine that computed them. notes: sentences for warnings, about GPUs that
+    failed.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Pass:
         self._source = source
         self._crew = crew
         self.shares = dict.fromkeys((engine.name for engine in crew), 0)
+        self.notes: dict[str, None] = {}  # in order, each once
         self._sink = sink
         self._landed = landed
         self._size = size
@@ -199,7 +201,7 @@ class Pass:
         measure = self._landed is not None
         if engine.gpu is None:
             return Direct(engine, len(self._plan.alphas), self._source, self._size, measure)
-        from .reserve import Reserved
+        from .reserve import LaneWithReserve
         from .ring import Ring
 
         def ring() -> Ring:
@@ -207,8 +209,14 @@ class Pass:
 
         if engine.reserve is None:
             return ring()
+        name, where = engine.reserve.name, engine.gpu.device
+
+        def failed(reason: str) -> None:
+            note = f"{where} failed, and --engine {name} did its part, with the same bits. The reason: {reason}"
+            self.notes[note] = None
+
         reserve = Direct(engine.reserve, len(self._plan.alphas), self._source, self._size, measure)
-        return Reserved(engine.gpu.device, ring, reserve, engine.reserve.name)
+        return LaneWithReserve(ring, reserve, name, failed)
 
     def _work(self, engine: Engine) -> None:
         try:
@@ -219,7 +227,7 @@ class Pass:
         except Exception as error:
             # Of a GPU: out of memory, a kernel that does not compile. A compiler's errors are of no common kind.
             known = isinstance(error, RuntimeError) or engine.name == "triton"
-            self._fail(EngineError(f"--engine {engine.name} failed: {said(error)}") if known else error)
+            self._fail(EngineError(f"--engine {engine.name} failed: {error_text(error)}") if known else error)
         except BaseException as error:  # whatever it is, the thread that called run() raises it
             self._fail(error)
 

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from .extrapolate import BLOCK, OPTIONS, extrapolate
 from .sweep import BLOCK as SWEEP_BLOCK
 from .sweep import sweep
-from .whole_model import POINTERS, SEGMENT, WIDE, whole_model
+from .whole_model import ELEMENTS, SEGMENT, WIDE, whole_model
 
 TARGETS = (
     *(f"cuda:{arch}" for arch in (80, 86, 89, 90, 100, 120)),
@@ -85,7 +85,7 @@ def _sweep(dtype: str, alphas: int, measured: bool) -> Variant:
 
 
 def _whole_model(dtype: str) -> Variant:
-    kind = POINTERS[KINDS[dtype]]
+    kind = ELEMENTS[KINDS[dtype]]
     constants = {"SFT": kind, "ALIGNED": kind, "ALIGNMENT": WIDE, "SEGMENT": SEGMENT, "BLOCK": BLOCK}
     types = {"table_ptr": "*i64", "alpha": "fp32"} | dict.fromkeys(constants, "constexpr")
     moved = 3 * ITEM[dtype] + 32 / (SEGMENT * BLOCK)

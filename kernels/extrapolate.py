@@ -44,7 +44,7 @@ def rounded(a, d, alpha, dtype: tl.constexpr, PTX: tl.constexpr):  # type: ignor
 
 @triton.jit  # type: ignore[untyped-decorator]
 def write(sft_ptr, aligned_ptr, out_ptr, alpha, at, inside, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The elements `at`, where `inside`; all of them for None."""
+    """Write the results of the elements `at`, where `inside`; of all of them for None."""
     sft = tl.load(sft_ptr + at, mask=inside)
     aligned = tl.load(aligned_ptr + at, mask=inside)
     a = widen(aligned)
@@ -56,7 +56,7 @@ def write(sft_ptr, aligned_ptr, out_ptr, alpha, at, inside, PTX: tl.constexpr): 
 def block(  # type: ignore[no-untyped-def]
     sft_ptr, aligned_ptr, out_ptr, left, alpha, BLOCK: tl.constexpr, PTX: tl.constexpr
 ):
-    """The first BLOCK elements, or the `left` ones that there are: none where it is 0 or negative."""
+    """Write the results of the first BLOCK elements, or of the `left` ones that there are, none where `left` <= 0."""
     at = tl.arange(0, BLOCK)
     if left >= BLOCK:
         write(sft_ptr, aligned_ptr, out_ptr, alpha, at, None, PTX)
@@ -72,7 +72,7 @@ def block(  # type: ignore[no-untyped-def]
 def extrapolate(  # type: ignore[no-untyped-def]
     sft_ptr, aligned_ptr, out_ptr, n, alpha, BLOCK: tl.constexpr, PTX: tl.constexpr
 ):
-    """n elements from three addresses, BLOCK for each program; out may be one of the inputs."""
+    """Compute n elements from three addresses, BLOCK for each program; out may be one of the inputs."""
     start = tl.program_id(0).to(tl.int64) * BLOCK  # int64 before the multiply: n may be past 2^31
     block(sft_ptr + start, aligned_ptr + start, out_ptr + start, n - start, alpha, BLOCK, PTX)
 

@@ -1,7 +1,8 @@
-"""Do the kernels give the definition's bits on this GPU? A tiny run of each says so, once for each device.
+"""A tiny run of each kernel on a GPU shows, once for each device, whether it gives the definition's bits.
 
 A compiler may fuse the product and the sum whatever it is told (ptxas 12.8 and 12.9 do so for Blackwell). So the
-elements are such that one rounding in place of two gives another bf16, at every place in a block and in a tail.
+elements are such that one rounding in place of two gives another bf16, and another fp32, at every place in a block and
+in a tail.
 """
 
 from __future__ import annotations
@@ -24,56 +25,68 @@ _passed: set[torch.device] = set()
 _lock = threading.Lock()
 
 
+def passed(device: torch.device) -> bool:
+    """Return whether a device has passed in this process, or needs no test, as Triton's interpreter."""
+    return device in _passed or interpreted()
+
+
 def check(device: torch.device) -> None:
     """Raise RuntimeError if a kernel gives other bits than the definition, or else whatever stops it from running.
 
-    A device that has passed is not asked again in this process. Nothing runs in the interpreter, nor while the current
-    stream is being captured into a graph, which takes no launch but the caller's: the next call asks.
+    A device that has passed is not tested again in this process. The test synchronizes, so no graph may be captured.
     """
-    if device in _passed or interpreted():
+    if passed(device):
         return
     with _lock, current(torch.empty(0, device=device)):
-        if device not in _passed and not _capturing(device):
+        if device not in _passed:
             _run(device)
             _passed.add(device)
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def elements() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return sft and aligned, bf16 on the host, and the bits of the result as the definition has them, int16."""
+def elements(dtype: str = "BF16") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return sft and aligned, on the host, and the result as the definition has it; dtype: "BF16" or "F32"."""
     a = (1 + np.arange(N) % STEPS / 128).astype(np.float32)
     s = a + DIFFERENCE
     r = a + np.float32(ALPHA) * (a - s)
+    if dtype == "F32":
+        return torch.from_numpy(s), torch.from_numpy(a), torch.from_numpy(r)
     bits = np.empty((3, N), np.uint16)
     for values, row in zip((s, a, r), bits, strict=True):
         narrow(values, "BF16", row)
-    sft, aligned, expected = torch.from_numpy(bits.view(np.int16))
-    return sft.view(torch.bfloat16), aligned.view(torch.bfloat16), expected
+    sft, aligned, expected = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+    return sft, aligned, expected
 
 
 def _run(device: torch.device) -> None:
-    """Launch each kernel and compare."""
+    """Launch each kernel and compare its results."""
     sft, aligned, expected = elements()
     s, a = sft.to(device), aligned.to(device)
-    outs = {name: torch.zeros_like(a) for name in ("extrapolate", "sweep", "whole_model")}
+    outs = {name: torch.zeros_like(a) for name in ("extrapolate", "sweep", "sweep without statistics", "whole_model")}
     partials = sweep.Partials.empty(N, 1, a.device)
     extrapolate.launch(s, a, ALPHA, outs["extrapolate"])
     alphas = torch.tensor([ALPHA], dtype=torch.float32, device=device)
     sweep.launch(s, a, alphas, outs["sweep"].unsqueeze(0), partials)
+    sweep.launch(s, a, alphas, outs["sweep without statistics"].unsqueeze(0))
     whole_model.Table([s], [a], [outs["whole_model"]]).launch(ALPHA)
     for name, out in outs.items():
-        wrong = int((out.view(torch.int16).cpu() != expected).sum())
-        if wrong:
-            raise RuntimeError(f"the kernel {name} gives wrong bits for {wrong} of {N} elements{_why(out, expected)}")
+        _compare(name, out, expected)
+    sft, aligned, expected = elements("F32")
+    out = torch.zeros_like(aligned, device=device)
+    extrapolate.launch(sft.to(device), aligned.to(device), ALPHA, out)
+    _compare("extrapolate for fp32", out, expected)
     found = sweep.statistics(sweep.Partials(*(each.cpu() for each in partials)))
     if found.counts != ((N, 0),) or found.max_abs_d != DIFFERENCE:
         raise RuntimeError(f"the kernel sweep gives wrong statistics: {found}")
 
 
-def _why(out: torch.Tensor, expected: torch.Tensor) -> str:
-    """Name the likely reason: results that are all the next number above or below are rounded once."""
-    apart = (out.view(torch.int16).cpu().int() - expected.int()).abs()
-    return ", as if products and sums were fused" if int(apart.max()) == 1 else ""
+def _compare(name: str, out: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise RuntimeError where a kernel's bits are not those expected, and name the likely reason.
+
+    Results that are all the next number above or below are rounded once.
+    """
+    integer = torch.int16 if expected.dtype == torch.bfloat16 else torch.int32
+    apart = (out.cpu().view(integer).long() - expected.view(integer).long()).abs()
+    wrong = int((apart != 0).sum())
+    if wrong:
+        why = ", as if products and sums were fused" if int(apart.max()) == 1 else ""
+        raise RuntimeError(f"the kernel {name} gives wrong bits for {wrong} of {N} elements{why}")

@@ -46,7 +46,7 @@ def _write(  # type: ignore[no-untyped-def]
     sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row, at, inside,
     K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The elements `at`, where `inside`, all of them for None; statistics into a row, unless sums_ptr is None."""
+    """Write the results of the elements `at`, where `inside` unless that is None; and statistics if it has sums_ptr."""
     if inside is None:
         sft = tl.load(sft_ptr + at)
         aligned = tl.load(aligned_ptr + at)
@@ -70,7 +70,7 @@ def sweep(  # type: ignore[no-untyped-def]
     sft_ptr, aligned_ptr, out_ptr, alphas_ptr, sums_ptr, counts_ptr, n, pitch,
     K: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """n elements, BLOCK for each program in two parts; output k starts k * pitch elements after out_ptr.
+    """Compute n elements, BLOCK for each program in two parts; output k starts k * pitch elements after out_ptr.
 
     sums_ptr, counts_ptr: None, or where rows of 3 and of K are written: one for each part, and one for the tail.
     """

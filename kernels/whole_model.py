@@ -23,18 +23,7 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 WIDE = 16  # bytes of the alignment that 128-bit accesses need
 
 
-class Pointer(tl.pointer_type):  # type: ignore[misc]
-    """A pointer's type that can be a constant of a kernel: Triton's launcher hashes those, and its own has no hash."""
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-
-POINTERS = {
-    torch.bfloat16: Pointer(tl.bfloat16),
-    torch.float16: Pointer(tl.float16),
-    torch.float32: Pointer(tl.float32),
-}
+ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -44,15 +33,17 @@ def whole_model(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Rows of int64: the addresses of sft, aligned and out, multiples of ALIGNMENT bytes, and the elements there.
 
-    SFT, ALIGNED: types of pointers to their elements.
+    SFT, ALIGNED: the dtypes of the elements. They are not types of pointers, which Triton can neither hash nor write as
+    JSON, and it writes the constants of a kernel so for a compile hook.
     """
+    # Triton's compiler passes constants in a wrapper that `pointer_type` does not take, and its interpreter bare.
     program = tl.program_id(0)
     row = table_ptr + (program // SEGMENT).to(tl.int64) * 4
     start = (program % SEGMENT) * BLOCK
     left = tl.load(row + 3) - start
-    sft_ptr = tl.multiple_of(tl.load(row).to(SFT), ALIGNMENT)
-    aligned_ptr = tl.multiple_of(tl.load(row + 1).to(ALIGNED), ALIGNMENT)
-    out_ptr = tl.multiple_of(tl.load(row + 2).to(ALIGNED), ALIGNMENT)
+    sft_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.constexpr(SFT).value)), ALIGNMENT)
+    aligned_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
+    out_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
     block(sft_ptr + start, aligned_ptr + start, out_ptr + start, left, alpha, BLOCK, PTX)
 
 
@@ -94,7 +85,7 @@ class Table:
             apart = any(tensor.data_ptr() % WIDE for tensor in (s, a, o))
             kinds[s.dtype, a.dtype, 1 if apart else WIDE].append((s, a, o))
         self.groups = [
-            Group(triples, rows(triples), {"SFT": POINTERS[s], "ALIGNED": POINTERS[a], "ALIGNMENT": alignment})
+            Group(triples, rows(triples), {"SFT": ELEMENTS[s], "ALIGNED": ELEMENTS[a], "ALIGNMENT": alignment})
             for (s, a, alignment), triples in kinds.items()
         ]
 

@@ -340,19 +340,21 @@ def test_the_kernels_pass_their_test(untested: torch.device) -> None:
     assert selftest._passed == {untested}
 
 
-def test_capture(untested: torch.device) -> None:
-    """A launch in a graph: no test is captured with it, and the graph gives the definition's bits when it runs."""
+@pytest.mark.parametrize("tested", [False, True])
+def test_capture(untested: torch.device, tested: bool) -> None:
+    """A graph gives the definition's bits when it runs: torch's operations are in it, or a tested kernel's launch."""
     s, a = random_bits(8, ("BF16", "BF16"), 5000)
     (expected,), _ = reference(s, a, ("BF16", "BF16"), (0.3,))
     sft, aligned = upload(s, "BF16"), upload(a, "BF16")
     out = torch.zeros_like(aligned)
-    extrapolate.launch(sft, aligned, working_alpha(0.3), out)  # compiles
+    if tested:
+        expo.extrapolate(sft, aligned, 0.3, out=out)
     torch.cuda.synchronize()
     out.zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         expo.extrapolate(sft, aligned, 0.3, out=out)
-    assert selftest._passed == set()
+    assert selftest._passed == ({untested} if tested else set())
     graph.replay()
     assert_same(bits_of(out, "BF16"), expected, "BF16")
 
@@ -419,6 +421,7 @@ def test_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crew: dict[str, 
         assert found.keys() == right.keys()
         assert [name for name in found if found[name] != right[name]] == []
     assert merged.engine == "triton"
+    assert [note for note in merged.warnings if "same bits" in note] == [], "the GPU failed, and the CPU took over"
     if "engine" in crew:  # else the CPU, which helps, may be done before the GPU has started
         assert merged.shares.keys() == {"triton"}
     assert merged.max_abs_difference == expected.max_abs_difference

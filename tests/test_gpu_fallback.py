@@ -25,6 +25,7 @@ import expo
 from expo import engines, gpu, live, op, ring
 from expo.demo import ALIGNED, SFT
 from expo.engines import choose, crew
+from expo.fast import main
 from expo.kernels import extrapolate, numerics, selftest, sweep, whole_model
 from expo.kernels.contract import working_alpha
 
@@ -32,6 +33,12 @@ if extrapolate.interpreted():
     pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
 
 CPU = torch.device("cpu")
+READ_ONLY = OSError(30, "Read-only file system")
+TESTED = ["extrapolate", "sweep", "sweep", "whole_model", "extrapolate"]  # the launches of the self-test
+
+
+class CompilationError(Exception):
+    """As Triton's, which is no RuntimeError."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +46,8 @@ def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pyte
     """Nothing tested or given up yet; and tensors on the CPU count as the GPU's."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
     monkeypatch.setattr(selftest, "_passed", set())
-    monkeypatch.setattr(gpu, "_given_up", set())
+    monkeypatch.setattr(gpu, "_given_up", {})
+    monkeypatch.setattr(gpu, "_ran_out", set())
     monkeypatch.setattr(gpu, "on_gpu", lambda _: True)
 
 
@@ -84,17 +92,19 @@ def expected(sft: torch.Tensor, aligned: torch.Tensor, alpha: float = 0.3) -> to
 # The self-test
 
 
-def test_every_element_tells_fused_from_not() -> None:
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_every_element_tells_fused_from_not(dtype: str) -> None:
     """By exact arithmetic: the expected bits are those of two roundings, and one rounding gives others."""
     import exact
 
-    sft, aligned, right = selftest.elements()
-    bits = [each.view(torch.int16).numpy().view(np.uint16).tolist() for each in (sft, aligned, right)]
+    integer = torch.int16 if dtype == "BF16" else torch.int32
+    unsigned = np.uint16 if dtype == "BF16" else np.uint32
+    bits = [each.view(integer).numpy().view(unsigned).tolist() for each in selftest.elements(dtype)]
     kinds = set(zip(*bits, strict=True))
     assert len(kinds) == selftest.STEPS
     for s, a, r in kinds:
-        assert exact.extrapolate(s, "BF16", a, "BF16", selftest.ALPHA) == r
-        assert exact.extrapolate(s, "BF16", a, "BF16", selftest.ALPHA, fused=True) != r
+        assert exact.extrapolate(s, dtype, a, dtype, selftest.ALPHA) == r
+        assert exact.extrapolate(s, dtype, a, dtype, selftest.ALPHA, fused=True) != r
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
@@ -102,14 +112,14 @@ def test_the_kernels_pass_once(arch: int) -> None:
     with SoftwareGpu(arch).active() as software:
         for _ in range(2):
             selftest.check(CPU)
-    assert [name for name, _ in software.launches] == ["extrapolate", "sweep", "whole_model"]
+    assert [name for name, _ in software.launches] == TESTED
 
 
 def test_an_assembler_that_fuses_is_noticed(fusing: SoftwareGpu) -> None:
     for _ in range(2):  # a device that failed is asked again
         with pytest.raises(RuntimeError, match=r"kernel extrapolate gives wrong bits for \d+ .* as if .* were fused"):
             selftest.check(CPU)
-    assert len(fusing.launches) == 6
+    assert len(fusing.launches) == 2 * (len(TESTED) - 1)
 
 
 @pytest.mark.parametrize("kernel", ["extrapolate", "sweep", "whole_model"])
@@ -118,6 +128,25 @@ def test_each_kernel_is_tested(kernel: str) -> None:
         return fused(text) if f".entry {kernel}(" in text else text
 
     with SoftwareGpu(rewrite=rewrite).active(), pytest.raises(RuntimeError, match=f"the kernel {kernel} gives wrong"):
+        selftest.check(CPU)
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        (lambda text: ".entry extrapolate(" in text and "bf16" not in text, "extrapolate for fp32"),
+        (
+            lambda text: ".entry sweep(" in text and text.partition(")")[0].count(".param") == 8,
+            "sweep without statistics",
+        ),
+    ],
+    ids=["fp32", "without statistics"],
+)
+def test_each_form_is_tested(form: Callable[[str], bool], name: str) -> None:
+    with (
+        SoftwareGpu(rewrite=lambda text: fused(text) if form(text) else text).active(),
+        pytest.raises(RuntimeError, match=f"the kernel {name} gives wrong bits .* as if products and sums were fused"),
+    ):
         selftest.check(CPU)
 
 
@@ -163,15 +192,6 @@ def test_threads_wait_for_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs == [CPU]
 
 
-def test_nothing_is_tested_while_a_graph_is_captured(software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "_capturing", lambda _: True)
-    selftest.check(CPU)
-    assert software.launches == []
-    monkeypatch.setattr(selftest, "_capturing", lambda _: False)
-    selftest.check(CPU)
-    assert len(software.launches) == 3
-
-
 # Tensors: torch takes over
 
 
@@ -214,7 +234,7 @@ Way = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 def test_kernels_that_pass_are_used(way: Way, software: SoftwareGpu) -> None:
     found, right = way()
     assert torch.equal(found, right)
-    assert len(software.launches) > 3
+    assert len(software.launches) > len(TESTED)
 
 
 @every_way
@@ -224,24 +244,113 @@ def test_wrong_bits(way: Way, fusing: SoftwareGpu) -> None:
     assert len(said) == 1
     assert torch.equal(found, right)
     way()  # and no second warning, which would be an error here
-    assert len(fusing.launches) == 3
+    assert len(fusing.launches) == len(TESTED) - 1
 
 
 @every_way
 def test_no_compiler(way: Way, software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that does not compile: Triton's errors have no kind in common with others."""
 
-    class CompilationError(Exception):
-        """As Triton's."""
-
-    def fail(*_: Any) -> None:
-        raise CompilationError("at 7:12: no such instruction")
-
-    monkeypatch.setattr(software, "launcher_cls", fail)
+    monkeypatch.setattr(software, "launcher_cls", failing(CompilationError("at 7:12: no such instruction")))
     with pytest.warns(RuntimeWarning, match="CompilationError: at 7:12") as said:
         found, right = way()
     assert len(said) == 1
     assert torch.equal(found, right)
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's."""
+
+
+MEMORY = (OutOfMemoryError("CUDA: no room for 2 GiB"), RuntimeError("Triton Error [CUDA]: out of memory"))
+every_lack = pytest.mark.parametrize("lack", MEMORY, ids=lambda error: type(error).__name__)
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@every_way
+@every_lack
+@pytest.mark.parametrize("where", ["the self-test", "a launch", "a table"])
+def test_a_lack_of_memory_passes(
+    way: Way, lack: Exception, where: str, software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch computes while memory is short, one warning says so, and the kernels compute afterwards."""
+    with monkeypatch.context() as short, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if where == "the self-test":
+            short.setattr(selftest, "_run", failing(lack))
+        else:
+            selftest.check(CPU)
+            target, name = (software, "launcher_cls") if where == "a launch" else (whole_model, "rows")
+            short.setattr(target, name, failing(lack))
+        for _ in range(2):
+            found, right = way()
+            assert torch.equal(found, right)
+    needed = where != "a table" or way in (by_list, by_operator, by_live)  # one tensor needs no table
+    assert [str(each.message).partition(";")[0] for each in caught] == [
+        "the Triton kernels are not used where memory runs out"
+    ] * needed
+    assert gpu.reason_given_up(CPU) == ""
+    before = len(software.launches)
+    found, right = way()
+    assert torch.equal(found, right)
+    assert len(software.launches) > before
+
+
+def test_a_table_is_made_when_there_is_memory_again(software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is rewritten for another alpha asks again."""
+    models = [torch.nn.Linear(70, 50, dtype=torch.bfloat16) for _ in range(2)]
+    held = live.Live(models[1], models[0])
+    held._launches = True
+    with monkeypatch.context() as short:
+        short.setattr(whole_model, "rows", failing(MEMORY[0]))
+        with pytest.warns(RuntimeWarning, match="where memory runs out"):
+            held._on_device(0.7)
+    assert "whole_model" not in [name for name, _ in software.launches[len(TESTED) :]]
+    held._on_device(0.3)
+    assert software.launches[-1][0] == "whole_model"
+
+
+@every_way
+def test_an_untested_kernel_is_not_captured(way: Way, software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph torch computes, without a test and without a word; after a call outside the kernels do."""
+    monkeypatch.setattr(gpu, "capturing", lambda _: True)
+    found, right = way()
+    assert torch.equal(found, right)
+    assert (software.launches, selftest._passed, gpu.reason_given_up(CPU)) == ([], set(), "")
+    monkeypatch.setattr(gpu, "capturing", lambda _: False)
+    way()
+    before = len(software.launches)
+    monkeypatch.setattr(gpu, "capturing", lambda _: True)
+    found, right = way()
+    assert torch.equal(found, right)
+    names = {name for name, _ in software.launches[before:]}
+    assert names == {"extrapolate"}, "a table is made by a copy from the host, which is not captured"
+
+
+def test_a_launch_that_fails_in_a_capture(software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The capture has failed: whoever captures hears why, and the kernels stay."""
+    selftest.check(CPU)
+    monkeypatch.setattr(gpu, "capturing", lambda _: True)
+    text = "operation not permitted when stream is capturing"
+    with monkeypatch.context() as broken:
+        broken.setattr(extrapolate, "launch", failing(RuntimeError(text)))
+        with pytest.raises(RuntimeError, match=text):
+            by_function()
+    assert gpu.reason_given_up(CPU) == ""
+    found, right = by_function()
+    assert torch.equal(found, right)
+
+
+def test_amds_gpus_take_no_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert extrapolate.ptx()
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    assert not extrapolate.ptx()
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +393,7 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Device(late.Late):
         def __init__(self, name: str) -> None:
-            super().__init__()
+            super().__init__(getattr(late.Late, "begins", "needed"))
             self.device = CPU
 
     monkeypatch.setattr(device, "Cuda", Device)
@@ -321,7 +430,7 @@ def test_a_merge_by_kernels(
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out", engine="triton")
     assert files(tmp_path / "out") == right
     assert merged.shares.keys() == {"triton"}
-    assert {name for name, _ in software.launches[3:]} == {"sweep"}
+    assert {name for name, _ in software.launches[len(TESTED) :]} == {"sweep"}
 
 
 @pytest.mark.usefixtures("merging", "fusing")
@@ -336,37 +445,98 @@ def test_an_engine_asked_for_by_name_fails(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("merging", "fusing")
 def test_a_device_alone_gives_way_to_the_cpu(right: dict[str, bytes], tmp_path: Path) -> None:
-    with pytest.warns(RuntimeWarning, match="wrong bits") as said:
-        merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out", device="cuda")
-    assert len(said) == 1
+    merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out", device="cuda")
+    (note,) = (note for note in merged.warnings if "wrong bits" in note)
+    assert note.startswith(f"the Triton kernels are not used on cpu; --engine {choose().name} computes instead")
     assert merged.engine == choose().name
     assert files(tmp_path / "out") == right
     assert [each.name for each in crew("auto", "cuda")] == [choose().name] * 2
-    assert [name for name, _ in expo.stream(SFT, ALIGNED, 0.3, device="cuda")]
+    with pytest.warns(RuntimeWarning, match="wrong bits"):
+        assert [name for name, _ in expo.stream(SFT, ALIGNED, 0.3, device="cuda")]
+
+
+@pytest.mark.usefixtures("merging", "fusing")
+def test_the_command_line_warns_as_it_always_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = ["--sft", str(SFT), "--aligned", str(ALIGNED), "--alpha", "0.3", "--device", "cuda"]
+    assert main([*pair, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "wrong bits" in line)
+    assert line.startswith("expo: warning: the Triton kernels are not used on cpu; ")
+    assert main([*pair, "--out", str(tmp_path / "other"), "--plan"]) == 0
+    assert "note: the Triton kernels are not used on cpu; " in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("merging")
-@pytest.mark.parametrize("failing", [0, 2])
+@pytest.mark.parametrize("order", ["needed", "at once"])  # the kernels run when a chunk is finished, or begun
+@pytest.mark.parametrize("good", [0, 2])
 def test_a_gpu_that_fails_in_the_middle(
-    software: SoftwareGpu, right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
-    """The chunks that it had begun are done again by the CPU, and counted as the CPU's."""
+    software: SoftwareGpu, right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int,
+    order: str,
+) -> None:  # fmt: skip
+    """The chunks that it had begun are done again by the CPU, and counted as the CPU's; no warning is raised."""
     selftest.check(CPU)
-    launch, calls = sweep.launch, iter(range(1000))
+    launch, calls, closed = sweep.launch, iter(range(1000)), []
 
     def launched(*arguments: Any) -> None:
-        if next(calls) >= failing:
+        if next(calls) >= good:
             raise RuntimeError("CUDA error: unspecified launch failure")
         launch(*arguments)
 
     monkeypatch.setattr(sweep, "launch", launched)
+    monkeypatch.setattr(late.Late, "begins", order, raising=False)
+    close = ring.Ring.close
+    monkeypatch.setattr(ring.Ring, "close", lambda self: (closed.append(self), close(self)))
     monkeypatch.setattr("expo.pipeline.crew", two_of("auto"))
-    with pytest.warns(RuntimeWarning, match="unspecified launch failure") as said:
-        merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
-    assert len(said) == 1
+    merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
+    assert [note for note in merged.warnings if "unspecified" in note] == [
+        f"cpu failed, and --engine {choose().name} did its part, with the same bits. "
+        "The reason: CUDA error: unspecified launch failure"
+    ]
+    assert len(closed) == 2
     assert files(tmp_path / "out") == right
     assert merged.shares[choose().name] > 0
     assert sum(merged.shares.values()) == merged.bytes_written
+    assert gpu.reason_given_up(CPU) == "", "tensors on the GPU are no concern of the ring's"
+
+
+@pytest.mark.usefixtures("merging", "software")
+def test_a_ring_for_which_there_is_no_memory(
+    right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(late.Late, "pinned", failing(MEMORY[0]))
+    monkeypatch.setattr("expo.pipeline.crew", two_of("auto"))
+    merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
+    assert [note for note in merged.warnings if note.endswith("The reason: CUDA: no room for 2 GiB")] != []
+    assert files(tmp_path / "out") == right
+    assert (gpu.reason_given_up(CPU), gpu._ran_out) == ("", set())
+
+
+@pytest.mark.usefixtures("merging", "software")
+def test_a_ring_that_cannot_be_drained_is_kept(
+    right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freeing the memory of a GPU with a sticky error would end the process."""
+    kept: list[Any] = []
+    selftest.check(CPU)
+    monkeypatch.setattr(ring, "_undrained", kept)
+    monkeypatch.setattr(sweep, "launch", failing(RuntimeError("CUDA error: unspecified launch failure")))
+    monkeypatch.setattr(late.Late, "drain", failing(RuntimeError("CUDA error: unspecified launch failure")))
+    monkeypatch.setattr("expo.pipeline.crew", two_of("auto"))
+    expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
+    assert [type(each) for each in kept] == [ring.Ring] * 2
+    assert files(tmp_path / "out") == right
+
+
+@pytest.mark.usefixtures("merging", "software")
+def test_a_merge_does_not_use_kernels_that_tensors_gave_up(right: dict[str, bytes], tmp_path: Path) -> None:
+    selftest.check(CPU)
+    with pytest.warns(RuntimeWarning, match="not used on cpu; .*CompilationError"):
+        gpu.fall_back(CPU, CompilationError("at 7:12"))
+    with pytest.raises(expo.EngineError, match=r"^--engine triton cannot be used on cpu: CompilationError: at 7:12; "):
+        choose("triton", "cuda")
+    merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out", device="cuda")
+    assert merged.engine == choose().name
+    assert [note for note in merged.warnings if note.endswith("CompilationError: at 7:12")] != []
+    assert files(tmp_path / "out") == right
 
 
 @pytest.mark.usefixtures("merging")
@@ -378,7 +548,7 @@ def test_a_stream_goes_on(software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch
 
     plain = dict(expo.stream(SFT, ALIGNED, 0.3))
     by_gpu = dict(expo.stream(SFT, ALIGNED, 0.3, device="cuda"))
-    assert any(name == "sweep" for name, _ in software.launches[3:])
+    assert any(name == "sweep" for name, _ in software.launches[len(TESTED) :])
     monkeypatch.setattr(host, "launch", fail)
     with pytest.warns(RuntimeWarning, match="unspecified launch failure"):
         fallen = dict(expo.stream(SFT, ALIGNED, 0.3, device="cuda"))
@@ -387,28 +557,57 @@ def test_a_stream_goes_on(software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(tensor, fallen[name])
 
 
-@pytest.mark.usefixtures("merging")
-def test_an_error_of_the_compiler_is_no_bug_of_ours(
-    software: SoftwareGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("merging", "software")
+@pytest.mark.parametrize("error", [CompilationError("at 7:12"), READ_ONLY, RuntimeError("x")], ids=repr)
+def test_an_engine_asked_for_by_name_fails_by_an_error_of_ours(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class CompilationError(Exception):
-        """As Triton's, which is no RuntimeError."""
-
-    def fail(*_: Any) -> None:
-        raise CompilationError("at 7:12")
+    """Errors of a compiler and of its cache folder have no kind in common with others."""
+    from expo.kernels import host
 
     engine = choose("triton", "cuda")
-    monkeypatch.setattr(sweep, "launch", fail)
+    text = re.escape(gpu.error_text(error))
+    monkeypatch.setattr(sweep, "launch", failing(error))
+    monkeypatch.setattr(host, "launch", failing(error))
     monkeypatch.setattr("expo.pipeline.crew", lambda *_: (engine,))
-    with pytest.raises(expo.EngineError, match="--engine triton failed: CompilationError: at 7:12"):
+    with pytest.raises(expo.EngineError, match=f"--engine triton failed: {text}"):
         expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
+    with pytest.raises(expo.EngineError, match=rf"--engine triton failed on \S+: {text}"):
+        dict(expo.stream(SFT, ALIGNED, 0.3, engine="triton"))
+
+
+@pytest.mark.usefixtures("merging", "software")
+def test_a_cache_that_cannot_be_written_to_is_no_input(
+    right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU takes over from Triton's OSError too."""
+    selftest.check(CPU)
+    monkeypatch.setattr(sweep, "launch", failing(READ_ONLY))
+    monkeypatch.setattr("expo.pipeline.crew", two_of("auto"))
+    merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
+    assert [note for note in merged.warnings if note.endswith(f"The reason: OSError: {READ_ONLY}")] != []
+    assert files(tmp_path / "out") == right
+
+
+@pytest.mark.usefixtures("merging")
+def test_doubles_are_no_concern_of_the_gpus(software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU computes them, so its errors do not give the kernels up."""
+    from expo.kernels import host
+
+    engine = choose("auto", "cuda")
+    monkeypatch.setattr(host.numerics, "extrapolate", failing(RuntimeError("numerics")))
+    s, a, out = np.ones(5), np.full(5, 2.0), np.empty(5)
+    before = len(software.launches)
+    with pytest.raises(RuntimeError, match="numerics"):
+        engine.run(s.data, "F64", a.data, "F64", 5, [out.data], [0.5], False)
+    assert (gpu.reason_given_up(CPU), len(software.launches)) == ("", before)
 
 
 def test_warnings_are_one_for_each_device() -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for device in (torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cuda:0")):
-            gpu.give_up(device, RuntimeError("x"))
+            gpu.fall_back(device, RuntimeError("x"))
     assert [str(each.message).split(";")[0] for each in said] == [
         f"the Triton kernels are not used on cuda:{i}" for i in (0, 1)
     ]

@@ -157,14 +157,18 @@ def test_a_whole_model_in_place(gpu: SoftwareGpu) -> None:
         assert_same(bits_of(out), reference(s, a, pair)[0][0], pair[1])
 
 
-def test_a_pointer_type_without_a_hash_cannot_be_launched(gpu: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This file sees what no other test of the kernels does: Triton's launch path refuses Triton's own type."""
-    import triton.language as tl
+@pytest.mark.parametrize("hook", ["jit_cache_hook", "jit_post_compile_hook"])
+def test_a_hook_of_the_compiler(hook: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton writes a kernel's constants as JSON for a hook; vLLM sets one."""
+    import triton
 
-    monkeypatch.setitem(whole_model.POINTERS, torch.bfloat16, tl.pointer_type(tl.bfloat16))
-    tensor = torch.ones(3, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match="unhashable type: 'pointer_type'"):
-        whole_model.Table([tensor], [tensor], [tensor]).launch(0.5)
+    heard: list[str] = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.runtime, hook, lambda **told: heard.append(told["fn"].name))
+    with SoftwareGpu().active() as software:
+        for launcher in (plain, measured, whole):
+            verify(launcher, *random_bits(("BF16", "F32"), 13), ("BF16", "F32"), 0, software)
+    assert [name.rpartition(".")[2] for name in dict.fromkeys(heard)] == ["extrapolate", "sweep", "whole_model"]
 
 
 @pytest.mark.parametrize("arch", [80, 100, 120])

@@ -77,7 +77,7 @@ class Laid(NamedTuple):
 def dtypes(variant: aot.Variant) -> tuple[str, str]:
     """Of sft and aligned."""
     if "SFT" in variant.constants:
-        return NAMES[str(variant.constants["SFT"].element_ty)], NAMES[str(variant.constants["ALIGNED"].element_ty)]
+        return NAMES[str(variant.constants["SFT"])], NAMES[str(variant.constants["ALIGNED"])]
     return NAMES[variant.types["sft_ptr"][1:]], NAMES[variant.types["aligned_ptr"][1:]]
 
 

@@ -120,7 +120,7 @@ class Launcher:
     @staticmethod
     def _reach(memory: ptx.Memory, table: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Let a kernel that finds addresses in a table reach the elements there."""
-        items = [arguments[name].element_ty.primitive_bitwidth // 8 for name in ("SFT", "ALIGNED", "ALIGNED")]
+        items = [arguments[name].primitive_bitwidth // 8 for name in ("SFT", "ALIGNED", "ALIGNED")]
         for *addresses, n in table.tolist():
             for i, (address, item) in enumerate(zip(addresses, items, strict=True)):
                 memory.map(address, n * item, i == 2)
