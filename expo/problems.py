@@ -177,9 +177,20 @@ def _same_layers(pairs: Pairs) -> bool:
 
 
 def _lacks_layers(aligned: Checkpoint, pairs: Pairs) -> bool:
-    """Return True if sft has tensors alone whose names differ from aligned's in a number only."""
+    """Return True if sft alone has layers that aligned's config counts too.
+
+    DeepSeek and others publish one layer more than config.json counts, to predict further tokens, and transformers
+    does not save it.
+    """
+    inner = aligned.config.get("text_config")
+    counts = [each.get("num_hidden_layers") for each in (aligned.config, inner if isinstance(inner, dict) else {})]
+    layers = next((count for count in counts if isinstance(count, int)), None)
     known = {any_number(name) for name in aligned.tensors}
-    return any(any_number(name) in known for name in pairs.left)
+    for name in pairs.left:
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        if number and any_number(name) in known and (layers is None or int(number[0]) < layers):
+            return True
+    return False
 
 
 def _mismatches(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs, on_mismatch: str) -> list[str]:

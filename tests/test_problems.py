@@ -189,6 +189,14 @@ def test_layers_that_aligned_lacks_are_no_parts_of_sft() -> None:
     assert "--on-unpaired" not in problem
 
 
+def test_a_layer_beyond_those_that_the_config_counts_is_a_part_of_sft() -> None:
+    layers: Shapes = {f"model.layers.{i}.mlp.up_proj.weight": ("BF16", (4, 4)) for i in LAYERS}
+    fewer = {name: layers[name] for name in list(layers)[:-1]}
+    aligned = checkpoint(fewer, config={"num_hidden_layers": len(fewer)})
+    (problem,) = make_plan(checkpoint(layers, "/models/sft"), aligned, [ALPHA]).problems
+    assert "--on-unpaired aligned keeps aligned's, drops sft's" in problem
+
+
 @pytest.mark.parametrize("alone", ["sft", "aligned"])
 def test_parts_of_one_side_are_offered_the_option_and_it_is_right(alone: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
