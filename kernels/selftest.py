@@ -51,8 +51,8 @@ def elements(dtype: str = "BF16") -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     if dtype == "F32":
         return torch.from_numpy(s), torch.from_numpy(a), torch.from_numpy(r)
     bits = np.empty((3, N), np.uint16)
-    for values, row in zip((s, a, r), bits, strict=True):
-        narrow(values, "BF16", row)
+    for row, values in enumerate((s, a, r)):
+        narrow(values, "BF16", bits[row])
     sft, aligned, expected = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
     return sft, aligned, expected
 

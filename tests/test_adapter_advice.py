@@ -9,13 +9,12 @@ import pytest
 import torch
 import transformers
 from checkpoints import quiet
+from tiny_models import IDS, LOAD, logits
 
 import expo
 
 peft = pytest.importorskip("peft")
 
-IDS = torch.tensor([[1, 2, 3, 4]])
-LOAD = transformers.AutoModelForCausalLM.from_pretrained
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -45,14 +44,6 @@ def made(config: Any, folder: Path) -> Any:
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return LOAD(folder, dtype=torch.float32)
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with quiet(), torch.no_grad():
-        model, info = LOAD(folder, dtype=torch.float32, output_loading_info=True)
-        assert not any(info.values()), info
-        found: torch.Tensor = model.eval()(IDS).logits
-    return found
 
 
 def shake(model: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from checkpoints import quiet, read_folder, safetensors_bytes
 from test_plan import ALPHA, Shapes, checkpoint
+from tiny_models import LOAD, loaded, pair_of
 
 import expo
 from expo.fast import main
@@ -23,7 +24,6 @@ WRAPPERS = [
     "pretrained_model.", "policy.", "actor.", "_orig_mod.base_model.model.", "module._orig_mod.", "model.",
     "module.model.",
 ]  # fmt: skip
-LOAD = transformers.AutoModelForCausalLM.from_pretrained
 CONFIG = transformers.LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=2,
@@ -35,14 +35,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """Return sft, aligned and their merge with alpha 0.3, all under the model's own names."""
     folder = tmp_path_factory.mktemp("plain")
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(CONFIG).to(torch.bfloat16)
-    model.save_pretrained(folder / "sft")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.003)
-    model.save_pretrained(folder / "aligned")
-    expo.merge(folder / "sft", folder / "aligned", 0.3, folder / "merged")
-    return folder / "sft", folder / "aligned", folder / "merged"
+    sft, aligned = pair_of(transformers.LlamaForCausalLM(CONFIG), folder)
+    expo.merge(sft, aligned, 0.3, folder / "merged")
+    return sft, aligned, folder / "merged"
 
 
 def renamed(folder: Path, to: Path, prefix: str, bin_file: bool = False) -> Path:
@@ -60,15 +55,8 @@ def renamed(folder: Path, to: Path, prefix: str, bin_file: bool = False) -> Path
     return to
 
 
-def state(folder: Path) -> dict[str, Any]:
-    model, info = LOAD(folder, dtype="auto", output_loading_info=True)
-    assert not any(info.values()), info
-    found: dict[str, Any] = model.state_dict()
-    return found
-
-
 def assert_same(folder: Path, merged: Path) -> None:
-    ours, wanted = state(folder), state(merged)
+    ours, wanted = loaded(folder).state_dict(), loaded(merged).state_dict()
     assert ours.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(ours[name], tensor), name
@@ -95,13 +83,8 @@ def test_two_wrappers_whose_names_look_alike(wrapped: str, prefix: str, tmp_path
     """Without a head, `base_model.model.layers` may be either; the model's names begin with `model.` all the same."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": True}))
-    model.save_pretrained(tmp_path / "sft")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.003)
-    model.save_pretrained(tmp_path / "aligned")
-    expo.merge(tmp_path / "sft", tmp_path / "aligned", 0.3, tmp_path / "merged")
-    given = {name: tmp_path / name for name in ("sft", "aligned")}
+    given = dict(zip(("sft", "aligned"), pair_of(model, tmp_path), strict=True))
+    expo.merge(given["sft"], given["aligned"], 0.3, tmp_path / "merged")
     for name in ("sft", "aligned") if wrapped == "both" else ("aligned",):
         given[name] = renamed(given[name], tmp_path / f"wrapped-{name}", prefix)
     expo.merge(given["sft"], given["aligned"], 0.3, tmp_path / "out")
@@ -138,7 +121,7 @@ def test_live_over_a_wrapped_folder_and_over_a_compiled_model(plain: tuple[Path,
     for one in (model, torch.compile(model, backend="eager")):
         with expo.Live(one, renamed(sft, tmp_path / f"{type(one).__name__}", "module.module.")) as live:
             live.alpha = 0.3
-            for name, tensor in state(merged).items():
+            for name, tensor in loaded(merged).state_dict().items():
                 assert torch.equal(model.state_dict()[name], tensor), name
 
 
@@ -174,14 +157,9 @@ def test_a_trainers_module_around_other_families(family: str, prefix: str, tmp_p
     """Their own names begin with something else than `model.`."""
     kind = CLASSES.get(family, transformers.AutoModelForCausalLM)
     torch.manual_seed(0)
-    model = kind.from_config(TRAINED[family]).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "sft")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.003)
-    model.save_pretrained(tmp_path / "plain")
-    expo.merge(tmp_path / "sft", tmp_path / "plain", 0.3, tmp_path / "wanted")
-    merged = expo.merge(tmp_path / "sft", renamed(tmp_path / "plain", tmp_path / "al", prefix), 0.3, tmp_path / "out")
+    sft, aligned = pair_of(kind.from_config(TRAINED[family]), tmp_path)
+    expo.merge(sft, aligned, 0.3, tmp_path / "wanted")
+    merged = expo.merge(sft, renamed(aligned, tmp_path / "wrapped", prefix), 0.3, tmp_path / "out")
     assert read_folder(tmp_path / "out") == read_folder(tmp_path / "wanted")
     assert prefix in merged.warnings[0]
 

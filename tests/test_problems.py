@@ -13,12 +13,12 @@ import torch
 import transformers
 from checkpoints import quiet, read_folder, safetensors_bytes
 from test_plan import ALPHA, Shapes, checkpoint
+from tiny_models import LOAD, loaded, pair_of
 
 import expo
 from expo.fast import main
 from expo.plan import MOST_LINES, make_plan
 
-LOAD = transformers.AutoModelForCausalLM.from_pretrained
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -26,31 +26,11 @@ SMALL: dict[str, Any] = {
 EXPERTS = "model.layers.{0}.mlp.experts.{1}"
 
 
-def bits(folder: Path) -> dict[str, torch.Tensor]:
-    """Return what transformers loads from a folder, which has to be all of the model."""
-    with quiet():
-        model, info = LOAD(folder, dtype="auto", output_loading_info=True)
-    assert not any(info.values()), info
-    found: dict[str, torch.Tensor] = model.state_dict()
-    return found
-
-
 def assert_same(folder: Path, wanted: Path) -> None:
     """Compare two outputs as bf16: transformers keeps some routers in fp32 when it saves what it has loaded."""
-    ours, theirs = bits(folder), bits(wanted)
+    ours, theirs = (loaded(each).state_dict() for each in (folder, wanted))
     assert ours.keys() == theirs.keys()
     assert not [name for name, tensor in theirs.items() if not torch.equal(ours[name].bfloat16(), tensor.bfloat16())]
-
-
-def pair_of(model: Any, folder: Path) -> tuple[Path, Path]:
-    """Save a model twice, with another set of numbers the second time."""
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(folder / "sft")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.003)
-    model.save_pretrained(folder / "aligned")
-    return folder / "sft", folder / "aligned"
 
 
 def refusal(sft: Path, aligned: Path, out: Path, **options: Any) -> str:
@@ -256,7 +236,7 @@ def test_a_tied_aligned_over_an_sft_with_a_head_of_its_own(tmp_path: Path) -> No
     model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path / "advised")
     expo.merge(sft, tmp_path / "advised", 0.3, tmp_path / "out")
-    found, start = bits(tmp_path / "out"), bits(sft)
+    found, start = loaded(tmp_path / "out").state_dict(), loaded(sft).state_dict()
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         assert torch.equal(found[name], expo.extrapolate(start[name], before[name], 0.3)), name
 

@@ -12,15 +12,14 @@ import pytest
 import torch
 import transformers
 from checkpoints import quiet, read_file, read_folder, safetensors_bytes
+from tiny_models import IDS, LOAD, logits
 
 import expo
 
 peft = pytest.importorskip("peft")
 
 VOCABULARY, WIDTH = 64, 32
-IDS = torch.tensor([[1, 2, 3, 4]])
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LOAD = transformers.AutoModelForCausalLM.from_pretrained
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -76,14 +75,6 @@ def train(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
             return folder, wrapped.eval()(IDS).logits
 
     return trained
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with quiet(), torch.no_grad():
-        model, info = LOAD(folder, dtype=torch.float32, output_loading_info=True)
-        assert not any(info.values()), info
-        found: torch.Tensor = model.eval()(IDS).logits
-    return found
 
 
 def floats(folder: Path, name: str) -> torch.Tensor:
