@@ -140,7 +140,7 @@ class _Place(NamedTuple):
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """What NumPy needs to know to compare addresses."""
+        """Return what NumPy needs to know to compare addresses."""
         data = (self.start, False)
         return {"version": 3, "data": data, "shape": self.shape, "strides": self.strides, "typestr": f"|V{self.item}"}
 
@@ -180,7 +180,7 @@ def _check_apart(uses: Iterable[_Use]) -> None:
 
 
 def _share(one: _Place, other: _Place) -> bool:
-    """Whether two places whose spans overlap have a byte in common: columns of one matrix, say, do not."""
+    """Return True if two places whose spans overlap have a byte in common: columns of one matrix, say, have none."""
     if len(one.shape) == len(other.shape) == 1 and one.strides == (one.item,) and other.strides == (other.item,):
         return True
     import numpy

@@ -1,4 +1,4 @@
-"""An adapter over a base whose head is its embedding: are the two still one after the training, or two?
+"""An adapter over a base whose head is its embedding may train the two apart; this module tells whether it did.
 
 PEFT trains copies. With `modules_to_save=["embed_tokens"]` it trains a copy of the embedding, and the head goes on with
 the base's; LoRA on either of the two changes that one alone. Then the trained model has a head of its own, though its
