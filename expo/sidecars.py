@@ -31,7 +31,8 @@ VOCABULARIES = {
     "target_vocab.json", "tekken.json", "tiktoken.model", "tokenizer.json", "tokenizer.model", "vocab-src.json",
     "vocab-tgt.json", "vocab.json", "vocab.txt",
 }  # fmt: skip
-# A vocabulary may belong to one release, or have a name of its own: tokenizer.4.0.0.json, tokenizer.model.v3, qwen.tiktoken, tekken_240911.json.
+# A vocabulary may belong to one release, or have a name of its own: tokenizer.4.0.0.json, tokenizer.model.v3,
+# qwen.tiktoken, tekken_240911.json.
 VOCABULARY = re.compile(
     r"tokenizer\.\d[\w.]*\.json|tokenizer\.model\.v\w+|[\w.-]+\.tiktoken|[\w.-]*tekken[\w.-]*\.json"
 )
