@@ -35,6 +35,7 @@ from .checkpoint import (
 from .errors import CheckpointError
 from .header import TensorInfo
 from .pairing import NameIndex
+from .problems import EMPTY_HINT
 from .reader import Bytes
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
@@ -316,7 +317,7 @@ def _pair(path: str, module: str, embedding: bool, halves: Mapping[str, TensorIn
 def _no_matrix(shape: Sequence[int]) -> str:
     if len(shape) > 2:
         return f"LoRA of a convolution, or of several matrices at once, which is not read; {MERGE}"
-    return "no matrix; DeepSpeed ZeRO-3 and FSDP leave empty ones unless the weights are gathered before saving"
+    return f"no matrix; {EMPTY_HINT}"
 
 
 def _low_rank(
