@@ -12,6 +12,8 @@ CPU_ENGINE = Extension(
     optional=True,  # without a compiler the NumPy engine takes over
 )
 
+SUBPACKAGES = sorted(path.parent.name for path in Path("expo").glob("*/__init__.py"))  # those under expo/ alone
+
 setup(
     name="expo-merge",
     version="0.1.0",
@@ -22,14 +24,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # `kernels` is also the import name of another package, so ours is only ever imported as expo.kernels.
-    packages=["expo", "expo.kernels", "expo.demo", "expo.diff", "expo.search"],
-    package_dir={
-        "expo": "expo",
-        "expo.kernels": "kernels",
-        "expo.demo": "expo/demo",
-        "expo.diff": "expo/diff",
-        "expo.search": "expo/search",
-    },
+    packages=["expo", "expo.kernels", *(f"expo.{name}" for name in SUBPACKAGES)],
+    package_dir={"expo": "expo", "expo.kernels": "kernels"},
     package_data={"expo": ["py.typed", "recipes.json"], "expo.demo": ["sft/*", "aligned/*"]},
     ext_modules=[CPU_ENGINE],
     install_requires=[

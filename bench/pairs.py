@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from expo.header import emit
+from expo.checkpoints.safetensors_header import emit
 
 Shapes = dict[str, tuple[int, ...]]
 HEAD = 16  # width of an attention head, so that any size of model has a whole number of them

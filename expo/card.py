@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import Origin
+    from .checkpoints.checkpoint import Origin
     from .result import Output
 
 SHOWN = 8  # copied or dropped tensors that are named one by one

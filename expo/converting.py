@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoints.safetensors_header import TensorInfo
 from .engines import Engine
-from .header import TensorInfo
 from .kernels import convert
 from .kernels.contract import Statistics, working_alpha
 from .kernels.numerics import STORAGE, Array, widen

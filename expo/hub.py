@@ -22,12 +22,22 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from .checkpoint import ADAPTER, ADAPTER_BIN, ADAPTER_CONFIG, CONFIG, INDEX, INDEX_BIN, SINGLE, SINGLE_BIN, load_json
-from .custom_code import find_code
+from .checkpoints.checkpoint import (
+    ADAPTER,
+    ADAPTER_BIN,
+    ADAPTER_CONFIG,
+    CONFIG,
+    INDEX,
+    INDEX_BIN,
+    SINGLE,
+    SINGLE_BIN,
+    load_json,
+)
+from .checkpoints.custom_code import find_code
+from .checkpoints.safetensors_header import MAX_HEADER
+from .checkpoints.sidecars import CARD, OTHER_WEIGHTS, Code, sort_files
 from .errors import CheckpointError
-from .header import MAX_HEADER
 from .progress import size as size_text
-from .sidecars import CARD, OTHER_WEIGHTS, Code, sort_files
 
 FORMS = (  # of weights, the one that transformers would choose first: the file, and those that it needs beside it
     (SINGLE, ()),

@@ -26,10 +26,10 @@ import torch
 
 from . import gpu
 from .arrays import THREADS, compute_at
-from .checkpoint import Checkpoint
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.safetensors_header import Header, TensorInfo, element_count
 from .engines import cpu_count
 from .errors import EngineError, PlanError, UsageError
-from .header import Header, TensorInfo, element_count
 from .inputs import StrPath, open_one
 from .kernels.contract import ITEMSIZE, working_alpha
 from .kernels.twin import DTYPES

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
 
-from .checkpoint import CONFIG, Checkpoint, open_checkpoint
+from .checkpoints.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from .checkpoints.safetensors_header import TensorInfo
 from .errors import OutputError, UsageError
-from .header import TensorInfo
 from .pairing import EMBEDDING, HEAD
 
 SHOWN = 36  # findings that a message lists; with its other lines it stays within 40

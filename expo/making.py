@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from .checkpoint import INDEX, Checkpoint
+from .checkpoints.checkpoint import INDEX, Checkpoint
+from .checkpoints.sidecars import CARD, DIGESTS
 from .engines import Engine
 from .errors import CheckpointError, ExpoError, OutputError, RankError
 from .filling import Corrupt, Filling
@@ -19,7 +20,6 @@ from .layout import cut
 from .plan import Plan
 from .ranks import Alone
 from .result import Tally
-from .sidecars import CARD, DIGESTS
 from .source import Source
 from .work import CHUNK, MIB, chunk_size
 from .writer import BLOCK, JOURNAL, Staging, aligned_buffer, create_shard, output_errors, read_back, sync_folder

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from . import tokens
-from .checkpoint import Checkpoint, Origin
-from .custom_code import find_code
+from .checkpoints import tokenizer as tokens
+from .checkpoints.checkpoint import Checkpoint, Origin
+from .checkpoints.custom_code import find_code
+from .checkpoints.sidecars import CARD, has_tokenizer, missing_modules
 from .engines import Engine, crew
 from .errors import CheckpointError, ExpoError, OutputError, PlanError, RankError, UsageError
 from .filling import Filling
@@ -32,7 +33,6 @@ from .plan import Plan, Rules, check_arguments, make_plan
 from .progress import size
 from .ranks import Alone
 from .result import Merged, Tally
-from .sidecars import CARD, has_tokenizer, missing_modules
 from .source import CONVERTING, FACTORS, Source
 from .work import RING_SLOTS, Progress, chunk_size
 from .writer import Staging, check_free, held, staging_folder

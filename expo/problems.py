@@ -11,12 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from .checkpoint import Checkpoint
-from .header import TensorInfo, element_count
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.naming import any_number, shared_prefix, unwrapped
+from .checkpoints.quantization import INTEGERS, problem
+from .checkpoints.safetensors_header import TensorInfo, element_count
 from .kernels.contract import ITEMSIZE
-from .naming import any_number, shared_prefix, unwrapped
 from .pairing import HEAD, Pairs, describe, generates, is_embedding, mismatched, rows_in_common, tie_flag
-from .quantised import INTEGERS, problem
 
 SHOWN = 10  # tensors, or groups of them, that one problem lists
 # Without the option transformers 5 writes the names and the layout that it has read.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .header import DTYPES
+from .checkpoints.safetensors_header import DTYPES
 from .kernels.contract import Statistics, exact_sum
 from .layout import Chunk
 from .steps import Step

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from .checkpoints.safetensors_header import DTYPES as BITS
 from .engines import choose
 from .gpu import error_text
-from .header import DTYPES as BITS
 from .kernels import sweep
 from .kernels.contract import ITEMSIZE
 from .kernels.sweep import Partials

@@ -8,18 +8,18 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoint import Checkpoint
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.reader import Bytes, Reader
+from .checkpoints.safetensors_header import DTYPES
 from .engines import Engine
 from .errors import EngineError
-from .header import DTYPES
 from .kernels.contract import Statistics, total
 from .layout import Piece
-from .reader import Bytes, Reader
 from .steps import Step
 from .writer import aligned_buffer
 
 if TYPE_CHECKING:
-    from .adapter import LowRank
+    from .checkpoints.lora import LowRank
 
 READ = 256 << 10  # bytes read of each input at a time where it is not mapped: both stay in the second-level cache
 WIDEST = 8  # bytes of an element

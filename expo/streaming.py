@@ -10,10 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-from . import tokens
+from .checkpoints import tokenizer as tokens
+from .checkpoints.safetensors_header import TensorInfo
 from .engines import Engine, choose
 from .errors import UsageError
-from .header import TensorInfo
 from .inputs import StrPath, open_inputs, wanted
 from .plan import Plan, check_arguments, make_plan
 from .source import Source

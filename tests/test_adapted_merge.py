@@ -21,7 +21,7 @@ from checkpoints import contents, fingerprint, quiet, read_file, read_folder, sa
 from test_resume import Stop, interrupted
 
 import expo
-from expo.adapter import LowRank
+from expo.checkpoints.lora import LowRank
 from expo.engines import choose
 from expo.fast import main
 from expo.inputs import open_inputs

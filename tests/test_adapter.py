@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from checkpoints import quiet
 
-from expo.adapter import Adapter, LowRank, check_copies, is_adapter, open_adapter
-from expo.checkpoint import Shard
+from expo.checkpoints.checkpoint import Shard
+from expo.checkpoints.lora import Adapter, LowRank, check_copies, is_adapter, open_adapter
+from expo.checkpoints.safetensors_header import TensorInfo
 from expo.errors import CheckpointError
-from expo.header import TensorInfo
 from tests.checkpoints import random_tensors, safetensors_bytes
 
 Values = dict[str, Any]

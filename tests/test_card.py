@@ -10,7 +10,7 @@ import yaml
 
 import expo
 from expo.card import card
-from expo.checkpoint import Origin
+from expo.checkpoints.checkpoint import Origin
 from expo.result import Output
 
 HUB_ID = re.compile(

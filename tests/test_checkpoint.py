@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from checkpoints import Tensors, random_tensors, safetensors_bytes, write_folder
 
-from expo.checkpoint import INDEX, MAX_JSON, SINGLE, Checkpoint, open_checkpoint
+from expo.checkpoints.checkpoint import INDEX, MAX_JSON, SINGLE, Checkpoint, open_checkpoint
 from expo.errors import CheckpointError
 
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -174,7 +174,7 @@ def test_opening_reads_no_tensor_and_keeps_no_file_open(sharded: Path, monkeypat
         raise AssertionError("a tensor byte was asked for")
 
     before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr("expo.reader.mmap.mmap", refuse)
+    monkeypatch.setattr("expo.checkpoints.reader.mmap.mmap", refuse)
     monkeypatch.setattr(os, "preadv", refuse)
     checkpoint = open_checkpoint(sharded)
     assert set(checkpoint.tensors) == set(TENSORS)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import expo
-from expo.checkpoint import other_files
-from expo.custom_code import find_code
-from expo.sidecars import Code
+from expo.checkpoints.checkpoint import other_files
+from expo.checkpoints.custom_code import find_code
+from expo.checkpoints.sidecars import Code
 from tests.checkpoints import random_tensors, write_folder
 
 MODEL = {"auto_map": {"AutoModel": "modeling_own.Own"}}

@@ -18,7 +18,7 @@ import pytest
 from checkpoints import ODD_SHAPES, Tensors, random_tensors, safetensors_bytes, sparse_file, write_folder
 from test_wild import wide, write_bin
 
-import expo.reader
+import expo.checkpoints.reader
 from expo.demo import ALIGNED, SFT
 from expo.diff import Comparison, Part, compare, comparing, distance, heatmap, measuring, report
 from expo.diff.__main__ import main
@@ -188,7 +188,7 @@ def test_the_same_bits_however_it_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert first == compare(weak, strong)
     monkeypatch.setattr(measuring, "cpu_count", lambda: 5)
     assert compare(weak, strong) == first
-    monkeypatch.setattr(expo.reader, "LOCAL", set())
+    monkeypatch.setattr(expo.checkpoints.reader, "LOCAL", set())
     assert compare(weak, strong) == first
     monkeypatch.setattr(convert, "_cpu", None)
     assert compare(weak, strong) == first

@@ -15,8 +15,17 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expo.checkpoints.safetensors_header import (
+    ALIGNMENT,
+    DTYPES,
+    MAX_HEADER,
+    Header,
+    element_count,
+    emit,
+    header_length,
+    parse,
+)
 from expo.errors import CheckpointError
-from expo.header import ALIGNMENT, DTYPES, MAX_HEADER, Header, element_count, emit, header_length, parse
 
 FILE = "folder/model.safetensors"
 Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import expo
-from expo.checkpoint import INDEX, SINGLE
+from expo.checkpoints.checkpoint import INDEX, SINGLE
 from expo.journal import encode, read
 from expo.writer import JOURNAL
 

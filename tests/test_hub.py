@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 
 from expo import hub
-from expo.checkpoint import open_checkpoint
+from expo.checkpoints.checkpoint import open_checkpoint
 from expo.errors import CheckpointError
 from tests.checkpoints import random_tensors, read_folder, write_folder
 from tests.hub_server import TOKEN, Hub, files_of, serve

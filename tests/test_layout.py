@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import ALPHA, COPY, EXTRAPOLATE, Shapes, check_cut, checkpoint
 
-from expo.checkpoint import SINGLE, Checkpoint
+from expo.checkpoints.checkpoint import SINGLE, Checkpoint
+from expo.checkpoints.safetensors_header import ALIGNMENT, DTYPES, element_count, parse
 from expo.errors import UsageError
-from expo.header import ALIGNMENT, DTYPES, element_count, parse
 from expo.layout import OutputShard, cut, joined, output_name, size_of
 from expo.plan import Plan, make_plan
 from expo.steps import some_rows

@@ -854,7 +854,7 @@ def test_what_was_computed_from_an_input_that_was_changed_does_not_count(
 ) -> None:
     """Its bytes and its time of change come back afterwards, as a copying tool would do it."""
     pair = make_pair(tmp_path, shards=(0, 0))
-    monkeypatch.setattr(expo.reader, "LOCAL", set())  # else the lease of this very process would be waited for
+    monkeypatch.setattr(expo.checkpoints.reader, "LOCAL", set())  # this process has a lease of its own
     monkeypatch.setattr(expo.work, "CHUNK", 4096)
     file, out = tmp_path / which / "model.safetensors", tmp_path / "out"
     before, data = file.stat(), file.read_bytes()

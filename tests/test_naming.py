@@ -15,8 +15,8 @@ from test_plan import ALPHA, Shapes, checkpoint
 from tiny_models import LOAD, loaded, pair_of
 
 import expo
+from expo.checkpoints.naming import shared_prefix, unwrapped, without_wrapper
 from expo.fast import main
-from expo.naming import shared_prefix, unwrapped, without_wrapper
 from expo.plan import make_plan
 
 WRAPPERS = [
@@ -247,7 +247,7 @@ def test_a_peft_models_whole_state_dict_is_named(plain: tuple[Path, Path, Path],
 
 
 def test_a_rule_by_name_sees_the_outputs_names() -> None:
-    from expo.checkpoint import Checkpoint
+    from expo.checkpoints.checkpoint import Checkpoint
 
     config = {"model_type": "llama"}
     given: Checkpoint = checkpoint({"module.a": ("BF16", (4,)), "module.b": ("BF16", (4,))}, config=config)

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from expo import pickled
+from expo.checkpoints import torch_file as pickled
+from expo.checkpoints.safetensors_header import DTYPES, element_count
+from expo.checkpoints.torch_file import Gathered, PickledShard
 from expo.errors import CheckpointError
-from expo.header import DTYPES, element_count
-from expo.pickled import Gathered, PickledShard
 
 FORMS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 DTYPE_NAMES = {
@@ -268,10 +268,10 @@ def test_neither_torch_nor_numpy_is_imported(tmp_path: Path) -> None:
     code = f"""
 import sys
 before = set(sys.modules)
-import expo.pickled
+import expo.checkpoints.torch_file
 assert "torch" not in sys.modules
 loaded = "numpy" in sys.modules
-shard = expo.pickled.PickledShard({str(path)!r})
+shard = expo.checkpoints.torch_file.PickledShard({str(path)!r})
 shard.reader.read(shard.header.tensors[0].start, bytearray(8))
 assert "torch" not in sys.modules and ("numpy" in sys.modules) == loaded
 """

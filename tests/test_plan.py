@@ -19,10 +19,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import expo
-from expo.checkpoint import SINGLE, Checkpoint, open_checkpoint
+from expo.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
+from expo.checkpoints.safetensors_header import ALIGNMENT, DTYPES, Header, TensorInfo, element_count, parse
 from expo.errors import PlanError, UsageError
 from expo.fast import main
-from expo.header import ALIGNMENT, DTYPES, Header, TensorInfo, element_count, parse
 from expo.layout import Chunk, cut
 from expo.plan import MAX_ALPHAS, Plan, make_plan
 from expo.steps import Action, Step
@@ -569,7 +569,7 @@ def test_planning_imports_neither_numpy_nor_torch(tmp_path: Path) -> None:
         write_folder(tmp_path / role, random_tensors({"w": ("BF16", (4, 4))}, 1), shards=1)
     code = (
         "import sys\n"
-        "from expo.checkpoint import open_checkpoint\n"
+        "from expo.checkpoints.checkpoint import open_checkpoint\n"
         "from expo.layout import cut\n"
         "from expo.plan import make_plan\n"
         "plan = make_plan(open_checkpoint('sft'), open_checkpoint('aligned'), [0.5])\n"

@@ -23,10 +23,10 @@ import pytest
 from checkpoints import fingerprint, random_tensors, sparse_file, staging_folder, write_folder
 
 import expo
-from expo import reader as module
+from expo.checkpoints import reader as module
+from expo.checkpoints.reader import Identity, Reader, filesystem
 from expo.engines import Engine, choose
 from expo.errors import CheckpointError
-from expo.reader import Identity, Reader, filesystem
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = mmap.PAGESIZE
@@ -434,7 +434,7 @@ def test_a_mapping_that_the_system_refuses_gives_the_lease_back(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr("expo.reader.mmap.mmap", refuse)
+    monkeypatch.setattr("expo.checkpoints.reader.mmap.mmap", refuse)
     assert peek(reader) is None
     assert take(reader) == CONTENT
     assert seconds(lambda: grow(path)) < 5
@@ -599,12 +599,12 @@ def test_close_while_a_view_is_held_hides_no_other_error(leased: Reader, path: P
 # A merge that says on stderr when it is in the middle, and takes its time from then on.
 MERGE = """
 import sys, time
-import expo.pipeline, expo.reader
+import expo.pipeline, expo.checkpoints.reader
 from expo.engines import Engine, choose
 from expo.fast import main
 
 if sys.argv.pop(1) == "unmapped":
-    expo.reader.LOCAL = set()
+    expo.checkpoints.reader.LOCAL = set()
 calls = 0
 
 def run(*arguments):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from expo import sidecars
-from expo.sidecars import Code, has_tokenizer, missing_modules, sort_files
+from expo.checkpoints import sidecars
+from expo.checkpoints.sidecars import Code, has_tokenizer, missing_modules, sort_files
 
 NEEDED = (
     "config.json", "config.4.0.0.json", "generation_config.json", "params.json",

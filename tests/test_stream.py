@@ -268,7 +268,7 @@ def test_an_input_that_shrinks_before_it_is_read_is_noticed(tmp_path: Path) -> N
 def test_an_input_that_is_written_to_between_two_tensors_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
-    monkeypatch.setattr("expo.reader.LOCAL", set())  # else the lease of this very process would be waited for
+    monkeypatch.setattr("expo.checkpoints.reader.LOCAL", set())  # this process has a lease of its own
     for name in ("sft", "aligned"):
         write_folder(tmp_path / name, random_tensors(SHAPES, 1))
     stream = expo.stream(tmp_path / "sft", tmp_path / "aligned", 0.3)
@@ -285,7 +285,7 @@ def test_a_file_that_is_not_mapped_gives_the_same_tensors(
 ) -> None:
     written = merged(pair, tmp_path / "out")
     if not mapped:
-        monkeypatch.setattr("expo.reader.LOCAL", set())
+        monkeypatch.setattr("expo.checkpoints.reader.LOCAL", set())
     assert {name: raw(tensor) for name, tensor in expo.stream(*pair, 0.3)} == {n: t[2] for n, t in written.items()}
 
 

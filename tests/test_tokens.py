@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from test_plan import checkpoint
 
-from expo import tokens
+from expo.checkpoints import tokenizer as tokens
+from expo.checkpoints.tokenizer import TOKENIZER, difference, ids, missing
 from expo.plan import make_plan
 from expo.steps import Action
-from expo.tokens import TOKENIZER, difference, ids, missing
 
 BPE = {"a": 0, "b": 1, "c": 2}
 

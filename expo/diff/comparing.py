@@ -19,8 +19,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from .. import tokens
-from ..checkpoint import Checkpoint
+from ..checkpoints import tokenizer as tokens
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError
 from ..inputs import StrPath, open_inputs, wanted
 from ..plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+from ..checkpoints.safetensors_header import DTYPES
 from ..engines import MOST_WORKERS, Engine, choose, cpu_count
-from ..header import DTYPES
 from ..kernels.contract import ITEMSIZE
 from ..layout import Chunk, Piece, cut
 from ..plan import UNTOUCHED, Plan

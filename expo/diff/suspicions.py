@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from ..checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.sidecars import CARD
 from ..result import TOO_FAR
-from ..sidecars import CARD
 from .places import NORMS, OTHER
 from .records import Comparison, Part
 from .wording import counted, ranges

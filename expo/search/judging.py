@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.safetensors_header import TensorInfo, element_count
 from ..errors import CheckpointError, EngineError, PlanError
-from ..header import TensorInfo, element_count
 from ..inputs import StrPath
 from ..kernels.contract import ITEMSIZE
 from ..kernels.twin import DTYPES

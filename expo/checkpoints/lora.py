@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from ..errors import CheckpointError
+from ..pairing import NameIndex
+from ..problems import EMPTY_HINT
 from .checkpoint import (
     ADAPTER,
     ADAPTER_BIN,
@@ -32,11 +35,8 @@ from .checkpoint import (
     WeightFile,
     load_json,
 )
-from .errors import CheckpointError
-from .header import TensorInfo
-from .pairing import NameIndex
-from .problems import EMPTY_HINT
 from .reader import Bytes
+from .safetensors_header import TensorInfo
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
 FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}

@@ -10,9 +10,9 @@ import filecmp
 import re
 from typing import Any
 
+from ..errors import CheckpointError
+from ..pairing import is_embedding
 from .checkpoint import Checkpoint, load_json
-from .errors import CheckpointError
-from .pairing import is_embedding
 from .sidecars import has_tokenizer
 
 TOKENIZER = "tokenizer.json"

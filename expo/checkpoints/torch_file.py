@@ -25,9 +25,9 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from .errors import CheckpointError
-from .header import DTYPES, Header, TensorInfo, element_count, is_unicode
+from ..errors import CheckpointError
 from .reader import Identity, Reader, opened
+from .safetensors_header import DTYPES, Header, TensorInfo, element_count, is_unicode
 
 if TYPE_CHECKING:
     from hashlib import _Hash

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes; the reference implementation's limit
 ALIGNMENT = 4096  # our data start here, so that a file can be cut and written in whole blocks

@@ -11,11 +11,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from ..kernels.contract import ITEMSIZE
+from ..pairing import is_buffer
 from .checkpoint import Checkpoint
-from .header import TensorInfo
-from .kernels.contract import ITEMSIZE
 from .naming import any_number
-from .pairing import is_buffer
+from .safetensors_header import TensorInfo
 
 ORIGINAL = "use the checkpoint that it was quantised from"
 LOADED = "load it with transformers, quantization_config={0}(dequantize=True), and save_pretrained() it"

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 # Filesystems on which nothing shrinks a file but through this kernel, which knows of the lease.
 LOCAL = {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs"}

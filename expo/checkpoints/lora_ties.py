@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
-from .adapter import TIED_ELSEWHERE, Adapter, LowRank, holds_equal, names_without_wrappers
+from ..errors import CheckpointError
+from ..pairing import HEAD, generates, is_embedding, tie_flag
 from .checkpoint import Checkpoint
-from .errors import CheckpointError
-from .header import TensorInfo
-from .pairing import HEAD, generates, is_embedding, tie_flag
+from .lora import TIED_ELSEWHERE, Adapter, LowRank, holds_equal, names_without_wrappers
+from .safetensors_header import TensorInfo
 
 # The head's name in a model whose embedding has this name. The others' models have no head, or one of several parts.
 _HEADS = (

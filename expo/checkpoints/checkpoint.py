@@ -14,12 +14,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from .errors import CheckpointError
-from .header import Header, TensorInfo, header_length, parse
+from ..errors import CheckpointError
 from .reader import Bytes, Identity, Reader, opened
+from .safetensors_header import Header, TensorInfo, header_length, parse
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
+    from .lora import Adapter
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -160,7 +160,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def open_file(path: str) -> WeightFile:
     """The tensors of a .safetensors or a .bin file. Raises CheckpointError."""
     if path.endswith(PICKLED):
-        from .pickled import PickledShard
+        from .torch_file import PickledShard
 
         return PickledShard(path)
     return Shard(path)

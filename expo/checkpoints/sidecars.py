@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from .checkpoint import ADAPTER_CONFIG, CONFIG
-from .quantised import FILES as QUANTISED
+from .quantization import FILES as QUANTISED
 
 CARD = "README.md"
 DIGESTS = "SHA256SUMS"
