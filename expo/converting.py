@@ -19,7 +19,7 @@ from .engines import Engine
 from .kernels import convert
 from .kernels.contract import Statistics, working_alpha
 from .kernels.numerics import STORAGE, Array, widen
-from .steps import Step
+from .planning.steps import Step
 
 Factors = tuple[Array, Array, float]
 

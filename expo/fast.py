@@ -18,12 +18,12 @@ from typing import Any
 from . import __version__, ranks
 from .engines import ENGINES
 from .errors import UsageError
-from .pairing import describe
 from .pipeline import Preview, merge, preview
-from .plan import ON_MISMATCH, ON_UNPAIRED, OUTPUT_DTYPES
+from .planning.pairing import describe
+from .planning.plan import ON_MISMATCH, ON_UNPAIRED, OUTPUT_DTYPES
+from .planning.steps import Action
 from .progress import Bar, size
 from .result import Merged
-from .steps import Action
 from .terminal import as_json, run, show, warn
 
 SHOWN = 8  # copied or dropped tensors and left-out files that the summary names one by one
@@ -135,7 +135,7 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list_recipes(options: argparse.Namespace) -> int:
-    from . import recipes
+    from .inputs import recipes
 
     show(recipes.as_json() if options.json else recipes.table())
     return 0

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from .engines import Engine
 from .errors import OutputError
 from .journal import Done, Journal
-from .layout import Chunk, portion
-from .plan import Plan
+from .planning.plan import Plan
+from .planning.shards import Chunk, portion
 from .ranks import Alone
 from .result import Tally
 from .source import Source

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from .errors import OutputError
 from .kernels.contract import Statistics
-from .layout import Chunk
+from .planning.shards import Chunk
 from .work import Measured
 from .writer import JOURNAL, journals_of_ranks, lock, output_errors
 

@@ -30,13 +30,13 @@ from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.safetensors_header import Header, TensorInfo, element_count
 from .engines import cpu_count
 from .errors import EngineError, PlanError, UsageError
-from .inputs import StrPath, open_one
+from .inputs.resolve import StrPath, open_one
 from .kernels.contract import ITEMSIZE, working_alpha
 from .kernels.twin import DTYPES
 from .memory import check_memory
-from .plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
+from .planning.plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
+from .planning.steps import Step
 from .progress import size
-from .steps import Step
 
 KEEP = ("device", "host", "disk")
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -16,8 +16,8 @@ from .engines import Engine
 from .errors import CheckpointError, ExpoError, OutputError, RankError
 from .filling import Corrupt, Filling
 from .journal import Done, Journal, Key
-from .layout import cut
-from .plan import Plan
+from .planning.plan import Plan
+from .planning.shards import cut
 from .ranks import Alone
 from .result import Tally
 from .source import Source

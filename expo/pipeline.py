@@ -23,13 +23,13 @@ from .checkpoints.sidecars import CARD, has_tokenizer, missing_modules
 from .engines import Engine, crew
 from .errors import CheckpointError, ExpoError, OutputError, PlanError, RankError, UsageError
 from .filling import Filling
-from .inputs import StrPath, Wanted, open_inputs, wanted
+from .inputs.resolve import StrPath, Wanted, open_inputs, wanted
 from .journal import Done, Journal, differences, has_journal
 from .kernels.contract import ITEMSIZE
 from .making import Making
 from .mounts import refuse_mount_point
-from .pairing import tie_flag
-from .plan import Plan, Rules, check_arguments, make_plan
+from .planning.pairing import tie_flag
+from .planning.plan import Plan, Rules, check_arguments, make_plan
 from .progress import size
 from .ranks import Alone
 from .result import Merged, Tally

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from .errors import ExpoError
 from .gpu import error_text
-from .layout import Chunk
+from .planning.shards import Chunk
 from .work import RING_SLOTS, Lane, Result
 
 T = TypeVar("T")

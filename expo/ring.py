@@ -21,10 +21,10 @@ from .kernels import sweep
 from .kernels.contract import ITEMSIZE
 from .kernels.sweep import Partials
 from .kernels.twin import DTYPES
-from .layout import Chunk, Piece
-from .plan import Plan
+from .planning.plan import Plan
+from .planning.shards import Chunk, Piece
+from .planning.steps import Step
 from .source import Source
-from .steps import Step
 from .work import RING_SLOTS, Measured, Result, put_header
 
 # Rings whose GPU failed for good are kept: where torch frees their memory and events after that, it aborts the process.

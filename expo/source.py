@@ -14,8 +14,8 @@ from .checkpoints.safetensors_header import DTYPES
 from .engines import Engine
 from .errors import EngineError
 from .kernels.contract import Statistics, total
-from .layout import Piece
-from .steps import Step
+from .planning.shards import Piece
+from .planning.steps import Step
 from .writer import aligned_buffer
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from .checkpoints import tokenizer as tokens
 from .checkpoints.safetensors_header import TensorInfo
 from .engines import Engine, choose
 from .errors import UsageError
-from .inputs import StrPath, open_inputs, wanted
-from .plan import Plan, check_arguments, make_plan
+from .inputs.resolve import StrPath, open_inputs, wanted
+from .planning.plan import Plan, check_arguments, make_plan
+from .planning.steps import Step
 from .source import Source
-from .steps import Step
 from .work import CHUNK
 
 Wrapper = Callable[[memoryview, TensorInfo], Any]

@@ -16,8 +16,8 @@ from .engines import Engine
 from .errors import Cancelled, EngineError, ExpoError
 from .gpu import error_text
 from .kernels.contract import Statistics
-from .layout import Chunk
-from .plan import Plan
+from .planning.plan import Plan
+from .planning.shards import Chunk
 from .source import Source
 from .writer import BLOCK, aligned_buffer
 

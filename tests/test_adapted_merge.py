@@ -24,9 +24,9 @@ import expo
 from expo.checkpoints.lora import LowRank
 from expo.engines import choose
 from expo.fast import main
-from expo.inputs import open_inputs
+from expo.inputs.resolve import open_inputs
 from expo.kernels import convert
-from expo.plan import make_plan
+from expo.planning.plan import make_plan
 from expo.source import FACTORS, Source
 
 peft = pytest.importorskip("peft")

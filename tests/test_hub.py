@@ -15,9 +15,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from expo import hub
 from expo.checkpoints.checkpoint import open_checkpoint
 from expo.errors import CheckpointError
+from expo.inputs import hub
 from tests.checkpoints import random_tensors, read_folder, write_folder
 from tests.hub_server import TOKEN, Hub, files_of, serve
 
@@ -28,7 +28,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 # Fetches in one process what the argument lists, as (id, weights_only, quiet), and prints what came of each.
 DRIVER = """
 import json, os, resource, sys
-from expo import hub
+from expo.inputs import hub
 from expo.errors import CheckpointError
 
 assert not {"huggingface_hub", "torch", "transformers", "numpy"} & set(sys.modules), "imported for nothing"

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import expo
 import expo.live
 from expo.demo import ALIGNED
-from expo.inputs import open_inputs
+from expo.inputs.resolve import open_inputs
 from expo.live import KEEP, saved
-from expo.plan import make_plan
+from expo.planning.plan import make_plan
 from expo.search import check_merge, judging, search_alpha
 from expo.search import models as search_models
 from expo.search.__main__ import main

@@ -16,9 +16,9 @@ from test_plan import ALPHA, COPY, EXTRAPOLATE, Shapes, check_cut, checkpoint
 from expo.checkpoints.checkpoint import SINGLE, Checkpoint
 from expo.checkpoints.safetensors_header import ALIGNMENT, DTYPES, element_count, parse
 from expo.errors import UsageError
-from expo.layout import OutputShard, cut, joined, output_name, size_of
-from expo.plan import Plan, make_plan
-from expo.steps import some_rows
+from expo.planning.plan import Plan, make_plan
+from expo.planning.shards import OutputShard, cut, joined, output_name, size_of
+from expo.planning.steps import some_rows
 
 LIMITS = st.integers(1, 40_000)
 

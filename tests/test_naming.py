@@ -17,7 +17,7 @@ from tiny_models import LOAD, loaded, pair_of
 import expo
 from expo.checkpoints.naming import shared_prefix, unwrapped, without_wrapper
 from expo.fast import main
-from expo.plan import make_plan
+from expo.planning.plan import make_plan
 
 WRAPPERS = [
     "_orig_mod.", "module.", "base_model.model.", "module.module.", "_forward_module.", "_fsdp_wrapped_module.",

@@ -12,8 +12,8 @@ from checkpoints import random_tensors, read_folder, write_folder
 from test_plan import ALPHA, COPY, EXTRAPOLATE, Shapes, checkpoint, fates
 
 import expo
-from expo.pairing import Pairs, is_embedding, pair, tie_flag
-from expo.plan import Plan, make_plan
+from expo.planning.pairing import Pairs, is_embedding, pair, tie_flag
+from expo.planning.plan import Plan, make_plan
 
 D, V = 4, 10
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

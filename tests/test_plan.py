@@ -23,9 +23,9 @@ from expo.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
 from expo.checkpoints.safetensors_header import ALIGNMENT, DTYPES, Header, TensorInfo, element_count, parse
 from expo.errors import PlanError, UsageError
 from expo.fast import main
-from expo.layout import Chunk, cut
-from expo.plan import MAX_ALPHAS, Plan, make_plan
-from expo.steps import Action, Step
+from expo.planning.plan import MAX_ALPHAS, Plan, make_plan
+from expo.planning.shards import Chunk, cut
+from expo.planning.steps import Action, Step
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 REPOSITORY = Path(expo.__file__).parents[1]
@@ -570,8 +570,8 @@ def test_planning_imports_neither_numpy_nor_torch(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from expo.checkpoints.checkpoint import open_checkpoint\n"
-        "from expo.layout import cut\n"
-        "from expo.plan import make_plan\n"
+        "from expo.planning.shards import cut\n"
+        "from expo.planning.plan import make_plan\n"
         "plan = make_plan(open_checkpoint('sft'), open_checkpoint('aligned'), [0.5])\n"
         "plan.check()\n"
         "assert len(list(cut(plan.shards, 4096))) == 2\n"

@@ -17,7 +17,7 @@ from tiny_models import LOAD, loaded, pair_of
 
 import expo
 from expo.fast import main
-from expo.plan import MOST_LINES, make_plan
+from expo.planning.plan import MOST_LINES, make_plan
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,

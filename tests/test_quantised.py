@@ -13,7 +13,7 @@ from test_plan import ALPHA, Shapes, checkpoint
 import expo
 from expo.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from expo.checkpoints.quantization import ORIGINAL, problem, scheme
-from expo.plan import make_plan
+from expo.planning.plan import make_plan
 
 Q = "model.layers.0.self_attn.q_proj"
 PLAIN: Shapes = {f"{Q}.weight": ("BF16", (4, 4)), "model.norm.weight": ("BF16", (4,))}

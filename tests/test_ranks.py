@@ -27,7 +27,7 @@ from expo import filling, journal
 from expo.errors import RankError
 from expo.filling import Corrupt
 from expo.journal import read
-from expo.layout import OutputShard, cut, portion
+from expo.planning.shards import OutputShard, cut, portion
 from expo.ranks import Ranks, join
 from expo.result import Merged
 from expo.writer import JOURNAL, journals_of_ranks

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from expo.errors import UsageError
-from expo.recipes import Recipe, as_json, recipe, recipes, table
+from expo.inputs.recipes import Recipe, as_json, recipe, recipes, table
 
 ROOT = Path(__file__).parents[1]
 NAMES = [
@@ -80,7 +80,7 @@ def test_types_and_that_every_score_went_up() -> None:
 
 
 def test_the_file_has_the_fields_and_no_others() -> None:
-    entries = json.loads((ROOT / "expo/recipes.json").read_text(encoding="utf-8"))
+    entries = json.loads((ROOT / "expo/inputs/recipes.json").read_text(encoding="utf-8"))
     assert all(list(entry) == list(Recipe._fields) for entry in entries)
     assert json.loads(as_json()) == entries
 
@@ -138,6 +138,6 @@ def test_a_name_that_is_near_to_none(name: str) -> None:
 
 
 def test_no_library_is_imported_for_the_list() -> None:
-    code = "import sys, expo.recipes as r; r.table(); print({'difflib', 'numpy', 'torch'} & set(sys.modules))"
+    code = "import sys, expo.inputs.recipes as r; r.table(); print({'difflib', 'numpy', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr

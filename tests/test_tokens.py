@@ -15,8 +15,8 @@ from test_plan import checkpoint
 
 from expo.checkpoints import tokenizer as tokens
 from expo.checkpoints.tokenizer import TOKENIZER, difference, ids, missing
-from expo.plan import make_plan
-from expo.steps import Action
+from expo.planning.plan import make_plan
+from expo.planning.steps import Action
 
 BPE = {"a": 0, "b": 1, "c": 2}
 

@@ -305,7 +305,7 @@ def test_the_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     """Said at once: no hub is asked first."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("expo.hub.fetch", lambda *_: pytest.fail("it was fetched before the options were read"))
+        patch.setattr("expo.inputs.hub.fetch", lambda *_: pytest.fail("it was fetched before the options were read"))
         ran = run(capsys, *arguments)
     assert (ran.code, ran.out) == (2, "")
     assert f"error: {said}" in ran.err.splitlines()[-1]

@@ -21,8 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
-from ..pairing import NameIndex
-from ..problems import EMPTY_HINT
+from ..planning.pairing import NameIndex
+from ..planning.problems import EMPTY_HINT
 from .checkpoint import (
     ADAPTER,
     ADAPTER_BIN,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from ..errors import CheckpointError
-from ..pairing import HEAD, generates, is_embedding, tie_flag
+from ..planning.pairing import HEAD, generates, is_embedding, tie_flag
 from .checkpoint import Checkpoint
 from .lora import TIED_ELSEWHERE, Adapter, LowRank, holds_equal, names_without_wrappers
 from .safetensors_header import TensorInfo

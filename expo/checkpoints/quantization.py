@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..kernels.contract import ITEMSIZE
-from ..pairing import is_buffer
+from ..planning.pairing import is_buffer
 from .checkpoint import Checkpoint
 from .naming import any_number
 from .safetensors_header import TensorInfo

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from ..errors import CheckpointError
-from ..pairing import is_embedding
+from ..planning.pairing import is_embedding
 from .checkpoint import Checkpoint, load_json
 from .sidecars import has_tokenizer
 

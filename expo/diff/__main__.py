@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from .. import __version__
-from ..plan import ON_MISMATCH, ON_UNPAIRED
+from ..planning.plan import ON_MISMATCH, ON_UNPAIRED
 from ..progress import Bar, size
 from ..terminal import as_json, run, show, warn
 from .report import check_report, write

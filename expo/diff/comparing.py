@@ -22,10 +22,10 @@ from dataclasses import replace
 from ..checkpoints import tokenizer as tokens
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError
-from ..inputs import StrPath, open_inputs, wanted
-from ..plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
+from ..inputs.resolve import StrPath, open_inputs, wanted
+from ..planning.plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
+from ..planning.steps import Step
 from ..source import Source
-from ..steps import Step
 from ..work import Progress
 from .distance import Sums, total
 from .measuring import compared, measure

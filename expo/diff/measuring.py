@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from ..checkpoints.safetensors_header import DTYPES
 from ..engines import MOST_WORKERS, Engine, choose, cpu_count
 from ..kernels.contract import ITEMSIZE
-from ..layout import Chunk, Piece, cut
-from ..plan import UNTOUCHED, Plan
+from ..planning.plan import UNTOUCHED, Plan
+from ..planning.shards import Chunk, Piece, cut
+from ..planning.steps import Action, Step
 from ..source import WIDEST, Source
-from ..steps import Action, Step
 from ..work import CHUNK, Lane, Pass, Progress, Result
 from ..writer import aligned_buffer
 from .distance import Meter, Sums, total

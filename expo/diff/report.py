@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 
 from ..errors import OutputError, UsageError
-from ..inputs import StrPath
+from ..inputs.resolve import StrPath
 from ..terminal import as_json
 from ..writer import output_errors
 from .heatmap import INSTALL, heat_map

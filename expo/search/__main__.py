@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import OutputError, UsageError
-from ..inputs import StrPath, wanted
-from ..plan import ON_MISMATCH, ON_UNPAIRED
+from ..inputs.resolve import StrPath, wanted
+from ..planning.plan import ON_MISMATCH, ON_UNPAIRED
 from ..terminal import run, show, warn
 from .probing import BUDGET
 from .prompts import read_prompts

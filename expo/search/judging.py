@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.safetensors_header import TensorInfo, element_count
 from ..errors import CheckpointError, EngineError, PlanError
-from ..inputs import StrPath
+from ..inputs.resolve import StrPath
 from ..kernels.contract import ITEMSIZE
 from ..kernels.twin import DTYPES
 from ..live import Live, described, plan_for, saved
-from ..pairing import pair
-from ..plan import Plan
-from ..steps import Action, Step
+from ..planning.pairing import pair
+from ..planning.plan import Plan
+from ..planning.steps import Action, Step
 from .models import load_model
 from .settings import Options
 

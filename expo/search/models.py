@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from .. import hub
 from ..engines import check_device
 from ..errors import CheckpointError, EngineError
+from ..inputs import hub
 
 
 def device_of(name: str) -> torch.device:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..errors import UsageError
-from ..inputs import StrPath
+from ..inputs.resolve import StrPath
 
 KEYS = ("prompt", "instruction")
 

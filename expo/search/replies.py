@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from ..errors import OutputError
-from ..inputs import StrPath
+from ..inputs.resolve import StrPath
 
 SETTINGS = "settings.json"
 REPLIES = "replies.jsonl"

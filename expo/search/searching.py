@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError, OutputError
-from ..inputs import StrPath, open_inputs
+from ..inputs.resolve import StrPath, open_inputs
 from ..pipeline import alpha_text
-from ..plan import Plan, make_plan
+from ..planning.plan import Plan, make_plan
 from ..progress import Bar
 from .plots import plot
 from .probing import BUDGET, next_probe

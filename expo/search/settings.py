@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from ..inputs import alphas_of
+from ..inputs.resolve import alphas_of
 
 
 @dataclass(frozen=True)

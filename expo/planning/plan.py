@@ -12,19 +12,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoints.checkpoint import Checkpoint
-from .checkpoints.safetensors_header import TensorInfo
-from .checkpoints.sidecars import Code, sort_files
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.safetensors_header import TensorInfo
+from ..checkpoints.sidecars import Code, sort_files
+from ..errors import PlanError, UsageError
+from ..kernels.contract import ITEMSIZE, working_alpha
 from .config import rewritten
-from .errors import PlanError, UsageError
-from .kernels.contract import ITEMSIZE, working_alpha
-from .layout import OutputShard, index_of, joined, lay_out, size_of
 from .pairing import Twin, describe, mismatched, pair, rows_in_common
 from .problems import float_bytes, model_problems, tensor_problems
+from .shards import OutputShard, index_of, joined, lay_out, size_of
 from .steps import Action, Step, some_rows
 
 if TYPE_CHECKING:
-    from .checkpoints.lora import Adapter
+    from ..checkpoints.lora import Adapter
 
 ON_UNPAIRED = ("error", "aligned")
 ON_MISMATCH = ("error", "rows", "aligned")

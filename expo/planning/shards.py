@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .checkpoints.checkpoint import PICKLED, SINGLE, Checkpoint
-from .checkpoints.safetensors_header import TensorInfo, emit
-from .errors import UsageError
+from ..checkpoints.checkpoint import PICKLED, SINGLE, Checkpoint
+from ..checkpoints.safetensors_header import TensorInfo, emit
+from ..errors import UsageError
 from .steps import Step
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .checkpoints.checkpoint import Checkpoint
-from .checkpoints.naming import unwrapped
-from .checkpoints.safetensors_header import TensorInfo
-from .kernels.contract import ITEMSIZE
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.naming import unwrapped
+from ..checkpoints.safetensors_header import TensorInfo
+from ..kernels.contract import ITEMSIZE
 
 # What old files carry beside the weights: tables and masks that the model computes from its config.
 BUFFERS = re.compile(

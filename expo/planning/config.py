@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .checkpoints.checkpoint import CONFIG, Checkpoint
+from ..checkpoints.checkpoint import CONFIG, Checkpoint
 from .pairing import is_embedding
 from .steps import Step
 

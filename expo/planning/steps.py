@@ -13,10 +13,10 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from .checkpoints.safetensors_header import DTYPES, TensorInfo, element_count
+from ..checkpoints.safetensors_header import DTYPES, TensorInfo, element_count
 
 if TYPE_CHECKING:
-    from .checkpoints.lora import LowRank
+    from ..checkpoints.lora import LowRank
 
 
 class Action(str, Enum):

@@ -9,7 +9,7 @@ import json
 import os
 from typing import NamedTuple
 
-from .errors import UsageError
+from ..errors import UsageError
 
 SOURCE = "Model Extrapolation Expedites Alignment, ACL 2025 (arXiv 2404.16792)"
 _FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes.json")

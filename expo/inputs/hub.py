@@ -22,7 +22,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from .checkpoints.checkpoint import (
+from ..checkpoints.checkpoint import (
     ADAPTER,
     ADAPTER_BIN,
     ADAPTER_CONFIG,
@@ -33,11 +33,11 @@ from .checkpoints.checkpoint import (
     SINGLE_BIN,
     load_json,
 )
-from .checkpoints.custom_code import find_code
-from .checkpoints.safetensors_header import MAX_HEADER
-from .checkpoints.sidecars import CARD, OTHER_WEIGHTS, Code, sort_files
-from .errors import CheckpointError
-from .progress import size as size_text
+from ..checkpoints.custom_code import find_code
+from ..checkpoints.safetensors_header import MAX_HEADER
+from ..checkpoints.sidecars import CARD, OTHER_WEIGHTS, Code, sort_files
+from ..errors import CheckpointError
+from ..progress import size as size_text
 
 FORMS = (  # of weights, the one that transformers would choose first: the file, and those that it needs beside it
     (SINGLE, ()),

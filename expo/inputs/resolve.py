@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-from .checkpoints.checkpoint import (
+from ..checkpoints.checkpoint import (
     ADAPTER_CONFIG,
     CONFIG,
     INDEX,
@@ -19,9 +19,9 @@ from .checkpoints.checkpoint import (
     other_files,
     strays_of,
 )
-from .checkpoints.naming import without_wrapper
-from .checkpoints.sidecars import TEMPLATES, TOKENIZER, VOCABULARIES
-from .errors import CheckpointError, UsageError
+from ..checkpoints.naming import without_wrapper
+from ..checkpoints.sidecars import TEMPLATES, TOKENIZER, VOCABULARIES
+from ..errors import CheckpointError, UsageError
 
 StrPath = str | os.PathLike[str]
 
@@ -143,7 +143,7 @@ def _opened(found: _Found) -> Checkpoint:
 def _is_adapter(folder: str) -> bool:
     if not os.path.exists(os.path.join(folder, ADAPTER_CONFIG)):
         return False
-    from .checkpoints.lora import is_adapter
+    from ..checkpoints.lora import is_adapter
 
     return is_adapter(folder)
 
@@ -154,8 +154,8 @@ def _over(base: Checkpoint, found: _Found, has_data: bool = True) -> Checkpoint:
     has_data: of the base; where either has headers alone, what the adapter repeats of the base is not compared.
     Raises CheckpointError.
     """
-    from .checkpoints.lora import check_copies, open_adapter
-    from .checkpoints.lora_ties import settled, tie_of, with_head
+    from ..checkpoints.lora import check_copies, open_adapter
+    from ..checkpoints.lora_ties import settled, tie_of, with_head
 
     folder = found.folder
     tie = tie_of(base)
