@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from expo.arrays import THREADS, compute_at
-from expo.engines import cpu_count
-from expo.live import Live
+from expo.execution.engines import cpu_count
+from expo.tensors.arrays import THREADS, compute_at
+from expo.tensors.live import Live
 
 SIDE, MATRICES, ROUNDS = 4096, 16, 9
 ELEMENTS = SIDE * SIDE * MATRICES

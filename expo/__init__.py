@@ -11,7 +11,6 @@ torch.ops.expo.extrapolate is the last of them as an operator, where torch is im
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .arrays import extrapolate
 from .errors import (
     Cancelled,
     CheckpointError,
@@ -22,17 +21,18 @@ from .errors import (
     RankError,
     UsageError,
 )
-from .pipeline import merge
-from .result import Merged, Output
-from .streaming import stream
+from .merging.merge import merge
+from .merging.result import Merged, Output
+from .tensors.arrays import extrapolate
+from .tensors.streaming import stream
 
 if "torch" in sys.modules:  # it is never imported for its operator's sake
     from . import op as _op  # noqa: F401
 
 if TYPE_CHECKING:
     from .diff import Comparison, compare
-    from .live import Live
     from .search import SearchResult, search_alpha
+    from .tensors.live import Live
 
 __version__ = "0.1.0"
 
@@ -60,7 +60,7 @@ __all__ = [
 # What is imported when it is asked for, and its module: with torch or NumPy.
 _LAZY = {
     "Comparison": "diff",
-    "Live": "live",
+    "Live": "tensors.live",
     "SearchResult": "search",
     "compare": "diff",
     "search_alpha": "search",

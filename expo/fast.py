@@ -15,16 +15,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from . import __version__, ranks
-from .engines import ENGINES
+from . import __version__
+from .cli import as_json, run, show, warn
 from .errors import UsageError
-from .pipeline import Preview, merge, preview
+from .execution.engines import ENGINES
+from .merging import process_group as ranks
+from .merging.merge import Preview, merge, preview
+from .merging.result import Merged
 from .planning.pairing import describe
 from .planning.plan import ON_MISMATCH, ON_UNPAIRED, OUTPUT_DTYPES
 from .planning.steps import Action
 from .progress import Bar, size
-from .result import Merged
-from .terminal import as_json, run, show, warn
 
 SHOWN = 8  # copied or dropped tensors and left-out files that the summary names one by one
 EPILOG = """\

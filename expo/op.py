@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .arrays import extrapolate as _extrapolate
 from .errors import UsageError
+from .tensors.arrays import extrapolate as _extrapolate
 
 
 @torch.library.custom_op("expo::extrapolate", mutates_args=())

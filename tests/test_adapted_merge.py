@@ -22,12 +22,12 @@ from test_resume import Stop, interrupted
 
 import expo
 from expo.checkpoints.lora import LowRank
-from expo.engines import choose
+from expo.execution.engines import choose
+from expo.execution.tensor_source import FACTORS, Source
 from expo.fast import main
 from expo.inputs.resolve import open_inputs
 from expo.kernels import convert
 from expo.planning.plan import make_plan
-from expo.source import FACTORS, Source
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -176,9 +176,9 @@ def lora(make: Callable[[str], Made]) -> Made:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks, most of which begin and end amid a row."""
-    monkeypatch.setattr("expo.work.CHUNK", 4096)
-    monkeypatch.setattr("expo.streaming.CHUNK", 1000)
-    monkeypatch.setattr("expo.source.BLOCK", 333)
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 4096)
+    monkeypatch.setattr("expo.tensors.streaming.CHUNK", 1000)
+    monkeypatch.setattr("expo.execution.tensor_source.BLOCK", 333)
 
 
 # What is expected, from the files' bytes and the documents alone
@@ -391,8 +391,8 @@ def test_an_alpha_that_is_not_plain_in_fp32(lora: Made, tmp_path: Path) -> None:
 def test_a_merge_that_is_resumed(
     lora: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None, chunks: int
 ) -> None:
-    monkeypatch.setattr("expo.journal.INTERVAL", 0.0)
-    monkeypatch.setattr("expo.work.TICK", 0.001)
+    monkeypatch.setattr("expo.output.journal.INTERVAL", 0.0)
+    monkeypatch.setattr("expo.execution.worker_pool.TICK", 0.001)
     out, plain = tmp_path / "out", expo.merge(*lora.pair, 0.3, tmp_path / "plain")
     interrupted(monkeypatch, chunks, Stop(), lambda: expo.merge(*lora.pair, 0.3, out))
     assert staging_folder(out).exists()

@@ -13,7 +13,7 @@ import pytest
 from checkpoints import contents, fingerprint, random_tensors, safetensors_bytes, write_folder
 
 import expo.fast
-import expo.pipeline
+import expo.merging.merge
 
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {"a": ("BF16", (8, 8)), "b": ("F32", (5,)), "c": ("BF16", (3,))}
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -204,14 +204,14 @@ def out_is_under_a_file(world: World, _: pytest.MonkeyPatch) -> World:
 
 
 def no_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expo.pipeline, "free_bytes", lambda _: 4321)
+    monkeypatch.setattr(expo.merging.merge, "free_bytes", lambda _: 4321)
 
 
 def no_room_after_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(expo.writer, "allocate", fail)
+    monkeypatch.setattr(expo.output.staging, "allocate", fail)
 
 
 def refused_folder(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 import expo
-from expo.card import card
 from expo.checkpoints.checkpoint import Origin
-from expo.result import Output
+from expo.merging.model_card import card
+from expo.merging.result import Output
 
 HUB_ID = re.compile(
     r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?(/[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?)?", re.ASCII

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import expo
-from expo import loading
 from expo.fast import main
+from expo.merging import load_check as loading
 from tests.checkpoints import Tensors, contents, random_tensors, read_folder, sparse_file, staging_folder, write_folder
 
 transformers: Any = pytest.importorskip("transformers")
@@ -228,7 +228,7 @@ def test_code_of_aligned_s_is_not_run_where_transformers_has_the_class(tmp_path:
 
 MEMORY = """
 import resource, sys, torch, transformers
-from expo.loading import check_output
+from expo.merging.load_check import check_output
 loader = transformers.LlamaForCausalLM
 check_output(loader, sys.argv[1], "out")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 import expo
-from expo import engines, pipeline
 from expo.demo import ALIGNED, SFT
-from expo.engines import Engine, choose, crew
+from expo.execution import engines
+from expo.execution.engines import Engine, choose, crew
 from expo.fast import _summary
 from expo.kernels import numerics
 from expo.kernels.contract import Statistics
+from expo.merging import merge as pipeline
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def meeting(engine: Engine, here: threading.Event, there: threading.Event) -> En
 
 def test_engines_of_two_kinds_share_one_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever computes a chunk, the bytes are the same, and the shares add up."""
-    monkeypatch.setattr("expo.work.CHUNK", 64 << 10)
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 64 << 10)
     alone = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "alone")
     first, second = threading.Event(), threading.Event()
     other = meeting(Engine("other", numerics.extrapolate, "a test's"), second, first)

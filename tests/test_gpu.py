@@ -411,8 +411,8 @@ def test_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crew: dict[str, 
     """The demo pair, in more chunks than the ring has slots: the files and figures of an engine on the CPU."""
     if engine == "cpu":
         pytest.importorskip("expo.kernels._cpu", reason="the compiled engine is not built", exc_type=ImportError)
-    monkeypatch.setattr("expo.work.CHUNK", 64 << 10)
-    monkeypatch.setattr("expo.ring.SMALL", 1)  # byte, below which the GPU is not asked
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 64 << 10)
+    monkeypatch.setattr("expo.execution.gpu_lane.SMALL", 1)  # byte, below which the GPU is not asked
     merged = expo.merge(SFT, ALIGNED, (0.3, -0.7), tmp_path / "gpu-{alpha}", verify=True, **crew)
     expected = expo.merge(SFT, ALIGNED, (0.3, -0.7), tmp_path / "cpu-{alpha}", engine=engine)
     for ours, theirs in zip(merged.outputs, expected.outputs, strict=True):

@@ -22,12 +22,16 @@ import late
 from helpers.software_gpu import SoftwareGpu
 
 import expo
-from expo import engines, gpu, live, op, ring
+from expo import op
 from expo.demo import ALIGNED, SFT
-from expo.engines import choose, crew
+from expo.execution import engines
+from expo.execution import gpu_kernels as gpu
+from expo.execution import gpu_lane as ring
+from expo.execution.engines import choose, crew
 from expo.fast import main
 from expo.kernels import extrapolate, numerics, selftest, sweep, whole_model
 from expo.kernels.contract import working_alpha
+from expo.tensors import live
 
 if extrapolate.interpreted():
     pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
@@ -400,7 +404,7 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "available", lambda: "")
     made = host.HostEngine
     monkeypatch.setattr(host, "HostEngine", lambda _: made("cpu"))
-    monkeypatch.setattr("expo.work.CHUNK", 64 << 10)
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 64 << 10)
     monkeypatch.setattr(ring, "SMALL", 1 << 10)
     monkeypatch.setattr(engines, "cpu_count", lambda: 1)
 
@@ -426,7 +430,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_a_merge_by_kernels(
     software: SoftwareGpu, right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expo.pipeline.crew", two_of("triton"))
+    monkeypatch.setattr("expo.merging.merge.crew", two_of("triton"))
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out", engine="triton")
     assert files(tmp_path / "out") == right
     assert merged.shares.keys() == {"triton"}
@@ -485,7 +489,7 @@ def test_a_gpu_that_fails_in_the_middle(
     monkeypatch.setattr(late.Late, "begins", order, raising=False)
     close = ring.Ring.close
     monkeypatch.setattr(ring.Ring, "close", lambda self: (closed.append(self), close(self)))
-    monkeypatch.setattr("expo.pipeline.crew", two_of("auto"))
+    monkeypatch.setattr("expo.merging.merge.crew", two_of("auto"))
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     assert [note for note in merged.warnings if "unspecified" in note] == [
         f"cpu failed, and --engine {choose().name} did its part, with the same bits. "
@@ -503,7 +507,7 @@ def test_a_ring_for_which_there_is_no_memory(
     right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(late.Late, "pinned", failing(MEMORY[0]))
-    monkeypatch.setattr("expo.pipeline.crew", two_of("auto"))
+    monkeypatch.setattr("expo.merging.merge.crew", two_of("auto"))
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     assert [note for note in merged.warnings if note.endswith("The reason: CUDA: no room for 2 GiB")] != []
     assert files(tmp_path / "out") == right
@@ -520,7 +524,7 @@ def test_a_ring_that_cannot_be_drained_is_kept(
     monkeypatch.setattr(ring, "_undrained", kept)
     monkeypatch.setattr(sweep, "launch", failing(RuntimeError("CUDA error: unspecified launch failure")))
     monkeypatch.setattr(late.Late, "drain", failing(RuntimeError("CUDA error: unspecified launch failure")))
-    monkeypatch.setattr("expo.pipeline.crew", two_of("auto"))
+    monkeypatch.setattr("expo.merging.merge.crew", two_of("auto"))
     expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     assert [type(each) for each in kept] == [ring.Ring] * 2
     assert files(tmp_path / "out") == right
@@ -569,7 +573,7 @@ def test_an_engine_asked_for_by_name_fails_by_an_error_of_ours(
     text = re.escape(gpu.error_text(error))
     monkeypatch.setattr(sweep, "launch", failing(error))
     monkeypatch.setattr(host, "launch", failing(error))
-    monkeypatch.setattr("expo.pipeline.crew", lambda *_: (engine,))
+    monkeypatch.setattr("expo.merging.merge.crew", lambda *_: (engine,))
     with pytest.raises(expo.EngineError, match=f"--engine triton failed: {text}"):
         expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     with pytest.raises(expo.EngineError, match=rf"--engine triton failed on \S+: {text}"):
@@ -583,7 +587,7 @@ def test_a_cache_that_cannot_be_written_to_is_no_input(
     """The CPU takes over from Triton's OSError too."""
     selftest.check(CPU)
     monkeypatch.setattr(sweep, "launch", failing(READ_ONLY))
-    monkeypatch.setattr("expo.pipeline.crew", two_of("auto"))
+    monkeypatch.setattr("expo.merging.merge.crew", two_of("auto"))
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     assert [note for note in merged.warnings if note.endswith(f"The reason: OSError: {READ_ONLY}")] != []
     assert files(tmp_path / "out") == right

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import expo
 from expo.checkpoints.checkpoint import INDEX, SINGLE
-from expo.journal import encode, read
-from expo.writer import JOURNAL
+from expo.output.journal import encode, read
+from expo.output.staging import JOURNAL
 
 FIRST = "model-00001-of-00002.safetensors"
 SHAPES = {"a": ("BF16", (40, 11)), "b": ("F32", (7,)), "c": ("I64", (3,))}

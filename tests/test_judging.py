@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import expo
-import expo.live
+import expo.tensors.live
 from expo.demo import ALIGNED
 from expo.inputs.resolve import open_inputs
-from expo.live import KEEP, saved
 from expo.planning.plan import make_plan
 from expo.search import check_merge, judging, search_alpha
 from expo.search import models as search_models
@@ -27,6 +26,7 @@ from expo.search.__main__ import main
 from expo.search.judging import digests, open_judged
 from expo.search.models import load_model
 from expo.search.settings import Options
+from expo.tensors.live import KEEP, saved
 
 PROMPTS = ["Return the", "If the"]
 Weights = dict[str, torch.Tensor]
@@ -382,13 +382,13 @@ def test_a_search_over_a_mixture_and_its_merge(
 def test_a_merge_that_is_not_what_was_judged_is_an_error(
     mixture: tuple[Path, Path], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    whole = expo.live._remember
+    whole = expo.tensors.live._remember
 
     def sabotaged(*arguments: Any) -> Any:
         trios, size = whole(*arguments)
         return trios[1:], size
 
-    monkeypatch.setattr(expo.live, "_remember", sabotaged)
+    monkeypatch.setattr(expo.tensors.live, "_remember", sabotaged)
     assert main(words(*mixture, here, "--merge", "merged", "--quiet")) == 3
     out, err = capsys.readouterr()
     assert "merged at alpha 0.5 -> merged" in out

@@ -18,9 +18,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import expo
-import expo.live
+import expo.tensors.live
 from expo.demo import ALIGNED, SFT
-from expo.live import KEEP, Live
+from expo.tensors.live import KEEP, Live
 
 ROOT = Path(__file__).parents[1]
 Weights = Mapping[str, torch.Tensor]
@@ -107,7 +107,7 @@ def test_every_dtype_and_rules(keep: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("job", [1, 2, 4, 1 << 20])
 def test_whatever_a_thread_takes_at_a_time(job: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expo.live, "JOB", job)
+    monkeypatch.setattr(expo.tensors.live, "JOB", job)
     sft, model = Small(1), Small(2)
     expected = merged(sft, model, tmp_path / "files", 0.7)
     Live(model, sft).alpha = 0.7
@@ -323,7 +323,7 @@ def test_a_failure_in_the_middle_is_not_hidden(monkeypatch: pytest.MonkeyPatch) 
     sft, model = Small(1), Small(2)
     live = Live(model, sft)
     with monkeypatch.context() as patch:
-        patch.setattr(expo.live, "compute_at", lambda *_: 1 / 0)
+        patch.setattr(expo.tensors.live, "compute_at", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             live.alpha = 0.5
     assert live.alpha is None, "some parameters may be of the new alpha"
@@ -351,7 +351,7 @@ def test_close_restores_and_lets_go(keep: str) -> None:
 def test_too_little_room_is_told_before_anything_is_copied(
     keep: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expo.live, "available_memory", lambda: 100)
+    monkeypatch.setattr(expo.tensors.live, "available_memory", lambda: 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 0, 100))
     others = ", ".join(each for each in KEEP if each != keep)
     with pytest.raises(expo.EngineError) as caught:

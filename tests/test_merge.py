@@ -35,11 +35,11 @@ from checkpoints import (
 )
 
 import expo
-import expo.pipeline
-import expo.work
-import expo.writer
+import expo.execution.worker_pool
+import expo.merging.merge
+import expo.output.staging
 from expo.demo import ALIGNED, SFT
-from expo.engines import Engine, choose
+from expo.execution.engines import Engine, choose
 from expo.kernels import numerics
 from expo.kernels.contract import Statistics, working_alpha
 
@@ -150,7 +150,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         time.sleep(seconds)
         return real.run(*arguments)
 
-    monkeypatch.setattr(expo.pipeline, "crew", lambda *_: (Engine("slow", run, "a test"),) * 3)
+    monkeypatch.setattr(expo.merging.merge, "crew", lambda *_: (Engine("slow", run, "a test"),) * 3)
 
 
 # --- bits -------------------------------------------------------------------------------------------------------------
@@ -158,11 +158,11 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("engine", ["numpy", "cpu"])
-@pytest.mark.parametrize("chunk", [4096, 8192, expo.work.CHUNK])
+@pytest.mark.parametrize("chunk", [4096, 8192, expo.execution.worker_pool.CHUNK])
 def test_every_tensor_has_the_bits_of_a_direct_call(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alpha: float, engine: str, chunk: int
 ) -> None:
-    monkeypatch.setattr(expo.work, "CHUNK", chunk)
+    monkeypatch.setattr(expo.execution.worker_pool, "CHUNK", chunk)
     expo.merge(*pair, alpha, tmp_path / "out", engine=engine)
     assert read_folder(tmp_path / "out") == expected(read_folder(pair[0]), read_folder(pair[1]), alpha)
 
@@ -658,7 +658,7 @@ def test_what_appears_at_out_during_a_merge_is_not_replaced(tmp_path: Path, kind
 def test_progress_grows_to_the_total_in_the_callers_thread(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool
 ) -> None:
-    monkeypatch.setattr(expo.work, "CHUNK", 4096)
+    monkeypatch.setattr(expo.execution.worker_pool, "CHUNK", 4096)
     calls: list[tuple[int, int]] = []
     threads = set()
 
@@ -765,7 +765,7 @@ def test_a_leftover_without_room_beside_it_is_named_all_the_same(
 
     with pytest.raises(Stop):
         expo.merge(*pair, 0.3, tmp_path / "out", progress=stop)
-    monkeypatch.setattr(expo.pipeline, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(expo.merging.merge, "free_bytes", lambda _: 0)
     with pytest.raises(expo.OutputError, match=f"was left by an interrupted merge: {FIXES}$"):
         expo.merge(*pair, 0.3, tmp_path / "out")
     with pytest.raises(expo.OutputError, match=r"other: .* are needed, but 0 bytes are free"):
@@ -808,7 +808,7 @@ def test_an_engines_refusal_reaches_the_caller(pair: Pair, tmp_path: Path, monke
         raise RuntimeError("this thread's floating-point mode flushes subnormals")
 
     with monkeypatch.context() as patch:
-        patch.setattr(expo.pipeline, "crew", lambda *_: (Engine("numpy", refuse, "a test"),) * 3)
+        patch.setattr(expo.merging.merge, "crew", lambda *_: (Engine("numpy", refuse, "a test"),) * 3)
         with pytest.raises(expo.EngineError) as caught:
             expo.merge(*pair, 0.3, tmp_path / "out")
     assert str(caught.value).startswith("--engine numpy failed on ")
@@ -825,14 +825,14 @@ def test_an_input_that_changes_under_the_merge_is_noticed(
     file, out = tmp_path / which / "model.safetensors", tmp_path / "out"
     before, data = file.stat(), file.read_bytes()
     size = before.st_size
-    real = expo.pipeline.Staging
+    real = expo.merging.merge.Staging
 
-    def staging(*arguments: Any) -> expo.writer.Staging:
+    def staging(*arguments: Any) -> expo.output.staging.Staging:
         os.truncate(file, size + change)
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(expo.pipeline, "Staging", staging)
+        patch.setattr(expo.merging.merge, "Staging", staging)
         with pytest.raises(expo.CheckpointError) as caught:
             expo.merge(*pair, 0.3, out)
     assert str(caught.value) == (
@@ -855,7 +855,7 @@ def test_what_was_computed_from_an_input_that_was_changed_does_not_count(
     """Its bytes and its time of change come back afterwards, as a copying tool would do it."""
     pair = make_pair(tmp_path, shards=(0, 0))
     monkeypatch.setattr(expo.checkpoints.reader, "LOCAL", set())  # this process has a lease of its own
-    monkeypatch.setattr(expo.work, "CHUNK", 4096)
+    monkeypatch.setattr(expo.execution.worker_pool, "CHUNK", 4096)
     file, out = tmp_path / which / "model.safetensors", tmp_path / "out"
     before, data = file.stat(), file.read_bytes()
 
@@ -901,9 +901,9 @@ def test_a_file_that_is_not_carried_any_more_does_not_come_along_from_what_was_l
             raise expo.OutputError("the disk is full")
         put(staging, name, parts)
 
-    put = expo.writer.Staging.put
+    put = expo.output.staging.Staging.put
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expo.writer.Staging, "put", stop_at_the_index)
+        patch.setattr(expo.output.staging.Staging, "put", stop_at_the_index)
         with pytest.raises(expo.OutputError, match=f"^the disk is full; {kept(out)}$"):
             expo.merge(*pair, 0.3, out, digest=True)
     (pair[1] / "vocab.json").unlink()
@@ -982,17 +982,17 @@ def flip(at: int) -> Callable[[Path], None]:
 
 
 def test_verify_passes_on_what_was_written(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expo.work, "CHUNK", 4096)
+    monkeypatch.setattr(expo.execution.worker_pool, "CHUNK", 4096)
     merged = expo.merge(*pair, ALPHAS, tmp_path / "out{alpha}", verify=True)
     assert merged.verified
     assert not expo.merge(*pair, 0.3, tmp_path / "other").verified
 
 
-@pytest.mark.parametrize("chunk", [4096, expo.work.CHUNK])
+@pytest.mark.parametrize("chunk", [4096, expo.execution.worker_pool.CHUNK])
 def test_verify_names_the_tensor_and_the_byte(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(expo.work, "CHUNK", chunk)
+    monkeypatch.setattr(expo.execution.worker_pool, "CHUNK", chunk)
     order = expected(read_folder(pair[0]), read_file(pair[1] / SHARD), 0.3)
     starts = layout(order)
     for name, at in ((name, start + len(order[name][2]) - 1) for name, start in starts.items() if order[name][2]):

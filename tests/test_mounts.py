@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import expo
-from expo import mounts
 from expo.fast import main
+from expo.output import mounts
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "expo" / "demo"

@@ -23,14 +23,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import expo
-from expo import filling, journal
 from expo.errors import RankError
-from expo.filling import Corrupt
-from expo.journal import read
+from expo.merging import rank_worker as filling
+from expo.merging.process_group import Ranks, join
+from expo.merging.rank_worker import Corrupt
+from expo.merging.result import Merged
+from expo.output import journal
+from expo.output.journal import read
+from expo.output.staging import JOURNAL, journals_of_ranks
 from expo.planning.shards import OutputShard, cut, portion
-from expo.ranks import Ranks, join
-from expo.result import Merged
-from expo.writer import JOURNAL, journals_of_ranks
 
 dist: Any = pytest.importorskip("torch.distributed")
 
@@ -40,12 +41,12 @@ Pair = tuple[Path, Path]
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks, each written down at once, and a quick eye on the others."""
-    monkeypatch.setattr("expo.work.CHUNK", 8 << 10)
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 8 << 10)
     monkeypatch.setattr(journal, "INTERVAL", 0.0)
-    monkeypatch.setattr("expo.work.TICK", 0.001)
-    monkeypatch.setattr("expo.ranks.BEAT", 0.02)
-    monkeypatch.setattr("expo.ranks.POLL", 0.002)
-    monkeypatch.setattr("expo.ranks.LINGER", 0.1)
+    monkeypatch.setattr("expo.execution.worker_pool.TICK", 0.001)
+    monkeypatch.setattr("expo.merging.process_group.BEAT", 0.02)
+    monkeypatch.setattr("expo.merging.process_group.POLL", 0.002)
+    monkeypatch.setattr("expo.merging.process_group.LINGER", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_the_bytes_and_the_report_of_one_process(pair: Pair, tmp_path: Path, wor
 
 
 def test_more_ranks_than_chunks(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expo.work.CHUNK", 1 << 20)
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 1 << 20)
     expo.merge(*pair, 0.3, tmp_path / "one")
     merged_by(6, pair, 0.3, tmp_path / "all", verify=True)
     assert files(tmp_path / "one") == files(tmp_path / "all")
@@ -382,7 +383,7 @@ def test_an_error_is_told_and_raised_though_the_launcher_stops_its_rank_meanwhil
 
     (ranks, other) = Host(2).ranks
     with monkeypatch.context() as patch:
-        patch.setattr(expo.ranks.time, "sleep", interrupted)
+        patch.setattr(expo.merging.process_group.time, "sleep", interrupted)
         with pytest.raises(Stop, match="the real one"), ranks.together():
             raise Stop("the real one")
     with pytest.raises(RankError, match="failed: Stop: the real one"):
@@ -408,7 +409,7 @@ def test_overwrite_starts_anew_where_going_on_is_not_possible(
 def test_a_rank_lost_after_the_commit_takes_nothing_away(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, restarts: bool
 ) -> None:
-    commit, follow = expo.making.Making.commit, expo.pipeline._follow
+    commit, follow = expo.merging.coordinator.Making.commit, expo.merging.merge._follow
 
     def late(self: Any) -> Any:
         """Commit, and wait until the other has failed."""
@@ -426,8 +427,8 @@ def test_a_rank_lost_after_the_commit_takes_nothing_away(
         return follow(weak, strong, job, identity, ranks, filled)
 
     with monkeypatch.context() as patch:
-        patch.setattr(expo.making.Making, "commit", late)
-        patch.setattr(expo.pipeline, "_follow", losing)
+        patch.setattr(expo.merging.coordinator.Making, "commit", late)
+        patch.setattr(expo.merging.merge, "_follow", losing)
         found = Host(2, restarts=restarts).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
     assert isinstance(found[0], Merged)
     assert isinstance(found[1], Stop)
@@ -510,9 +511,9 @@ def test_cancel_ends_the_waiting_for_others(monkeypatch: pytest.MonkeyPatch, pai
         threading.Timer(0.4, cancel.set).start()  # rank 0 has done its part by then
         return filled(*arguments, **{**named, "cancel": None})
 
-    filled = expo.pipeline._fill
+    filled = expo.merging.merge._fill
     monkeypatch.setattr(filling.Filling, "_sink", slow)
-    monkeypatch.setattr(expo.pipeline, "_fill", fill)
+    monkeypatch.setattr(expo.merging.merge, "_fill", fill)
     found = Host(2).run(
         lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks, cancel=None if ranks.rank else cancel)
     )
@@ -548,7 +549,7 @@ def test_what_no_launcher_sets_is_refused(monkeypatch: pytest.MonkeyPatch, rank:
 
 
 def test_ranks_that_do_not_come_are_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expo.ranks.MEET", 0.3)
+    monkeypatch.setattr("expo.merging.process_group.MEET", 0.3)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", **address}.items():
         monkeypatch.setenv(name, value)
@@ -615,7 +616,7 @@ def test_each_rank_takes_the_gpu_of_its_local_rank_and_its_share_of_the_processo
         asked.append((device, processes))
         raise expo.EngineError("no GPU here")
 
-    monkeypatch.setattr(expo.pipeline, "crew", crew)
+    monkeypatch.setattr(expo.merging.merge, "crew", crew)
     ranks = Ranks(dist.HashStore(), lambda value: [value], 7, 8, local_rank=3, local_world=4)
     with contextlib.closing(ranks), pytest.raises(expo.EngineError):
         expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks, **options)  # type: ignore[arg-type]
@@ -641,7 +642,10 @@ ROOT = Path(__file__).parents[1]
 SLOW = """
 import os, signal, sys, time
 from pathlib import Path
-from expo import fast, filling, journal, work
+from expo import fast
+from expo.merging import rank_worker as filling
+from expo.output import journal
+from expo.execution import worker_pool as work
 work.CHUNK, journal.INTERVAL = 8 << 10, 0.0
 sink, seen = filling.Filling._sink, iter(range(10**6))
 doomed, flag = sys.argv.pop(1), Path(sys.argv.pop(1))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import expo
-from expo import writer
 from expo.demo import ALIGNED, SFT
-from expo.writer import aligned_buffer, read_back
+from expo.output import staging as writer
+from expo.output.staging import aligned_buffer, read_back
 
 
 @pytest.mark.parametrize("direct", [True, False])

@@ -25,8 +25,8 @@ from checkpoints import fingerprint, random_tensors, sparse_file, staging_folder
 import expo
 from expo.checkpoints import reader as module
 from expo.checkpoints.reader import Identity, Reader, filesystem
-from expo.engines import Engine, choose
 from expo.errors import CheckpointError
+from expo.execution.engines import Engine, choose
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = mmap.PAGESIZE
@@ -599,8 +599,8 @@ def test_close_while_a_view_is_held_hides_no_other_error(leased: Reader, path: P
 # A merge that says on stderr when it is in the middle, and takes its time from then on.
 MERGE = """
 import sys, time
-import expo.pipeline, expo.checkpoints.reader
-from expo.engines import Engine, choose
+import expo.merging.merge, expo.checkpoints.reader
+from expo.execution.engines import Engine, choose
 from expo.fast import main
 
 if sys.argv.pop(1) == "unmapped":
@@ -616,7 +616,7 @@ def run(*arguments):
         time.sleep(0.1)
     return choose().run(*arguments)
 
-expo.pipeline.crew = lambda *_: (Engine("slow", run, "a test"),) * 2
+expo.merging.merge.crew = lambda *_: (Engine("slow", run, "a test"),) * 2
 sys.exit(main())
 """
 TENTH = "import os, sys; os.truncate(sys.argv[1], os.path.getsize(sys.argv[1]) // 10)"
@@ -663,8 +663,8 @@ def test_a_writer_to_an_input_that_is_read_already_does_not_wait_for_the_merge_t
         time.sleep(0.04)
         return engine.run(*arguments)
 
-    monkeypatch.setattr("expo.pipeline.crew", lambda *_: (Engine("slow", slow, "a test"),))
-    monkeypatch.setattr("expo.work.CHUNK", 4096)
+    monkeypatch.setattr("expo.merging.merge.crew", lambda *_: (Engine("slow", slow, "a test"),))
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 4096)
     waiting: list[bool] = []
     with contextlib.ExitStack() as stack:
         processes: list[subprocess.Popen[bytes]] = []

@@ -17,10 +17,12 @@ import pytest
 from checkpoints import MIXED_SHAPES, files, fingerprint, mixed_pair, random_tensors, staging, write_folder
 
 import expo
-from expo import filling, journal, making
 from expo.fast import main
-from expo.journal import Journal, place, read
-from expo.writer import JOURNAL
+from expo.merging import coordinator as making
+from expo.merging import rank_worker as filling
+from expo.output import journal
+from expo.output.journal import Journal, place, read
+from expo.output.staging import JOURNAL
 
 ROOT = Path(__file__).parents[1]
 ALPHAS = (0.3, 1.0)
@@ -30,9 +32,9 @@ Pair = tuple[Path, Path]
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks, each written down at once."""
-    monkeypatch.setattr("expo.work.CHUNK", 8 << 10)
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 8 << 10)
     monkeypatch.setattr(journal, "INTERVAL", 0.0)
-    monkeypatch.setattr("expo.work.TICK", 0.001)
+    monkeypatch.setattr("expo.execution.worker_pool.TICK", 0.001)
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +336,9 @@ def test_no_journal_in_the_output(pair: Pair, tmp_path: Path) -> None:
 
 DRIVER = """
 import sys
-from expo import fast, journal, work
+from expo import fast
+from expo.output import journal
+from expo.execution import worker_pool as work
 work.CHUNK, work.TICK, journal.INTERVAL = 8 << 10, 0.0005, 0.0
 sys.exit(fast.main(sys.argv[1:]))
 """

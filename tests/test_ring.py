@@ -15,9 +15,11 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 import late  # noqa: E402
 
 import expo  # noqa: E402
-from expo import filling, pipeline, ring  # noqa: E402
-from expo.engines import Engine, choose  # noqa: E402
+from expo.execution import gpu_lane as ring  # noqa: E402
+from expo.execution.engines import Engine, choose  # noqa: E402
 from expo.kernels import sweep  # noqa: E402
+from expo.merging import merge as pipeline  # noqa: E402
+from expo.merging import rank_worker as filling  # noqa: E402
 
 SEEDS = range(8)
 SHAPES = {
@@ -40,7 +42,7 @@ ALPHAS = (0.3, 0.0, 1.0)
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks of a small model, nearly all of it on the GPU, whose kernels NumPy stands in for."""
-    monkeypatch.setattr("expo.work.CHUNK", 16 << 10)
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 16 << 10)
     monkeypatch.setattr(ring, "SMALL", 1 << 10)
     monkeypatch.setattr(sweep, "launch", late.kernel)
 

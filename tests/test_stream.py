@@ -16,10 +16,10 @@ import torch
 from checkpoints import ODD_SHAPES, fingerprint, random_tensors, read_file, write_folder
 
 import expo
-import expo.streaming
+import expo.tensors.streaming
 from expo.demo import ALIGNED, SFT
-from expo.engines import Engine, choose
-from expo.streaming import AHEAD
+from expo.execution.engines import Engine, choose
+from expo.tensors.streaming import AHEAD
 
 Pair = tuple[Path, Path]
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -71,11 +71,11 @@ def merged(pair: Pair, out: Path, **options: Any) -> dict[str, tuple[str, tuple[
 
 
 @pytest.mark.parametrize("engine", ["numpy", "cpu"])
-@pytest.mark.parametrize("chunk", [64, expo.streaming.CHUNK])
+@pytest.mark.parametrize("chunk", [64, expo.tensors.streaming.CHUNK])
 def test_torch_tensors_are_what_merge_writes(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, chunk: int
 ) -> None:
-    monkeypatch.setattr(expo.streaming, "CHUNK", chunk)
+    monkeypatch.setattr(expo.tensors.streaming, "CHUNK", chunk)
     written = merged(pair, tmp_path / "out")
     found = dict(expo.stream(*pair, 0.3, engine=engine))
     assert found.keys() == written.keys()
@@ -144,13 +144,13 @@ def slow_engine(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
         time.sleep(seconds)
         return real.run(*arguments)
 
-    monkeypatch.setattr(expo.streaming, "choose", lambda *_: Engine("slow", run, "a test"))
+    monkeypatch.setattr(expo.tensors.streaming, "choose", lambda *_: Engine("slow", run, "a test"))
     return calls
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
 def test_closing_early_stops_the_work(pair: Pair, monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
-    monkeypatch.setattr(expo.streaming, "CHUNK", 1024)
+    monkeypatch.setattr(expo.tensors.streaming, "CHUNK", 1024)
     calls = slow_engine(monkeypatch, 0.005)
     stream = expo.stream(*pair, 0.3)
     for _ in range(taken):
@@ -250,7 +250,7 @@ def test_an_engines_refusal_reaches_the_consumer(pair: Pair, monkeypatch: pytest
             raise RuntimeError("this thread's floating-point mode flushes subnormals")
         return real.run(*arguments)
 
-    monkeypatch.setattr(expo.streaming, "choose", lambda *_: Engine("numpy", refuse, "a test"))
+    monkeypatch.setattr(expo.tensors.streaming, "choose", lambda *_: Engine("numpy", refuse, "a test"))
     with pytest.raises(expo.EngineError, match=r"--engine numpy failed on .*: this thread's floating-point mode"):
         list(expo.stream(*pair, 0.3))
 

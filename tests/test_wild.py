@@ -22,9 +22,10 @@ import torch
 from checkpoints import ODD_SHAPES, Tensors, contents, fingerprint, random_tensors, read_file, read_folder, write_folder
 
 import expo
-import expo.streaming
-import expo.work
-from expo import filling, journal
+import expo.execution.worker_pool
+import expo.tensors.streaming
+from expo.merging import rank_worker as filling
+from expo.output import journal
 
 ROOT = Path(__file__).parents[1]
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -111,10 +112,10 @@ def streamed(*arguments: Any, **options: Any) -> Made:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts everywhere, and every chunk is written down at once."""
-    monkeypatch.setattr(expo.work, "CHUNK", 4096)
-    monkeypatch.setattr(expo.streaming, "CHUNK", 1032)
+    monkeypatch.setattr(expo.execution.worker_pool, "CHUNK", 4096)
+    monkeypatch.setattr(expo.tensors.streaming, "CHUNK", 1032)
     monkeypatch.setattr(journal, "INTERVAL", 0.0)
-    monkeypatch.setattr(expo.work, "TICK", 0.001)
+    monkeypatch.setattr(expo.execution.worker_pool, "TICK", 0.001)
 
 
 # --- .bin files -------------------------------------------------------------------------------------------------------

@@ -25,11 +25,11 @@ import pytest
 from checkpoints import contents, fingerprint, kept, random_tensors, read_folder, staging_folder, write_folder
 
 import expo
-import expo.journal
-import expo.pipeline
-import expo.work
-import expo.writer
-from expo.writer import BLOCK, O_DIRECT, ShardWriter, Staging, aligned_buffer, create_shard, exchange
+import expo.execution.worker_pool
+import expo.merging.merge
+import expo.output.journal
+import expo.output.staging
+from expo.output.staging import BLOCK, O_DIRECT, ShardWriter, Staging, aligned_buffer, create_shard, exchange
 
 ROOT = Path(__file__).resolve().parent.parent
 Pair = tuple[Path, Path]
@@ -157,7 +157,7 @@ def test_what_a_sync_failed_for_is_not_gone_on_with(
         refuse_to_sync(patch, 1, name)
         with pytest.raises(expo.OutputError, match=rf"{name}: Input/output error; what is done is kept in"):
             expo.merge(*pair, 0.3, out)
-    found = expo.journal.read(expo.journal.place(staging_folder(out)))
+    found = expo.output.journal.read(expo.output.journal.place(staging_folder(out)))
     assert found is not None
     assert name not in {shard for shard, _ in found.done}
     expo.merge(*pair, 0.3, out, resume=True)
@@ -209,7 +209,7 @@ def refuse_at_third_write(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expo.writer, "O_DIRECT", 0)
+    monkeypatch.setattr(expo.output.staging, "O_DIRECT", 0)
 
 
 REFUSALS = [refuse_at_open, refuse_at_write, refuse_at_third_write, no_direct]
@@ -285,9 +285,9 @@ class Fault:
         self._k = k
         self._error = OSError(code, os.strerror(code))
         if call == "allocate":
-            monkeypatch.setattr(expo.writer, call, self._wrap(expo.writer.allocate))
+            monkeypatch.setattr(expo.output.staging, call, self._wrap(expo.output.staging.allocate))
         elif call in ("open()", "journal"):
-            module = expo.writer if call == "open()" else expo.journal
+            module = expo.output.staging if call == "open()" else expo.output.journal
             monkeypatch.setattr(module, "open", self._wrap(open), raising=False)
         else:
             monkeypatch.setattr(os, call, self._wrap(getattr(os, call)))
@@ -382,7 +382,7 @@ def test_whatever_fails_while_overwriting_an_old_or_the_new_model_is_there(
 ) -> None:
     out = tmp_path / "out"
     if not swap:
-        monkeypatch.setattr(expo.writer, "exchange", lambda *_: False)
+        monkeypatch.setattr(expo.output.staging, "exchange", lambda *_: False)
     expo.merge(*pair, 0.3, tmp_path / "expected")
     new = contents(tmp_path / "expected")
     remove(tmp_path / "expected")
@@ -416,7 +416,7 @@ def test_a_filesystem_that_cannot_swap_replaces_in_two_steps_and_says_so(
 ) -> None:
     expo.merge(*pair, 0.5, tmp_path / "out")
     (tmp_path / "out" / "stale.json").write_text("{}")
-    monkeypatch.setattr(expo.writer, "exchange", lambda *_: False)
+    monkeypatch.setattr(expo.output.staging, "exchange", lambda *_: False)
     merged = expo.merge(*pair, 0.3, tmp_path / "out", overwrite=True)
     message = f"{tmp_path}/out was replaced in two steps: this filesystem cannot swap folders"
     assert message in merged.warnings
@@ -473,7 +473,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_a_disk_that_is_full(mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, fallocates: bool) -> None:
     place = mounted("size=256k")
     if not fallocates:
-        monkeypatch.setattr(expo.writer, "allocate", os.ftruncate)
+        monkeypatch.setattr(expo.output.staging, "allocate", os.ftruncate)
     with pytest.raises(expo.OutputError, match=rf"{place}/file: No space left on device; free some space or choose"):
         write_all(place / "file", content(1 << 20))
 
@@ -489,9 +489,9 @@ def test_a_disk_that_fills_up_during_a_merge(
         expo.OutputError, match=f"{place}/out: .* are needed, but .* are free; free some space or choose"
     ):
         expo.merge(*pair, 0.3, place / "out")
-    monkeypatch.setattr(expo.pipeline, "free_bytes", lambda _: 1 << 40)
+    monkeypatch.setattr(expo.merging.merge, "free_bytes", lambda _: 1 << 40)
     if not fallocates:
-        monkeypatch.setattr(expo.writer, "allocate", os.ftruncate)
+        monkeypatch.setattr(expo.output.staging, "allocate", os.ftruncate)
     with pytest.raises(expo.OutputError) as caught:
         expo.merge(*pair, 0.3, place / "out")
     assert "No space left on device; free some space or choose another --out; " in str(caught.value)
@@ -535,7 +535,7 @@ def test_a_limit_on_the_size_of_files(pair: Pair, tmp_path: Path) -> None:
 
 HOLDER = """
 import sys
-from expo.writer import Staging
+from expo.output.staging import Staging
 staging = Staging(sys.argv[1], False, False)
 staging.put("half.json", [b"{"])
 print("ready", flush=True)
@@ -650,7 +650,7 @@ def test_without_a_commit_nothing_appears(tmp_path: Path) -> None:
 def test_everything_is_synced_before_the_rename_and_the_parent_after(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expo.journal, "INTERVAL", 1e9)
+    monkeypatch.setattr(expo.output.journal, "INTERVAL", 1e9)
     events: list[str] = []
     fsync, rename = os.fsync, os.rename
 
@@ -786,7 +786,7 @@ def test_of_several_outputs_an_error_names_those_in_place(
     assert sorted(os.listdir(tmp_path)) == left
     before = fingerprint(first)
     with monkeypatch.context() as patch:
-        patch.setattr(expo.pipeline, "free_bytes", lambda _: 0)  # what is left has room already
+        patch.setattr(expo.merging.merge, "free_bytes", lambda _: 0)  # what is left has room already
         expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}", resume=True, verify=True)
     assert sorted(os.listdir(tmp_path)) == ["al", "out0.1", "out0.3", "sft"]
     assert fingerprint(first) == before

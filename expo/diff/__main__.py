@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from .. import __version__
+from ..cli import as_json, run, show, warn
 from ..planning.plan import ON_MISMATCH, ON_UNPAIRED
 from ..progress import Bar, size
-from ..terminal import as_json, run, show, warn
 from .report import check_report, write
 from .table import table
 

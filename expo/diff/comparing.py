@@ -22,11 +22,11 @@ from dataclasses import replace
 from ..checkpoints import tokenizer as tokens
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError
+from ..execution.tensor_source import Source
+from ..execution.worker_pool import Progress
 from ..inputs.resolve import StrPath, open_inputs, wanted
 from ..planning.plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
 from ..planning.steps import Step
-from ..source import Source
-from ..work import Progress
 from .distance import Sums, total
 from .measuring import compared, measure
 from .places import OUTSIDE, Place, kind_order, label, place

@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from ..checkpoints.safetensors_header import DTYPES
-from ..engines import MOST_WORKERS, Engine, choose, cpu_count
+from ..execution.engines import MOST_WORKERS, Engine, choose, cpu_count
+from ..execution.tensor_source import WIDEST, Source
+from ..execution.worker_pool import CHUNK, Lane, Pass, Progress, Result
 from ..kernels.contract import ITEMSIZE
+from ..output.staging import aligned_buffer
 from ..planning.plan import UNTOUCHED, Plan
 from ..planning.shards import Chunk, Piece, cut
 from ..planning.steps import Action, Step
-from ..source import WIDEST, Source
-from ..work import CHUNK, Lane, Pass, Progress, Result
-from ..writer import aligned_buffer
 from .distance import Meter, Sums, total
 
 BLOCK = 1 << 17  # elements read at a time where they are not mapped: whole blocks of distance.py's, for the same bits

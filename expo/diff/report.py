@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 
+from ..cli import as_json
 from ..errors import OutputError, UsageError
 from ..inputs.resolve import StrPath
-from ..terminal import as_json
-from ..writer import output_errors
+from ..output.staging import output_errors
 from .heatmap import INSTALL, heat_map
 from .records import Comparison
 

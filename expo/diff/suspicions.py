@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.sidecars import CARD
-from ..result import TOO_FAR
+from ..merging.result import TOO_FAR
 from .places import NORMS, OTHER
 from .records import Comparison, Part
 from .wording import counted, ranges

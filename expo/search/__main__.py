@@ -15,10 +15,10 @@ from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..cli import run, show, warn
 from ..errors import OutputError, UsageError
 from ..inputs.resolve import StrPath, wanted
 from ..planning.plan import ON_MISMATCH, ON_UNPAIRED
-from ..terminal import run, show, warn
 from .probing import BUDGET
 from .prompts import read_prompts
 
@@ -162,7 +162,7 @@ def _table(result: SearchResult) -> list[str]:
 
 def _merge(options: argparse.Namespace, sft: StrPath, aligned: StrPath, result: SearchResult) -> None:
     """Merge at the best alpha, and load the merge to compare it with the model that was judged."""
-    from ..pipeline import merge
+    from ..merging.merge import merge
     from .judging import check_merge
 
     merged = merge(

@@ -21,10 +21,10 @@ from ..errors import CheckpointError, EngineError, PlanError
 from ..inputs.resolve import StrPath
 from ..kernels.contract import ITEMSIZE
 from ..kernels.twin import DTYPES
-from ..live import Live, described, plan_for, saved
 from ..planning.pairing import pair
 from ..planning.plan import Plan
 from ..planning.steps import Action, Step
+from ..tensors.live import Live, described, plan_for, saved
 from .models import load_model
 from .settings import Options
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..engines import check_device
 from ..errors import CheckpointError, EngineError
+from ..execution.engines import check_device
 from ..inputs import hub
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError, OutputError
 from ..inputs.resolve import StrPath, open_inputs
-from ..pipeline import alpha_text
+from ..merging.merge import alpha_text
 from ..planning.plan import Plan, make_plan
 from ..progress import Bar
 from .plots import plot

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .checkpoints.safetensors_header import DTYPES
-from .kernels.contract import Statistics, exact_sum
-from .planning.shards import Chunk
-from .planning.steps import Step
+from ..checkpoints.safetensors_header import DTYPES
+from ..kernels.contract import Statistics, exact_sum
+from ..planning.shards import Chunk
+from ..planning.steps import Step
 
 TOO_FAR = 0.5  # |aligned - sft| / |aligned|: below 0.1 for related models, above 1 for unrelated ones
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from .errors import UsageError
+from ..errors import UsageError
 
 WORK = 1 << 16  # candidates that NumPy may try to tell two strided views apart; beyond, they count as overlapping
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
 
-from .checkpoints.checkpoint import CONFIG, Checkpoint, open_checkpoint
-from .checkpoints.safetensors_header import TensorInfo
-from .errors import OutputError, UsageError
-from .planning.pairing import EMBEDDING, HEAD
+from ..checkpoints.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from ..checkpoints.safetensors_header import TensorInfo
+from ..errors import OutputError, UsageError
+from ..planning.pairing import EMBEDDING, HEAD
 
 SHOWN = 36  # findings that a message lists; with its other lines it stays within 40
 BLOCK = 1 << 20  # bytes of two tensors that are compared at a time

@@ -24,19 +24,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import gpu
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.safetensors_header import Header, TensorInfo, element_count
+from ..errors import EngineError, PlanError, UsageError
+from ..execution import gpu_kernels as gpu
+from ..execution.engines import cpu_count
+from ..inputs.resolve import StrPath, open_one
+from ..kernels.contract import ITEMSIZE, working_alpha
+from ..kernels.twin import DTYPES
+from ..planning.plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
+from ..planning.steps import Step
+from ..progress import size
 from .arrays import THREADS, compute_at
-from .checkpoints.checkpoint import Checkpoint
-from .checkpoints.safetensors_header import Header, TensorInfo, element_count
-from .engines import cpu_count
-from .errors import EngineError, PlanError, UsageError
-from .inputs.resolve import StrPath, open_one
-from .kernels.contract import ITEMSIZE, working_alpha
-from .kernels.twin import DTYPES
-from .memory import check_memory
-from .planning.plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
-from .planning.steps import Step
-from .progress import size
+from .memory_checks import check_memory
 
 KEEP = ("device", "host", "disk")
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

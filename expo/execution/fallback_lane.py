@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from .errors import ExpoError
-from .gpu import error_text
-from .planning.shards import Chunk
-from .work import RING_SLOTS, Lane, Result
+from ..errors import ExpoError
+from ..planning.shards import Chunk
+from .gpu_kernels import error_text
+from .worker_pool import RING_SLOTS, Lane, Result
 
 T = TypeVar("T")
 

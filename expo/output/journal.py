@@ -16,11 +16,11 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .errors import OutputError
-from .kernels.contract import Statistics
-from .planning.shards import Chunk
-from .work import Measured
-from .writer import JOURNAL, journals_of_ranks, lock, output_errors
+from ..errors import OutputError
+from ..execution.worker_pool import Measured
+from ..kernels.contract import Statistics
+from ..planning.shards import Chunk
+from .staging import JOURNAL, journals_of_ranks, lock, output_errors
 
 LATE = 40.0  # seconds; a client of NFS may hold on to what it knows of a folder for 30
 INTERVAL = 2.0  # seconds of work that a crash can cost; a sync of what was written past the cache takes milliseconds

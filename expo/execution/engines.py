@@ -10,9 +10,9 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from .errors import EngineError, ExpoError, UsageError
-from .gpu import attempt, error_text, reason_given_up
-from .kernels.contract import EngineFunction, Statistics
+from ..errors import EngineError, ExpoError, UsageError
+from ..kernels.contract import EngineFunction, Statistics
+from .gpu_kernels import attempt, error_text, reason_given_up
 
 ENGINES = ("auto", "numpy", "cpu", "triton")
 MOST_WORKERS = 8
@@ -65,7 +65,7 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
     if engine == "numpy":
         return _numpy("asked for")
     try:
-        from .kernels import cpu
+        from ..kernels import cpu
     except ImportError as error:
         if engine == "cpu":
             raise EngineError(
@@ -83,15 +83,15 @@ def check_device(device: str) -> None:
 
 
 def _numpy(why: str) -> Engine:
-    from .kernels import numerics
+    from ..kernels import numerics
 
     return Engine("numpy", numerics.extrapolate, why)
 
 
 def _triton(device: str) -> Engine:
     try:
-        from .kernels import device as gpu
-        from .kernels import extrapolate, host, selftest
+        from ..kernels import device as gpu
+        from ..kernels import extrapolate, host, selftest
     except Exception as error:  # a library that cannot be loaded is an OSError
         raise EngineError(f"--engine triton needs torch and triton, which cannot be imported: {error}") from error
     device = "cuda" if device == "auto" else device

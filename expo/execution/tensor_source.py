@@ -8,18 +8,18 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoints.checkpoint import Checkpoint
-from .checkpoints.reader import Bytes, Reader
-from .checkpoints.safetensors_header import DTYPES
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.reader import Bytes, Reader
+from ..checkpoints.safetensors_header import DTYPES
+from ..errors import EngineError
+from ..kernels.contract import Statistics, total
+from ..output.staging import aligned_buffer
+from ..planning.shards import Piece
+from ..planning.steps import Step
 from .engines import Engine
-from .errors import EngineError
-from .kernels.contract import Statistics, total
-from .planning.shards import Piece
-from .planning.steps import Step
-from .writer import aligned_buffer
 
 if TYPE_CHECKING:
-    from .checkpoints.lora import LowRank
+    from ..checkpoints.lora import LowRank
 
 READ = 256 << 10  # bytes read of each input at a time where it is not mapped: both stay in the second-level cache
 WIDEST = 8  # bytes of an element
@@ -131,7 +131,7 @@ class Source:
         self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], measure: bool
     ) -> Statistics | None:
         """An output in another dtype than aligned's, or with an adapter's delta: through fp32, rounded once."""
-        from . import converting
+        from . import conversion as converting
 
         item = DTYPES[step.dtype] // 8
         with self._reads_factors:
@@ -153,7 +153,7 @@ class Source:
 
     def _read_factors(self, delta: LowRank) -> Any:
         """An adapter's two matrices as fp32 [M, r] and [r, N], and the scale."""
-        from . import converting
+        from . import conversion as converting
 
         adapter = self._aligned.adapter
         assert adapter is not None

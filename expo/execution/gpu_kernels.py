@@ -80,7 +80,7 @@ def usable(device: Any) -> bool:
     if device in _given_up:
         return False
     try:
-        from .kernels import selftest
+        from ..kernels import selftest
 
         if selftest.passed(device):
             return True
@@ -117,7 +117,7 @@ def compute(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
     if on_gpu(aligned) and torch.float64 not in (sft.dtype, aligned.dtype):
 
         def launch() -> None:
-            from .kernels import extrapolate
+            from ..kernels import extrapolate
 
             extrapolate.launch(sft, aligned, alpha, out)
 
@@ -128,7 +128,7 @@ def compute(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
 
 def by_torch(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
     """Compute as `compute` does, in several passes over memory and without a kernel of this project."""
-    from .kernels.twin import twin
+    from ..kernels.twin import twin
 
     for s, a, o in zip(*(each.view(-1).split(PART) for each in (sft, aligned, out)), strict=True):
         o.copy_(twin(s, a, alpha))
@@ -143,7 +143,7 @@ def table(triples: Iterable[Sequence[Any]]) -> Any:
     device = triples[0][1].device
     if not usable(device) or capturing(device):
         return None
-    from .kernels.whole_model import Table
+    from ..kernels.whole_model import Table
 
     try:
         return Table(*zip(*triples, strict=True))

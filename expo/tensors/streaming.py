@@ -10,15 +10,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-from .checkpoints import tokenizer as tokens
-from .checkpoints.safetensors_header import TensorInfo
-from .engines import Engine, choose
-from .errors import UsageError
-from .inputs.resolve import StrPath, open_inputs, wanted
-from .planning.plan import Plan, check_arguments, make_plan
-from .planning.steps import Step
-from .source import Source
-from .work import CHUNK
+from ..checkpoints import tokenizer as tokens
+from ..checkpoints.safetensors_header import TensorInfo
+from ..errors import UsageError
+from ..execution.engines import Engine, choose
+from ..execution.tensor_source import Source
+from ..execution.worker_pool import CHUNK
+from ..inputs.resolve import StrPath, open_inputs, wanted
+from ..planning.plan import Plan, check_arguments, make_plan
+from ..planning.steps import Step
 
 Wrapper = Callable[[memoryview, TensorInfo], Any]
 AHEAD = 2  # tensors computed ahead of the consumer

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoints.checkpoint import Origin
+    from ..checkpoints.checkpoint import Origin
     from .result import Output
 
 SHOWN = 8  # copied or dropped tensors that are named one by one
@@ -82,7 +82,7 @@ def _introduction(sft: Origin, aligned: Origin, alpha: float) -> str:
 def _settings(
     sft: Origin, aligned: Origin, alpha: float, rules: Mapping[str, float], options: Mapping[str, str], dtype: str
 ) -> list[str]:
-    from . import __version__  # not at the top: the package may be on its way to importing this module
+    from .. import __version__  # not at the top: the package may be on its way to importing this module
 
     return [
         f"aligned: {_origin(aligned)}",

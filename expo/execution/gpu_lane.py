@@ -14,18 +14,18 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .checkpoints.safetensors_header import DTYPES as BITS
+from ..checkpoints.safetensors_header import DTYPES as BITS
+from ..kernels import sweep
+from ..kernels.contract import ITEMSIZE
+from ..kernels.sweep import Partials
+from ..kernels.twin import DTYPES
+from ..planning.plan import Plan
+from ..planning.shards import Chunk, Piece
+from ..planning.steps import Step
 from .engines import choose
-from .gpu import error_text
-from .kernels import sweep
-from .kernels.contract import ITEMSIZE
-from .kernels.sweep import Partials
-from .kernels.twin import DTYPES
-from .planning.plan import Plan
-from .planning.shards import Chunk, Piece
-from .planning.steps import Step
-from .source import Source
-from .work import RING_SLOTS, Measured, Result, put_header
+from .gpu_kernels import error_text
+from .tensor_source import Source
+from .worker_pool import RING_SLOTS, Measured, Result, put_header
 
 # Rings whose GPU failed for good are kept: where torch frees their memory and events after that, it aborts the process.
 _undrained: list[Ring] = []

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple, Protocol
 
+from ..errors import Cancelled, EngineError, ExpoError
+from ..kernels.contract import Statistics
+from ..output.staging import BLOCK, aligned_buffer
+from ..planning.plan import Plan
+from ..planning.shards import Chunk
 from .engines import Engine
-from .errors import Cancelled, EngineError, ExpoError
-from .gpu import error_text
-from .kernels.contract import Statistics
-from .planning.plan import Plan
-from .planning.shards import Chunk
-from .source import Source
-from .writer import BLOCK, aligned_buffer
+from .gpu_kernels import error_text
+from .tensor_source import Source
 
 MIB = 1 << 20
 BUFFERS = 32 * MIB  # bytes of all workers' buffers together, at most
@@ -201,8 +201,8 @@ class Pass:
         measure = self._landed is not None
         if engine.gpu is None:
             return Direct(engine, len(self._plan.alphas), self._source, self._size, measure)
-        from .reserve import LaneWithReserve
-        from .ring import Ring
+        from .fallback_lane import LaneWithReserve
+        from .gpu_lane import Ring
 
         def ring() -> Ring:
             return Ring(engine.gpu, self._plan, self._source, self._size, measure)

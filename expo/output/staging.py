@@ -16,7 +16,7 @@ import shutil
 import threading
 from collections.abc import Container, Iterable, Iterator
 
-from .errors import OutputError
+from ..errors import OutputError
 from .mounts import refuse_mount_point
 
 BLOCK = 4096  # O_DIRECT wants memory, offset and length in multiples of the device's block

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoints.safetensors_header import TensorInfo
+from ..checkpoints.safetensors_header import TensorInfo
+from ..kernels import convert
+from ..kernels.contract import Statistics, working_alpha
+from ..kernels.numerics import STORAGE, Array, widen
+from ..planning.steps import Step
 from .engines import Engine
-from .kernels import convert
-from .kernels.contract import Statistics, working_alpha
-from .kernels.numerics import STORAGE, Array, widen
-from .planning.steps import Step
 
 Factors = tuple[Array, Array, float]
 

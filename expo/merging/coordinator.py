@@ -10,19 +10,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from .checkpoints.checkpoint import INDEX, Checkpoint
-from .checkpoints.sidecars import CARD, DIGESTS
-from .engines import Engine
-from .errors import CheckpointError, ExpoError, OutputError, RankError
-from .filling import Corrupt, Filling
-from .journal import Done, Journal, Key
-from .planning.plan import Plan
-from .planning.shards import cut
-from .ranks import Alone
+from ..checkpoints.checkpoint import INDEX, Checkpoint
+from ..checkpoints.sidecars import CARD, DIGESTS
+from ..errors import CheckpointError, ExpoError, OutputError, RankError
+from ..execution.engines import Engine
+from ..execution.tensor_source import Source
+from ..execution.worker_pool import CHUNK, MIB, chunk_size
+from ..output.journal import Done, Journal, Key
+from ..output.staging import (
+    BLOCK,
+    JOURNAL,
+    Staging,
+    aligned_buffer,
+    create_shard,
+    output_errors,
+    read_back,
+    sync_folder,
+)
+from ..planning.plan import Plan
+from ..planning.shards import cut
+from .process_group import Alone
+from .rank_worker import Corrupt, Filling
 from .result import Tally
-from .source import Source
-from .work import CHUNK, MIB, chunk_size
-from .writer import BLOCK, JOURNAL, Staging, aligned_buffer, create_shard, output_errors, read_back, sync_folder
 
 GOES_ON = "the same command with --resume goes on"
 
@@ -180,7 +189,7 @@ class Making:
 
     def check(self, loader: Any) -> None:
         """Have this class of transformers load each output where it is staged. Raises Unloadable."""
-        from .loading import check_output
+        from .load_check import check_output
 
         for staging in self._stagings.values():
             check_output(loader, staging.folder, staging.out)
@@ -201,7 +210,7 @@ class Making:
 
 def _unloadable(error: BaseException) -> bool:
     """Whether --check failed, as it would again."""
-    from .loading import Unloadable
+    from .load_check import Unloadable
 
     return isinstance(error, Unloadable)
 

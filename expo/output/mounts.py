@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from .errors import OutputError
+from ..errors import OutputError
 
 MOUNTINFO = "/proc/self/mountinfo"
 

@@ -16,26 +16,26 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from .checkpoints import tokenizer as tokens
-from .checkpoints.checkpoint import Checkpoint, Origin
-from .checkpoints.custom_code import find_code
-from .checkpoints.sidecars import CARD, has_tokenizer, missing_modules
-from .engines import Engine, crew
-from .errors import CheckpointError, ExpoError, OutputError, PlanError, RankError, UsageError
-from .filling import Filling
-from .inputs.resolve import StrPath, Wanted, open_inputs, wanted
-from .journal import Done, Journal, differences, has_journal
-from .kernels.contract import ITEMSIZE
-from .making import Making
-from .mounts import refuse_mount_point
-from .planning.pairing import tie_flag
-from .planning.plan import Plan, Rules, check_arguments, make_plan
-from .progress import size
-from .ranks import Alone
+from ..checkpoints import tokenizer as tokens
+from ..checkpoints.checkpoint import Checkpoint, Origin
+from ..checkpoints.custom_code import find_code
+from ..checkpoints.sidecars import CARD, has_tokenizer, missing_modules
+from ..errors import CheckpointError, ExpoError, OutputError, PlanError, RankError, UsageError
+from ..execution.engines import Engine, crew
+from ..execution.tensor_source import CONVERTING, FACTORS, Source
+from ..execution.worker_pool import RING_SLOTS, Progress, chunk_size
+from ..inputs.resolve import StrPath, Wanted, open_inputs, wanted
+from ..kernels.contract import ITEMSIZE
+from ..output.journal import Done, Journal, differences, has_journal
+from ..output.mounts import refuse_mount_point
+from ..output.staging import Staging, check_free, held, staging_folder
+from ..planning.pairing import tie_flag
+from ..planning.plan import Plan, Rules, check_arguments, make_plan
+from ..progress import size
+from .coordinator import Making
+from .process_group import Alone
+from .rank_worker import Filling
 from .result import Merged, Tally
-from .source import CONVERTING, FACTORS, Source
-from .work import RING_SLOTS, Progress, chunk_size
-from .writer import Staging, check_free, held, staging_folder
 
 BASE_MEMORY = 25_000_000  # bytes: the interpreter with what a CPU merge imports
 MAX_CARD = 1 << 20  # characters of aligned's own card that are read
@@ -176,7 +176,7 @@ def _merged(
 
 def _loader(aligned: Checkpoint) -> Any:
     """The class that --check loads outputs with. Raises UsageError."""
-    from .loading import model_class
+    from .load_check import model_class
 
     return model_class(aligned)
 
@@ -235,7 +235,7 @@ def _card(
     want: Wanted, rules: Rules, sft: Checkpoint, aligned: Checkpoint, job: Preview, tally: Tally, k: int
 ) -> bytes:
     """README.md of one output."""
-    from .card import card
+    from .model_card import card
 
     alpha, out = job.plan.alphas[k], job.outs[k]
     readme = aligned.files.get(CARD)
@@ -308,7 +308,7 @@ def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _identity(sft: Checkpoint, aligned: Checkpoint, plan: Plan, rules: Rules) -> dict[str, Any]:
     """What must be the same for a merge to go on with another's bytes."""
-    from . import __version__
+    from .. import __version__
 
     return {
         "version": __version__,

@@ -7,16 +7,16 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from .engines import Engine
-from .errors import OutputError
-from .journal import Done, Journal
-from .planning.plan import Plan
-from .planning.shards import Chunk, portion
-from .ranks import Alone
+from ..errors import OutputError
+from ..execution.engines import Engine
+from ..execution.tensor_source import Source
+from ..execution.worker_pool import Measured, Pass, Progress
+from ..output.journal import Done, Journal
+from ..output.staging import ShardWriter, aligned_buffer, read_back
+from ..planning.plan import Plan
+from ..planning.shards import Chunk, portion
+from .process_group import Alone
 from .result import Tally
-from .source import Source
-from .work import Measured, Pass, Progress
-from .writer import ShardWriter, aligned_buffer, read_back
 
 Files = Mapping[str, ShardWriter]  # of one output, by the name of the shard
 

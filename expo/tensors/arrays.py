@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
-from . import gpu
-from .engines import Engine, choose, cpu_count
-from .errors import EngineError, UsageError
-from .kernels.contract import ITEMSIZE, working_alpha
-from .memory import check_memory, check_unmasked, first_ones
+from ..errors import EngineError, UsageError
+from ..execution import gpu_kernels as gpu
+from ..execution.engines import Engine, choose, cpu_count
+from ..kernels.contract import ITEMSIZE, working_alpha
+from .memory_checks import check_memory, check_unmasked, first_ones
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -104,7 +104,7 @@ def _cpu_engine() -> Engine:
 
 @cache
 def _torch_names() -> dict[Any, str]:
-    from .kernels.twin import DTYPES
+    from ..kernels.twin import DTYPES
 
     return {dtype: name for name, dtype in DTYPES.items()}
 

@@ -1,0 +1,1 @@
+"""Merges in memory: arrays and tensors, live models, and streams of tensors."""
