@@ -44,7 +44,7 @@ setup(
             "pytest-benchmark>=4",
             "hypothesis>=6.100",
             "safetensors>=0.8",  # the reader that ours is compared with
-            "triton==3.8.*; platform_system == 'Linux'",  # what a compiler emits is its version's: see tests/compiled
+            "triton==3.8.*; platform_system == 'Linux'",  # what a compiler emits is its version's: see tests/codegen
             "llvmlite>=0.50,<0.51",  # reads the LLVM IR of that Triton
             "mypy>=2.4,<3",
             "ruff>=0.17,<0.18",

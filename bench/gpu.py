@@ -114,7 +114,7 @@ def measure(folder: Path, deadline: float) -> Iterator[dict[str, Any]]:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
     }
     xml = folder / "tests.xml"
-    code, seconds = run([*PYTEST, "tests/test_gpu.py", f"--junitxml={xml}"], left(deadline, TESTS))
+    code, seconds = run([*PYTEST, "tests/execution/test_gpu.py", f"--junitxml={xml}"], left(deadline, TESTS))
     found["tests"] = {**results(xml), "exit_code": code, "seconds": round(seconds, 1)}
     yield found
     raw, xml = folder / "benchmarks.json", folder / "benchmarks.xml"

@@ -2,7 +2,7 @@
 
 Only files that a model is loaded, used or licensed with come along: people upload outputs, and a training folder holds
 scripts, logs and dumps beside the model. The names below are those of transformers' own constants, written down here
-because a merge must not import transformers; tests/test_sidecars.py compares both.
+because a merge must not import transformers; tests/checkpoints/test_sidecars.py compares both.
 """
 
 from __future__ import annotations

@@ -1,0 +1,272 @@
+"""Token ids of two tokenizers: what is the same is no difference, what is not is named, what cannot be read is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plans import checkpoint
+
+from expo.checkpoints import tokenizer as tokens
+from expo.checkpoints.tokenizer import TOKENIZER, difference, ids, missing
+from expo.planning.plan import make_plan
+from expo.planning.steps import Action
+
+BPE = {"a": 0, "b": 1, "c": 2}
+
+
+def tokenizer(vocabulary: Any = None, added: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
+    model = {"type": "BPE", "vocab": BPE if vocabulary is None else vocabulary, "merges": []}
+    return {"version": "1.0", "added_tokens": list(added), "model": model, **more}
+
+
+def token(at: Any, content: Any) -> dict[str, Any]:
+    return {"id": at, "content": content, "special": True, "lstrip": False}
+
+
+def compare(tmp_path: Path, sft: Any, aligned: Any) -> str | None:
+    """Of two tokenizer.json: objects, raw text, or None for no such file."""
+    opened = []
+    for role, content in (("sft", sft), ("aligned", aligned)):
+        made = checkpoint({"w": ("BF16", (1,))}, f"/models/{role}")
+        if content is not None:
+            path = tmp_path / role / TOKENIZER
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+            made = dataclasses.replace(made, files={TOKENIZER: str(path)})
+        opened.append(made)
+    return difference(*opened)
+
+
+# What a tokenizer.json says.
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(tokenizer(), {0: "a", 1: "b", 2: "c"}, id="BPE"),
+        pytest.param(tokenizer([["<unk>", 0.0], ["▁the", -3.1]]), {0: "<unk>", 1: "▁the"}, id="Unigram"),
+        pytest.param(tokenizer(added=(token(3, "<s>"),)), {0: "a", 1: "b", 2: "c", 3: "<s>"}, id="added"),
+        pytest.param(tokenizer(added=(token(1, "<s>"),)), {0: "a", 1: "<s>", 2: "c"}, id="added over another"),
+        pytest.param(tokenizer([["a", 0.0], ["b", 0.0]], (token(1, "<s>"),)), {0: "a", 1: "<s>"}, id="over Unigram's"),
+        pytest.param(tokenizer({}, ()), {}, id="empty"),
+        pytest.param({}, {}, id="no model"),
+        pytest.param({"model": None, "added_tokens": None}, {}, id="null"),
+        pytest.param({"model": [], "added_tokens": {}}, {}, id="other kinds"),
+        pytest.param({"model": {"vocab": "a"}, "added_tokens": [token(0, "x")]}, {0: "x"}, id="a string for a vocab"),
+        pytest.param(tokenizer({"a": "0", "b": 1.0, "c": None, "d": 3}), {3: "d"}, id="ids that are no integers"),
+        pytest.param(tokenizer([["a", 0.0], [], "b", None, [None, 1]]), {0: "a", 4: "None"}, id="odd Unigram entries"),
+        pytest.param(
+            tokenizer({}, (None, [], {}, {"id": "1", "content": "x"}, {"id": 5})), {5: "None"}, id="odd added tokens"
+        ),
+        pytest.param(tokenizer({"a": -1, "b": 10**30}), {-1: "a", 10**30: "b"}, id="ids out of any range"),
+    ],
+)
+def test_ids(content: dict[str, Any], expected: dict[int, str]) -> None:
+    assert ids(content) == expected
+
+
+# Differences.
+
+
+@pytest.mark.parametrize(
+    ("sft", "aligned"),
+    [
+        pytest.param(None, None, id="neither has one"),
+        pytest.param(tokenizer(), None, id="sft alone"),
+        pytest.param(None, tokenizer(), id="aligned alone"),
+        pytest.param(None, b"not JSON", id="no JSON, but alone"),
+        pytest.param(tokenizer(), tokenizer(), id="the same"),
+        pytest.param(b"\0 the same, whatever it is", b"\0 the same, whatever it is", id="the same bytes"),
+        pytest.param(tokenizer(), tokenizer(dict(reversed(BPE.items()))), id="in another order"),
+        pytest.param(tokenizer(), tokenizer(truncation={"max_length": 8}), id="another setting"),
+        pytest.param(tokenizer(), json.dumps(tokenizer(), indent=8).encode(), id="other white space"),
+        pytest.param(tokenizer(), tokenizer([[name, 0.0] for name in BPE]), id="another kind of model"),
+        pytest.param(
+            tokenizer({**BPE, "<s>": 3}), tokenizer(added=(token(3, "<s>"),)), id="added or in the vocabulary"
+        ),
+        pytest.param(tokenizer(added=(token(2, "c"),)), tokenizer(), id="added and in the vocabulary"),
+        pytest.param({}, {"model": {}}, id="nothing in either"),
+    ],
+)
+def test_what_is_no_difference(tmp_path: Path, sft: Any, aligned: Any) -> None:
+    assert compare(tmp_path, sft, aligned) is None
+
+
+END = "rows of the embeddings are extrapolated by id"
+
+
+@pytest.mark.parametrize(
+    ("sft", "aligned", "said"),
+    [
+        pytest.param(
+            tokenizer(), tokenizer({"a": 0, "b": 2, "c": 1}),
+            "2 token ids (1 is 'b' in sft and 'c' in aligned; 2 is 'c' in sft and 'b' in aligned)", id="moved",
+        ),
+        pytest.param(
+            tokenizer(), tokenizer(added=(token(1, "<s>"),)), "1 token id (1 is 'b' in sft and '<s>' in aligned)",
+            id="an added one in another's place",
+        ),
+        pytest.param(
+            tokenizer(), tokenizer(added=(token(3, "<|im_start|>"), token(4, "<|im_end|>"))),
+            "2 token ids (2 in aligned alone, the first of them 3 '<|im_start|>')", id="only in aligned",
+        ),
+        pytest.param(
+            tokenizer(added=(token(3, "<pad>"),)), tokenizer(),
+            "1 token id (1 in sft alone, the first of them 3 '<pad>')", id="only in sft",
+        ),
+        pytest.param(
+            tokenizer({"a": 0, "x": 1, "s": 7}), tokenizer({"a": 0, "y": 1, "t": 9}),
+            "3 token ids (1 is 'x' in sft and 'y' in aligned; 1 in sft alone, the first of them 7 's'; "
+            "1 in aligned alone, the first of them 9 't')", id="all three",
+        ),
+        pytest.param(
+            tokenizer([["a", 0.0], ["b", 0.0]]), tokenizer([["b", 0.0], ["a", 0.0]]),
+            "2 token ids (0 is 'a' in sft and 'b' in aligned; 1 is 'b' in sft and 'a' in aligned)", id="Unigram",
+        ),
+        pytest.param(
+            tokenizer({}), tokenizer(), "3 token ids (3 in aligned alone, the first of them 0 'a')", id="an empty one",
+        ),
+    ],
+)  # fmt: skip
+def test_the_difference_is_said_in_one_line(tmp_path: Path, sft: Any, aligned: Any, said: str) -> None:
+    assert compare(tmp_path, sft, aligned) == f"the tokenizers differ in {said}: {END}"
+
+
+def test_a_whole_vocabulary_moved_by_one_is_said_as_briefly(tmp_path: Path) -> None:
+    n = 20_000
+    sft, aligned = (tokenizer({f"token{i}": i + by for i in range(n)}) for by in (0, 1))
+    text = compare(tmp_path, sft, aligned)
+    assert text is not None
+    assert text.startswith(
+        "the tokenizers differ in 20001 token ids (1 is 'token1' in sft and 'token0' in aligned; 2 is 'token2' in sft "
+        "and 'token1' in aligned; 3 is 'token3' in sft and 'token2' in aligned; 1 in sft alone, the first of them 0 "
+        "'token0'; 1 in aligned alone, the first of them 20000 'token19999')"
+    )
+
+
+def test_a_token_that_cannot_be_printed_is_escaped(tmp_path: Path) -> None:
+    text = compare(tmp_path, tokenizer({"\ud800\n\x1b[2J": 0}), tokenizer({"é": 0}))
+    assert text is not None
+    assert r"0 is '\ud800\n\x1b[2J' in sft and 'é' in aligned" in text
+    text.encode()
+
+
+def test_files_of_one_size_and_time_are_read(tmp_path: Path) -> None:
+    contents = tokenizer({"a": 0}), tokenizer({"b": 0})
+    assert compare(tmp_path, *contents) is not None
+    for role in ("sft", "aligned"):
+        os.utime(tmp_path / role / TOKENIZER, (0, 0))
+    paths = [str(tmp_path / role / TOKENIZER) for role in ("sft", "aligned")]
+    one, other = (dataclasses.replace(checkpoint({"w": ("BF16", (1,))}), files={TOKENIZER: path}) for path in paths)
+    text = difference(one, other)
+    assert text is not None
+    assert "0 is 'a' in sft and 'b' in aligned" in text
+
+
+# What cannot be compared.
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "not JSON"), (b"", "not JSON"), (b"[]", "a JSON list where an object is expected"),
+        (b"\xff\xfe\xfd", "not JSON"), (b"[" * 100_000, "not JSON"), (b"1", "a JSON int"),
+    ],
+    ids=lambda value: str(value)[:12],
+)  # fmt: skip
+@pytest.mark.parametrize("role", ["sft", "aligned"])
+def test_a_malformed_file_is_said_and_stops_nothing(tmp_path: Path, content: bytes, words: str, role: str) -> None:
+    files = {"sft": tokenizer(), "aligned": tokenizer(), role: content}
+    text = compare(tmp_path, files["sft"], files["aligned"])
+    assert text is not None
+    assert text.startswith(f"token ids were not compared: {tmp_path / role / TOKENIZER}: ")
+    assert words in text
+
+
+def test_a_file_that_vanishes_is_said_and_stops_nothing(tmp_path: Path) -> None:
+    one, other = (
+        dataclasses.replace(checkpoint({"w": ("BF16", (1,))}), files={TOKENIZER: str(tmp_path / name)})
+        for name in ("one", "other")
+    )
+    text = difference(one, other)
+    assert text is not None
+    assert text.startswith("token ids were not compared: ")
+    assert str(tmp_path / "one") in text
+
+
+def test_a_file_that_cannot_be_read_is_said_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> bool:
+        raise PermissionError(13, "Permission denied", "/models/sft/tokenizer.json")
+
+    monkeypatch.setattr(tokens.filecmp, "cmp", refuse)
+    text = compare(tmp_path, tokenizer(), tokenizer({}))
+    assert text is not None
+    assert text.startswith("token ids were not compared: ")
+    assert "/models/sft/tokenizer.json" in text
+
+
+@pytest.mark.parametrize("same", ["bytes", "path"])
+def test_identical_files_are_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: str) -> None:
+    def refuse(path: str) -> dict[str, Any]:
+        raise AssertionError(f"{path} was parsed")
+
+    monkeypatch.setattr(tokens, "load_json", refuse)
+    if same == "bytes":
+        assert compare(tmp_path, tokenizer(), tokenizer()) is None
+        with pytest.raises(AssertionError, match="was parsed"):
+            compare(tmp_path, tokenizer(), tokenizer({}))
+    else:
+        one = dataclasses.replace(checkpoint({"w": ("BF16", (1,))}), files={TOKENIZER: str(tmp_path / "nowhere")})
+        assert difference(one, one) is None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.embed_tokens.weight", "lm_head.weight"), ("transformer.wte.weight",), ("gpt_neox.embed_in.weight",),
+        ("shared.weight", "lm_head.weight"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_option_that_is_offered_keeps_aligneds_embeddings(names: tuple[str, ...], tmp_path: Path) -> None:
+    inner = {"model.layers.0.embed_tokens_norm.weight": ("BF16", (4,)), "encoder.layer.0.output.weight": ("BF16", (4,))}
+    shapes = {**dict.fromkeys(names, ("BF16", (3, 4))), **inner}
+    opened = []
+    for role, vocabulary in (("sft", BPE), ("aligned", {**BPE, "a": 2, "c": 0})):
+        path = tmp_path / f"{role}.json"
+        path.write_text(json.dumps(tokenizer(vocabulary)))
+        opened.append(dataclasses.replace(checkpoint(shapes, f"/models/{role}"), files={TOKENIZER: str(path)}))
+    note = difference(*opened)
+    assert note is not None
+    words = shlex.split(note[note.index("--alpha-for") : note.index(" keeps")])
+    pattern, _, alpha = words[1].rpartition("=")
+    plan = make_plan(*opened, [0.3], {pattern: float(alpha)})
+    plan.check()
+    assert {step.name for step in plan.steps if step.action is Action.COPY} == set(names)
+
+
+# A tokenizer that is not there.
+
+WARNING = "aligned has no tokenizer, so the output has none; sft has one: copy it if aligned was trained with it"
+
+
+@pytest.mark.parametrize(
+    ("sft", "aligned", "warning"),
+    [
+        (["tokenizer.json", "tokenizer_config.json"], ["config.json"], WARNING),
+        (["tokenizer.model"], ["chat_template.jinja", "special_tokens_map.json"], WARNING),
+        (["tokenizer.json"], ["own.tiktoken"], None), (["tokenizer.json"], ["vocab.txt"], None),
+        (["tokenizer.json"], ["tokenizer_config.json"], None), (["config.json"], ["config.json"], None),
+    ],
+)  # fmt: skip
+def test_aligned_without_a_tokenizer(sft: list[str], aligned: list[str], warning: str | None) -> None:
+    weak, strong = (checkpoint({"w": ("BF16", (1,))}, files=files) for files in (sft, aligned))
+    assert missing(weak, dataclasses.replace(strong, folder="/models/aligned")) == warning
+    assert missing(weak, dataclasses.replace(strong, folder=None)) is None, "a bare file comes alone"

@@ -1,0 +1,221 @@
+"""The ring that feeds a GPU, on a device that runs late and in any order that its events allow."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_files import ODD_SHAPES, contents, kept, random_tensors, staging_folder, write_folder
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+import late  # noqa: E402
+
+import expo  # noqa: E402
+from expo.execution import gpu_lane as ring  # noqa: E402
+from expo.execution.engines import Engine, choose  # noqa: E402
+from expo.kernels import sweep  # noqa: E402
+from expo.merging import merge as pipeline  # noqa: E402
+from expo.merging import rank_worker as filling  # noqa: E402
+
+SEEDS = range(8)
+SHAPES = {
+    **ODD_SHAPES,
+    "embed": ("BF16", (301, 97)),
+    "q": ("BF16", (128, 128)),
+    "half": ("F16", (77, 51)),
+    "full": ("F32", (40, 41)),
+    "double": ("F64", (30, 31)),
+    "sft is wide": ("BF16", (60, 61)),
+    "sft is narrow": ("F32", (60, 61)),
+    "norm": ("BF16", (128,)),
+    "kept": ("BF16", (90, 90)),
+}
+OTHER = {"sft is wide": "F32", "sft is narrow": "F16"}
+RULES = {"kept": 0.0, "q": 0.25}
+ALPHAS = (0.3, 0.0, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks of a small model, nearly all of it on the GPU, whose kernels NumPy stands in for."""
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 16 << 10)
+    monkeypatch.setattr(ring, "SMALL", 1 << 10)
+    monkeypatch.setattr(sweep, "launch", late.kernel)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two checkpoints of every dtype, with data at odd offsets in the files."""
+    folder = tmp_path_factory.mktemp("pair")
+    sft_shapes = {name: (OTHER.get(name, dtype), shape) for name, (dtype, shape) in SHAPES.items()}
+    sft = write_folder(folder / "sft", random_tensors(sft_shapes, 1), shards=2, pad=3)
+    return sft, write_folder(folder / "aligned", random_tensors(SHAPES, 2), shards=3, pad=1)
+
+
+def engine(device: Any) -> Engine:
+    """A GPU's: its function is never called, as the ring takes the chunks."""
+
+    def run(*_: Any) -> None:
+        raise AssertionError("the ring does not call it")
+
+    return Engine("triton", run, "a test's", device)
+
+
+def merged(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], out: Path, crew: tuple[Engine, ...], **more: Any
+) -> expo.Merged:
+    monkeypatch.setattr(pipeline, "crew", lambda *_: crew)
+    return expo.merge(*pair, ALPHAS, str(out / "{alpha}"), alpha_for=RULES, **more)
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path) -> Any:
+    """The same merge on the CPU: (files and their digests, what merge() reported)."""
+    report = merged(monkeypatch, pair, tmp_path / "plain", (choose(),))
+    return contents(tmp_path / "plain"), report
+
+
+def poisoning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spoil a slot's outputs as soon as the sink has taken them."""
+    sink = filling.Filling._sink
+
+    def spoil(self: filling.Filling, k: int, chunk: Any, data: memoryview) -> None:
+        sink(self, k, chunk, data)
+        late.poison([data])
+
+    monkeypatch.setattr(filling.Filling, "_sink", spoil)
+
+
+@pytest.mark.parametrize("order", [*late.ORDERS, *SEEDS])
+def test_same_bytes_in_any_order(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any, order: str | int
+) -> None:
+    poisoning(monkeypatch)
+    device = late.Late(order)
+    report = merged(monkeypatch, pair, tmp_path / "ring", (engine(device),))
+    assert contents(tmp_path / "ring") == plain[0]
+    assert device.waited == {"compute", "down", "host"}
+    assert report.shares == {"triton": report.bytes_written}
+    for ours, theirs in zip(report.outputs, plain[1].outputs, strict=True):
+        assert (ours.changed, ours.non_finite) == (theirs.changed, theirs.non_finite)
+        assert ours.relative_change == pytest.approx(theirs.relative_change, rel=1e-5)
+    assert report.relative_distance == pytest.approx(plain[1].relative_distance, rel=1e-5)
+    assert report.max_abs_difference == plain[1].max_abs_difference
+
+
+@pytest.mark.parametrize("lost", ["compute", "down", "host"])
+def test_every_wait_is_needed(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any, lost: str
+) -> None:
+    """Without any one of the three, some order that is allowed gives other bytes."""
+    poisoning(monkeypatch)
+    wrong = []
+    for order in (*late.ORDERS, *SEEDS):
+        merged(monkeypatch, pair, tmp_path / str(order), (engine(late.Late(order, lost)),))
+        if contents(tmp_path / str(order)) != plain[0]:
+            wrong.append(order)
+    assert wrong
+
+
+def test_verify_takes_the_ring_too(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any
+) -> None:
+    device = late.Late()
+    report = merged(monkeypatch, pair, tmp_path / "ring", (engine(device),), verify=True)
+    assert report.verified
+    assert contents(tmp_path / "ring") == plain[0]
+    assert device.asked == 2 * len(late.STREAMS)
+
+
+def test_gpu_and_cpu_on_one_queue(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any
+) -> None:
+    crew = (engine(late.Late(1)), engine(late.Late(2)), choose())
+    report = merged(monkeypatch, pair, tmp_path / "ring", crew)
+    assert contents(tmp_path / "ring") == plain[0]
+    assert sum(report.shares.values()) == report.bytes_written
+    assert report.shares["triton"]
+
+
+def test_memory_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    allocated = []
+    for rows in (100, 3000):
+        shapes = {"weight": ("BF16", (rows, 256))}
+        pair = [write_folder(tmp_path / f"{name}{rows}", random_tensors(shapes, i)) for i, name in enumerate("sa")]
+        device = late.Late()
+        monkeypatch.setattr(pipeline, "crew", lambda *_, device=device: (engine(device),))
+        expo.merge(*pair, 0.3, tmp_path / f"out{rows}")
+        allocated.append(device.allocated)
+    assert allocated[0] == allocated[1] < 3 * 2 * 4 * (16 << 10)
+
+
+def outs(folder: Path) -> list[Path]:
+    return [folder / f"{alpha:g}" for alpha in ALPHAS]
+
+
+def left_to_resume(said: str, folder: Path) -> bool:
+    """Whether a merge that failed left its staging folders alone, and says so."""
+    assert sorted(folder.iterdir()) == sorted(map(staging_folder, outs(folder)))
+    return said.endswith(f"; {kept(*outs(folder))}")
+
+
+@pytest.mark.parametrize("order", ["needed", "at once", 3])
+def test_a_kernel_that_fails(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any, order: str | int
+) -> None:
+    """The error says whose it is, what is done is kept, and nothing is under way any more."""
+    calls = iter(range(1000))
+
+    def failing(*arguments: Any) -> None:
+        if next(calls) == 5:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        late.kernel(*arguments)
+
+    monkeypatch.setattr(sweep, "launch", failing)
+    device = late.Late(order)
+    with pytest.raises(expo.EngineError, match=r"^--engine triton failed: CUDA error: an illegal memory") as caught:
+        merged(monkeypatch, pair, tmp_path / "ring", (engine(device),))
+    assert not any(device.queues.values())
+    assert left_to_resume(str(caught.value), tmp_path / "ring")
+    monkeypatch.setattr(sweep, "launch", late.kernel)
+    report = merged(monkeypatch, pair, tmp_path / "ring", (engine(late.Late(order)),), resume=True)
+    assert contents(tmp_path / "ring") == plain[0]
+    assert 0 < report.resumed == report.bytes_written - report.shares["triton"]
+    for ours, theirs in zip(report.outputs, plain[1].outputs, strict=True):
+        assert (ours.changed, ours.non_finite) == (theirs.changed, theirs.non_finite)
+
+
+def test_a_gpu_without_memory(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any
+) -> None:
+    class Full(late.Late):
+        def memory(self, size: int) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 MiB")
+
+    with pytest.raises(expo.EngineError, match=r"^--engine triton failed: CUDA out of memory") as caught:
+        merged(monkeypatch, pair, tmp_path / "ring", (engine(Full()),))
+    assert left_to_resume(str(caught.value), tmp_path / "ring")
+    merged(monkeypatch, pair, tmp_path / "ring", (choose(),), resume=True)  # on the CPU, as the user may choose to
+    assert contents(tmp_path / "ring") == plain[0]
+
+
+def test_cancel_waits_for_what_is_under_way(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any
+) -> None:
+    stop, device = threading.Event(), late.Late("needed")
+
+    def launch(*arguments: Any) -> None:
+        stop.set()
+        late.kernel(*arguments)
+
+    monkeypatch.setattr(sweep, "launch", launch)
+    with pytest.raises(expo.Cancelled) as caught:
+        merged(monkeypatch, pair, tmp_path / "ring", (engine(device),), cancel=stop)
+    assert not any(device.queues.values())
+    assert left_to_resume(str(caught.value), tmp_path / "ring")
+    merged(monkeypatch, pair, tmp_path / "ring", (engine(late.Late()), choose()), resume=True)
+    assert contents(tmp_path / "ring") == plain[0]

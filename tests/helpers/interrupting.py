@@ -1,0 +1,32 @@
+"""Merges that a test interrupts after some chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from expo.merging import rank_worker as filling
+
+
+class Stop(Exception):
+    """What a test interrupts a merge with."""
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseException, work: Callable[[], Any]) -> str:
+    """Do the work until so many chunks were written, then fail; the message."""
+    sink, seen = filling.Filling._sink, iter(range(10**6))
+
+    def failing(self: Any, *arguments: Any) -> None:
+        if next(seen) >= chunks:
+            raise error
+        sink(self, *arguments)
+        time.sleep(0.001)  # so that some ticks pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filling.Filling, "_sink", failing)
+        with pytest.raises(type(error)) as caught:
+            work()
+    return str(caught.value)

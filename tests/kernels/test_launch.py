@@ -1,0 +1,179 @@
+"""Every kernel launched as on a GPU, `kernel[grid](...)`, by the project's own launchers: the bits of the definition.
+
+The GPU is in software (`software_gpu`): Triton binds, hashes, specializes and compiles as it does for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import exact
+import numpy as np
+import pytest
+import torch
+from same import assert_same
+
+pytest.importorskip("triton", minversion="3.6", reason="the PTX of an older Triton has what helpers.ptx does not know")
+
+from software_gpu import SoftwareGpu
+
+from expo.kernels import extrapolate, numerics, sweep, whole_model
+from expo.kernels.contract import working_alpha
+from expo.kernels.twin import DTYPES
+
+if extrapolate.interpreted():
+    pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
+
+NARROW = ("BF16", "F16", "F32")
+PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
+BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+ALPHAS = (0.3, -0.7)
+POISON, GUARD = 0xA5, 32  # the byte around outputs, and how many elements of it
+LENGTHS = (7, 2049, sweep.BLOCK + 2048 + 13)
+
+Array = Any  # the bits of elements
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoftwareGpu]:
+    """One GPU for all tests, so that every form of a kernel is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        with SoftwareGpu().active() as software:
+            yield software
+
+
+# The launchers: each puts the formula's results for ALPHAS into the rows of outs, and returns the kernel's name
+
+
+def plain(s: torch.Tensor, a: torch.Tensor, outs: torch.Tensor) -> str:
+    for alpha, out in zip(ALPHAS, outs, strict=True):
+        extrapolate.launch(s, a, working_alpha(alpha), out)
+    return "extrapolate"
+
+
+def swept(s: torch.Tensor, a: torch.Tensor, outs: torch.Tensor) -> str:
+    sweep.launch(s, a, torch.tensor(ALPHAS), outs)
+    return "sweep"
+
+
+def measured(s: torch.Tensor, a: torch.Tensor, outs: torch.Tensor) -> str:
+    """With statistics, which are compared here."""
+    n = a.numel()
+    partials = sweep.Partials.empty(n, len(ALPHAS), a.device)
+    for each in partials:
+        each.view(torch.uint8).fill_(POISON)
+    sweep.launch(s, a, torch.tensor(ALPHAS), outs, partials)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    _, expected = reference(bits_of(s), bits_of(a), (names[s.dtype], names[a.dtype]))
+    found = sweep.statistics(partials)
+    assert (found.counts, found.max_abs_d) == (expected.counts, expected.max_abs_d)
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-5, abs=0)
+    return "sweep"
+
+
+def whole(s: torch.Tensor, a: torch.Tensor, outs: torch.Tensor) -> str:
+    for alpha, out in zip(ALPHAS, outs, strict=True):
+        whole_model.Table([s], [a], [out]).launch(working_alpha(alpha))
+    return "whole_model"
+
+
+Launcher = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], str]
+every_launcher = pytest.mark.parametrize("launcher", [plain, swept, measured, whole], ids=lambda f: f.__name__)
+every_pair = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+
+
+def reference(s: Array, a: Array, pair: tuple[str, str]) -> tuple[list[Array], Any]:
+    outs, alphas = [np.empty_like(a) for _ in ALPHAS], [working_alpha(alpha) for alpha in ALPHAS]
+    statistics = numerics.extrapolate(s, pair[0], a, pair[1], a.size, outs, alphas, True)
+    return outs, statistics
+
+
+def bits_of(tensor: torch.Tensor) -> Array:
+    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32).numpy().view(f"u{tensor.itemsize}")
+
+
+def tensor_of(bits: Array, dtype: str, shift: int) -> torch.Tensor:
+    """The elements `shift` places past an address that 64 divides."""
+    memory = torch.empty(bits.nbytes + 64 + shift * bits.itemsize, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64 + shift * bits.itemsize
+    tensor = memory[start : start + bits.nbytes].view(DTYPES[dtype])
+    bits_of(tensor)[:] = bits
+    return tensor
+
+
+def verify(launcher: Launcher, s: Array, a: Array, pair: tuple[str, str], shift: int, gpu: SoftwareGpu) -> None:
+    """Launch over tensors of these bits; the outputs have poison around them, which must stand."""
+    n, before = a.size, len(gpu.launches)
+    pitch = -(-n // 16) * 16 + GUARD + shift
+    fenced = tensor_of(np.full(2 * pitch + GUARD, POISON * 0x1010101 & np.iinfo(a.dtype).max, a.dtype), pair[1], 0)
+    outs = fenced.as_strided((2, n), (pitch, 1), fenced.storage_offset() + GUARD - shift)
+    name = launcher(tensor_of(s, pair[0], shift), tensor_of(a, pair[1], shift), outs)
+    assert {each for each, _ in gpu.launches[before:]} == {name}
+    for out, expected in zip(outs, reference(s, a, pair)[0], strict=True):
+        assert_same(bits_of(out), expected, pair[1])
+    outs.view(torch.int16 if a.itemsize == 2 else torch.int32).fill_(int(bits_of(fenced)[0].astype(f"i{a.itemsize}")))
+    assert (bits_of(fenced).view(np.uint8) == POISON).all(), "written beside an output"
+
+
+def random_bits(pair: tuple[str, str], n: int) -> list[Array]:
+    rng = np.random.default_rng(n)
+    return [rng.integers(0, np.iinfo(BITS[dtype]).max, n, BITS[dtype], endpoint=True) for dtype in pair]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@every_pair
+@every_launcher
+def test_launch(gpu: SoftwareGpu, launcher: Launcher, pair: tuple[str, str], shift: int) -> None:
+    """Any bits, in lengths around the tail's width and around blocks, at aligned addresses and at odd ones."""
+    for n in LENGTHS:
+        verify(launcher, *random_bits(pair, n), pair, shift, gpu)
+
+
+@every_pair
+@every_launcher
+def test_special_values(gpu: SoftwareGpu, launcher: Launcher, pair: tuple[str, str]) -> None:
+    """All special values of one dtype with all of the other's."""
+    crossed = product(exact.specials(pair[0]), exact.specials(pair[1]))
+    s, a = (np.array(bits, BITS[dtype]) for bits, dtype in zip(zip(*crossed, strict=True), pair, strict=True))
+    verify(launcher, s, a, pair, 0, gpu)
+
+
+def test_a_whole_model_in_place(gpu: SoftwareGpu) -> None:
+    """Tensors of all pairs of dtypes, at odd addresses too, one of several rows: a launch for each kind."""
+    lengths, shifts = (0, 2 * 2048 + 9), (0, 1)
+    cases = [(pair, n, shift) for pair in PAIRS for n in lengths for shift in shifts]
+    cases.append((("BF16", "BF16"), whole_model.SEGMENT * extrapolate.BLOCK + 3, 0))
+    bits = [random_bits(pair, n) for pair, n, _ in cases]
+    sft, aligned = (
+        [tensor_of(each[i], pair[i], shift) for each, (pair, _, shift) in zip(bits, cases, strict=True)] for i in (0, 1)
+    )
+    before = len(gpu.launches)
+    whole_model.Table(sft, aligned, aligned).launch(working_alpha(ALPHAS[0]))
+    assert len(gpu.launches) - before == len(PAIRS) * len(shifts)
+    for out, (s, a), (pair, _, _) in zip(aligned, bits, cases, strict=True):
+        assert_same(bits_of(out), reference(s, a, pair)[0][0], pair[1])
+
+
+@pytest.mark.parametrize("hook", ["jit_cache_hook", "jit_post_compile_hook"])
+def test_a_hook_of_the_compiler(hook: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton writes a kernel's constants as JSON for a hook; vLLM sets one."""
+    import triton
+
+    heard: list[str] = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.runtime, hook, lambda **told: heard.append(told["fn"].name))
+    with SoftwareGpu().active() as software:
+        for launcher in (plain, measured, whole):
+            verify(launcher, *random_bits(("BF16", "F32"), 13), ("BF16", "F32"), 0, software)
+    assert [name.rpartition(".")[2] for name in dict.fromkeys(heard)] == ["extrapolate", "sweep", "whole_model"]
+
+
+@pytest.mark.parametrize("arch", [80, 100, 120])
+def test_other_gpus(arch: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with SoftwareGpu(arch).active() as software:
+        for launcher, pair in product((plain, measured, whole), (("BF16", "BF16"), ("F32", "F16"))):
+            verify(launcher, *random_bits(pair, sweep.BLOCK + 13), pair, 0, software)

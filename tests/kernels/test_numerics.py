@@ -1,0 +1,706 @@
+"""Every engine against the numerics contract: exact arithmetic first, then the engines against each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import random
+import shutil
+import struct
+import subprocess
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import exact
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from float_modes import ROUNDING_MODES, flushing, on_x86, pack, rounding
+from same import differing
+
+from expo.kernels import numerics
+from expo.kernels.contract import ITEMSIZE, EngineFunction, Statistics, working_alpha
+from expo.kernels.twin import DTYPES, twin
+
+NARROW = ("BF16", "F16", "F32")
+PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
+WIDE_PAIRS = [pair for pair in product(ITEMSIZE, ITEMSIZE) if "F64" in pair]
+ALPHAS = (0.3, 0.5, 1.0, -0.7, 2.5, 25.0, 1e-30, 3e38)
+BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
+KINDS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+POISON, GUARD = 0xA5, 64  # the byte that fills outputs, and how many of them stand around one
+
+
+def _twin(
+    sft: Any,
+    sft_dtype: str,
+    aligned: Any,
+    aligned_dtype: str,
+    n: int,
+    outs: Sequence[Any],
+    alphas: Sequence[float],
+    measure: bool,
+) -> Statistics | None:
+    """The torch twin behind the contract's signature."""
+    assert not measure
+    s, a = (
+        torch.frombuffer(bytearray(memory), dtype=DTYPES[dtype], count=n) if n else torch.empty(0, dtype=DTYPES[dtype])
+        for memory, dtype in ((sft, sft_dtype), (aligned, aligned_dtype))
+    )
+    for out, alpha in zip(outs, alphas, strict=True):
+        memoryview(out)[: n * ITEMSIZE[aligned_dtype]] = twin(s, a, alpha).view(torch.uint8).numpy().tobytes()
+    return None
+
+
+def engine_function(name: str) -> EngineFunction:
+    if name == "cpu":
+        try:
+            from expo.kernels import cpu
+        except ImportError as error:
+            pytest.skip(f"the compiled engine is not built: {error}")
+        return cpu.extrapolate
+    return {"numerics": numerics.extrapolate, "twin": _twin}[name]
+
+
+@pytest.fixture(params=["numerics", "cpu", "twin"])
+def engine(request: pytest.FixtureRequest) -> EngineFunction:
+    return engine_function(request.param)
+
+
+@pytest.fixture(params=["numerics", "cpu"])
+def host_engine(request: pytest.FixtureRequest) -> EngineFunction:
+    """An engine over memory of the host, at any address, with statistics."""
+    return engine_function(request.param)
+
+
+@pytest.fixture
+def cpu() -> EngineFunction:
+    return engine_function("cpu")
+
+
+def compute(
+    run: EngineFunction, sft: bytes, aligned: bytes, pair: tuple[str, str], alphas: Sequence[float]
+) -> list[Any]:
+    """The outputs' bits, one array for each alpha."""
+    n = len(aligned) // ITEMSIZE[pair[1]]
+    outs = [bytearray([POISON]) * len(aligned) for _ in alphas]
+    run(sft, pair[0], aligned, pair[1], n, outs, [working_alpha(alpha, *pair) for alpha in alphas], False)
+    return [np.frombuffer(out, BITS[pair[1]]) for out in outs]
+
+
+def assert_same(out: Any, expected: Any, dtype: str, sft: bytes = b"", aligned: bytes = b"") -> None:
+    at = differing(out, expected, dtype)
+    shown = [(int(i), hex(out[i]), hex(expected[i])) for i in at[:5]]
+    inputs = [(m[i * (len(m) // len(out)) :][: len(m) // len(out)][::-1].hex()) for i in at[:5] for m in (sft, aligned)]
+    assert not at.size, f"{at.size} of {out.size} differ; (index, got, expected): {shown}; sft, aligned: {inputs}"
+
+
+def random_bits(rng: np.random.Generator, dtype: str, n: int) -> bytes:
+    return rng.bytes(n * ITEMSIZE[dtype])
+
+
+def crossed_specials(pair: tuple[str, str]) -> tuple[bytes, bytes]:
+    """All special values of sft's dtype with all of aligned's."""
+    both = list(product(exact.specials(pair[0]), exact.specials(pair[1])))
+    return pack([s for s, _ in both], pair[0]), pack([a for _, a in both], pair[1])
+
+
+# Against exact arithmetic
+
+
+class Golden(NamedTuple):
+    sft: bytes
+    aligned: bytes
+    expected: Any
+
+
+@cache
+def golden(pair: tuple[str, str], alpha: float) -> Golden:
+    """Special values crossed and random ones, with the outputs that exact arithmetic gives."""
+    rng = random.Random(f"{pair} {alpha}")
+    both = list(product(exact.specials(pair[0]), exact.specials(pair[1])))
+    both = rng.sample(both, min(len(both), 600))
+    both += [tuple(rng.getrandbits(exact.FORMATS[dtype].bits) for dtype in pair) for _ in range(100)]
+    for _ in range(200):  # weights as they are: sft near aligned, so that most bits of d count
+        a = exact.decode(exact.encode(exact.working(rng.gauss(0, 0.02), "F64"), pair[1]), pair[1])
+        near = exact.multiply(a, exact.working(rng.gauss(1, 0.02), "F64"))
+        both.append((exact.encode(near, pair[0]), exact.encode(a, pair[1])))
+    expected = [exact.extrapolate(s, pair[0], a, pair[1], alpha) for s, a in both]
+    return Golden(
+        pack([s for s, _ in both], pair[0]),
+        pack([a for _, a in both], pair[1]),
+        np.array(expected, BITS[pair[1]]),
+    )
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("pair", PAIRS + WIDE_PAIRS, ids="-".join)
+def test_exact_arithmetic(engine: EngineFunction, pair: tuple[str, str], alpha: float) -> None:
+    sft, aligned, expected = golden(pair, alpha)
+    (out,) = compute(engine, sft, aligned, pair, [alpha])
+    assert_same(out, expected, pair[1], sft, aligned)
+
+
+class Pinned(NamedTuple):
+    """One element worked out by hand; expected None is NaN."""
+
+    why: str
+    pair: tuple[str, str]
+    sft: int
+    aligned: int
+    alpha: float
+    expected: int | None
+
+
+B, H, F = ("BF16", "BF16"), ("F16", "F16"), ("F32", "F32")
+PINNED = [
+    Pinned("equal values stay", B, 0x3E9A, 0x3E9A, 0.3, 0x3E9A),
+    Pinned("-0 with -0 becomes +0", B, 0x8000, 0x8000, 0.3, 0x0000),
+    Pinned("-0 with -0 stays under a negative alpha", B, 0x8000, 0x8000, -0.7, 0x8000),
+    Pinned("-0 with +0 stays", B, 0x0000, 0x8000, 0.3, 0x8000),
+    Pinned("-0 with +0 becomes +0 under a negative alpha", B, 0x0000, 0x8000, -0.7, 0x0000),
+    Pinned("tie down to even", B, 0x3F81, 0x3F82, 0.5, 0x3F82),
+    Pinned("tie up to even", B, 0x3F80, 0x3F81, 0.5, 0x3F82),
+    Pinned("fp16 tie down to even", H, 0x3C01, 0x3C02, 0.5, 0x3C02),
+    Pinned("fp16 tie up to even", H, 0x3C00, 0x3C01, 0.5, 0x3C02),
+    Pinned("subnormals are kept", B, 0x0000, 0x0001, 1.0, 0x0002),
+    Pinned("subnormal tie up to even", B, 0x0000, 0x0001, 0.5, 0x0002),
+    Pinned("subnormal tie to -0", B, 0x0001, 0x0000, 0.5, 0x8000),
+    Pinned("subnormal to normal", B, 0x0000, 0x007F, 1.0, 0x00FE),
+    Pinned("fp16 subnormals are kept", H, 0x0000, 0x0001, 1.0, 0x0002),
+    Pinned("fp16 subnormal tie to -0", H, 0x0001, 0x0000, 0.5, 0x8000),
+    Pinned("fp32 subnormals are kept", F, 0x00000000, 0x00000001, 1.0, 0x00000002),
+    Pinned("overflow in d", B, 0xFF7F, 0x7F7F, 0.3, 0x7F80),
+    Pinned("overflow in p", F, 0x00000000, 0x7F000000, 25.0, 0x7F800000),
+    Pinned("overflow in p alone, to -inf", B, 0x7F00, 0x3F80, 3e38, 0xFF80),
+    Pinned("overflow in the last rounding, a tie", B, 0x7F7E, 0x7F7F, 0.5, 0x7F80),
+    Pinned("no overflow below the tie", B, 0x7F7E, 0x7F7F, 0.3, 0x7F7F),
+    Pinned("fp16 overflow in the last rounding, a tie", H, 0x7BFE, 0x7BFF, 0.5, 0x7C00),
+    Pinned("fp16 no overflow below the tie", H, 0x7BFE, 0x7BFF, 0.3, 0x7BFF),
+    Pinned("inf stays", B, 0x3F80, 0x7F80, 0.3, 0x7F80),
+    Pinned("inf in sft", B, 0x7F80, 0x3F80, 0.3, 0xFF80),
+    Pinned("inf - inf", B, 0x7F80, 0x7F80, 0.3, None),
+    Pinned("inf turns over under a negative alpha", B, 0x3F80, 0x7F80, -0.7, None),
+    Pinned("bf16 NaN of all ones", B, 0x7FFF, 0x3F80, 0.3, None),
+    # Integer rounding alone would carry these over into -0 and +0.
+    Pinned("fp32 NaN of all ones", ("F32", "BF16"), 0x7FFFFFFF, 0x3F80, 0.3, None),
+    Pinned("negative fp32 NaN of all ones", ("F32", "BF16"), 0xFFFFFFFF, 0x3F80, 0.3, None),
+    Pinned("fp32 NaN to fp16", ("F32", "F16"), 0x7FFFFFFF, 0x3C00, 0.3, None),
+    # A payload in the low bits alone would be cut off, and leave inf.
+    Pinned("signalling fp32 NaN", ("F32", "BF16"), 0x7F800001, 0x3F80, 0.3, None),
+    Pinned("signalling fp32 NaN to fp16", ("F32", "F16"), 0x7F800001, 0x3C00, 0.3, None),
+    # fp64 -(1 + 2^-8 + 2^-40) and -(1 + 2^-11 + 2^-40): through fp32 they would become ties, and then 1.
+    Pinned("fp64 to bf16 in one rounding", ("F64", "BF16"), 0xBFF0100000001000, 0x0000, 1.0, 0x3F81),
+    Pinned("fp64 to fp16 in one rounding", ("F64", "F16"), 0xBFF0020000001000, 0x0000, 1.0, 0x3C01),
+    Pinned("fp64 overflow to bf16", ("F64", "BF16"), 0xC80DA48CE468E7C7, 0x0000, 1.0, 0x7F80),
+    Pinned("fp64 underflow to bf16", ("F64", "BF16"), 0x8000000000000001, 0x0000, 1.0, 0x0000),
+]
+
+
+@pytest.mark.parametrize("case", PINNED, ids=lambda case: case.why)
+def test_pinned(engine: EngineFunction, case: Pinned) -> None:
+    """The reference and every engine give what was worked out by hand."""
+    form = case.pair[1]
+    reference = exact.extrapolate(case.sft, case.pair[0], case.aligned, form, case.alpha)
+    sft, aligned = pack([case.sft], case.pair[0]), pack([case.aligned], form)
+    out = int(compute(engine, sft, aligned, case.pair, [case.alpha])[0][0])
+    if case.expected is None:
+        assert exact.is_nan(reference, form)
+        assert exact.is_nan(out, form)
+    else:
+        assert hex(reference) == hex(case.expected)
+        assert hex(out) == hex(case.expected)
+
+
+# (dtype of both, sft, aligned, output, output if product and sum were rounded together) at alpha 0.3.
+FUSED = [
+    ("BF16", 0x4281, 0x40FE, 0xC110, 0xC111),
+    ("BF16", 0x41F7, 0x4076, 0xC088, 0xC089),
+    ("BF16", 0x4115, 0x3F93, 0xBFA6, 0xBFA7),
+    ("BF16", 0x4137, 0x3FEF, 0xBF80, 0xBF81),
+    ("BF16", 0x4173, 0x3FD6, 0xC018, 0xC019),
+    ("BF16", 0x427A, 0x400C, 0xC17E, 0xC17F),
+    ("F16", 0x4924, 0x3D67, 0xBD50, 0xBD51),
+    ("F16", 0x494B, 0x40E3, 0x10CC, 0x10CD),
+    ("F16", 0x4987, 0x3F17, 0xBC0C, 0xBC0D),
+    ("F32", 0x3C49901D, 0x3C4579E2, 0x3C444004, 0x3C444003),
+    ("F32", 0x3E93E053, 0x3E975A76, 0x3E986580, 0x3E986581),
+]
+
+
+@pytest.mark.parametrize(("dtype", "sft", "aligned", "expected", "fused"), FUSED)
+def test_no_fused_multiply_add(
+    engine: EngineFunction, dtype: str, sft: int, aligned: int, expected: int, fused: int
+) -> None:
+    assert exact.extrapolate(sft, dtype, aligned, dtype, 0.3) == expected
+    assert exact.extrapolate(sft, dtype, aligned, dtype, 0.3, fused=True) == fused != expected
+    # As many elements as vector code needs, which may be compiled to other instructions than the tail.
+    out = compute(engine, pack([sft] * 67, dtype), pack([aligned] * 67, dtype), (dtype, dtype), [0.3])[0]
+    assert {hex(bits) for bits in out} == {hex(expected)}
+
+
+@pytest.mark.parametrize("aligned_dtype", ["BF16", "F16"])
+def test_rounding_twice_would_show(engine: EngineFunction, aligned_dtype: str) -> None:
+    """The outputs of fp64 arithmetic are rounded once; a detour through fp32 gives others for these inputs."""
+    pair = ("F64", aligned_dtype)
+    tie = 1 + 2.0 ** -(exact.FORMATS[aligned_dtype].fraction + 1)
+    values = [sign * tie * (1 + nudge) for sign in (1, -1) for nudge in (2.0**-40, -(2.0**-40), 2.0**-52)]
+    sft, aligned = struct.pack(f"<{len(values)}d", *(-v for v in values)), bytes(2 * len(values))
+    (out,) = compute(engine, sft, aligned, pair, [1.0])
+    twice = [exact.encode(exact.rounded(exact.working(v, "F64"), "F32"), aligned_dtype) for v in values]
+    once = [exact.encode(exact.working(v, "F64"), aligned_dtype) for v in values]
+    assert sum(a != b for a, b in zip(once, twice, strict=True)) >= 4
+    assert out.tolist() == once
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_equal_weights_stay(engine: EngineFunction, alpha: float) -> None:
+    """Where finite aligned and sft are equal the output is equal too, in value: all bf16 values."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    bits = bits[bits & 0x7FFF < 0x7F80]
+    (out,) = compute(engine, bits.tobytes(), bits.tobytes(), B, [alpha])
+    assert np.array_equal(out.view(ml_dtypes.bfloat16), bits.view(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("F16", "e"), ("F32", "f"), ("F64", "d")])
+def test_the_reference_decodes_and_encodes(dtype: str, code: str) -> None:
+    """exact.py against Python's own conversions, in both directions."""
+    rng = random.Random(dtype)
+    form = exact.FORMATS[dtype]
+    patterns = range(1 << 16) if dtype == "F16" else [rng.getrandbits(form.bits) for _ in range(5000)]
+    for bits in [*patterns, *exact.specials(dtype)]:
+        value = exact.decode(bits, dtype)
+        (number,) = struct.unpack("<" + code, pack([bits], dtype))
+        if value.kind is exact.Kind.FINITE:
+            assert number == value.size * (-1 if value.negative else 1)
+            assert math.copysign(1, number) == (-1 if value.negative else 1)
+            assert exact.encode(value, dtype) == bits
+        else:
+            assert math.isnan(number) == (value.kind is exact.Kind.NAN)
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("F16", "e"), ("F32", "f")])
+def test_the_reference_rounds(dtype: str, code: str) -> None:
+    rng = random.Random(dtype)
+    form = exact.FORMATS[dtype]
+    for _ in range(5000):
+        number = math.ldexp(rng.uniform(-1, 1), rng.randint(form.least - form.fraction - 2, 1 - form.least))
+        assert struct.pack("<" + code, number) == pack([exact.encode(exact.working(number, "F64"), dtype)], dtype)
+
+
+# The thread's floating-point mode
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_cpu_in_a_thread_that_flushes(cpu: EngineFunction, pair: tuple[str, str], alpha: float) -> None:
+    sft, aligned, expected = golden(pair, alpha)
+    (out,) = flushing(lambda: compute(cpu, sft, aligned, pair, [alpha]))
+    assert_same(out, expected, pair[1], sft, aligned)
+
+
+def test_subnormal_alpha_in_a_thread_that_flushes(cpu: EngineFunction) -> None:
+    """An alpha that is subnormal in fp32, made and used in such a thread."""
+    sft, aligned, alpha = pack([0xFF000000] * 9, "F32"), pack([0x38D1B717] * 9, "F32"), 1e-40
+    expected = exact.extrapolate(0xFF000000, "F32", 0x38D1B717, "F32", alpha)
+    assert expected != 0x38D1B717  # alpha * d counts
+    rounded = working_alpha(alpha, "F32")
+    assert rounded == np.float32(alpha) > 0
+    out = bytearray(len(sft))
+    flushing(lambda: cpu(sft, "F32", aligned, "F32", 9, [out], [rounded], False))
+    assert {hex(bits) for bits in np.frombuffer(out, np.uint32)} == {hex(expected)}
+
+
+def test_working_alpha_in_a_thread_that_flushes() -> None:
+    expected = working_alpha(1e-40, "F32")
+    assert expected > 0
+    assert flushing(lambda: working_alpha(1e-40, "F32")) == expected
+
+
+def test_numerics_refuses_a_thread_that_flushes() -> None:
+    data = bytes(8)
+    with pytest.raises(RuntimeError, match="set_flush_denormal"):
+        flushing(lambda: compute(numerics.extrapolate, data, data, B, [0.3]))
+    assert compute(numerics.extrapolate, data, data, B, [0.3])[0].tolist() == [0] * 4
+
+
+def test_cpu_refuses_fp64_in_a_thread_that_flushes(cpu: EngineFunction) -> None:
+    """fp64 goes to NumPy, which refuses with it."""
+    with pytest.raises(RuntimeError, match="set_flush_denormal"):
+        flushing(lambda: compute(cpu, bytes(8), bytes(8), ("F64", "F64"), [0.3]))
+
+
+@on_x86
+@pytest.mark.parametrize("mode", ROUNDING_MODES.values(), ids=ROUNDING_MODES)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_cpu_in_a_thread_that_rounds_otherwise(cpu: EngineFunction, pair: tuple[str, str], mode: int) -> None:
+    sft, aligned, expected = golden(pair, 0.3)
+    out = bytearray(len(aligned))
+    arguments = (sft, pair[0], aligned, pair[1], len(expected), [out], [working_alpha(0.3)], False)
+    rounding(mode, lambda: cpu(*arguments))
+    assert_same(np.frombuffer(out, BITS[pair[1]]), expected, pair[1], sft, aligned)
+
+
+@on_x86
+@pytest.mark.parametrize("mode", ROUNDING_MODES.values(), ids=ROUNDING_MODES)
+def test_numerics_refuses_a_thread_that_rounds_otherwise(mode: int) -> None:
+    with pytest.raises(RuntimeError, match="nearest even"):
+        rounding(mode, numerics.check_floating_point_mode)
+    numerics.check_floating_point_mode()
+
+
+# The compiled engine and the twin against NumPy
+
+
+@pytest.mark.parametrize("name", ["cpu", "twin"])
+@pytest.mark.parametrize("pair", PAIRS + WIDE_PAIRS, ids="-".join)
+def test_agrees_on_random_bits(name: str, pair: tuple[str, str]) -> None:
+    rng = np.random.default_rng(len(name))
+    n = 100_003
+    sft, aligned = random_bits(rng, pair[0], n), random_bits(rng, pair[1], n)
+    outs = compute(engine_function(name), sft, aligned, pair, ALPHAS)
+    for out, expected in zip(outs, compute(numerics.extrapolate, sft, aligned, pair, ALPHAS), strict=True):
+        assert_same(out, expected, pair[1], sft, aligned)
+
+
+@pytest.mark.parametrize("name", ["cpu", "twin"])
+@pytest.mark.parametrize("pair", PAIRS + WIDE_PAIRS, ids="-".join)
+def test_agrees_on_special_values(name: str, pair: tuple[str, str]) -> None:
+    sft, aligned = crossed_specials(pair)
+    outs = compute(engine_function(name), sft, aligned, pair, ALPHAS)
+    for out, expected in zip(outs, compute(numerics.extrapolate, sft, aligned, pair, ALPHAS), strict=True):
+        assert_same(out, expected, pair[1], sft, aligned)
+
+
+def fp32_ties(dtype: str) -> Any:
+    """The bits of every fp32 tie between two neighbours of a 16-bit dtype, and of the fp32 values beside it."""
+    form = exact.FORMATS[dtype]
+    patterns = np.arange(1 << 16, dtype=np.uint32)
+    finite = patterns[patterns & form.mask < form.infinity].astype(np.uint16)
+    below, above = (bits.view(KINDS[dtype]).astype(np.float64) for bits in (finite, finite + np.uint16(1)))
+    with np.errstate(all="ignore"):
+        ties = ((below + above) / 2).astype(np.float32)
+    bits = ties[np.isfinite(ties)].view(np.uint32)
+    return np.concatenate([bits, bits + np.uint32(1), bits - np.uint32(1)])
+
+
+@pytest.mark.parametrize("pair", [("F32", "BF16"), ("F32", "F16")], ids="-".join)
+def test_agrees_on_ties(cpu: EngineFunction, pair: tuple[str, str]) -> None:
+    """Every tie between two 16-bit neighbours, and the fp32 values beside it: alpha 1 with aligned 0 rounds -sft."""
+    ties = fp32_ties(pair[1])
+    sft, aligned = ties.tobytes(), bytes(2 * ties.size)
+    (out,), (expected,) = (compute(run, sft, aligned, pair, [1.0]) for run in (cpu, numerics.extrapolate))
+    assert np.unique(out).size > 63_000  # the ties reach the whole range
+    assert_same(out, expected, pair[1], sft, aligned)
+
+
+def shifted(data: bytes, offset: int) -> memoryview:
+    """The data at an address that is `offset` past a multiple of 16."""
+    return memoryview(bytearray(bytes(offset) + data))[offset:]
+
+
+class Fenced:
+    """A poisoned output of `size` bytes at some offset into a buffer, with guard bytes before and after it."""
+
+    def __init__(self, size: int, offset: int) -> None:
+        self._buffer = bytearray([POISON]) * (GUARD + offset + size + GUARD)
+        self._start = GUARD + offset
+        self.memory = memoryview(self._buffer)[self._start : self._start + size]
+
+    def guards_stand(self) -> bool:
+        around = self._buffer[: self._start] + self._buffer[self._start + len(self.memory) :]
+        return set(around) == {POISON}
+
+
+def run_shifted(
+    run: EngineFunction, sft: bytes, aligned: bytes, pair: tuple[str, str], offsets: tuple[int, int, int]
+) -> Any:
+    n = len(aligned) // ITEMSIZE[pair[1]]
+    out = Fenced(len(aligned), offsets[2])
+    memories = shifted(sft, offsets[0]), shifted(aligned, offsets[1])
+    run(memories[0], pair[0], memories[1], pair[1], n, [out.memory], [working_alpha(0.3, *pair)], False)
+    assert out.guards_stand(), f"written outside the output of {n} elements at offsets {offsets}"
+    return np.frombuffer(out.memory, BITS[pair[1]])
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_every_length(host_engine: EngineFunction, pair: tuple[str, str]) -> None:
+    """Every length around the vector widths, and blocks and a bit, at ever other byte offsets."""
+    rng = np.random.default_rng(7)
+    for n in (*range(134), 2047, 2049, 4101, 32_769, 70_001):
+        sft, aligned = random_bits(rng, pair[0], n), random_bits(rng, pair[1], n)
+        (expected,) = compute(numerics.extrapolate, sft, aligned, pair, [0.3])
+        out = run_shifted(host_engine, sft, aligned, pair, (n % 4, n // 4 % 4, n // 16 % 4))
+        assert_same(out, expected, pair[1], sft, aligned)
+
+
+@pytest.mark.parametrize("pair", [*PAIRS, ("F64", "BF16"), ("F64", "F64")], ids="-".join)
+def test_every_offset(host_engine: EngineFunction, pair: tuple[str, str]) -> None:
+    rng = np.random.default_rng(8)
+    n = 133
+    sft, aligned = random_bits(rng, pair[0], n), random_bits(rng, pair[1], n)
+    (expected,) = compute(numerics.extrapolate, sft, aligned, pair, [0.3])
+    for offsets in product(range(4), repeat=3):
+        assert_same(run_shifted(host_engine, sft, aligned, pair, offsets), expected, pair[1], sft, aligned)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("pair", PAIRS + WIDE_PAIRS, ids="-".join)
+def test_in_place(host_engine: EngineFunction, pair: tuple[str, str], offset: int) -> None:
+    """The output may be aligned's memory, or sft's where the dtypes are equal."""
+    rng = np.random.default_rng(9)
+    n = 40_009
+    sft, aligned = random_bits(rng, pair[0], n), random_bits(rng, pair[1], n)
+    alpha = working_alpha(0.3, *pair)
+    (expected,) = compute(numerics.extrapolate, sft, aligned, pair, [0.3])
+    memory = shifted(aligned, offset)
+    host_engine(sft, pair[0], memory, pair[1], n, [memory], [alpha], False)
+    assert_same(np.frombuffer(memory, BITS[pair[1]]), expected, pair[1])
+    if pair[0] == pair[1]:
+        memory = shifted(sft, offset)
+        host_engine(memory, pair[0], aligned, pair[1], n, [memory], [alpha], False)
+        assert_same(np.frombuffer(memory, BITS[pair[1]]), expected, pair[1])
+
+
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_several_alphas(host_engine: EngineFunction, pair: tuple[str, str], measure: bool) -> None:
+    """One call with many alphas gives what a call for each gives."""
+    rng = np.random.default_rng(10)
+    n = 5003
+    sft, aligned = random_bits(rng, pair[0], n), random_bits(rng, pair[1], n)
+    alphas = [*ALPHAS, 0.3, *np.linspace(-2, 2, 55).tolist()]
+    assert len(alphas) == 64  # as many as the compiled engine takes
+    outs = [Fenced(len(aligned), k % 4) for k in range(len(alphas))]
+    rounded = [working_alpha(alpha, *pair) for alpha in alphas]
+    host_engine(sft, pair[0], aligned, pair[1], n, [out.memory for out in outs], rounded, measure)
+    assert all(out.guards_stand() for out in outs)
+    for alpha, out in zip(alphas, outs, strict=True):
+        (expected,) = compute(numerics.extrapolate, sft, aligned, pair, [alpha])
+        assert_same(np.frombuffer(out.memory, BITS[pair[1]]), expected, pair[1], sft, aligned)
+
+
+def test_memory_longer_than_asked(host_engine: EngineFunction) -> None:
+    """n says how much is computed, not the buffers."""
+    sft, aligned, out = pack([0x3F80] * 9, "BF16"), pack([0x4000] * 9, "BF16"), bytearray([POISON]) * 18
+    host_engine(sft, "BF16", aligned, "BF16", 5, [out], [0.5], False)
+    assert out == pack([0x4020] * 5, "BF16") + bytes([POISON]) * 8
+
+
+@pytest.mark.parametrize("short", ["sft", "aligned", "out"])
+def test_memory_shorter_than_asked(host_engine: EngineFunction, short: str) -> None:
+    sizes = {name: 15 if name == short else 16 for name in ("sft", "aligned", "out")}
+    out = bytearray(sizes["out"])
+    with pytest.raises(ValueError, match="buffer"):
+        host_engine(bytes(sizes["sft"]), "BF16", bytes(sizes["aligned"]), "BF16", 8, [out], [0.5], False)
+    assert not any(out)
+
+
+# The compiled engine's code for processors without fp16 conversions
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> EngineFunction:
+    """The compiled engine, built anew to believe that the processor has none."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = Path(numerics.__file__).with_name("_cpu.c")
+    built = tmp_path_factory.mktemp("portable") / "_cpu.so"
+    flags = ["-O2", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC", "-D__builtin_cpu_supports(feature)=0"]
+    headers = sysconfig.get_paths()["include"]
+    subprocess.run([compiler, *flags, f"-I{headers}", str(source), "-o", str(built)], check=True, capture_output=True)
+    spec = importlib.util.spec_from_file_location("portable._cpu", built)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    codes = {dtype: code for code, dtype in enumerate(NARROW)}
+
+    def run(s: Any, s_dtype: str, a: Any, a_dtype: str, n: int, outs: Any, alphas: Any, measure: bool) -> None:
+        module.extrapolate(s, codes[s_dtype], a, codes[a_dtype], n, tuple(outs), tuple(alphas), measure)
+
+    return run
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if "F16" in pair], ids="-".join)
+def test_portable_fp16(portable: EngineFunction, pair: tuple[str, str]) -> None:
+    rng = np.random.default_rng(14)
+    for sft, aligned in (crossed_specials(pair), tuple(random_bits(rng, dtype, 50_021) for dtype in pair)):
+        outs = compute(portable, sft, aligned, pair, ALPHAS)
+        for out, expected in zip(outs, compute(numerics.extrapolate, sft, aligned, pair, ALPHAS), strict=True):
+            assert_same(out, expected, pair[1], sft, aligned)
+
+
+def test_portable_fp16_ties(portable: EngineFunction) -> None:
+    """Both roundings of all fp32 values on and beside a tie between two fp16 ones."""
+    sft = fp32_ties("F16").tobytes()
+    aligned = bytes(len(sft) // 2)
+    (out,), (expected,) = (
+        compute(run, sft, aligned, ("F32", "F16"), [1.0]) for run in (portable, numerics.extrapolate)
+    )
+    assert_same(out, expected, "F16", sft, aligned)
+
+
+# All pairs of bf16 values
+
+
+def bf16_disagreements(run: EngineFunction, sft_values: Sequence[int]) -> int:
+    """How many outputs at alpha 0.3 differ from NumPy's, over all aligned values with each of these sft values."""
+    together = 16  # sft values a call: as much memory as a cache holds
+    aligned = np.tile(np.arange(1 << 16, dtype=np.uint16), together).tobytes()
+    bad = 0
+    for i in range(0, len(sft_values), together):
+        sft = np.repeat(np.array(sft_values[i : i + together], np.uint16), 1 << 16).tobytes()
+        (out,), (expected,) = (compute(each, sft, aligned, B, [0.3]) for each in (run, numerics.extrapolate))
+        bad += differing(out, expected, "BF16").size
+    return bad
+
+
+def test_sampled_bf16_pairs(cpu: EngineFunction) -> None:
+    """2^24 pairs: every aligned value with one sft value of each sign, exponent and half of the fractions."""
+    rng = np.random.default_rng(11)
+    assert bf16_disagreements(cpu, [256 * k + int(rng.integers(256)) for k in range(256)]) == 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sft_exponents", range(16))
+def test_all_bf16_pairs(cpu: EngineFunction, sft_exponents: int) -> None:
+    assert bf16_disagreements(cpu, range(sft_exponents << 12, (sft_exponents + 1) << 12)) == 0
+
+
+# Statistics
+
+
+class Case(NamedTuple):
+    sft: bytes
+    aligned: bytes
+    n: int
+
+
+def weights(pair: tuple[str, str], n: int, scale: float = 0.02) -> Case:
+    """Normal weights 2.5% apart; some equal, some infinite or NaN on either side or on both."""
+    rng = np.random.default_rng(12)
+    a = rng.standard_normal(n) * scale
+    s = a + rng.standard_normal(n) * scale * 0.025
+    s[::7] = a[::7]
+    a[3::101], s[5::103], a[11::211] = np.inf, np.nan, -np.inf
+    s[11::422] = -np.inf
+    a[13::107], s[13::107] = -0.0, -0.0
+    return Case(s.astype(KINDS[pair[0]]).tobytes(), a.astype(KINDS[pair[1]]).tobytes(), n)
+
+
+def plain_statistics(case: Case, pair: tuple[str, str], outs: Sequence[bytearray]) -> Statistics:
+    """The statistics by NumPy's own dtypes and plain formulas."""
+    work = np.float64 if "F64" in pair else np.float32
+    stored = np.frombuffer(case.aligned, KINDS[pair[1]])
+    with np.errstate(all="ignore"):
+        a = stored.astype(work)
+        d = a - np.frombuffer(case.sft, KINDS[pair[0]]).astype(work)
+        finite = np.isfinite(d)
+        a, d = a[finite].astype(np.float64), d[finite].astype(np.float64)
+        results = [np.frombuffer(out, KINDS[pair[1]]) for out in outs]
+        counts = tuple((int(np.sum(r != stored)), int(np.sum(~np.isfinite(r)))) for r in results)
+        return Statistics(float(np.sum(d * d)), float(np.sum(a * a)), float(np.max(np.abs(d), initial=0)), counts)
+
+
+def measured(
+    run: EngineFunction, case: Case, pair: tuple[str, str], alphas: Sequence[float]
+) -> tuple[Statistics, list[bytearray]]:
+    outs = [bytearray([POISON]) * len(case.aligned) for _ in alphas]
+    rounded = [working_alpha(alpha, *pair) for alpha in alphas]
+    statistics = run(case.sft, pair[0], case.aligned, pair[1], case.n, outs, rounded, True)
+    assert statistics is not None
+    return statistics, outs
+
+
+@pytest.fixture(autouse=True)
+def _no_warning_escapes() -> Iterator[None]:
+    """An engine that lets a warning out fails here even where the caller's filters are lax."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 33, 2048, 2049, 100_003])
+@pytest.mark.parametrize("pair", [*PAIRS, ("F64", "BF16"), ("F32", "F64"), ("F64", "F64")], ids="-".join)
+def test_statistics(host_engine: EngineFunction, pair: tuple[str, str], n: int) -> None:
+    case = weights(pair, n)
+    statistics, outs = measured(host_engine, case, pair, ALPHAS)
+    plain = plain_statistics(case, pair, outs)
+    assert statistics.counts == plain.counts
+    assert statistics.max_abs_d == plain.max_abs_d
+    assert statistics.d_squared == pytest.approx(plain.d_squared, rel=1e-5, abs=0)
+    assert statistics.aligned_squared == pytest.approx(plain.aligned_squared, rel=1e-5, abs=0)
+
+
+def test_statistics_of_equal_differences(host_engine: EngineFunction) -> None:
+    """Sums of one repeated term: roundings that all go one way, the worst for a running fp32 sum."""
+    n = 100_003
+    for term in (0.0123, 0.1, 1 / 3):
+        aligned = np.full(n, term, np.float32)
+        case = Case(bytes(4 * n), aligned.tobytes(), n)
+        statistics, outs = measured(host_engine, case, F, [0.3])
+        assert statistics.d_squared == pytest.approx(plain_statistics(case, F, outs).d_squared, rel=1e-5, abs=0)
+
+
+def test_statistics_of_nothing_finite(host_engine: EngineFunction) -> None:
+    case = Case(pack([0x7FC0] * 40, "BF16"), pack([0x3F80] * 40, "BF16"), 40)
+    statistics, _ = measured(host_engine, case, B, [0.3])
+    assert statistics == Statistics(0.0, 0.0, 0.0, ((40, 40),))
+
+
+def test_minus_zero_that_became_zero_has_not_changed(host_engine: EngineFunction) -> None:
+    case = Case(pack([0x8000] * 40, "BF16"), pack([0x8000] * 40, "BF16"), 40)
+    statistics, outs = measured(host_engine, case, B, [0.3])
+    assert not any(outs[0])
+    assert statistics.counts == ((0, 0),)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_engines_measure_the_same(cpu: EngineFunction, pair: tuple[str, str]) -> None:
+    """Counts and the largest difference are exact, whatever the bits."""
+    rng = np.random.default_rng(13)
+    n = 50_021
+    for case in (Case(random_bits(rng, pair[0], n), random_bits(rng, pair[1], n), n), weights(pair, n)):
+        ours, outs = measured(cpu, case, pair, ALPHAS)
+        theirs, _ = measured(numerics.extrapolate, case, pair, ALPHAS)
+        assert ours.counts == theirs.counts == plain_statistics(case, pair, outs).counts
+        assert ours.max_abs_d == theirs.max_abs_d
+
+
+# The working alpha
+
+
+@pytest.mark.parametrize("dtypes", [(), ("BF16", "BF16"), ("F64", "BF16"), ("F64", "F64")])
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, 1e39, -1e39, 3.4028235677973366e38])
+def test_alpha_refused(alpha: float, dtypes: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="finite in float32"):
+        working_alpha(alpha, *dtypes)
+
+
+def test_alpha_is_rounded_to_fp32() -> None:
+    assert working_alpha(0.3, "BF16", "F16") == float(np.float32(0.3)) != 0.3
+    assert working_alpha(0.3, "BF16", "F64") == 0.3
+    assert working_alpha(0.3, "F64", "BF16") == 0.3
+    assert working_alpha(1, "BF16") == 1.0
+    assert working_alpha(3.4028235677973362e38, "F32") == float(np.finfo(np.float32).max)
+
+
+def test_alpha_below_fp32() -> None:
+    assert working_alpha(1e-50, "F32", "BF16") == 0.0
+    assert working_alpha(1e-50, "F64", "BF16") == 1e-50
+    assert working_alpha(1e-40, "F32") == float(np.float32(1e-40)) > 0
+    assert math.copysign(1, working_alpha(-1e-50, "F32")) == -1
+
+
+@pytest.mark.parametrize("alpha", [*ALPHAS, 1e-40, -1e-44, 2.0**-150, 3 * 2.0**-150, 1e-50, 0.1, 1 / 3])
+def test_alpha_as_the_reference_has_it(alpha: float) -> None:
+    value = exact.working(alpha, "F32")
+    assert working_alpha(alpha, "F32") == value.size * (-1 if value.negative else 1)

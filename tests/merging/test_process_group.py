@@ -1,0 +1,800 @@
+"""Several processes that make one merge: the bytes of one alone, whatever dies; as threads here, and under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_files import MIXED_SHAPES, files, mixed_pair, random_tensors, staging, write_folder
+from hypothesis import given
+from hypothesis import strategies as st
+
+import expo
+from expo.errors import RankError
+from expo.merging import rank_worker as filling
+from expo.merging.process_group import Ranks, join
+from expo.merging.rank_worker import Corrupt
+from expo.merging.result import Merged
+from expo.output import journal
+from expo.output.journal import read
+from expo.output.staging import JOURNAL, journals_of_ranks
+from expo.planning.shards import OutputShard, cut, portion
+
+dist: Any = pytest.importorskip("torch.distributed")
+
+Pair = tuple[Path, Path]
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks, each written down at once, and a quick eye on the others."""
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 8 << 10)
+    monkeypatch.setattr(journal, "INTERVAL", 0.0)
+    monkeypatch.setattr("expo.execution.worker_pool.TICK", 0.001)
+    monkeypatch.setattr("expo.merging.process_group.BEAT", 0.02)
+    monkeypatch.setattr("expo.merging.process_group.POLL", 0.002)
+    monkeypatch.setattr("expo.merging.process_group.LINGER", 0.1)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("pair")
+    return mixed_pair(folder)
+
+
+class Host:
+    """A store, and the threads of one process as the ranks that meet in it."""
+
+    def __init__(self, world: int, **options: Any) -> None:
+        self.store, self.world = dist.HashStore(), world
+        self._table: dict[int, list[Any]] = {}
+        self._lock = threading.Lock()
+        self.ranks = [Ranks(self.store, self._exchange(rank), rank, world, **options) for rank in range(world)]
+
+    def _exchange(self, rank: int) -> Callable[[Any], list[Any]]:
+        turns = iter(range(1000))
+
+        def exchange(value: Any) -> list[Any]:
+            turn = next(turns)
+            with self._lock:
+                self._table.setdefault(turn, [...] * self.world)[rank] = value
+            deadline = time.monotonic() + 20
+            while ... in self._table[turn]:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            return self._table[turn]
+
+        return exchange
+
+    def run(self, work: Callable[[Ranks], Any]) -> list[Any]:
+        """What work returns or raises, by rank."""
+        found: list[Any] = [None] * self.world
+
+        def one(ranks: Ranks) -> None:
+            try:
+                found[ranks.rank] = work(ranks)
+            except BaseException as error:
+                found[ranks.rank] = error
+
+        threads = [threading.Thread(target=one, args=(ranks,)) for ranks in self.ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for ranks in self.ranks:
+            ranks.close()
+        return found
+
+
+def merged_by(world: int, pair: Pair, alpha: Any, out: Path, **options: Any) -> Merged:
+    """All ranks return the same."""
+    first, *others = Host(world).run(lambda ranks: expo.merge(*pair, alpha, out, ranks=ranks, **options))
+    if isinstance(first, BaseException):
+        raise first
+    assert all(other == first for other in others)
+    assert first.ranks == world
+    return first  # type: ignore[no-any-return]
+
+
+def report(merged: Merged) -> Merged:
+    """What a merge reports but for time, place and who did it."""
+    outputs = tuple(replace(output, path="") for output in merged.outputs)
+    return replace(merged, outputs=outputs, seconds=0.0, workers=0, ranks=0, resumed=0, shares={})
+
+
+# The ranges.
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 9), st.data())
+def test_every_chunk_is_one_ranks_and_all_have_the_same_bytes(sizes: list[int], world: int, data: Any) -> None:
+    shards = tuple(OutputShard(f"{k}", b"", size, ()) for k, size in enumerate(sizes))
+    chunks = list(cut(shards, 4))
+    gone = data.draw(st.sets(st.sampled_from(range(len(chunks)))))
+    done = {(chunks[k].shard.name, chunks[k].start): (chunks[k].stop, None) for k in gone}
+    parts = [list(portion(shards, 4, done, rank, world)) for rank in range(world)]
+    assert [chunk for part in parts for chunk in part] == [each for k, each in enumerate(chunks) if k not in gone]
+    bytes_of = [sum(chunk.stop - chunk.start for chunk in part) for part in parts]
+    assert all(abs(size - sum(bytes_of) / world) <= 4 for size in bytes_of)
+
+
+# Threads as ranks.
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_the_bytes_and_the_report_of_one_process(pair: Pair, tmp_path: Path, world: int) -> None:
+    alone = expo.merge(*pair, [0.3, 1.0], tmp_path / "one-{alpha}", digest=True)
+    together = merged_by(world, pair, [0.3, 1.0], tmp_path / "all-{alpha}", digest=True)
+    for alpha in ("0.3", "1"):
+        assert files(tmp_path / f"one-{alpha}") == files(tmp_path / f"all-{alpha}")
+    assert report(alone) == report(together)
+    assert sum(together.shares.values()) == together.bytes_written
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_more_ranks_than_chunks(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 1 << 20)
+    expo.merge(*pair, 0.3, tmp_path / "one")
+    merged_by(6, pair, 0.3, tmp_path / "all", verify=True)
+    assert files(tmp_path / "one") == files(tmp_path / "all")
+
+
+def test_a_bare_file_and_a_replaced_output(pair: Pair, tmp_path: Path) -> None:
+    single = tuple(
+        write_folder(tmp_path / name, random_tensors(MIXED_SHAPES, seed)) / "model.safetensors"
+        for seed, name in enumerate(("sft", "aligned"))
+    )
+    expo.merge(*single, 0.3, tmp_path / "one.safetensors")
+    merged_by(3, single, 0.1, tmp_path / "all.safetensors")  # type: ignore[arg-type]
+    merged_by(3, single, 0.3, tmp_path / "all.safetensors", overwrite=True)  # type: ignore[arg-type]
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "all.safetensors").read_bytes()
+
+
+def test_every_rank_does_its_part(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, by = filling.Filling._sink, {}
+
+    def counting(self: Any, k: int, chunk: Any, data: memoryview) -> None:
+        real(self, k, chunk, data)
+        by.setdefault(self._ranks.rank, []).append(chunk.stop - chunk.start)
+
+    monkeypatch.setattr(filling.Filling, "_sink", counting)
+    together = merged_by(3, pair, 0.3, tmp_path / "all")
+    sizes = [sum(by[rank]) for rank in range(3)]
+    assert sum(sizes) == together.bytes_written
+    assert max(sizes) - min(sizes) <= 2 * (8 << 10)
+
+
+HOLDING = """
+import fcntl, sys
+file = open(sys.argv[1], "r+")
+fcntl.flock(file, fcntl.LOCK_EX)
+print(flush=True)
+input()
+"""
+
+
+class Stop(Exception):
+    """What a test interrupts a rank with."""
+
+
+@contextlib.contextmanager
+def failing(monkeypatch: pytest.MonkeyPatch, rank: int, chunks: int, error: BaseException) -> Iterator[None]:
+    """This rank fails after so many chunks; the others are slow enough to notice."""
+    sink, seen = filling.Filling._sink, iter(range(10**6))
+
+    def sinking(self: Any, *arguments: Any) -> None:
+        if self._ranks.rank == rank and next(seen) >= chunks:
+            raise error
+        sink(self, *arguments)
+        time.sleep(0.02)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filling.Filling, "_sink", sinking)
+        yield
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("again", [1, 2, 4])
+def test_a_rank_that_fails_stops_the_others_and_any_number_of_ranks_go_on(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, rank: int, again: int
+) -> None:
+    out = tmp_path / "out"
+    expo.merge(*pair, 0.3, tmp_path / "one")
+    with failing(monkeypatch, rank, 3, Stop("the lights went out")):
+        found = Host(3).run(lambda ranks: expo.merge(*pair, 0.3, out, ranks=ranks))
+    assert isinstance(found[rank], Stop)
+    for other in {0, 1, 2} - {rank}:
+        assert isinstance(found[other], RankError)
+        assert re.match(
+            rf"rank {rank} of 3 on .+ failed: Stop: the lights went out; rank {other} of 3 has stopped too",
+            str(found[other]),
+        )
+    if rank:
+        assert str(found[0]).endswith(f"what is done is kept in {staging(out)}: the same command with --resume goes on")
+    assert not out.exists()
+    assert journals_of_ranks(str(staging(out))) == [f"{JOURNAL}.1", f"{JOURNAL}.2"]
+    written = [read(str(staging(out) / name)) for name in (JOURNAL, f"{JOURNAL}.1", f"{JOURNAL}.2")]
+    left = sum(stop - start for each in written if each for (_, start), (stop, _) in each.done.items())
+    assert left >= 3 * 8 << 10
+    resumed = merged_by(again, pair, 0.3, out, resume=True) if again > 1 else expo.merge(*pair, 0.3, out, resume=True)
+    assert resumed.resumed == left
+    assert files(out) == files(tmp_path / "one")
+    assert report(resumed) == report(expo.merge(*pair, 0.3, tmp_path / "two"))
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_what_ranks_left_is_not_touched_while_one_is_still_writing(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with failing(monkeypatch, 1, 3, Stop()):
+        Host(2).run(lambda ranks: expo.merge(*pair, 0.3, out, ranks=ranks))
+    before = files(staging(out))
+    command = [sys.executable, "-c", HOLDING, str(staging(out) / f"{JOURNAL}.1")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(expo.OutputError, match="are still stopping: try again"):
+                expo.merge(*pair, 0.3, out, **how)  # type: ignore[arg-type]
+        assert files(staging(out)) == before
+        process.communicate(b"\n")
+    expo.merge(*pair, 0.3, out, overwrite=True)
+
+
+def test_a_journal_of_another_merge_and_a_damaged_one_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    expo.merge(*pair, 0.3, tmp_path / "one")
+    with failing(monkeypatch, 1, 3, Stop()):
+        Host(2).run(lambda ranks: expo.merge(*pair, 0.3, out, ranks=ranks))
+    own = read(str(staging(out) / JOURNAL))
+    assert own is not None
+    other = (staging(out) / f"{JOURNAL}.1").read_bytes()
+    (staging(out) / f"{JOURNAL}.1").write_bytes(b"junk " + other)
+    (staging(out) / f"{JOURNAL}.7").write_bytes(journal.encode({"merge": {}, "chunk": own.chunk}) + other)
+    resumed = expo.merge(*pair, 0.3, out, resume=True)
+    assert resumed.resumed == sum(stop - start for (_, start), (stop, _) in own.done.items())
+    assert files(out) == files(tmp_path / "one")
+
+
+def test_a_rank_whose_journal_is_lost_at_the_end_is_no_silent_gap(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    collect = journal.Journal.collect
+
+    def losing(self: Any, size: int) -> Any:
+        for name in journals_of_ranks(self._folders[0]):
+            os.unlink(os.path.join(self._folders[0], name))
+        return collect(self, size)
+
+    monkeypatch.setattr(journal.Journal, "collect", losing)
+    found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert isinstance(found[0], expo.OutputError)
+    assert "a rank's journal cannot be read" in str(found[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_that_see_other_inputs_name_the_difference(pair: Pair, tmp_path: Path) -> None:
+    for k in (0, 1):
+        shutil.copytree(pair[1], tmp_path / f"host{k}")
+    shard = next(iter(sorted((tmp_path / "host1").glob("*.safetensors"))))
+    os.utime(shard, ns=(1, 1))
+    found = Host(2).run(
+        lambda ranks: expo.merge(pair[0], tmp_path / f"host{ranks.rank}", 0.3, tmp_path / "out", ranks=ranks)
+    )
+    assert [type(each) for each in found] == [RankError, RankError]
+    assert f"do not see the same merge: for 1, aligned: another size, time of change or header of {shard.name}" in str(
+        found[0]
+    )
+    found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3 + ranks.rank, tmp_path / "out", ranks=ranks))
+    assert "do not see the same merge: for 0, --alpha was [0.3], is [1.3]" in str(found[1])
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_an_error_before_the_start_is_told_to_all(pair: Pair, tmp_path: Path) -> None:
+    places = (pair[0], tmp_path / "nothing")
+    found = Host(2).run(lambda ranks: expo.merge(places[ranks.rank], pair[1], 0.3, tmp_path / "out", ranks=ranks))
+    assert isinstance(found[1], expo.CheckpointError)
+    assert re.match(r"rank 1 of 2 on .* failed: .*nothing: no such file", str(found[0]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_finds_damage_has_the_output_discarded(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    real = filling.read_back
+
+    def spoiled(path: str, start: int, memory: memoryview) -> int:
+        count = real(path, start, memory)
+        if threading.current_thread().name and path.endswith("model-00003-of-00003.safetensors"):
+            memory[count - 1] ^= 1
+        return count
+
+    monkeypatch.setattr(filling, "read_back", spoiled)
+    found = Host(3).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", verify=True, ranks=ranks))
+    assert sum(isinstance(each, Corrupt) for each in found) >= 1
+    assert all(isinstance(each, Corrupt | RankError) for each in found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_that_a_rank_finds_is_not_gone_on_with_by_whoever_was_not_told(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    """As where a launcher stops rank 0 before it can know why."""
+    write, compare = filling.ShardWriter.write, filling.Filling._compare
+
+    def damaging(self: Any, offset: int, data: memoryview, length: int) -> None:
+        data[0] ^= 1 if self.path.endswith("00003.safetensors") else 0
+        write(self, offset, data, length)
+
+    def comparing(self: Any, *arguments: Any) -> None:
+        if self._ranks.rank == 0:
+            time.sleep(0.2)
+            raise KeyboardInterrupt
+        compare(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filling.ShardWriter, "write", damaging)
+        patch.setattr(filling.Filling, "_compare", comparing)
+        patch.setattr(Ranks, "tell", lambda *_: None)
+        found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", verify=True, ranks=ranks))
+    assert isinstance(found[0], KeyboardInterrupt)
+    assert isinstance(found[1], Corrupt)
+    assert expo.merge(*pair, 0.3, tmp_path / "out", resume=True).resumed == 0
+    expo.merge(*pair, 0.3, tmp_path / "one")
+    assert files(tmp_path / "out") == files(tmp_path / "one")
+
+
+def test_an_interrupt_is_explained_by_the_failure_behind_it(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    def sinking(self: Any, *arguments: Any) -> None:
+        if self._ranks.rank == 1:
+            raise expo.OutputError("the disk of rank 1 is full")
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filling.Filling, "_sink", sinking)
+        found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert "failed: the disk of rank 1 is full; rank 0 of 2 has stopped too; what is done is kept" in str(found[0])
+    assert expo.merge(*pair, 0.3, tmp_path / "out", resume=True).resumed == 0
+
+
+def test_an_error_is_told_and_raised_though_the_launcher_stops_its_rank_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    (ranks, other) = Host(2).ranks
+    with monkeypatch.context() as patch:
+        patch.setattr(expo.merging.process_group.time, "sleep", interrupted)
+        with pytest.raises(Stop, match="the real one"), ranks.together():
+            raise Stop("the real one")
+    with pytest.raises(RankError, match="failed: Stop: the real one"):
+        other.gather(None)
+    for each in (ranks, other):
+        each.close()
+
+
+def test_overwrite_starts_anew_where_going_on_is_not_possible(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    """A launcher that restarts implies --resume."""
+    with failing(monkeypatch, 1, 3, Stop()):
+        Host(2).run(lambda ranks: expo.merge(*pair, 0.1, tmp_path / "out", ranks=ranks))
+    with pytest.raises(expo.OutputError, match="holds another merge"):
+        expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
+    assert merged_by(2, pair, 0.3, tmp_path / "out", resume=True, overwrite=True).resumed == 0
+    expo.merge(*pair, 0.3, tmp_path / "one")
+    assert files(tmp_path / "out") == files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_a_rank_lost_after_the_commit_takes_nothing_away(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, restarts: bool
+) -> None:
+    commit, follow = expo.merging.coordinator.Making.commit, expo.merging.merge._follow
+
+    def late(self: Any) -> Any:
+        """Commit, and wait until the other has failed."""
+        found = commit(self)
+        deadline = time.monotonic() + 10
+        while self._ranks._watch.failure is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return found
+
+    def losing(weak: Any, strong: Any, job: Any, identity: Any, ranks: Any, fill: Callable[[Any], Any]) -> Any:
+        def filled(filling: Any) -> None:
+            fill(filling)
+            raise Stop
+
+        return follow(weak, strong, job, identity, ranks, filled)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(expo.merging.coordinator.Making, "commit", late)
+        patch.setattr(expo.merging.merge, "_follow", losing)
+        found = Host(2, restarts=restarts).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert isinstance(found[0], Merged)
+    assert isinstance(found[1], Stop)
+    assert [path.name for path in tmp_path.glob(".*")] == ([".out.expo-journal"] if restarts else [])
+    if restarts:  # and the next attempt finds that there is nothing left to do
+        again = merged_by(2, pair, 0.3, tmp_path / "out", resume=True)
+        assert again.resumed == again.bytes_written
+        assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_rank_that_cannot_begin_lets_go_of_its_journal(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    append = journal.Journal._append
+
+    def full(self: Any, record: Any) -> None:
+        if self._rank:
+            raise expo.OutputError("the disk is full")
+        append(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "_append", full)
+        found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert all(isinstance(each, expo.OutputError | RankError) for each in found)
+    expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
+
+
+def test_a_journal_that_is_late_is_waited_for_and_another_merges_is_not_joined(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / ".out.expo-staging"
+
+    def later() -> None:
+        time.sleep(0.15)
+        folder.mkdir()
+        journal.Journal([str(folder)], {"alpha": 1}).begin(4096)
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    with contextlib.closing(journal.Journal([str(folder)], {"alpha": 1}, 3)) as mine:
+        mine.join(4096)
+    thread.join()
+    found = read(str(folder / f"{JOURNAL}.3"))
+    assert found is not None
+    assert (found.merge, found.chunk, found.done) == ({"alpha": 1}, 4096, {})
+    monkeypatch.setattr(journal, "LATE", 0.0)
+    with (
+        contextlib.closing(journal.Journal([str(folder)], {"alpha": 2}, 4)) as other,
+        pytest.raises(expo.OutputError, match="rank 4 cannot read rank 0's journal of this merge"),
+    ):
+        other.join(4096)
+
+
+def test_a_rank_that_begins_late_divides_the_work_as_the_others_do(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
+) -> None:
+    """Rank 0 has written much of its own part down by then."""
+    real = journal.Journal.join
+
+    def late(self: Any, size: int) -> None:
+        time.sleep(0.2)
+        real(self, size)
+
+    monkeypatch.setattr(journal.Journal, "join", late)
+    merged_by(3, pair, 0.3, tmp_path / "all")
+    expo.merge(*pair, 0.3, tmp_path / "one")
+    assert files(tmp_path / "all") == files(tmp_path / "one")
+
+
+def test_cancel_ends_the_waiting_for_others(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
+    cancel = threading.Event()
+    sink = filling.Filling._sink
+
+    def slow(self: Any, *arguments: Any) -> None:
+        if self._ranks.rank == 1:
+            time.sleep(0.05)
+        sink(self, *arguments)
+
+    def fill(*arguments: Any, **named: Any) -> Any:
+        threading.Timer(0.4, cancel.set).start()  # rank 0 has done its part by then
+        return filled(*arguments, **{**named, "cancel": None})
+
+    filled = expo.merging.merge._fill
+    monkeypatch.setattr(filling.Filling, "_sink", slow)
+    monkeypatch.setattr(expo.merging.merge, "_fill", fill)
+    found = Host(2).run(
+        lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks, cancel=None if ranks.rank else cancel)
+    )
+    assert isinstance(found[0], expo.Cancelled)
+    assert isinstance(found[1], RankError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for(pair: Pair, tmp_path: Path) -> None:
+    release = threading.Event()
+
+    class Silent:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: release.wait(20)
+
+    ranks = Ranks(Silent(), lambda value: [value], 1, 2, patience=0.2)
+    try:
+        with pytest.raises(RankError, match="the store of the ranks has not answered rank 1 of 2"):
+            expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks)
+        interrupt = KeyboardInterrupt()
+        assert ranks.cause(interrupt) is interrupt  # nobody has said why
+    finally:
+        release.set()
+        ranks.close()
+
+
+@pytest.mark.parametrize(("rank", "world"), [("5", "2"), ("-1", "2"), ("x", "2"), ("0", "two")])
+def test_what_no_launcher_sets_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str, world: str) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(expo.UsageError, match="not what a launcher sets; unset"), join():
+        pass
+
+
+def test_ranks_that_do_not_come_are_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expo.merging.process_group.MEET", 0.3)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **address}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match=r"not all ranks have come .*to merge alone .* unset WORLD_SIZE"), join():
+        pass
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_rank_that_does_not_answer_counts_as_dead(pair: Pair, tmp_path: Path, silent: int) -> None:
+    host = Host(3, patience=0.3)
+
+    def work(ranks: Ranks) -> Any:
+        if ranks.rank == silent:
+            ranks.close()
+            return None
+        return expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks)
+
+    for rank, error in enumerate(host.run(work)):
+        if rank != silent:
+            assert isinstance(error, RankError)
+            assert f"rank {silent} of 3 has not answered for 0 s; rank {rank} of 3 has stopped too" in str(error)
+
+
+def test_a_store_that_is_gone_is_said(pair: Pair, tmp_path: Path) -> None:
+    class Gone:
+        def __getattr__(self, name: str) -> Any:
+            def fails(*_: Any) -> Any:
+                raise RuntimeError("Connection reset by peer")
+
+            return fails
+
+    ranks = Ranks(Gone(), lambda value: [value], 1, 2)
+    with contextlib.closing(ranks), pytest.raises(RankError, match="Connection reset by peer"):
+        expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks)
+
+
+def test_an_interrupt_says_who_was_told_to_stop(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
+    with failing(monkeypatch, 1, 2, KeyboardInterrupt()):
+        found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert isinstance(found[1], KeyboardInterrupt)
+    assert str(found[1]) == (
+        "rank 1 of 2 on " + socket.gethostname() + " was told to stop, by Ctrl-C or by the launcher, which does so "
+        "when another rank has died"
+    )
+    assert isinstance(found[0], RankError)
+
+
+@pytest.mark.parametrize(
+    ("options", "device"),
+    [
+        ({"device": "cuda"}, "cuda:3"),
+        ({"engine": "triton"}, "cuda:3"),
+        ({"device": "cuda:0"}, "cuda:0"),
+        ({"device": "cpu"}, "cpu"),
+        ({}, "auto"),
+    ],
+)
+def test_each_rank_takes_the_gpu_of_its_local_rank_and_its_share_of_the_processors(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, options: dict[str, str], device: str
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def crew(engine: str, device: str, processes: int) -> Any:
+        asked.append((device, processes))
+        raise expo.EngineError("no GPU here")
+
+    monkeypatch.setattr(expo.merging.merge, "crew", crew)
+    ranks = Ranks(dist.HashStore(), lambda value: [value], 7, 8, local_rank=3, local_world=4)
+    with contextlib.closing(ranks), pytest.raises(expo.EngineError):
+        expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks, **options)  # type: ignore[arg-type]
+    assert asked == [(device, 4)]
+
+
+def test_progress_of_rank_0_is_that_of_all(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
+    with failing(monkeypatch, 9, 0, Stop()):  # nobody does, and all are slow
+        Host(3).run(
+            lambda ranks: expo.merge(
+                *pair, 0.3, tmp_path / "out", ranks=ranks, progress=lambda *at: seen[ranks.rank].append(at)
+            )
+        )
+    total = seen[0][-1][1]
+    assert max(done for done, _ in seen[0]) > 0.7 * total
+    assert all(done <= total for done, _ in seen[0])
+
+
+# Processes.
+
+ROOT = Path(__file__).parents[2]
+SLOW = """
+import os, signal, sys, time
+from pathlib import Path
+from expo import fast
+from expo.merging import rank_worker as filling
+from expo.output import journal
+from expo.execution import worker_pool as work
+work.CHUNK, journal.INTERVAL = 8 << 10, 0.0
+sink, seen = filling.Filling._sink, iter(range(10**6))
+doomed, flag = sys.argv.pop(1), Path(sys.argv.pop(1))
+
+def sinking(self, *arguments):
+    sink(self, *arguments)
+    time.sleep(0.02)
+    if os.environ["RANK"] == doomed and next(seen) == 5 and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+filling.Filling._sink = sinking
+sys.exit(fast.main())
+"""
+
+
+def torchrun(*options: object) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *map(str, options)]
+
+
+def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def inputs(pair: Pair, out: Path) -> list[str]:
+    return ["--sft", str(pair[0]), "--aligned", str(pair[1]), "--alpha", "0.3", "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a merge in one process."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    expo.merge(*pair, 0.3, out)
+    return files(out)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> list[str]:
+    """A program that merges slowly, and whose rank 2 is killed in the middle, once."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    return [str(tmp_path / "slow.py"), "2", str(tmp_path / "killed")]
+
+
+def test_two_processes_under_torchrun_make_the_same_bytes(pair: Pair, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    command = torchrun("--standalone", "--nproc-per-node", 2, "-m", "expo.fast")
+    done = run([*command, *inputs(pair, tmp_path / "out"), "--json"])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ranks"] == 2  # one object: of rank 0
+    assert files(tmp_path / "out") == whole
+    planned = run([*command, *inputs(pair, tmp_path / "new"), "--plan", "--json"])
+    assert json.loads(planned.stdout)["outputs"] == [str(tmp_path / "new")]
+
+
+def test_a_killed_process_of_four_stops_all_and_resume_goes_on(
+    pair: Pair, tmp_path: Path, whole: dict[str, bytes], slow: list[str]
+) -> None:
+    out, four = tmp_path / "out", torchrun("--standalone", "--nproc-per-node", 4)
+    done = run([*four, *slow, *inputs(pair, out), "--quiet"])
+    assert done.returncode == 1
+    assert (tmp_path / "killed").exists()
+    assert "when another rank has died" in done.stderr
+    assert f"what is done is kept in {staging(out)}: the same command with --resume goes on" in done.stderr
+    assert "Traceback" not in done.stderr.partition("torch/distributed")[0]
+    assert not out.exists()
+    resumed = run([*four, *slow, *inputs(pair, out), "--resume", "--json"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["resumed"] > 0
+    assert files(out) == whole
+
+
+@pytest.mark.exhaustive
+def test_torchrun_starts_again_and_goes_on_by_itself(
+    pair: Pair, tmp_path: Path, whole: dict[str, bytes], slow: list[str]
+) -> None:
+    command = torchrun("--standalone", "--nproc-per-node", 3, "--max-restarts", 1)
+    done = run([*command, *slow, *inputs(pair, tmp_path / "out"), "--json"])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed").exists()
+    assert json.loads(done.stdout)["resumed"] > 0
+    assert files(tmp_path / "out") == whole
+
+
+def two_hosts(commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+    """Two launchers at once; the exit code and stderr of each."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(each, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment) for each in commands
+    ]
+    try:
+        return [(process.wait(120), process.stderr.read() if process.stderr else "") for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            if process.stderr:
+                process.stderr.close()
+
+
+def test_two_hosts_by_two_loopback_addresses(pair: Pair, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    port = free_port()
+    commands = [
+        [*torchrun("--nnodes", 2, "--node-rank", k, "--nproc-per-node", 2, "--master-addr", "127.0.0.1",
+                   "--master-port", port, "--local-addr", f"127.0.0.{k + 1}", "-m", "expo.fast"),
+         *inputs(pair, tmp_path / "out"), "--quiet"]
+        for k in range(2)
+    ]  # fmt: skip
+    assert [code for code, _ in two_hosts(commands)] == [0, 0]
+    assert files(tmp_path / "out") == whole
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """Two network namespaces with a wire between them, 10.77.0.1 and 10.77.0.2: what two hosts see of each other."""
+    names = [f"expo{os.getpid()}{end}" for end in "ab"]
+    made = ["ip netns add {0}", "ip netns add {1}", "ip -n {0} link add wire type veth peer name wire netns {1}"]
+    for k in (0, 1):
+        for what in (f"address add 10.77.0.{k + 1}/24 dev wire", "link set wire up", "link set lo up"):
+            made.append(f"ip -n {{{k}}} {what}")
+    try:
+        for command in made:
+            done = subprocess.run(command.format(*names).split(), capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
+        yield names
+    except FileNotFoundError:
+        pytest.skip("no network namespaces here: ip (iproute2) is not installed")
+    finally:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def test_two_hosts_by_two_network_namespaces(
+    pair: Pair, tmp_path: Path, whole: dict[str, bytes], namespaces: list[str]
+) -> None:
+    commands = [
+        ["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=wire",
+         *torchrun("--nnodes", 2, "--node-rank", k, "--nproc-per-node", 1, "--master-addr", "10.77.0.1",
+                   "--master-port", 29500, "-m", "expo.fast"),
+         *inputs(pair, tmp_path / "out"), "--quiet"]
+        for k, name in enumerate(namespaces)
+    ]  # fmt: skip
+    assert [code for code, _ in two_hosts(commands)] == [0, 0]
+    assert files(tmp_path / "out") == whole
