@@ -11,6 +11,7 @@ torch.ops.expo.extrapolate is the last of them as an operator, where torch is im
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__ as __version__
 from .errors import (
     Cancelled,
     CheckpointError,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from .search import SearchResult, search_alpha
     from .tensors.live import Live
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Cancelled",

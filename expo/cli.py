@@ -7,14 +7,19 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import ExpoError
+from .text import size_text
 
 INTERRUPTED = 130
+WIDTH = 30  # characters of the bar
+LOG_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
 def run(work: Callable[[], int], left: str = "nothing was left behind") -> int:
@@ -83,3 +88,38 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class Bar:
+    """Call it with (done, total) in bytes; `close` ends the line."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._began = self._drawn = time.monotonic()
+        self._open = False
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._live:
+            text = self._text(done, total, now)
+            width = max(0, min(WIDTH, shutil.get_terminal_size().columns - len(text) - 2))  # a wrapped line piles up
+            filled = width * done // total if total else width
+            self._stream.write(f"\r{'█' * filled}{'░' * (width - filled)} {text}\x1b[K")
+            self._stream.flush()
+            self._open = True
+        elif now - self._drawn >= LOG_EVERY:
+            self._drawn = now
+            print(self._text(done, total, now), file=self._stream, flush=True)
+
+    def _text(self, done: int, total: int, now: float) -> str:
+        share = done / total if total else 1.0
+        rate = done / max(now - self._began, 1e-3)
+        left = f"{(total - done) / rate:.0f} s left" if rate else "starting"
+        return f"{share:4.0%}  {size_text(done)} of {size_text(total)}, {size_text(rate)}/s, {left}"
+
+    def close(self) -> None:
+        if self._open:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+            self._open = False

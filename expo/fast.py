@@ -15,17 +15,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from . import __version__
-from .cli import as_json, run, show, warn
+from ._version import __version__
+from .cli import Bar, as_json, run, show, warn
+from .dtypes import OUTPUT_DTYPES
 from .errors import UsageError
 from .execution.engines import ENGINES
 from .merging import process_group as ranks
 from .merging.merge import Preview, merge, preview
 from .merging.result import Merged
 from .planning.pairing import describe
-from .planning.plan import ON_MISMATCH, ON_UNPAIRED, OUTPUT_DTYPES
+from .planning.plan import ON_MISMATCH, ON_UNPAIRED
 from .planning.steps import Action
-from .progress import Bar, size
+from .text import size_text
 
 SHOWN = 8  # copied or dropped tensors and left-out files that the summary names one by one
 EPILOG = """\
@@ -168,11 +169,11 @@ def _merge(options: argparse.Namespace) -> int:
 def _summary(merged: Merged) -> Iterator[str]:
     moved = merged.bytes_read + merged.bytes_written
     yield (
-        f"{size(merged.bytes_read)} read, {size(merged.bytes_written)} written in {merged.seconds:.2f} s, "
-        f"{size(moved / merged.seconds)}/s moved"
+        f"{size_text(merged.bytes_read)} read, {size_text(merged.bytes_written)} written in {merged.seconds:.2f} s, "
+        f"{size_text(moved / merged.seconds)}/s moved"
     )
     if merged.resumed:
-        yield f"  resumed  {size(merged.resumed)} of it were there already"
+        yield f"  resumed  {size_text(merged.resumed)} of it were there already"
     yield f"  tensors  {merged.extrapolated} extrapolated, {len(merged.copied)} copied, {len(merged.dropped)} dropped"
     yield from _some([f"copied {name}: {reason}" for name, reason in merged.copied])
     yield from _some([f"extrapolated {name}: {reason}" for name, reason in merged.noted])
@@ -216,7 +217,7 @@ def _plan_text(found: Preview) -> Iterator[str]:
         detail = ", ".join([alphas] * (step.action is Action.EXTRAPOLATE) + [step.reason] * bool(step.reason))
         to = f" to {step.dtype}" if step.dtype != step.aligned.dtype else ""
         what = f"{step.action.value:11}  {step.label:{width}}  {describe(step.aligned) + to:22}  {detail}"
-        yield f"{what}  {size(step.nbytes)}"
+        yield f"{what}  {size_text(step.nbytes)}"
     for name, reason in plan.dropped.items():
         yield f"{'drop':11}  {name:{width}}  {reason}"
     for name in plan.made:
@@ -225,8 +226,9 @@ def _plan_text(found: Preview) -> Iterator[str]:
         yield f"{'carry':11}  {name}"
     for name, reason in plan.left_out:
         yield f"{'leave out':11}  {name}: {reason}"
-    yield f"reads {size(plan.input_bytes)}, writes {size(plan.output_bytes)}; {size(found.free)} are free"
-    yield f"memory about {size(found.memory)}; engine {engine.name}, {len(found.crew)} workers ({engine.why})"
+    moved = f"reads {size_text(plan.input_bytes)}, writes {size_text(plan.output_bytes)}"
+    yield f"{moved}; {size_text(found.free)} are free"
+    yield f"memory about {size_text(found.memory)}; engine {engine.name}, {len(found.crew)} workers ({engine.why})"
     for note in found.notes:
         yield f"note: {note}"
     for out in found.outs:

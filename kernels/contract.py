@@ -15,9 +15,6 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-# Floating dtypes that are extrapolated, by their safetensors name, and bytes per element.
-ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-
 
 class Statistics(NamedTuple):
     """How far a piece of a tensor moved; `d` is aligned - sft in fp32 (fp64 for F64 tensors).

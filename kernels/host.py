@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..dtypes import ITEMSIZE, torch_dtypes
 from . import numerics
-from .contract import ITEMSIZE, Statistics
+from .contract import Statistics
 from .extrapolate import available, interpreted
 from .sweep import Partials, launch, statistics
-from .twin import DTYPES
 
 
 class HostEngine:
@@ -56,4 +56,4 @@ class HostEngine:
         size = n * ITEMSIZE[dtype]
         host = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         host.numpy()[:] = np.frombuffer(memory, np.uint8, size)
-        return host.to(self.device).view(DTYPES[dtype])
+        return host.to(self.device).view(torch_dtypes()[dtype])

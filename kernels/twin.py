@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-
 
 def twin(sft: torch.Tensor, aligned: torch.Tensor, alpha: float) -> torch.Tensor:
     """Round aligned + alpha * (aligned - sft) once to aligned's dtype; tensors of one shape on one device.

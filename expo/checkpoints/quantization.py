@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..kernels.contract import ITEMSIZE
+from ..dtypes import INTEGERS, ITEMSIZE
 from ..planning.pairing import is_buffer
 from .checkpoint import Checkpoint
 from .naming import any_number
@@ -40,7 +40,6 @@ TENSORS = (
 )
 SCALE = re.compile(r"\.weight_scale(_inv)?$")
 CODE_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32"}  # position ids and indices are I64, masks are BOOL
-INTEGERS = CODE_DTYPES | {"BOOL", "I64", "U64"}
 # The last part of a name that says "codes", and words that say "what turns codes into numbers".
 CODES = re.compile(r"(^|[._])(q_?weight|w_q|weight_q|weight_packed|q_?data|int_data|qidxs)$", re.IGNORECASE)
 CODES_OF_ANY_DTYPE = re.compile(r"\.W_q$")  # HQQ may store its bytes as if they were floats

@@ -12,18 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from ..dtypes import BITS
 from ..errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes; the reference implementation's limit
 ALIGNMENT = 4096  # our data start here, so that a file can be cut and written in whole blocks
 
-# Bits per element, in the order in which safetensors' own writer sorts tensors (last first).
-DTYPES = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
-    "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
-}  # fmt: skip
-_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+_RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
 
 class TensorInfo(NamedTuple):
@@ -119,13 +114,13 @@ def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise fail("its entry is not an object of dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise fail(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise fail(f"dtype {dtype!r} is none of {', '.join(BITS)}")
     if not _naturals(shape):
         raise fail(f"shape {shape!r} is not a list of whole numbers from 0 to 2^63 - 1")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise fail(f"data_offsets {offsets!r} are not [begin, end] with begin <= end")
-    bits = DTYPES[dtype]
+    bits = BITS[dtype]
     for length in shape:
         bits *= length
         if bits >= 2**66:
@@ -167,7 +162,7 @@ def emit(
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, dtype, shape in ordered:
-        begin, offset = offset, offset + element_count(shape) * DTYPES[dtype] // 8
+        begin, offset = offset, offset + element_count(shape) * BITS[dtype] // 8
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, offset]}
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(8 + len(text)) % ALIGNMENT)

@@ -25,9 +25,10 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from ..dtypes import BITS, FROM_TORCH
 from ..errors import CheckpointError
 from .reader import Identity, Reader, opened
-from .safetensors_header import DTYPES, Header, TensorInfo, element_count, is_unicode
+from .safetensors_header import Header, TensorInfo, element_count, is_unicode
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -43,18 +44,12 @@ GAP = 1 << 13  # bytes between two elements that are sooner read than skipped
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 FIX = "save model.state_dict() alone, or load it with transformers and save_pretrained() it"
 
-# safetensors' name for each dtype of torch that it has, and the others' bytes per element.
-_NAMES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint16": "U16",
-    "uint32": "U32", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "complex64": "C64",
-}  # fmt: skip
+# Bytes per element of the dtypes that torch has and safetensors has not.
 _OTHERS = {
     "complex32": 4, "complex128": 16, "quint8": 1, "qint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1, "bits8": 1,
     "bits16": 2, "bits1x8": 1, "bits2x4": 1, "bits4x2": 1, "float4_e2m1fn_x2": 1,
 }  # fmt: skip
-_ITEMSIZE = {**{torch: DTYPES[name] // 8 for torch, name in _NAMES.items()}, **_OTHERS}
+_ITEMSIZE = {**{torch: BITS[name] // 8 for torch, name in FROM_TORCH.items()}, **_OTHERS}
 
 # What a pickle may refer to, as "module name": classes of storages, with the dtypes that these stand for; dtypes; the
 # functions that build a tensor and a parameter, with the number of arguments that each takes.
@@ -140,7 +135,7 @@ class PickledShard:
             if dims and dims != ((dims[0][0], 1),):
                 self.readers[view.name] = Gathered(self.reader, start, dims, _ITEMSIZE[view.dtype])
                 start = 0
-            tensors.append(TensorInfo(view.name, _NAMES[view.dtype], view.shape, start, start + nbytes))
+            tensors.append(TensorInfo(view.name, FROM_TORCH[view.dtype], view.shape, start, start + nbytes))
         return tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.name)))
 
 
@@ -667,8 +662,8 @@ def _view(path: str, name: str, called: _Called) -> _View:
         dtype, bits = _DTYPES.get(bits[0].name, "") if type(bits[0]) is _Global else "", bits[1:]
     if bits and not _none(bits[0]):
         raise _wrong(path, name, f"it is conjugated or negated as it is read, which is not supported; {FIX}")
-    if dtype not in _NAMES:
-        raise _wrong(path, name, f"dtype {f'torch.{dtype}' if dtype else 'unknown'} is none of {', '.join(_NAMES)}")
+    if dtype not in FROM_TORCH:
+        raise _wrong(path, name, f"dtype {f'torch.{dtype}' if dtype else 'unknown'} is none of {', '.join(FROM_TORCH)}")
     if not _naturals((offset,)) or not _naturals(shape) or not _naturals(strides) or len(shape) != len(strides):
         raise _wrong(
             path, name, "offset, shape and strides are not whole numbers from 0 to 2^63 - 1, as many strides as dims"

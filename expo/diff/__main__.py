@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from .. import __version__
-from ..cli import as_json, run, show, warn
+from ..cli import Bar, as_json, run, show, warn
 from ..planning.plan import ON_MISMATCH, ON_UNPAIRED
-from ..progress import Bar, size
+from ..text import size_text
 from .report import check_report, write
 from .table import table
 
@@ -55,7 +55,9 @@ def _run(options: argparse.Namespace) -> int:
         show(as_json(asdict(found)))
     elif not options.quiet:
         lines = list(table(found, shutil.get_terminal_size().columns))
-        lines.append(f"{size(found.bytes_read)} read in {seconds:.2f} s, {size(found.bytes_read / seconds)}/s")
+        lines.append(
+            f"{size_text(found.bytes_read)} read in {seconds:.2f} s, {size_text(found.bytes_read / seconds)}/s"
+        )
         show("\n".join([*lines, *([f"-> {options.out}"] if options.out else [])]))
     return 0
 

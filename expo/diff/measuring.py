@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from ..checkpoints.safetensors_header import DTYPES
+from ..dtypes import BITS, ITEMSIZE
 from ..execution.engines import MOST_WORKERS, Engine, choose, cpu_count
 from ..execution.tensor_source import WIDEST, Source
 from ..execution.worker_pool import CHUNK, Lane, Pass, Progress, Result
-from ..kernels.contract import ITEMSIZE
-from ..output.staging import aligned_buffer
+from ..memory import page_aligned
 from ..planning.plan import UNTOUCHED, Plan
 from ..planning.shards import Chunk, Piece, cut
 from ..planning.steps import Action, Step
@@ -56,7 +55,7 @@ class _Gauge:
     def __init__(self, source: Source, engine: Engine, found: list[tuple[str, Sums]]) -> None:
         self._source, self._engine, self._found = source, engine, found
         self._meter = Meter()
-        self._buffers = [aligned_buffer(BLOCK * WIDEST) for _ in range(2)]
+        self._buffers = [page_aligned(BLOCK * WIDEST) for _ in range(2)]
 
     def begin(self, chunk: Chunk) -> None:
         for piece in chunk.pieces:
@@ -75,7 +74,7 @@ class _Gauge:
         aligned, *others = self._source.spans(step, piece.start, piece.stop)
         sft = others[0] if others else aligned
         dtypes = (step.sft or step.aligned).dtype, step.aligned.dtype
-        n = (aligned.stop - aligned.start) * 8 // DTYPES[dtypes[1]]
+        n = (aligned.stop - aligned.start) * 8 // BITS[dtypes[1]]
         with aligned.mapped() as a, sft.mapped() as s:
             if a is not None and s is not None:
                 yield from self._meter.blocks(s, dtypes[0], a, dtypes[1], n)
@@ -92,7 +91,7 @@ class _Gauge:
         step = piece.step
         work = "F64" if step.aligned.dtype == "F64" else "F32"
         whole = step._replace(action=Action.COPY, sft=None, alphas=(0.0,), dtype=work)
-        item, wide = DTYPES[step.dtype] // 8, DTYPES[work] // 8
+        item, wide = BITS[step.dtype] // 8, BITS[work] // 8
         for start in range(piece.start // item, piece.stop // item, BLOCK):
             stop = min(start + BLOCK, piece.stop // item)
             base, below = self._buffers[0][: (stop - start) * item], self._buffers[1][: (stop - start) * wide]

@@ -14,11 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..checkpoints.safetensors_header import DTYPES as BITS
+from ..dtypes import BITS, ITEMSIZE, torch_dtypes
 from ..kernels import sweep
-from ..kernels.contract import ITEMSIZE
 from ..kernels.sweep import Partials
-from ..kernels.twin import DTYPES
 from ..planning.plan import Plan
 from ..planning.shards import Chunk, Piece
 from ..planning.steps import Step
@@ -93,7 +91,7 @@ class Slot:
         step, start, stop, at = piece
         assert step.sft is not None
         s, a = slice(at * ratio, at * ratio + sft_bytes), slice(at, at + stop - start)
-        kind = DTYPES[step.aligned.dtype]
+        kind = torch_dtypes()[step.aligned.dtype]
         results = self.results[: len(step.active), a]
         rows = sweep.partial_rows((stop - start) // ITEMSIZE[step.aligned.dtype])
         first, self.rows = self.rows, self.rows + -(-rows // 4) * 4  # so that every piece's rows start at 16 bytes
@@ -101,7 +99,7 @@ class Slot:
             number,
             step,
             inputs=[(self.host.sft[s], self.gpu.sft[s]), (self.host.aligned[a], self.gpu.aligned[a])],
-            operands=(self.gpu.sft[s].view(DTYPES[step.sft.dtype]), self.gpu.aligned[a].view(kind)),
+            operands=(self.gpu.sft[s].view(torch_dtypes()[step.sft.dtype]), self.gpu.aligned[a].view(kind)),
             results=results.view(kind),
             outputs=[(self.outs[k][a], row) for k, row in zip(step.active, results, strict=True)],
             partials=self.gpu.partials(first, rows, len(results), len(self.outs)) if measure else None,

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.reader import Bytes, Reader
-from ..checkpoints.safetensors_header import DTYPES
+from ..dtypes import BITS
 from ..errors import EngineError
 from ..kernels.contract import Statistics, total
-from ..output.staging import aligned_buffer
+from ..memory import page_aligned
 from ..planning.shards import Piece
 from ..planning.steps import Step
 from .engines import Engine
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 READ = 256 << 10  # bytes read of each input at a time where it is not mapped: both stay in the second-level cache
 WIDEST = 8  # bytes of an element
-BLOCK = 1 << 17  # elements converted at a time: of 2^15 to 2^19 it was the fastest, more cost cache, and less Python
-CONVERTING = 7 * BLOCK * WIDEST  # bytes that a worker takes for it: inputs, and up to five fp32 or fp64 forms
+CONVERTED = (
+    1 << 17
+)  # elements converted at a time: of 2^15 to 2^19 it was the fastest, more cost cache, and less Python
+CONVERTING = 7 * CONVERTED * WIDEST  # bytes that a worker takes for it: inputs, and up to five fp32 or fp64 forms
 FACTORS = 8  # adapters' matrices held at a time; neighbouring chunks need the same
 
 
@@ -72,11 +74,11 @@ class Source:
 
         Where there is a delta both are the base, which is there once.
         """
-        bits = DTYPES[step.dtype]
+        bits = BITS[step.dtype]
         found = []
         for checkpoint, tensor in ((self._aligned, step.aligned), (self._sft, None if step.delta else step.sft)):
             if tensor is not None:
-                low, high = (tensor.start + at * DTYPES[tensor.dtype] // bits for at in (start, stop))
+                low, high = (tensor.start + at * BITS[tensor.dtype] // bits for at in (start, stop))
                 reader = self._aligned.reader(step.name) if checkpoint is self._aligned else None
                 found.append(Span(reader or self._sft.reader(tensor.name), low, high))
         return found
@@ -106,7 +108,7 @@ class Source:
     def _in_blocks(self, run: Run, sft: Span, aligned: Span) -> Statistics | None:
         """What cannot be mapped, by way of buffers that stay in the cache."""
         sizes = sft.stop - sft.start, aligned.stop - aligned.start
-        n = sizes[1] * 8 // DTYPES[run.step.aligned.dtype]
+        n = sizes[1] * 8 // BITS[run.step.aligned.dtype]
         items = [size // max(n, 1) for size in sizes]
         most = READ // max(items)  # elements of a block
         parts = []
@@ -124,7 +126,7 @@ class Source:
             self._scratch.buffers = {}
         held: dict[int, tuple[memoryview, memoryview]] = self._scratch.buffers
         if size not in held:
-            held[size] = aligned_buffer(size), aligned_buffer(size)
+            held[size] = page_aligned(size), page_aligned(size)
         return held[size]
 
     def _converted(
@@ -133,14 +135,14 @@ class Source:
         """An output in another dtype than aligned's, or with an adapter's delta: through fp32, rounded once."""
         from . import conversion as converting
 
-        item = DTYPES[step.dtype] // 8
+        item = BITS[step.dtype] // 8
         with self._reads_factors:
             factors = None if step.delta is None else self._factors(step.delta)
         parts = []
-        for low in range(start, stop, BLOCK * item):
-            high = min(low + BLOCK * item, stop)
+        for low in range(start, stop, CONVERTED * item):
+            high = min(low + CONVERTED * item, stop)
             inputs = []
-            for span, buffer in zip(self.spans(step, low, high), self._buffers(BLOCK * WIDEST), strict=False):
+            for span, buffer in zip(self.spans(step, low, high), self._buffers(CONVERTED * WIDEST), strict=False):
                 inputs.append(buffer[: span.stop - span.start])
                 span.reader.read(span.start, inputs[-1])
             views = [out[low - start : high - start] for out in outs]
@@ -178,7 +180,7 @@ class Run(NamedTuple):
         """Compute from both inputs' bytes into the outputs' from byte `at` on. Raises EngineError."""
         step = self.step
         assert step.sft is not None
-        n = len(aligned) * 8 // DTYPES[step.aligned.dtype]
+        n = len(aligned) * 8 // BITS[step.aligned.dtype]
         outs = [out[at : at + len(aligned)] for out in self.outs]
         alphas = [step.alphas[k] for k in self.active]
         try:

@@ -14,14 +14,13 @@ from typing import NamedTuple, Protocol
 
 from ..errors import Cancelled, EngineError, ExpoError
 from ..kernels.contract import Statistics
-from ..output.staging import BLOCK, aligned_buffer
+from ..memory import MIB, PAGE, page_aligned
 from ..planning.plan import Plan
 from ..planning.shards import Chunk
 from .engines import Engine
 from .gpu_kernels import error_text
 from .tensor_source import Source
 
-MIB = 1 << 20
 BUFFERS = 32 * MIB  # bytes of all workers' buffers together, at most
 CHUNK = 4 * MIB  # bytes of one output; 2 to 8 MiB were equally fast, and less of it is less memory
 RING_SLOTS = 3  # chunks under way on a GPU: one that the host fills or empties, one going up, one coming down
@@ -36,7 +35,7 @@ Sink = Callable[[int, Chunk, memoryview], None]  # (output's number, chunk, its 
 
 def chunk_size(workers: int, outputs: int) -> int:
     """Bytes of a chunk such that the buffers of all workers and outputs stay within BUFFERS; a multiple of 4096."""
-    return max(min(CHUNK, BUFFERS // (workers * outputs)) // BLOCK, 1) * BLOCK
+    return max(min(CHUNK, BUFFERS // (workers * outputs)) // PAGE, 1) * PAGE
 
 
 class Queue:
@@ -98,7 +97,7 @@ class Direct:
         self._engine = engine
         self._source = source
         self._measure = measure
-        self._buffers = [aligned_buffer(size) for _ in range(outputs)]
+        self._buffers = [page_aligned(size) for _ in range(outputs)]
         self._measured: Measured = {}
 
     def begin(self, chunk: Chunk) -> None:

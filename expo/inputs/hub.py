@@ -37,7 +37,7 @@ from ..checkpoints.custom_code import find_code
 from ..checkpoints.safetensors_header import MAX_HEADER
 from ..checkpoints.sidecars import CARD, OTHER_WEIGHTS, Code, sort_files
 from ..errors import CheckpointError
-from ..progress import size as size_text
+from ..text import size_text
 
 FORMS = (  # of weights, the one that transformers would choose first: the file, and those that it needs beside it
     (SINGLE, ()),

@@ -15,13 +15,12 @@ from ..checkpoints.sidecars import CARD, DIGESTS
 from ..errors import CheckpointError, ExpoError, OutputError, RankError
 from ..execution.engines import Engine
 from ..execution.tensor_source import Source
-from ..execution.worker_pool import CHUNK, MIB, chunk_size
+from ..execution.worker_pool import CHUNK, chunk_size
+from ..memory import MIB, PAGE, page_aligned
 from ..output.journal import Done, Journal, Key
 from ..output.staging import (
-    BLOCK,
     JOURNAL,
     Staging,
-    aligned_buffer,
     create_shard,
     output_errors,
     read_back,
@@ -78,7 +77,7 @@ class Making:
     def _adopt(self, chunk: int, done: Done) -> bool:
         """Take over what an interrupted merge has done; False where its journal does not fit the plan."""
         tally = Tally(len(self._plan.alphas))
-        if chunk % BLOCK or chunk > CHUNK or not self._add(tally, chunk, done):
+        if chunk % PAGE or chunk > CHUNK or not self._add(tally, chunk, done):
             return False
         self._chunk, self._done, self.tally = chunk, done, tally
         return True
@@ -227,7 +226,7 @@ def _parts(path: str) -> Iterator[bytes]:
 
 def _digests(staging: Staging, names: Sequence[tuple[str, str]]) -> Iterator[bytes]:
     """Lines as sha256sum writes and checks them, of files read back from staging: (name there, name to write)."""
-    buffer = aligned_buffer(CHUNK)
+    buffer = page_aligned(CHUNK)
     for staged, name in names:
         path = staging.path(staged)
         digest, at = hashlib.sha256(), 0

@@ -13,16 +13,13 @@ from typing import Any
 
 from ..checkpoints.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from ..checkpoints.safetensors_header import TensorInfo
+from ..dtypes import TABLE
 from ..errors import OutputError, UsageError
 from ..planning.pairing import EMBEDDING, HEAD
 
 SHOWN = 36  # findings that a message lists; with its other lines it stays within 40
 BLOCK = 1 << 20  # bytes of two tensors that are compared at a time
 LEAVE_OUT = "leave --check out"
-TORCH_NAMES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-}  # fmt: skip
 
 
 class Unloadable(OutputError):
@@ -114,7 +111,7 @@ def _load(loader: Any, folder: str, out: str, tensors: Mapping[str, TensorInfo])
     import torch
 
     state = {
-        name: torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES[tensor.dtype]), device="meta")
+        name: torch.empty(tensor.shape, dtype=getattr(torch, TABLE[tensor.dtype].torch), device="meta")
         for name, tensor in tensors.items()
     }
     try:

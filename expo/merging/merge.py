@@ -20,18 +20,18 @@ from ..checkpoints import tokenizer as tokens
 from ..checkpoints.checkpoint import Checkpoint, Origin
 from ..checkpoints.custom_code import find_code
 from ..checkpoints.sidecars import CARD, has_tokenizer, missing_modules
+from ..dtypes import ITEMSIZE
 from ..errors import CheckpointError, ExpoError, OutputError, PlanError, RankError, UsageError
 from ..execution.engines import Engine, crew
 from ..execution.tensor_source import CONVERTING, FACTORS, Source
 from ..execution.worker_pool import RING_SLOTS, Progress, chunk_size
 from ..inputs.resolve import StrPath, Wanted, open_inputs, wanted
-from ..kernels.contract import ITEMSIZE
 from ..output.journal import Done, Journal, differences, has_journal
 from ..output.mounts import refuse_mount_point
 from ..output.staging import Staging, check_free, held, staging_folder
 from ..planning.pairing import tie_flag
 from ..planning.plan import Plan, Rules, check_arguments, make_plan
-from ..progress import size
+from ..text import size_text
 from .coordinator import Making
 from .process_group import Alone
 from .rank_worker import Filling
@@ -308,7 +308,7 @@ def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _identity(sft: Checkpoint, aligned: Checkpoint, plan: Plan, rules: Rules) -> dict[str, Any]:
     """What must be the same for a merge to go on with another's bytes."""
-    from .. import __version__
+    from .._version import __version__
 
     return {
         "version": __version__,
@@ -487,8 +487,8 @@ def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) 
         # What an interrupted merge has left is gone on with or removed; `Staging` refuses otherwise, and names it.
         if free + sum(map(held, here)) < needed:
             raise OutputError(
-                f"{here[0]}: {size(needed)} are needed, but {size(free)} are free; free some space or choose another "
-                "--out"
+                f"{here[0]}: {size_text(needed)} are needed, but {size_text(free)} are free; free some space or choose "
+                "another --out"
             )
 
 

@@ -82,7 +82,7 @@ def _introduction(sft: Origin, aligned: Origin, alpha: float) -> str:
 def _settings(
     sft: Origin, aligned: Origin, alpha: float, rules: Mapping[str, float], options: Mapping[str, str], dtype: str
 ) -> list[str]:
-    from .. import __version__  # not at the top: the package may be on its way to importing this module
+    from .._version import __version__
 
     return [
         f"aligned: {_origin(aligned)}",

@@ -11,8 +11,9 @@ from ..errors import OutputError
 from ..execution.engines import Engine
 from ..execution.tensor_source import Source
 from ..execution.worker_pool import Measured, Pass, Progress
+from ..memory import page_aligned
 from ..output.journal import Done, Journal
-from ..output.staging import ShardWriter, aligned_buffer, read_back
+from ..output.staging import ShardWriter, read_back
 from ..planning.plan import Plan
 from ..planning.shards import Chunk, portion
 from .process_group import Alone
@@ -133,7 +134,7 @@ class Filling:
         path = os.path.join(self._folders[k], chunk.shard.name)
         expected = data[: chunk.stop - chunk.start]
         if not hasattr(self._read, "buffer"):
-            self._read.buffer = aligned_buffer(self._chunk)
+            self._read.buffer = page_aligned(self._chunk)
         found = self._read.buffer[: read_back(path, chunk.start, self._read.buffer)][: len(expected)]
         if found != expected:
             at = next((i for i, (x, y) in enumerate(zip(found, expected, strict=False)) if x != y), len(found))

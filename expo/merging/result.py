@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..checkpoints.safetensors_header import DTYPES
+from ..dtypes import BITS
 from ..kernels.contract import Statistics, exact_sum
 from ..planning.shards import Chunk
 from ..planning.steps import Step
@@ -86,7 +86,7 @@ class Tally:
             step, start, stop, _ = chunk.pieces[number]
             if (step.sft is None and step.plain) or len(moved.counts) != len(step.counted):
                 return False
-            self.add(step, (stop - start) * 8 // DTYPES[step.dtype], moved)
+            self.add(step, (stop - start) * 8 // BITS[step.dtype], moved)
         return True
 
     def add(self, step: Step, elements: int, moved: Statistics) -> None:

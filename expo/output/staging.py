@@ -10,29 +10,19 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import shutil
 import threading
 from collections.abc import Container, Iterable, Iterator
 
 from ..errors import OutputError
+from ..memory import PAGE
 from .mounts import refuse_mount_point
 
-BLOCK = 4096  # O_DIRECT wants memory, offset and length in multiples of the device's block
 EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
 JOURNAL = ".expo-journal"  # in staging: see journal.py
 DIGEST = ".sha256"  # of an output that is one file: its name in staging, and what its name beside the output ends in
 O_DIRECT = getattr(os, "O_DIRECT", 0)
-
-
-def aligned_buffer(size: int) -> memoryview:
-    """Anonymous memory of `size` bytes that starts on a page, in huge pages where the system has them."""
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
 
 
 @contextlib.contextmanager
@@ -112,7 +102,7 @@ class ShardWriter:
             done = 0
             while done < length:
                 direct = self.direct  # as it is now: another thread may be the one that learns that it cannot be
-                whole = -(-(length - done) // BLOCK) * BLOCK if direct else length - done
+                whole = -(-(length - done) // PAGE) * PAGE if direct else length - done
                 try:
                     done += os.pwrite(fd, data[done : done + whole], offset + done)
                 except OSError as error:

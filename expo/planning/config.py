@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..checkpoints.checkpoint import CONFIG, Checkpoint
+from ..dtypes import TABLE
 from .pairing import is_embedding
 from .steps import Step
-
-TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def rewritten(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None) -> dict[str, bytes]:
@@ -25,7 +24,7 @@ def rewritten(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None) -> 
     if CONFIG not in aligned.files:
         return {}
     if dtype is not None:
-        name = TORCH_NAMES[dtype]
+        name = TABLE[dtype].torch
         config = _with_dtype(
             config if {"dtype", "torch_dtype"} & set(config) else {**config, "torch_dtype": None}, name
         )

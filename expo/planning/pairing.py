@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.naming import unwrapped
 from ..checkpoints.safetensors_header import TensorInfo
-from ..kernels.contract import ITEMSIZE
+from ..dtypes import ITEMSIZE
 
 # What old files carry beside the weights: tables and masks that the model computes from its config.
 BUFFERS = re.compile(

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.safetensors_header import TensorInfo
 from ..checkpoints.sidecars import Code, sort_files
+from ..dtypes import ITEMSIZE, OUTPUT_DTYPES
 from ..errors import PlanError, UsageError
-from ..kernels.contract import ITEMSIZE, working_alpha
+from ..kernels.contract import working_alpha
 from .config import rewritten
 from .pairing import Twin, describe, mismatched, pair, rows_in_common
 from .problems import float_bytes, model_problems, tensor_problems
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 ON_UNPAIRED = ("error", "aligned")
 ON_MISMATCH = ("error", "rows", "aligned")
 NOT_IN_SFT, ONLY_IN_SFT, UNTOUCHED, SFT_HAS = "not in sft", "only in sft", "not in the adapter", "sft has "  # reasons
-OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 MAX_ALPHAS = 64
 MOST_LINES = 40  # of an error's text
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.naming import any_number, shared_prefix, unwrapped
-from ..checkpoints.quantization import INTEGERS, problem
+from ..checkpoints.quantization import problem
 from ..checkpoints.safetensors_header import TensorInfo, element_count
-from ..kernels.contract import ITEMSIZE
+from ..dtypes import INTEGERS, ITEMSIZE
 from .pairing import HEAD, Pairs, describe, generates, is_embedding, mismatched, rows_in_common, tie_flag
 
 SHOWN = 10  # tensors, or groups of them, that one problem lists

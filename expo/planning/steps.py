@@ -13,7 +13,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoints.safetensors_header import DTYPES, TensorInfo, element_count
+from ..checkpoints.safetensors_header import TensorInfo, element_count
+from ..dtypes import BITS
 
 if TYPE_CHECKING:
     from ..checkpoints.lora import LowRank
@@ -67,7 +68,7 @@ class Step(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of output, for one alpha."""
-        return element_count(self.shape) * DTYPES[self.dtype] // 8
+        return element_count(self.shape) * BITS[self.dtype] // 8
 
     @property
     def input_bytes(self) -> int:

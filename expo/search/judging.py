@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.safetensors_header import TensorInfo, element_count
+from ..dtypes import ITEMSIZE, torch_dtypes
 from ..errors import CheckpointError, EngineError, PlanError
 from ..inputs.resolve import StrPath
-from ..kernels.contract import ITEMSIZE
-from ..kernels.twin import DTYPES
 from ..planning.pairing import pair
 from ..planning.plan import Plan
 from ..planning.steps import Action, Step
@@ -115,7 +114,7 @@ def _same(strong: Checkpoint, tensor: TensorInfo, weight: torch.Tensor) -> bool:
     """Return whether a file's tensor has the shape and both ends of a weight: a transposed one may have its shape."""
     if tuple(weight.shape) != tensor.shape:
         return False
-    if tensor.dtype not in DTYPES or not tensor.nbytes:
+    if tensor.dtype not in torch_dtypes() or not tensor.nbytes:
         return True
     flat, item = weight.detach().reshape(-1), ITEMSIZE[tensor.dtype]
     count = min(SAMPLE, len(flat))
@@ -123,7 +122,7 @@ def _same(strong: Checkpoint, tensor: TensorInfo, weight: torch.Tensor) -> bool:
         raw = bytearray(count * item)
         strong.reader(tensor.name).read(tensor.start + start * item, memoryview(raw))
         here = flat[start : start + count].cpu()
-        there = torch.frombuffer(raw, dtype=DTYPES[tensor.dtype]).to(here.dtype)
+        there = torch.frombuffer(raw, dtype=torch_dtypes()[tensor.dtype]).to(here.dtype)
         if not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
             return False
     return True
@@ -220,7 +219,9 @@ def _dtype(file: str, memory: str, sft_file: str, sft_memory: str) -> tuple[str,
             return f"{role} is {theirs} in the files and {ours} in memory", None
     if file == memory:
         return "", None
-    return ("", DTYPES[file]) if sft_file != "F64" else (f"{file} in the files, {memory} in memory, sft is F64", None)
+    if sft_file == "F64":
+        return f"{file} in the files, {memory} in memory, sft is F64", None
+    return "", torch_dtypes()[file]
 
 
 def _refusal(found: Comparison, more: str) -> str:

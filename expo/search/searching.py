@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..cli import Bar
 from ..errors import CheckpointError, OutputError
 from ..inputs.resolve import StrPath, open_inputs
 from ..merging.merge import alpha_text
 from ..planning.plan import Plan, make_plan
-from ..progress import Bar
 from .plots import plot
 from .probing import BUDGET, next_probe
 from .ranking import Ranking, Row, collapsed, errors_from_best, rank

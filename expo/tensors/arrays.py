@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
+from ..dtypes import ITEMSIZE
 from ..errors import EngineError, UsageError
 from ..execution import gpu_kernels as gpu
 from ..execution.engines import Engine, choose, cpu_count
-from ..kernels.contract import ITEMSIZE, working_alpha
+from ..kernels.contract import working_alpha
 from .memory_checks import check_memory, check_unmasked, first_ones
 
 if TYPE_CHECKING:
@@ -104,9 +105,9 @@ def _cpu_engine() -> Engine:
 
 @cache
 def _torch_names() -> dict[Any, str]:
-    from ..kernels.twin import DTYPES
+    from ..dtypes import torch_dtypes
 
-    return {dtype: name for name, dtype in DTYPES.items()}
+    return {dtype: name for name, dtype in torch_dtypes().items()}
 
 
 @cache

@@ -26,20 +26,20 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.safetensors_header import Header, TensorInfo, element_count
+from ..dtypes import ITEMSIZE, torch_dtypes
 from ..errors import EngineError, PlanError, UsageError
 from ..execution import gpu_kernels as gpu
 from ..execution.engines import cpu_count
 from ..inputs.resolve import StrPath, open_one
-from ..kernels.contract import ITEMSIZE, working_alpha
-from ..kernels.twin import DTYPES
+from ..kernels.contract import working_alpha
 from ..planning.plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
 from ..planning.steps import Step
-from ..progress import size
+from ..text import size_text
 from .arrays import THREADS, compute_at
 from .memory_checks import check_memory
 
 KEEP = ("device", "host", "disk")
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in torch_dtypes().items()}
 INTEGERS = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
     torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
@@ -372,7 +372,9 @@ class Room:
         where, free = _free(keep, device)
         if free is not None and needed > free:
             others = ", ".join(each for each in KEEP if each != keep)
-            raise EngineError(f"keep={keep!r} takes {size(needed)} of {where}, but {size(free)} are free: try {others}")
+            raise EngineError(
+                f"keep={keep!r} takes {size_text(needed)} of {where}, but {size_text(free)} are free: try {others}"
+            )
         if keep == "disk":
             self._memory = torch.frombuffer(_mapped(max(needed, 1)), dtype=torch.uint8)
         elif keep == "host" and device.type == "cuda":
@@ -383,7 +385,7 @@ class Room:
     def take(self, tensor: TensorInfo) -> torch.Tensor:
         """Memory of a tensor's dtype and shape."""
         start, self._at = self._at, self._at + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        return self._memory[start : start + tensor.nbytes].view(DTYPES[tensor.dtype]).view(tensor.shape)
+        return self._memory[start : start + tensor.nbytes].view(torch_dtypes()[tensor.dtype]).view(tensor.shape)
 
 
 def _mapped(size: int) -> mmap.mmap:

@@ -22,8 +22,9 @@ import pytest
 import torch
 
 from expo.checkpoints import torch_file as pickled
-from expo.checkpoints.safetensors_header import DTYPES, element_count
+from expo.checkpoints.safetensors_header import element_count
 from expo.checkpoints.torch_file import Gathered, PickledShard
+from expo.dtypes import BITS
 from expo.errors import CheckpointError
 
 FORMS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -110,7 +111,7 @@ def test_every_dtype(tmp_path: Path, zipped: bool) -> None:
     tensors |= {f"{name}.t": tensor.t() for name, tensor in tensors.items()}
     shard = check(save(tensors, tmp_path / "a.bin", zipped), tensors)
     assert set(shard.readers) == {f"{name}.t" for name in DTYPE_NAMES.values()}
-    assert set(DTYPE_NAMES.values()) <= set(DTYPES)
+    assert set(DTYPE_NAMES.values()) <= set(BITS)
 
 
 @FORMS
@@ -874,7 +875,7 @@ def try_it(path: Path, data: bytes) -> bool:
     except CheckpointError:
         return False
     for name, (dtype, shape, found) in read(shard).items() if shard.size < 1 << 20 else ():
-        assert len(found) == element_count(shape) * DTYPES[dtype] // 8, name
+        assert len(found) == element_count(shape) * BITS[dtype] // 8, name
     shard.reader.close()
     return True
 

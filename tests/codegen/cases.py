@@ -15,8 +15,9 @@ import torch
 from executor import Kernel, Range
 from same import assert_same
 
+from expo.dtypes import ITEMSIZE
 from expo.kernels import aot, numerics
-from expo.kernels.contract import ITEMSIZE, working_alpha
+from expo.kernels.contract import working_alpha
 
 Array = Any
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}

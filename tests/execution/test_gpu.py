@@ -20,9 +20,9 @@ from same import assert_same
 
 import expo
 from expo.demo import ALIGNED, SFT
+from expo.dtypes import torch_dtypes
 from expo.kernels import numerics
 from expo.kernels.contract import Statistics, working_alpha
-from expo.kernels.twin import DTYPES
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
@@ -40,7 +40,7 @@ pytestmark = [
 DEVICE = "cuda"
 NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
-ALL_PAIRS = list(product(DTYPES, DTYPES))
+ALL_PAIRS = list(product(torch_dtypes(), torch_dtypes()))
 ALPHAS = (0.3, 0.5, 1.0, -0.7, 2.5, 25.0, 1e-30, 3e38)
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 POISON, GUARD = 0xA5, 64  # the byte that fills outputs; elements beside an output that must keep it
@@ -102,7 +102,9 @@ def weights(pair: tuple[str, str], n: int) -> list[Array]:
     s = a + rng.standard_normal(n) * 0.0005
     s[::5] = a[::5]
     a[7::50], s[9::60] = np.inf, np.nan
-    return [bits_of(torch.from_numpy(x).to(DTYPES[dtype]), dtype) for x, dtype in zip((s, a), pair, strict=True)]
+    return [
+        bits_of(torch.from_numpy(x).to(torch_dtypes()[dtype]), dtype) for x, dtype in zip((s, a), pair, strict=True)
+    ]
 
 
 def reference(
@@ -115,7 +117,7 @@ def reference(
 
 def upload(bits: Array, dtype: str, shift: int = 0, device: str | None = None) -> torch.Tensor:
     """The elements on the GPU, `shift` of them past an address that the allocator chose."""
-    tensor = torch.empty(bits.size + shift, dtype=DTYPES[dtype], device=device or DEVICE)[shift:]
+    tensor = torch.empty(bits.size + shift, dtype=torch_dtypes()[dtype], device=device or DEVICE)[shift:]
     tensor.view(torch.uint8).copy_(torch.from_numpy(bits.view(np.uint8)))
     return tensor
 
@@ -131,7 +133,7 @@ def launched(
     sft, aligned = upload(s, pair[0], shift), upload(a, pair[1], shift)
     pitch, start = -(-a.size // 16) * 16 + GUARD + shift, GUARD + shift
     size = (2 * GUARD + len(alphas) * pitch) * a.itemsize
-    memory = torch.full((size,), POISON, dtype=torch.uint8, device=DEVICE).view(DTYPES[pair[1]])
+    memory = torch.full((size,), POISON, dtype=torch.uint8, device=DEVICE).view(torch_dtypes()[pair[1]])
     kernel(sft, aligned, alphas, memory.as_strided((len(alphas), a.size), (pitch, 1), start))()
     after = bits_of(memory, pair[1])
     rows = [after[start + k * pitch :][: a.size] for k in range(len(alphas))]
@@ -278,7 +280,7 @@ def test_model_in_place(prepare: Callable[..., Callable[[float], None]]) -> None
     sft.inner.float()
     theirs, ours = list(sft.parameters()), list(model.parameters())
     assert len(ours) == 6  # the tied weights once
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in torch_dtypes().items()}
     pairs = [(names[s.dtype], names[a.dtype]) for s, a in zip(theirs, ours, strict=True)]
     weak = [bits_of(s, dtype) for s, (dtype, _) in zip(theirs, pairs, strict=True)]
     expected = [bits_of(a, dtype) for a, (_, dtype) in zip(ours, pairs, strict=True)]

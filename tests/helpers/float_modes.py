@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from expo.kernels.contract import ITEMSIZE
+from expo.dtypes import ITEMSIZE
 
 T = TypeVar("T")
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from expo.dtypes import torch_dtypes
 from expo.kernels import numerics, sweep
 from expo.kernels.sweep import PART, Partials
-from expo.kernels.twin import DTYPES
 
 POISON = 0x5A  # as fp32 a number, so that statistics made of it are wrong and not an error
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in torch_dtypes().items()}
 STREAMS = ("up", "compute", "down")  # in the order in which the ring asks for them
 ORDERS = ("needed", "at once", "up first", "compute first", "down first")
 

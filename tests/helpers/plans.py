@@ -7,7 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from expo.checkpoints.checkpoint import SINGLE, Checkpoint
-from expo.checkpoints.safetensors_header import DTYPES, Header, TensorInfo, element_count, parse
+from expo.checkpoints.safetensors_header import Header, TensorInfo, element_count, parse
+from expo.dtypes import BITS
 from expo.planning.plan import Plan
 from expo.planning.shards import Chunk
 from expo.planning.steps import Action
@@ -38,7 +39,7 @@ def checkpoint(
         start = 101  # odd, as in files by others
         for name in names:
             dtype, shape = tensors[name]
-            stop = start + element_count(shape) * DTYPES[dtype] // 8
+            stop = start + element_count(shape) * BITS[dtype] // 8
             infos[name] = TensorInfo(name, dtype, shape, start, stop)
             weight_map[name] = file
             start = stop
@@ -71,7 +72,7 @@ def check_cut(plan: Plan, chunks: Sequence[Chunk], size: int) -> None:
         for chunk in own:
             end = max(len(shard.header) - chunk.start, 0)
             for step, start, stop, at in chunk.pieces:
-                placed, bits = header[step.name], DTYPES[step.aligned.dtype]
+                placed, bits = header[step.name], BITS[step.aligned.dtype]
                 assert start == reached[step.name] < stop, "the pieces tile the tensor, in order, none empty"
                 assert chunk.start + at == placed.start + start, "where the header says"
                 assert at == end, "the pieces tile the chunk"

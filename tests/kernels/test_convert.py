@@ -16,8 +16,8 @@ from exact import Kind, Value, power_of_two
 from float_modes import ROUNDING_MODES, flushing, on_x86, pack, rounding
 from same import assert_same, differing
 
+from expo.dtypes import ITEMSIZE
 from expo.kernels import convert, numerics
-from expo.kernels.contract import ITEMSIZE
 
 NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(ITEMSIZE, ITEMSIZE))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from expo.kernels.contract import ITEMSIZE
+from expo.dtypes import ITEMSIZE
 
 _cpu = pytest.importorskip("expo.kernels._cpu", reason="the compiled engine is not built", exc_type=ImportError)
 

@@ -19,9 +19,9 @@ pytest.importorskip("triton", minversion="3.6", reason="the PTX of an older Trit
 
 from software_gpu import SoftwareGpu
 
+from expo.dtypes import torch_dtypes
 from expo.kernels import extrapolate, numerics, sweep, whole_model
 from expo.kernels.contract import working_alpha
-from expo.kernels.twin import DTYPES
 
 if extrapolate.interpreted():
     pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
@@ -66,7 +66,7 @@ def measured(s: torch.Tensor, a: torch.Tensor, outs: torch.Tensor) -> str:
     for each in partials:
         each.view(torch.uint8).fill_(POISON)
     sweep.launch(s, a, torch.tensor(ALPHAS), outs, partials)
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in torch_dtypes().items()}
     _, expected = reference(bits_of(s), bits_of(a), (names[s.dtype], names[a.dtype]))
     found = sweep.statistics(partials)
     assert (found.counts, found.max_abs_d) == (expected.counts, expected.max_abs_d)
@@ -99,7 +99,7 @@ def tensor_of(bits: Array, dtype: str, shift: int) -> torch.Tensor:
     """The elements `shift` places past an address that 64 divides."""
     memory = torch.empty(bits.nbytes + 64 + shift * bits.itemsize, dtype=torch.uint8)
     start = -memory.data_ptr() % 64 + shift * bits.itemsize
-    tensor = memory[start : start + bits.nbytes].view(DTYPES[dtype])
+    tensor = memory[start : start + bits.nbytes].view(torch_dtypes()[dtype])
     bits_of(tensor)[:] = bits
     return tensor
 

@@ -24,9 +24,10 @@ import torch
 from float_modes import ROUNDING_MODES, flushing, on_x86, pack, rounding
 from same import differing
 
+from expo.dtypes import ITEMSIZE, torch_dtypes
 from expo.kernels import numerics
-from expo.kernels.contract import ITEMSIZE, EngineFunction, Statistics, working_alpha
-from expo.kernels.twin import DTYPES, twin
+from expo.kernels.contract import EngineFunction, Statistics, working_alpha
+from expo.kernels.twin import twin
 
 NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
@@ -50,7 +51,9 @@ def _twin(
     """The torch twin behind the contract's signature."""
     assert not measure
     s, a = (
-        torch.frombuffer(bytearray(memory), dtype=DTYPES[dtype], count=n) if n else torch.empty(0, dtype=DTYPES[dtype])
+        torch.frombuffer(bytearray(memory), dtype=torch_dtypes()[dtype], count=n)
+        if n
+        else torch.empty(0, dtype=torch_dtypes()[dtype])
         for memory, dtype in ((sft, sft_dtype), (aligned, aligned_dtype))
     )
     for out, alpha in zip(outs, alphas, strict=True):

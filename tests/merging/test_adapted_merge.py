@@ -178,7 +178,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks, most of which begin and end amid a row."""
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 4096)
     monkeypatch.setattr("expo.tensors.streaming.CHUNK", 1000)
-    monkeypatch.setattr("expo.execution.tensor_source.BLOCK", 333)
+    monkeypatch.setattr("expo.execution.tensor_source.CONVERTED", 333)
 
 
 # What is expected, from the files' bytes and the documents alone

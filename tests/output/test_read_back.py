@@ -10,8 +10,9 @@ import pytest
 
 import expo
 from expo.demo import ALIGNED, SFT
+from expo.memory import page_aligned
 from expo.output import staging as writer
-from expo.output.staging import aligned_buffer, read_back
+from expo.output.staging import read_back
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -21,7 +22,7 @@ def test_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
     (tmp_path / "file").write_bytes(data)
     if not direct:
         monkeypatch.setattr(writer, "O_DIRECT", 0)
-    memory = aligned_buffer(length)
+    memory = page_aligned(length)
     assert read_back(str(tmp_path / "file"), start, memory) == len(data[start : start + length])
     assert memory[: len(data[start:])] == data[start : start + length]
 

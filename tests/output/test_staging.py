@@ -29,7 +29,8 @@ import expo.execution.worker_pool
 import expo.merging.merge
 import expo.output.journal
 import expo.output.staging
-from expo.output.staging import BLOCK, O_DIRECT, ShardWriter, Staging, aligned_buffer, create_shard, exchange
+from expo.memory import PAGE, page_aligned
+from expo.output.staging import O_DIRECT, ShardWriter, Staging, create_shard, exchange
 
 ROOT = Path(__file__).parents[2]
 Pair = tuple[Path, Path]
@@ -67,14 +68,14 @@ def created(path: Path, size: int) -> ShardWriter:
     return ShardWriter(str(path), size, size)
 
 
-def write_all(path: Path, data: bytes, chunk: int = BLOCK, threads: int = 1) -> ShardWriter:
+def write_all(path: Path, data: bytes, chunk: int = PAGE, threads: int = 1) -> ShardWriter:
     """Write data through a ShardWriter, in chunks and by several threads."""
     writer = created(path, len(data))
     starts = iter(range(0, len(data), chunk))
     failures: list[BaseException] = []
 
     def work() -> None:
-        buffer = aligned_buffer(chunk)
+        buffer = page_aligned(chunk)
         try:
             for start in starts:
                 length = min(chunk, len(data) - start)
@@ -136,15 +137,15 @@ def refuse_to_sync(monkeypatch: pytest.MonkeyPatch, times: int, name: str = "") 
 
 def test_after_a_sync_that_failed_none_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_to_sync(monkeypatch, 1)
-    buffer = aligned_buffer(2 * BLOCK)
-    with contextlib.closing(created(tmp_path / "file", 2 * BLOCK)) as writer:
+    buffer = page_aligned(2 * PAGE)
+    with contextlib.closing(created(tmp_path / "file", 2 * PAGE)) as writer:
         writer.sync()  # nothing is written yet
-        writer.write(0, buffer, BLOCK)
+        writer.write(0, buffer, PAGE)
         for _ in range(2):
             with pytest.raises(expo.OutputError, match=f"^{tmp_path}/file: Input/output error$"):
                 writer.sync()
         with pytest.raises(expo.OutputError, match=f"^{tmp_path}/file: Input/output error$"):
-            writer.write(BLOCK, buffer, BLOCK)
+            writer.write(PAGE, buffer, PAGE)
     with pytest.raises(expo.OutputError, match=f"^{tmp_path}/file: Input/output error$"):
         writer.sync()
 
@@ -166,7 +167,7 @@ def test_what_a_sync_failed_for_is_not_gone_on_with(
 
 
 def test_a_file_that_is_whole_already_is_cut_and_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, data = tmp_path / "file", content(BLOCK + 5)
+    path, data = tmp_path / "file", content(PAGE + 5)
     path.write_bytes(data + b"the rest of the last block")
     refuse_to_sync(monkeypatch, 1)
     with pytest.raises(expo.OutputError, match=f"^{path}: Input/output error$"):
@@ -220,7 +221,7 @@ REFUSALS = [refuse_at_open, refuse_at_write, refuse_at_third_write, no_direct]
 def test_a_filesystem_without_o_direct_gets_buffered_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[pytest.MonkeyPatch], None], threads: int
 ) -> None:
-    data = content(50 * BLOCK + 17)
+    data = content(50 * PAGE + 17)
     refuse(monkeypatch)
     writer = write_all(tmp_path / "file", data, threads=threads)
     assert not writer.direct
@@ -237,15 +238,15 @@ def test_a_merge_without_o_direct_says_so(
     assert read_folder(tmp_path / "out") == read_folder(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("most", [BLOCK, 3 * BLOCK, 1000, 1])
+@pytest.mark.parametrize("most", [PAGE, 3 * PAGE, 1000, 1])
 @pytest.mark.parametrize("direct", [True, False])
 def test_short_writes_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, direct: bool) -> None:
     real = os.pwrite
     if not direct:
         no_direct(monkeypatch)
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:most], offset))
-    data = content(4 * BLOCK + 5)
-    write_all(tmp_path / "file", data, chunk=2 * BLOCK)
+    data = content(4 * PAGE + 5)
+    write_all(tmp_path / "file", data, chunk=2 * PAGE)
     assert (tmp_path / "file").read_bytes() == data
 
 

@@ -20,7 +20,8 @@ from plans import ALPHA, COPY, EXTRAPOLATE, Shapes, check_cut, checkpoint, fates
 
 import expo
 from expo.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
-from expo.checkpoints.safetensors_header import ALIGNMENT, DTYPES, parse
+from expo.checkpoints.safetensors_header import ALIGNMENT, parse
+from expo.dtypes import BITS
 from expo.errors import PlanError, UsageError
 from expo.fast import main
 from expo.planning.plan import MAX_ALPHAS, Plan, make_plan
@@ -561,9 +562,9 @@ def layouts(draw: st.DrawFn) -> Checkpoint:
     n = draw(st.integers(1, 25))
     tensors = {}
     for i in range(n):
-        dtype = draw(st.sampled_from(list(DTYPES)))
+        dtype = draw(st.sampled_from(list(BITS)))
         count = draw(st.integers(0, 40) | st.integers(0, 30_000) | st.sampled_from([512, 1024, 2048, 4096, 8192]))
-        tensors[f"t{draw(st.integers(0, 9))}.{i}"] = (dtype, (count * {4: 2, 6: 4}.get(DTYPES[dtype], 1),))
+        tensors[f"t{draw(st.integers(0, 9))}.{i}"] = (dtype, (count * {4: 2, 6: 4}.get(BITS[dtype], 1),))
     groups: list[list[str]] = [[] for _ in range(draw(st.integers(1, 4)))]
     for name in tensors:
         groups[draw(st.integers(0, len(groups) - 1))].append(name)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from plans import ALPHA, COPY, EXTRAPOLATE, Shapes, check_cut, checkpoint
 
 from expo.checkpoints.checkpoint import SINGLE, Checkpoint
-from expo.checkpoints.safetensors_header import ALIGNMENT, DTYPES, element_count, parse
+from expo.checkpoints.safetensors_header import ALIGNMENT, element_count, parse
+from expo.dtypes import BITS
 from expo.errors import UsageError
 from expo.planning.plan import Plan, make_plan
 from expo.planning.shards import OutputShard, cut, joined, output_name, size_of
@@ -54,7 +55,7 @@ def check_headers(plan: Plan, shapes: Mapping[str, tuple[str, tuple[int, ...]]])
     for tensor, steps in plan.tensors():
         assert (tensor.dtype, tensor.shape) == shapes[tensor.name]
         assert (tensor.start, tensor.stop) == (0, sum(step.nbytes for step in steps))
-        assert tensor.nbytes == element_count(tensor.shape) * DTYPES[tensor.dtype] // 8
+        assert tensor.nbytes == element_count(tensor.shape) * BITS[tensor.dtype] // 8
     assert plan.output_bytes == sum(shard.size for shard in plan.shards) * len(plan.alphas)
 
 
@@ -78,10 +79,10 @@ def test_more_rows_in_aligned_are_kept(tail: tuple[int, ...], sft: str, aligned:
     assert (first.action, rest.action) == (EXTRAPOLATE, COPY)
     assert first.sft is not None
     assert (first.sft.shape, first.aligned.shape, rest.aligned.shape) == ((10, *tail), (10, *tail), (2, *tail))
-    row = element_count(tail) * DTYPES[aligned] // 8
+    row = element_count(tail) * BITS[aligned] // 8
     assert (first.aligned.start, first.aligned.stop) == (101, 101 + 10 * row)
     assert (rest.aligned.start, rest.aligned.stop) == (101 + 10 * row, 101 + 12 * row)
-    assert first.sft.nbytes == 10 * element_count(tail) * DTYPES[sft] // 8
+    assert first.sft.nbytes == 10 * element_count(tail) * BITS[sft] // 8
     assert plan.input_bytes == 12 * row + first.sft.nbytes + 2 * 3 * 2
     assert plan.extrapolated() == 2, "tensors, not steps"
     assert plan.copied() == (("w[10:12]", reason),)
@@ -239,7 +240,7 @@ def check_split(plan: Plan, size: int) -> None:
             assert start == reached.get(step.label, 0) < stop
             assert chunk.start + at == places[step.label].start + start
             assert at == end
-            assert start * 8 % DTYPES[step.dtype] == stop * 8 % DTYPES[step.dtype] == 0
+            assert start * 8 % BITS[step.dtype] == stop * 8 % BITS[step.dtype] == 0
             reached[step.label], end = stop, at + stop - start
         assert end == chunk.stop - chunk.start or chunk.stop <= len(chunk.shard.header)
     assert reached == {step.label: step.nbytes for step in plan.steps if step.nbytes}
@@ -455,7 +456,7 @@ def test_floats_take_the_dtype_and_integers_and_buffers_keep_theirs(dtype: str, 
     assert {step.name: step.plain for step in plan.steps} == {
         key: MIXED[key][0] == kind for key, (kind, _) in expected.items()
     }
-    data = 3 * 8 * DTYPES[name] // 8 + 64 + 8 + 32 + 16
+    data = 3 * 8 * BITS[name] // 8 + 64 + 8 + 32 + 16
     assert plan.output_bytes == 2 * (ALIGNMENT + data)
     assert plan.input_bytes == 2 * (16 + 32 + 64) + 64 + 8 + 32 + 16
     assert {step.aligned.dtype for step in plan.steps} == {dtype for dtype, _ in MIXED.values()}, "the inputs' own"

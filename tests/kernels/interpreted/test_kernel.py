@@ -17,9 +17,9 @@ from same import assert_same
 
 import expo
 from expo.demo import ALIGNED, SFT
+from expo.dtypes import ITEMSIZE, torch_dtypes
 from expo.kernels import extrapolate, host, numerics, sweep, whole_model
-from expo.kernels.contract import ITEMSIZE, Statistics, working_alpha
-from expo.kernels.twin import DTYPES
+from expo.kernels.contract import Statistics, working_alpha
 
 NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
@@ -64,7 +64,7 @@ class Fenced(NamedTuple):
         memory[start * item : (start + n) * item] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[
             : len(data)
         ]
-        return cls(memory, memory.view(DTYPES[dtype])[start : start + n])
+        return cls(memory, memory.view(torch_dtypes()[dtype])[start : start + n])
 
     def guards_stand(self) -> bool:
         start = self.tensor.data_ptr() - self.memory.data_ptr()
@@ -288,7 +288,7 @@ def test_host_engine(pair: tuple[str, str], n: int) -> None:
     s[::5] = a[::5]
     a[7::50], s[9::60] = np.inf, np.nan
     sft, aligned = (
-        torch.from_numpy(x).to(DTYPES[dtype]).view(torch.uint8).numpy().tobytes() if n else b""
+        torch.from_numpy(x).to(torch_dtypes()[dtype]).view(torch.uint8).numpy().tobytes() if n else b""
         for x, dtype in ((s, pair[0]), (a, pair[1]))
     )
     alphas = [working_alpha(alpha, *pair) for alpha in (0.3, 1.0, -0.7)]

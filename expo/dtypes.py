@@ -1,0 +1,76 @@
+"""The one table of dtypes: safetensors' names, their bits, and the names that torch, NumPy and `--dtype` have for them.
+
+Source of the names and bits: github.com/huggingface/safetensors, `Dtype` in tensor.rs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+
+class Dtype(NamedTuple):
+    """One dtype of the safetensors format.
+
+    Attributes:
+        bits: Bits of one element.
+        torch: The name of torch's dtype; "" where torch has none.
+        extrapolated: True if tensors of this dtype are extrapolated; all others are copied or refused.
+        option: The word for it on the command line, where an output may be written in this dtype; else "".
+    """
+
+    bits: int
+    torch: str = ""
+    extrapolated: bool = False
+    option: str = ""
+
+
+# The order is the one in which safetensors' own writer sorts tensors, the last first.
+TABLE = {
+    "BOOL": Dtype(8, "bool"),
+    "F4": Dtype(4),
+    "F6_E2M3": Dtype(6),
+    "F6_E3M2": Dtype(6),
+    "U8": Dtype(8, "uint8"),
+    "I8": Dtype(8, "int8"),
+    "F8_E5M2": Dtype(8, "float8_e5m2"),
+    "F8_E4M3": Dtype(8, "float8_e4m3fn"),
+    "F8_E8M0": Dtype(8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": Dtype(8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": Dtype(8, "float8_e5m2fnuz"),
+    "I16": Dtype(16, "int16"),
+    "U16": Dtype(16, "uint16"),
+    "F16": Dtype(16, "float16", True, "fp16"),
+    "BF16": Dtype(16, "bfloat16", True, "bf16"),
+    "I32": Dtype(32, "int32"),
+    "U32": Dtype(32, "uint32"),
+    "F32": Dtype(32, "float32", True, "fp32"),
+    "C64": Dtype(64, "complex64"),
+    "F64": Dtype(64, "float64", True),
+    "I64": Dtype(64, "int64"),
+    "U64": Dtype(64, "uint64"),
+}
+BITS = {name: dtype.bits for name, dtype in TABLE.items()}
+# Bytes of one element of the dtypes that are extrapolated, the ones with fewer bytes first.
+ITEMSIZE = {name: TABLE[name].bits // 8 for name in ("BF16", "F16", "F32", "F64")}
+INTEGERS = frozenset(name for name in TABLE if name[0] in "IU" or name == "BOOL")
+OUTPUT_DTYPES = {TABLE[name].option: name for name in ("BF16", "F16", "F32")}
+FROM_TORCH = {dtype.torch: name for name, dtype in TABLE.items() if dtype.torch}
+
+
+@cache
+def torch_dtypes() -> dict[str, Any]:
+    """Return torch's dtypes by the safetensors name, for the dtypes that are extrapolated; this imports torch."""
+    import torch
+
+    return {name: getattr(torch, TABLE[name].torch) for name in ITEMSIZE}
+
+
+@cache
+def numpy_dtypes() -> dict[str, Any]:
+    """Return NumPy's dtypes by the safetensors name, for the dtypes that are extrapolated; this imports ml_dtypes."""
+    import ml_dtypes
+    import numpy as np
+
+    kinds = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+    return {name: np.dtype(kind) for name, kind in kinds.items()}
