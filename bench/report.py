@@ -1,7 +1,7 @@
 """From pytest-benchmark's JSON to what is kept: python -m bench.report RAW.json [KEPT.json]
 
-Prints the machine and the tables that the README shows; writes medians, spreads and extra figures, without the single
-rounds.
+Prints the machine and the tables that docs/performance.md shows; writes medians, spreads and extra figures, without
+the single rounds.
 """
 
 from __future__ import annotations
