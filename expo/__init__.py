@@ -1,11 +1,10 @@
-"""ExPO: a better-aligned language model out of two checkpoints, with no training.
+"""ExPO: a better-aligned language model out of two checkpoints, without training.
 
     out = aligned + alpha * (aligned - sft)
 
-merge() goes from file to file, stream() from file into the caller's memory, extrapolate() over arrays and tensors, and
-Live sets the alpha of a model that is in memory. search_alpha() finds the best alpha, compare() shows what training
-changed.
-torch.ops.expo.extrapolate is the last of them as an operator, where torch is imported first; else import expo.op.
+merge() reads and writes files; stream() reads files and yields tensors; extrapolate() computes arrays and tensors; Live
+sets the alpha of a model that is in memory. search_alpha() finds the best alpha, and compare() shows what training
+changed. torch.ops.expo.extrapolate is extrapolate() as an operator: torch must be imported first, or expo.op.
 """
 
 import sys
@@ -22,19 +21,18 @@ from .errors import (
     RankError,
     UsageError,
 )
-from .merging.merge import merge
-from .merging.result import Merged, Output
-from .tensors.arrays import extrapolate
-from .tensors.streaming import stream
 
-if "torch" in sys.modules:  # it is never imported for its operator's sake
+if "torch" in sys.modules:  # the operator is no reason to import torch
     from . import op as _op  # noqa: F401
 
 if TYPE_CHECKING:
     from .diff import Comparison, compare
+    from .merging.merge import merge
+    from .merging.result import Merged, Output
     from .search import SearchResult, search_alpha
+    from .tensors.arrays import extrapolate
     from .tensors.live import Live
-
+    from .tensors.streaming import stream
 
 __all__ = [
     "Cancelled",
@@ -57,19 +55,26 @@ __all__ = [
     "stream",
 ]
 
-# What is imported when it is asked for, and its module: with torch or NumPy.
-_LAZY = {
+# The module of each name that is imported when a program asks for it.
+_MODULES = {
     "Comparison": "diff",
     "Live": "tensors.live",
+    "Merged": "merging.result",
+    "Output": "merging.result",
     "SearchResult": "search",
     "compare": "diff",
+    "extrapolate": "tensors.arrays",
+    "merge": "merging.merge",
     "search_alpha": "search",
+    "stream": "tensors.streaming",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value  # the next access does not come here
+    return value

@@ -8,25 +8,23 @@ Exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the outpu
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .cli import Bar, as_json, run, show, warn
 from .dtypes import OUTPUT_DTYPES
 from .errors import UsageError
-from .execution.engines import ENGINES
-from .merging import process_group as ranks
-from .merging.merge import Preview, merge, preview
-from .merging.result import Merged
-from .planning.pairing import describe
-from .planning.plan import ON_MISMATCH, ON_UNPAIRED
-from .planning.steps import Action
+from .options import ENGINES, ON_MISMATCH, ON_UNPAIRED, MergeOptions
 from .text import size_text
+
+if TYPE_CHECKING:  # what a merge needs is imported when the arguments are known: --help takes a third of the time
+    from .inputs.resolve import Wanted
+    from .merging.job import MergeJob
+    from .merging.result import Merged
 
 SHOWN = 8  # copied or dropped tensors and left-out files that the summary names one by one
 EPILOG = """\
@@ -44,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.list_recipes:
         return _list_recipes(options)
-    if options.plan:
-        return 0 if ranks.launched() and os.environ["RANK"] != "0" else _plan(options)
-    return _merge(options)
+    return _plan(options) if options.plan else _merge(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,21 +115,13 @@ def _rules(texts: Sequence[str]) -> dict[str, float]:
     return rules
 
 
-def _choices(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "alpha_for": _rules(options.alpha_for),
-        "on_unpaired": options.on_unpaired,
-        "on_mismatch": options.on_mismatch,
-        "recipe": options.recipe,
-        "dtype": options.dtype,
-        "max_shard_size": options.max_shard_size,
-        "carry": options.carry,
-        "engine": options.engine,
-        "device": options.device,
-        "overwrite": options.overwrite,
-        "resume": options.resume,
-        "quiet": options.quiet,
-    }
+def _request(options: argparse.Namespace) -> tuple[Wanted, MergeOptions]:
+    """Return what to merge and how. Raises UsageError."""
+    from .inputs.resolve import wanted
+
+    pair = wanted(options.sft, options.aligned, options.alpha, options.recipe)
+    given = vars(options) | {"alphas": pair.alphas, "alpha_for": _rules(options.alpha_for)}
+    return pair, MergeOptions(**{each.name: given[each.name] for each in fields(MergeOptions)})
 
 
 def _list_recipes(options: argparse.Namespace) -> int:
@@ -144,19 +132,19 @@ def _list_recipes(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    with ranks.join() as these:
-        bar = None if options.quiet or these.rank else Bar()
-        choices = _choices(options)
-        choices["resume"] |= these.restarts  # all are started again with the same arguments
+    from .merging.merge import merge_pair
+    from .merging.process_group import join
+
+    with join() as ranks, ranks.together():
+        bar = None if options.quiet or ranks.rank else Bar()
+        pair, chosen = _request(options)
+        chosen = replace(chosen, resume=chosen.resume or ranks.restarts)  # a launcher restarts with the same arguments
         try:
-            merged = merge(
-                options.sft, options.aligned, options.alpha, options.out,
-                **choices, verify=options.verify, digest=options.digest, check=options.check, progress=bar, ranks=these,
-            )  # fmt: skip
+            merged = merge_pair(pair, options.out, chosen, ranks, bar)
         finally:
             if bar is not None:
                 bar.close()
-    if these.rank:
+    if ranks.rank:
         return 0
     warn(merged.warnings)
     if options.json:
@@ -199,18 +187,27 @@ def _some(lines: Sequence[str]) -> Iterator[str]:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    found = preview(options.sft, options.aligned, options.alpha, options.out, **_choices(options))
+    from .merging.merge import preview
+    from .merging.process_group import launched_rank
+
+    if launched_rank():
+        return 0  # rank 0 prints the plan
+    pair, chosen = _request(options)
+    job = preview(pair, options.out, chosen)
     if options.json:
-        show(as_json(_plan_object(found)))
+        show(as_json(_plan_object(job)))
     elif not options.quiet:
-        show("\n".join(_plan_text(found)))
-    if found.error is not None:
-        raise found.error
+        show("\n".join(_plan_text(job)))
+    if job.error is not None:
+        raise job.error
     return 0
 
 
-def _plan_text(found: Preview) -> Iterator[str]:
-    plan, engine = found.plan, found.crew[0]
+def _plan_text(job: MergeJob) -> Iterator[str]:
+    from .planning.pairing import describe
+    from .planning.steps import Action
+
+    plan, engine = job.plan, job.engines[0]
     width = max(len(step.label) for step in plan.steps)
     for step in plan.steps:
         alphas = "alpha " + " ".join(f"{alpha:g}" for alpha in step.alphas)
@@ -220,23 +217,23 @@ def _plan_text(found: Preview) -> Iterator[str]:
         yield f"{what}  {size_text(step.nbytes)}"
     for name, reason in plan.dropped.items():
         yield f"{'drop':11}  {name:{width}}  {reason}"
-    for name in plan.made:
+    for name in plan.rewritten:
         yield f"{'rewrite':11}  {name}"
     for name in plan.carried:
         yield f"{'carry':11}  {name}"
     for name, reason in plan.left_out:
         yield f"{'leave out':11}  {name}: {reason}"
     moved = f"reads {size_text(plan.input_bytes)}, writes {size_text(plan.output_bytes)}"
-    yield f"{moved}; {size_text(found.free)} are free"
-    yield f"memory about {size_text(found.memory)}; engine {engine.name}, {len(found.crew)} workers ({engine.why})"
-    for note in found.notes:
+    yield f"{moved}; {size_text(job.free)} are free"
+    yield f"memory about {size_text(job.memory)}; engine {engine.name}, {len(job.engines)} workers ({engine.why})"
+    for note in job.notes:
         yield f"note: {note}"
-    for out in found.outs:
+    for out in job.outs:
         yield f"-> {out}"
 
 
-def _plan_object(found: Preview) -> dict[str, Any]:
-    plan, engine = found.plan, found.crew[0]
+def _plan_object(job: MergeJob) -> dict[str, Any]:
+    plan, engine = job.plan, job.engines[0]
     files = {step.name: shard.name for shard in plan.shards for step, _ in shard.steps}
     return {
         "steps": [
@@ -247,11 +244,11 @@ def _plan_object(found: Preview) -> dict[str, Any]:
             }
             for step in plan.steps
         ],
-        "dropped": plan.dropped, "rewritten": list(plan.made), "carried": plan.carried,
-        "left_out": dict(plan.left_out), "outputs": found.outs, "bytes_read": plan.input_bytes,
-        "bytes_written": plan.output_bytes, "bytes_free": found.free, "notes": found.notes, "memory": found.memory,
-        "engine": engine.name, "why": engine.why, "workers": len(found.crew),
-        "problems": [str(found.error)] if found.error and not plan.problems else plan.problems,
+        "dropped": plan.dropped, "rewritten": list(plan.rewritten), "carried": plan.carried,
+        "left_out": dict(plan.left_out), "outputs": job.outs, "bytes_read": plan.input_bytes,
+        "bytes_written": plan.output_bytes, "bytes_free": job.free, "notes": job.notes, "memory": job.memory,
+        "engine": engine.name, "why": engine.why, "workers": len(job.engines),
+        "problems": [str(job.error)] if job.error and not plan.problems else plan.problems,
     }  # fmt: skip
 
 

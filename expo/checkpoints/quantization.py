@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..dtypes import INTEGERS, ITEMSIZE
 from ..planning.pairing import is_buffer
-from .checkpoint import Checkpoint
+from .model_tensors import ModelTensors
 from .naming import any_number
 from .safetensors_header import TensorInfo
 
@@ -68,7 +68,7 @@ class Codes(NamedTuple):
         return f"{self.tensor.name!r} is {self.tensor.dtype} {list(self.tensor.shape)}{near}"
 
 
-def scheme(checkpoint: Checkpoint) -> str | None:
+def scheme(checkpoint: ModelTensors) -> str | None:
     """Return the name of the quantisation scheme, None for a checkpoint of plain numbers."""
     config: Any = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     if config:
@@ -163,7 +163,7 @@ def _modules(name: str) -> Iterator[str]:
         yield module.removesuffix(".weight")
 
 
-def problem(role: str, checkpoint: Checkpoint) -> str | None:
+def problem(role: str, checkpoint: ModelTensors) -> str | None:
     """Return why a quantised checkpoint cannot be extrapolated, and the way out; None where it is not quantised."""
     found = scheme(checkpoint)
     if found is None:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 from .. import __version__
 from ..cli import Bar, as_json, run, show, warn
-from ..planning.plan import ON_MISMATCH, ON_UNPAIRED
+from ..options import ON_MISMATCH, ON_UNPAIRED
 from ..text import size_text
 from .report import check_report, write
 from .table import table

@@ -22,11 +22,13 @@ from dataclasses import replace
 from ..checkpoints import tokenizer as tokens
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError
-from ..execution.tensor_source import Source
+from ..execution.tensor_source import TensorSource
 from ..execution.worker_pool import Progress
 from ..inputs.resolve import StrPath, open_inputs, wanted
-from ..planning.plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
-from ..planning.steps import Step
+from ..options import MergeOptions
+from ..planning.matching import Matched, match_tensors
+from ..planning.shards import lay_out
+from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT, Step
 from .distance import Sums, total
 from .measuring import compared, measure
 from .places import OUTSIDE, Place, kind_order, label, place
@@ -55,31 +57,32 @@ def compare(
     """
     want = wanted(sft, aligned, 1.0, recipe)
     with open_inputs(want.sft, want.aligned, quiet) as (weak, strong):
-        plan = _plan(weak, strong, on_unpaired, on_mismatch)
-        source = Source(weak, strong)
-        found = measure(plan, source, progress or (lambda done, total: None))
+        matched = _match(weak, strong, on_unpaired, on_mismatch)
+        source = TensorSource(weak, strong)
+        steps = matched.at((1.0,))
+        found = measure(steps, lay_out(strong, steps, None), source, progress or (lambda done, total: None))
         source.check()
-        return _comparison(weak, strong, plan, found)
+        return _comparison(weak, strong, matched, found)
 
 
-def _plan(weak: Checkpoint, strong: Checkpoint, on_unpaired: str, on_mismatch: str) -> Plan:
-    """A merge's plan, whose pairs count. Raises PlanError."""
-    strong = replace(strong, strays={})  # links matter to who copies files
-    lenient = "aligned" if on_mismatch == "rows" else on_mismatch  # what no rows are common of is listed
-    make_plan(weak, strong, (1.0,), None, on_unpaired, lenient).check()
-    plan = make_plan(weak, strong, (1.0,), None, on_unpaired, on_mismatch)
-    if not any(compared(step) for step in plan.steps):
-        raise PlanError(f"nothing to compare: no tensor of numbers is in both {weak.path} and {strong.path}")
-    return plan
+def _match(sft: Checkpoint, aligned: Checkpoint, on_unpaired: str, on_mismatch: str) -> Matched:
+    """Return the pairs of tensors that are compared. Raises PlanError."""
+    # Tensors of two shapes without rows in common are listed, so they are no problem where "rows" is asked for.
+    lenient = "aligned" if on_mismatch == "rows" else on_mismatch
+    match_tensors(sft, aligned, MergeOptions(on_unpaired=on_unpaired, on_mismatch=lenient)).check()
+    matched = match_tensors(sft, aligned, MergeOptions(on_unpaired=on_unpaired, on_mismatch=on_mismatch))
+    if not any(compared(step) for step in matched.steps):
+        raise PlanError(f"nothing to compare: no tensor of numbers is in both {sft.path} and {aligned.path}")
+    return matched
 
 
-def _comparison(weak: Checkpoint, strong: Checkpoint, plan: Plan, found: Mapping[str, Sums]) -> Comparison:
+def _comparison(weak: Checkpoint, strong: Checkpoint, matched: Matched, found: Mapping[str, Sums]) -> Comparison:
     places = {name: place(name) for name in found}
-    steps = {step.name: step for step in plan.steps if compared(step)}
+    steps = {step.name: step for step in matched.steps if compared(step)}
     tensors = tuple(_tensor(steps[name], places[name], sums) for name, sums in found.items())
-    left = [step for step in plan.steps if not compared(step)]
+    left = [step for step in matched.steps if not compared(step)]
     alone = tuple((step.label, "only in aligned") for step in left if step.reason == NOT_IN_SFT)
-    dropped = tuple(plan.dropped.items())
+    dropped = tuple(matched.dropped.items())
     names = [name_of(each) for each in (weak, strong)]
     if names[0] == names[1]:
         names = [os.path.abspath(each.path) for each in (weak, strong)]
@@ -93,7 +96,7 @@ def _comparison(weak: Checkpoint, strong: Checkpoint, plan: Plan, found: Mapping
             *((step.label, step.reason) for step in left if step.reason != NOT_IN_SFT),
             *(item for item in dropped if item[1] != ONLY_IN_SFT),
         ),
-        bytes_read=sum(step.input_bytes for step in plan.steps if compared(step)), warnings=(),
+        bytes_read=sum(step.input_bytes for step in matched.steps if compared(step)), warnings=(),
     )  # fmt: skip
     note = tokens.difference(weak, strong)
     said = [*swapped(weak, strong), *suspicions(result)]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..dtypes import BITS, ITEMSIZE
 from ..execution.engines import MOST_WORKERS, Engine, choose, cpu_count
-from ..execution.tensor_source import WIDEST, Source
-from ..execution.worker_pool import CHUNK, Lane, Pass, Progress, Result
+from ..execution.lanes import ComputedChunk
+from ..execution.tensor_source import WIDEST, TensorSource
+from ..execution.worker_pool import CHUNK, Progress, WorkerPool
 from ..memory import page_aligned
-from ..planning.plan import UNTOUCHED, Plan
-from ..planning.shards import Chunk, Piece, cut
-from ..planning.steps import Action, Step
+from ..planning.plan import input_bytes
+from ..planning.shards import Chunk, OutputShard, Piece, cut
+from ..planning.steps import UNTOUCHED, Action, Step
 from .distance import Meter, Sums, total
 
 BLOCK = 1 << 17  # elements read at a time where they are not mapped: whole blocks of distance.py's, for the same bits
@@ -24,27 +25,26 @@ def compared(step: Step) -> bool:
     return step.action is Action.EXTRAPOLATE or untouched
 
 
-def measure(plan: Plan, source: Source, progress: Progress) -> dict[str, Sums]:
-    """The sums of every tensor that is compared, by its name."""
+def measure(
+    steps: Sequence[Step], shards: Sequence[OutputShard], source: TensorSource, progress: Progress
+) -> dict[str, Sums]:
+    """Return the sums of every tensor that is compared, by its name.
+
+    Args:
+        steps: The fates of the tensors.
+        shards: The files in whose order both inputs are read.
+        source: The bytes of both inputs.
+        progress: Called with (bytes read, bytes to read).
+    """
     found: list[tuple[str, Sums]] = []
-    crew = (choose("numpy"),) * min(cpu_count(), MOST_WORKERS)
-    work = _Measuring(plan, source, crew, lambda *_: None, chunks=cut(plan.shards, CHUNK), size=CHUNK)
-    work.found = found
-    output = max(sum(shard.size for shard in plan.shards), 1)
-    work.run(lambda done: progress(plan.input_bytes * done // output, plan.input_bytes))
+    engines = (choose("numpy"),) * min(cpu_count(), MOST_WORKERS)
+    pool = WorkerPool(source, engines, lambda engine: _Gauge(source, engine, found), lambda *_: None)
+    total_bytes, output = input_bytes(steps), max(sum(shard.size for shard in shards), 1)
+    pool.run(cut(shards, CHUNK), lambda done: progress(total_bytes * done // output, total_bytes))
     parts = defaultdict(list)
     for name, sums in found:
         parts[name].append(sums)
-    return {step.name: total(parts[step.name]) for step in plan.steps if compared(step)}
-
-
-class _Measuring(Pass):
-    """A merge's pass that writes nothing; `found` takes (tensor's name, sums) of every piece, in any order."""
-
-    found: list[tuple[str, Sums]]
-
-    def _lane(self, engine: Engine) -> Lane:
-        return _Gauge(self._source, engine, self.found)
+    return {step.name: total(parts[step.name]) for step in steps if compared(step)}
 
 
 class _Gauge:
@@ -52,7 +52,7 @@ class _Gauge:
 
     depth = 1
 
-    def __init__(self, source: Source, engine: Engine, found: list[tuple[str, Sums]]) -> None:
+    def __init__(self, source: TensorSource, engine: Engine, found: list[tuple[str, Sums]]) -> None:
         self._source, self._engine, self._found = source, engine, found
         self._meter = Meter()
         self._buffers = [page_aligned(BLOCK * WIDEST) for _ in range(2)]
@@ -63,8 +63,8 @@ class _Gauge:
                 blocks = self._adapted(piece) if piece.step.delta is not None else self._plain(piece)
                 self._found.append((piece.step.name, total(blocks)))
 
-    def finish(self) -> Result:
-        return Result((), {})
+    def finish(self) -> ComputedChunk:
+        return ComputedChunk((), {})
 
     def close(self) -> None:
         pass

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from ..errors import EngineError, ExpoError, UsageError
 from ..kernels.contract import EngineFunction, Statistics
+from ..options import ENGINES
 from .gpu_kernels import attempt, error_text, reason_given_up
 
-ENGINES = ("auto", "numpy", "cpu", "triton")
 MOST_WORKERS = 8
 
 
@@ -153,7 +153,7 @@ def _triton_or_cpu(device: str) -> Engine:
     return first._replace(run=run, reserve=reserve)
 
 
-def crew(engine: str = "auto", device: str = "auto", processes: int = 1) -> tuple[Engine, ...]:
+def engines_for(engine: str = "auto", device: str = "auto", processes: int = 1) -> tuple[Engine, ...]:
     """An engine for each worker of a merge from file to file.
 
     processes: how many such merges share the processors. On the CPU one more than processors, as a worker waits while

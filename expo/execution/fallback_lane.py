@@ -10,36 +10,43 @@ from typing import TypeVar
 from ..errors import ExpoError
 from ..planning.shards import Chunk
 from .gpu_kernels import error_text
-from .worker_pool import RING_SLOTS, Lane, Result
+from .lanes import RING_SLOTS, ComputedChunk, Lane
 
 T = TypeVar("T")
 
 
-class LaneWithReserve:
-    """A lane (see `work.Lane`) through a GPU; from the GPU's failure on, the reserve computes its chunks."""
+class FallbackLane:
+    """A lane through a GPU; after the GPU has failed, the reserve computes the chunks."""
 
     depth = RING_SLOTS
 
-    def __init__(self, make: Callable[[], Lane], reserve: Lane, name: str, failed: Callable[[str], None]) -> None:
-        """Make the GPU's lane, which may fail too; name: of the reserve; failed: takes the text of the GPU's error."""
-        self._reserve, self._name, self._failed = reserve, name, failed
+    def __init__(self, make_gpu: Callable[[], Lane], reserve: Lane, name: str, report: Callable[[str], None]) -> None:
+        """Make the GPU's lane.
+
+        Args:
+            make_gpu: Returns the GPU's lane; it may fail as the lane may.
+            reserve: The lane that computes after a failure.
+            name: The name of the reserve's engine.
+            report: Called with the text of the GPU's error.
+        """
+        self._reserve, self._name, self._report = reserve, name, report
         self._chunks: deque[Chunk] = deque()  # begun and not finished
         self._gpu: Lane | None = None
-        self._gpu = self._try(make)
+        self._gpu = self._attempt(make_gpu)
 
     def begin(self, chunk: Chunk) -> None:
-        """Start a chunk on the GPU; without the GPU it is computed when it is finished."""
+        """Start a chunk on the GPU; without the GPU, `finish` computes it."""
         self._chunks.append(chunk)
         if self._gpu is not None:
             lane = self._gpu
-            self._try(lambda: lane.begin(chunk))
+            self._attempt(lambda: lane.begin(chunk))
 
-    def finish(self) -> Result:
-        """Return the chunk begun first, done again if the GPU had begun it and failed."""
-        result = self._try(self._gpu.finish) if self._gpu is not None else None
+    def finish(self) -> ComputedChunk:
+        """Return the chunk that was begun first; the reserve computes it if the GPU failed."""
+        computed = self._attempt(self._gpu.finish) if self._gpu is not None else None
         chunk = self._chunks.popleft()
-        if result is not None:
-            return result
+        if computed is not None:
+            return computed
         self._reserve.begin(chunk)
         return self._reserve.finish()._replace(engine=self._name)
 
@@ -48,16 +55,16 @@ class LaneWithReserve:
         if self._gpu is not None:
             self._gpu.close()
 
-    def _try(self, work: Callable[[], T]) -> T | None:
-        """Have the GPU do something; if it fails, let go of it, say so, and return None."""
+    def _attempt(self, work: Callable[[], T]) -> T | None:
+        """Return what the GPU's work returns; where it fails, close the GPU's lane, report, and return None."""
         try:
             return work()
-        except (ExpoError, OSError):  # of the inputs
+        except (ExpoError, OSError):  # an input's error, which the reserve would meet too
             raise
         except Exception as error:
             lane, self._gpu = self._gpu, None
             if lane is not None:
                 with contextlib.suppress(Exception):  # a GPU that failed may fail again
                     lane.close()
-            self._failed(error_text(error))
+            self._report(error_text(error))
             return None

@@ -22,11 +22,11 @@ from ..planning.shards import Chunk, Piece
 from ..planning.steps import Step
 from .engines import choose
 from .gpu_kernels import error_text
-from .tensor_source import Source
-from .worker_pool import RING_SLOTS, Measured, Result, put_header
+from .lanes import RING_SLOTS, ComputedChunk, Measured, write_header
+from .tensor_source import TensorSource
 
 # Rings whose GPU failed for good are kept: where torch frees their memory and events after that, it aborts the process.
-_undrained: list[Ring] = []
+_undrained: list[GpuLane] = []
 SMALL = 64 << 10  # bytes of a piece below which the CPU does it: it takes longer to launch a kernel
 
 
@@ -107,12 +107,12 @@ class Slot:
         )
 
 
-class Ring:
-    """A lane of RING_SLOTS chunks (see `work.Lane`) through one GPU; for one thread."""
+class GpuLane:
+    """A lane of RING_SLOTS chunks (see `lanes.Lane`) through one GPU; for one thread."""
 
     depth = RING_SLOTS
 
-    def __init__(self, device: Device, plan: Plan, source: Source, size: int, measure: bool) -> None:
+    def __init__(self, device: Device, plan: Plan, source: TensorSource, size: int, measure: bool) -> None:
         """size: bytes of a chunk, at most. Raises RuntimeError where the GPU or the host has too little memory left."""
         self._device = device
         self._cpu = choose("auto", "cpu")  # for what the GPU does not do: F64, and small pieces
@@ -129,18 +129,18 @@ class Ring:
         slot = self._free.popleft()
         self._busy.append(slot)
         slot.parts, slot.measured, slot.rows = [], {}, 0
-        put_header(chunk, slot.buffers)
+        write_header(chunk, slot.buffers)
         for number, piece in enumerate(chunk.pieces):
             self._read(slot, number, piece)
         self._enqueue(slot)
 
-    def finish(self) -> Result:
+    def finish(self) -> ComputedChunk:
         """The chunk begun first; its buffers stay until RING_SLOTS more have begun."""
         slot = self._busy.popleft()
         self._device.synchronize(slot.done)
         on_gpu = {part.number: sweep.statistics(part.measured) for part in slot.parts if part.measured is not None}
         self._free.append(slot)
-        return Result(slot.buffers, slot.measured | on_gpu)
+        return ComputedChunk(slot.buffers, slot.measured | on_gpu)
 
     def close(self) -> None:
         """Wait for what is under way: its memory is about to go."""

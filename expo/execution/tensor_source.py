@@ -26,8 +26,8 @@ WIDEST = 8  # bytes of an element
 CONVERTED = (
     1 << 17
 )  # elements converted at a time: of 2^15 to 2^19 it was the fastest, more cost cache, and less Python
-CONVERTING = 7 * CONVERTED * WIDEST  # bytes that a worker takes for it: inputs, and up to five fp32 or fp64 forms
-FACTORS = 8  # adapters' matrices held at a time; neighbouring chunks need the same
+CONVERSION_BYTES = 7 * CONVERTED * WIDEST  # bytes that a worker takes for it: inputs, and up to five fp32 or fp64 forms
+MOST_FACTORS = 8  # adapters' matrices held at a time; neighbouring chunks need the same
 
 
 class Span(NamedTuple):
@@ -41,22 +41,22 @@ class Span(NamedTuple):
         return self.reader.mapped(self.start, self.stop)
 
 
-class Source:
+class TensorSource:
     """Has any run of a step's bytes computed. Safe for any number of threads."""
 
     def __init__(self, sft: Checkpoint, aligned: Checkpoint) -> None:
         self._sft = sft
         self._aligned = aligned
         self._scratch = threading.local()
-        self._factors = lru_cache(FACTORS)(self._read_factors)
+        self._factors = lru_cache(MOST_FACTORS)(self._read_factors)
         self._reads_factors = threading.Lock()  # all workers come to a tensor at once: one reads for all
 
-    def ahead(self, piece: Piece) -> None:
+    def read_ahead(self, piece: Piece) -> None:
         """Ask the system to start reading what a piece will need."""
         for span in self.spans(piece.step, piece.start, piece.stop):
             span.reader.ahead(span.start, span.stop)
 
-    def give_way(self) -> None:
+    def yield_to_writers(self) -> None:
         """Let go of inputs that somebody wants to write to; call it now and then."""
         for reader in self._readers():
             reader.give_way()

@@ -1,4 +1,4 @@
-"""The outputs of a merge while they are made: staged, filled, completed, and committed or kept for later."""
+"""Rank 0 of a merge: it stages the outputs, lets all ranks fill them, completes them, and commits or keeps them."""
 
 from __future__ import annotations
 
@@ -10,82 +10,62 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from ..checkpoints.checkpoint import INDEX, Checkpoint
+from ..checkpoints.checkpoint import INDEX
 from ..checkpoints.sidecars import CARD, DIGESTS
 from ..errors import CheckpointError, ExpoError, OutputError, RankError
-from ..execution.engines import Engine
-from ..execution.tensor_source import Source
-from ..execution.worker_pool import CHUNK, chunk_size
+from ..execution.worker_pool import CHUNK
 from ..memory import MIB, PAGE, page_aligned
 from ..output.journal import Done, Journal, Key
-from ..output.staging import (
-    JOURNAL,
-    Staging,
-    create_shard,
-    output_errors,
-    read_back,
-    sync_folder,
-)
-from ..planning.plan import Plan
+from ..output.staging import JOURNAL, Staging, create_shard, output_errors, read_back, sync_folder
 from ..planning.shards import cut
-from .process_group import Alone
-from .rank_worker import Corrupt, Filling
+from .job import MergeJob
+from .rank_worker import Corrupt, RankWorker
 from .result import Tally
 
-GOES_ON = "the same command with --resume goes on"
+RESUME = "the same command with --resume goes on"
 
 
-class Making:
-    """The stagings of a merge's outputs, in the hands of rank 0; left by an error it keeps them for --resume.
+class Coordinator:
+    """The staging folders of a merge's outputs; after an error they stay for `--resume`.
 
-    filling: what computes this rank's part. tally: statistics of what is done.
+    Attributes:
+        worker: Computes this rank's part.
+        tally: The statistics of the chunks that are done.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        source: Source,
-        crew: Sequence[Engine],
-        stagings: Mapping[int, Staging],
-        journal: Journal,
-        ranks: Alone,
-        resume: bool,
-        overwrite: bool,
-    ) -> None:
-        """stagings: of the outputs still to be made, by their number. journal: of all outputs.
+    def __init__(self, job: MergeJob, stagings: Mapping[int, Staging], journal: Journal) -> None:
+        """Continue with what the journal says is done, or begin anew. Raises OutputError.
 
-        resume: go on with what is there; overwrite: unless it is another merge's. Raises OutputError.
+        Args:
+            job: The merge.
+            stagings: The staging folders of the outputs still to be made, by the output's number.
+            journal: The journal of all outputs.
         """
-        self._plan = plan
-        self._source = source
-        self._stagings = stagings
-        self._journal = journal
-        self._chunk = chunk_size(len(crew), len(plan.alphas))
+        self._job, self._stagings, self._journal = job, stagings, journal
+        self._chunk_bytes = job.chunk_bytes
         self._done: Done = {}
-        self.tally = Tally(len(plan.alphas))
-        self._ranks = ranks
-        begun = self._journal.resume(overwrite) if resume else None
-        goes_on = begun is not None and self._adopt(*begun)
+        self.tally = Tally(len(job.outs))
+        begun = journal.resume(job.options.overwrite) if job.options.resume else None
+        continues = begun is not None and self._adopt(*begun)
         for staging in stagings.values():
             with output_errors(staging.folder):
-                staging.clear(but={JOURNAL, *(name for name, _ in self._done)} if goes_on else ())
-        if not goes_on:
-            self._journal.begin(self._chunk)
-        folders = {k: staging.folder for k, staging in stagings.items()}
-        self.filling = Filling(plan, source, crew, folders, journal, ranks, self.tally, self._chunk, self._done)
+                staging.clear(but={JOURNAL, *(name for name, _ in self._done)} if continues else ())
+        if not continues:
+            journal.begin(self._chunk_bytes)
+        self.worker = RankWorker(job, journal, self.tally, self._chunk_bytes, self._done)
 
-    def _adopt(self, chunk: int, done: Done) -> bool:
-        """Take over what an interrupted merge has done; False where its journal does not fit the plan."""
-        tally = Tally(len(self._plan.alphas))
-        if chunk % PAGE or chunk > CHUNK or not self._add(tally, chunk, done):
+    def _adopt(self, chunk_bytes: int, done: Done) -> bool:
+        """Take over what an interrupted merge has done; return False where its journal does not fit the plan."""
+        tally = Tally(len(self._job.outs))
+        if chunk_bytes % PAGE or chunk_bytes > CHUNK or not self._add(tally, chunk_bytes, done):
             return False
-        self._chunk, self._done, self.tally = chunk, done, tally
+        self._chunk_bytes, self._done, self.tally = chunk_bytes, done, tally
         return True
 
-    def _add(self, tally: Tally, size: int, done: Done) -> bool:
-        """The statistics of these chunks into the tally; False where they are no chunks of the plan's."""
+    def _add(self, tally: Tally, chunk_bytes: int, done: Done) -> bool:
+        """Add the statistics of these chunks to the tally; return False where they are no chunks of the plan."""
         left = len(done)
-        for chunk in cut(self._plan.shards, size):
+        for chunk in cut(self._job.plan.shards, chunk_bytes):
             if not left:
                 break
             stop, measured = done.get((chunk.shard.name, chunk.start), (None, {}))
@@ -96,11 +76,11 @@ class Making:
             left -= 1
         return left == 0
 
-    def __enter__(self) -> Making:
+    def __enter__(self) -> Coordinator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        cause = self._ranks.cause(error)
+        cause = self._job.ranks.cause(error)
         try:
             if isinstance(cause, Corrupt) or (isinstance(cause, RankError) and cause.kind == Corrupt.__name__):
                 for staging in self._stagings.values():
@@ -110,13 +90,13 @@ class Making:
             if cause is not None and cause is not error:
                 raise cause
         finally:
-            self.filling.close()
+            self.worker.close()
 
     def _keep(self, error: BaseException) -> None:
-        """Write down what is done, leave the stagings, and say so."""
-        # The disk is full or gone, or an input is not what it was: what was written down before counts.
+        """Record what is done, leave the staging folders, and raise the error again with the way to continue."""
+        # The disk may be full or gone, or an input may have changed: what the journal has already still counts.
         with contextlib.suppress(CheckpointError, OutputError):
-            self.filling.record()
+            self.worker.record()
         left = [staging for staging in self._stagings.values() if not staging.committed]
         if not left:
             self._journal.remove()
@@ -128,74 +108,85 @@ class Making:
         notes = [f"already in place: {', '.join(done)}"] if done else []
         if left:
             kept = ", ".join(staging.folder for staging in left)
-            command = "--resume without --check puts it in place as it is" if _unloadable(error) else GOES_ON
+            command = "--resume without --check puts it in place as it is" if _is_unloadable(error) else RESUME
             notes.append(f"what is done is kept in {kept}: {command}")
         if isinstance(error, ExpoError | KeyboardInterrupt) and notes:
             raise type(error)("; ".join([str(error), *notes] if str(error) else notes)) from error
 
     def create(self) -> None:
-        """Make the shards that are not there yet, so that all ranks may fill them. Raises OutputError."""
+        """Create the shards that do not exist yet, so that all ranks may fill them. Raises OutputError."""
         durable: Counter[str] = Counter()
         for (name, start), (stop, _) in self._done.items():
             durable[name] += stop - start
         for staging in self._stagings.values():
-            for shard in self._plan.shards:
+            for shard in self._job.plan.shards:
                 create_shard(staging.path(shard.name), shard.size, durable[shard.name])
-            with output_errors(staging.folder):  # the journal is about to vouch for these files: their names must last
+            with output_errors(staging.folder):  # the journal will name these files, so their names must be durable
                 sync_folder(staging.folder)
                 sync_folder(staging.parent)
 
     @property
     def begun(self) -> tuple[int, dict[Key, int]]:
-        """What the other ranks must know to divide the rest as this one does: the size of chunks, and those done.
+        """The size of chunks and the chunks that are done, from which the other ranks divide the rest as this one does.
 
-        Not for them to read in the journal, which this rank may have written more into by then.
+        They do not read the journal for this: this rank may have written more into it by then.
         """
-        return self._chunk, {key: stop for key, (stop, _) in self._done.items()}
+        return self._chunk_bytes, {key: stop for key, (stop, _) in self._done.items()}
 
     def collect(self) -> None:
-        """Take over what the other ranks have done, once all have. Raises OutputError."""
-        there = self.filling.resumed + sum(self.filling.shares.values())
+        """Take over what the other ranks have done, after all ranks are done. Raises OutputError."""
+        written = self.worker.resumed + sum(self.worker.shares.values())
         sound = True
-        for done in self._journal.collect(self._chunk):
-            there += sum(stop - start for (_, start), (stop, _) in done.items()) * len(self._plan.alphas)
-            sound = sound and self._add(self.tally, self._chunk, done)
-        if not sound or there != self._plan.output_bytes:
+        for done in self._journal.collect(self._chunk_bytes):
+            written += sum(stop - start for (_, start), (stop, _) in done.items()) * len(self._job.outs)
+            sound = sound and self._add(self.tally, self._chunk_bytes, done)
+        if not sound or written != self._job.plan.output_bytes:
             folders = ", ".join(staging.folder for staging in self._stagings.values())
             raise OutputError(f"{folders}: a rank's journal cannot be read, or not all of it")
 
-    def complete(self, aligned: Checkpoint, cards: Callable[[int], bytes], digest: bool) -> None:
-        """Aligned's other files, the model card, the index, and digests of all if asked for.
+    def complete(self, card_of: Callable[[int], bytes]) -> None:
+        """Add aligned's other files, the model card, the index, and the digests where they are asked for.
 
-        cards: makes the card of an output, by its number. Raises CheckpointError, OutputError.
+        Args:
+            card_of: Returns the model card of an output, by its number.
+
+        Raises:
+            CheckpointError: A file of aligned cannot be read.
+            OutputError: A file cannot be written.
         """
+        plan, aligned = self._job.plan, self._job.aligned
         for k, staging in self._stagings.items():
-            names = [shard.name for shard in self._plan.shards]
+            names = [shard.name for shard in plan.shards]
             if aligned.folder is not None:
-                for name in self._plan.carried:
+                for name in plan.carried:
                     staging.put(name, _parts(aligned.files[name]))
-                for name, data in {**self._plan.made, CARD: cards(k)}.items():
+                for name, data in {**plan.rewritten, CARD: card_of(k)}.items():
                     staging.put(name, [data])
                     names.append(name)
-                names += self._plan.carried
-            if self._plan.index is not None:
-                staging.put(INDEX, [self._plan.index])
+                names += plan.carried
+            if plan.index is not None:
+                staging.put(INDEX, [plan.index])
                 names.append(INDEX)
-            if digest and aligned.folder is not None:
-                staging.put(DIGESTS, _digests(staging, [(name, name) for name in sorted(names)]))
-            elif digest:
-                staging.beside(_digests(staging, [(names[0], os.path.basename(staging.out))]))
+            if self._job.options.digest:
+                self._put_digests(staging, names)
+
+    def _put_digests(self, staging: Staging, names: list[str]) -> None:
+        """Write SHA256SUMS into an output, or OUT.sha256 beside an output that is one file."""
+        if self._job.aligned.folder is not None:
+            staging.put(DIGESTS, _digests(staging, [(name, name) for name in sorted(names)]))
+        else:
+            staging.beside(_digests(staging, [(names[0], os.path.basename(staging.out))]))
 
     def check(self, loader: Any) -> None:
-        """Have this class of transformers load each output where it is staged. Raises Unloadable."""
+        """Load each output, in its staging folder, with this class of transformers. Raises Unloadable."""
         from .load_check import check_output
 
         for staging in self._stagings.values():
             check_output(loader, staging.folder, staging.out)
 
     def commit(self) -> list[str]:
-        """Put the outputs in place, one by one; returns warnings. Raises CheckpointError, OutputError."""
-        self._source.check()
+        """Put the outputs in place, one by one, and return warnings. Raises CheckpointError, OutputError."""
+        self._job.source.check()
         warnings = []
         for staging in self._stagings.values():
             self._journal.set_aside(staging.folder)
@@ -203,19 +194,19 @@ class Making:
         return warnings
 
     def forget(self) -> list[str]:
-        """Remove the journal, once nobody has to be told any more that the outputs are in place; returns warnings."""
+        """Remove the journal, after every rank knows that the outputs are in place, and return warnings."""
         return self._journal.remove()
 
 
-def _unloadable(error: BaseException) -> bool:
-    """Whether --check failed, as it would again."""
+def _is_unloadable(error: BaseException) -> bool:
+    """Return True if `--check` failed; it would fail again."""
     from .load_check import Unloadable
 
     return isinstance(error, Unloadable)
 
 
 def _parts(path: str) -> Iterator[bytes]:
-    """A file of aligned's, a MiB at a time. Raises CheckpointError."""
+    """Yield a file of aligned's, one MiB at a time. Raises CheckpointError."""
     try:
         with open(path, "rb") as file:
             while part := file.read(MIB):
@@ -225,7 +216,12 @@ def _parts(path: str) -> Iterator[bytes]:
 
 
 def _digests(staging: Staging, names: Sequence[tuple[str, str]]) -> Iterator[bytes]:
-    """Lines as sha256sum writes and checks them, of files read back from staging: (name there, name to write)."""
+    """Yield lines as sha256sum writes them, for files that are read back from the disk.
+
+    Args:
+        staging: The folder of the files.
+        names: (name in the folder, name to write) of each file.
+    """
     buffer = page_aligned(CHUNK)
     for staged, name in names:
         path = staging.path(staged)
@@ -234,5 +230,5 @@ def _digests(staging: Staging, names: Sequence[tuple[str, str]]) -> Iterator[byt
             digest.update(buffer[:count])
             at += count
         escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
-        mark = "\\" if escaped != name else ""  # as sha256sum marks it
+        mark = "\\" if escaped != name else ""  # sha256sum's mark for a name with escapes
         yield os.fsencode(f"{mark}{digest.hexdigest()}  {escaped}\n")

@@ -9,7 +9,10 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Origin
@@ -24,48 +27,64 @@ _MATTER = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
-def card(
-    *,
-    sft: Origin,
-    aligned: Origin,
-    alpha: float,
-    rules: Mapping[str, float],
-    options: Mapping[str, str],
-    command: str,
-    name: str,
-    readme: str | None,
-    output: Output,
-    relative_distance: float,
-    max_abs_difference: float,
-    extrapolated: int,
-    copied: Sequence[tuple[str, str]],
-    dropped: Sequence[tuple[str, str]],
-    dtype: str,
-    tokenizer: bool,
-    code: bool,
-) -> str:
-    """The text of README.md for one output.
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says.
 
-    rules: alphas by regular expression, as --alpha-for has them. options: values of the other options, by name.
-    command: what to type to make the output again. name: of the output's folder. readme: aligned's own README.md, whose
-    licence, languages and task are taken over. copied, dropped: (tensor, reason). dtype: of the weights. tokenizer,
-    code: whether a tokenizer and Python files come with the output.
+    Attributes:
+        sft, aligned: The origins of both inputs.
+        alpha: The alpha of this output.
+        rules: Alphas by regular expression, as `--alpha-for` has them.
+        options: The values of the other options that are not at their defaults, by name.
+        command: The command line that makes the output again.
+        name: The name of the output's folder.
+        readme: Aligned's own README.md, whose licence, languages and task the card takes over; None without one.
+        output: The measurements of this output.
+        relative_distance: The norm of aligned - sft over that of aligned.
+        max_abs_difference: The largest element of |aligned - sft|.
+        extrapolated: The number of tensors that are extrapolated.
+        copied, dropped: (tensor, reason) of the others.
+        dtype: The dtypes of the weights.
+        tokenizer: True if a tokenizer comes with the output.
+        code: True if Python files come with the output.
     """
-    measured = _measured(output, relative_distance, max_abs_difference) if extrapolated else []
+
+    sft: Origin
+    aligned: Origin
+    alpha: float
+    rules: Mapping[str, float]
+    options: Mapping[str, str]
+    command: str
+    name: str
+    readme: str | None
+    output: Output
+    relative_distance: float
+    max_abs_difference: float
+    extrapolated: int
+    copied: Sequence[tuple[str, str]]
+    dropped: Sequence[tuple[str, str]]
+    dtype: str
+    tokenizer: bool
+    code: bool
+
+
+def card_text(facts: CardFacts) -> str:
+    """Return the text of README.md for one output."""
+    measured = _measured(facts) if facts.extrapolated else []
     parts = [
-        f"---\n{_front_matter(sft, aligned, readme)}---",
-        f"# {_text(name)}",
-        _introduction(sft, aligned, alpha),
+        f"---\n{_front_matter(facts.sft, facts.aligned, facts.readme)}---",
+        f"# {_text(facts.name)}",
+        _introduction(facts.sft, facts.aligned, facts.alpha),
         "## How it was made",
-        _items(_settings(sft, aligned, alpha, rules, options, dtype)),
-        _fence(f"$ {command}", "console"),
+        _items(_settings(facts)),
+        _fence(f"$ {facts.command}", "console"),
         "## How far it moved",
-        _items([*measured, *_tensors(extrapolated, copied, dropped)]),
+        _items([*measured, *_tensors(facts)]),
         "## How to use it",
-        _fence(_usage(name, tokenizer), "python"),
-        *_remarks(tokenizer, code),
+        _fence(_usage(facts.name, facts.tokenizer), "python"),
+        *_remarks(facts.tokenizer, facts.code),
         "## Citation",
-        f"The method, ExPO, is that of {PAPER}.",
+        f"The method, ExPO, is described in {PAPER}.",
     ]
     return "\n\n".join(parts).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
@@ -79,34 +98,31 @@ def _introduction(sft: Origin, aligned: Origin, alpha: float) -> str:
     )
 
 
-def _settings(
-    sft: Origin, aligned: Origin, alpha: float, rules: Mapping[str, float], options: Mapping[str, str], dtype: str
-) -> list[str]:
-    from .._version import __version__
-
+def _settings(facts: CardFacts) -> list[str]:
     return [
-        f"aligned: {_origin(aligned)}",
-        f"sft: {_origin(sft)}",
-        f"alpha: {_number(alpha)}",
-        *(f"alpha of tensors that match {_code(pattern)}: {_number(value)}" for pattern, value in rules.items()),
-        *(f"{_code(option)}: {_code(value)}" for option, value in options.items()),
-        f"dtype: {_text(dtype)}",
+        f"aligned: {_origin(facts.aligned)}",
+        f"sft: {_origin(facts.sft)}",
+        f"alpha: {_number(facts.alpha)}",
+        *(f"alpha of tensors that match {_code(pattern)}: {_number(value)}" for pattern, value in facts.rules.items()),
+        *(f"{_code(option)}: {_code(value)}" for option, value in facts.options.items()),
+        f"dtype: {_text(facts.dtype)}",
         f"made with expo {__version__}, Python {platform.python_version()}",
     ]
 
 
-def _measured(output: Output, relative_distance: float, max_abs_difference: float) -> list[str]:
+def _measured(facts: CardFacts) -> list[str]:
     return [
-        f"elements changed: {output.changed:.2%}",
-        f"norm of the change, relative to aligned's: {output.relative_change:.4g}",
-        f"norm of aligned - sft, relative to aligned's: {relative_distance:.4g}",
-        f"largest element of |aligned - sft|: {max_abs_difference:.4g}",
-        f"elements that are inf or NaN: {output.non_finite}",
+        f"elements changed: {facts.output.changed:.2%}",
+        f"norm of the change, relative to aligned's: {facts.output.relative_change:.4g}",
+        f"norm of aligned - sft, relative to aligned's: {facts.relative_distance:.4g}",
+        f"largest element of |aligned - sft|: {facts.max_abs_difference:.4g}",
+        f"elements that are inf or NaN: {facts.output.non_finite}",
     ]
 
 
-def _tensors(extrapolated: int, copied: Sequence[tuple[str, str]], dropped: Sequence[tuple[str, str]]) -> list[str]:
-    counts = f"tensors: {extrapolated} extrapolated, {len(copied)} copied, {len(dropped)} dropped"
+def _tensors(facts: CardFacts) -> list[str]:
+    copied, dropped = facts.copied, facts.dropped
+    counts = f"tensors: {facts.extrapolated} extrapolated, {len(copied)} copied, {len(dropped)} dropped"
     return [counts, *_some("copied", copied), *_some("dropped", dropped)]
 
 

@@ -27,7 +27,7 @@ NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what launchers s
 Exchange = Callable[[Any], "list[Any]"]  # a value to those of all ranks, by rank
 
 
-class Alone:
+class SingleProcess:
     """The one process of an ordinary merge; `Ranks` has the same methods for several, and says what they do."""
 
     rank, world, local_rank, local_world, restarts = 0, 1, 0, 1, False
@@ -46,7 +46,7 @@ class Alone:
         yield
 
 
-class Ranks(Alone):
+class ProcessGroup(SingleProcess):
     """One of several processes that make one merge together.
 
     rank of world: this one, and how many there are; local_rank of local_world: likewise on this host. restarts:
@@ -241,18 +241,23 @@ class Watch:
 
 
 def launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
+    """Return True if a launcher has started this process as one of several."""
     return all(name in os.environ for name in NAMES) and os.environ["WORLD_SIZE"] != "1"
 
 
+def launched_rank() -> int:
+    """Return the rank that a launcher gave this process; 0 for a process that none started. Raises UsageError."""
+    return _number("RANK", 0) if launched() else 0
+
+
 @contextlib.contextmanager
-def join() -> Iterator[Alone]:
+def join() -> Iterator[SingleProcess]:
     """The ranks that a launcher has started: torchrun, or another that sets `NAMES`.
 
-    Alone in a process that was not started so. Raises UsageError, and RankError where the others do not come.
+    A process that no launcher started is a SingleProcess. Raises UsageError, and RankError if the others do not come.
     """
     if not launched():
-        yield Alone()
+        yield SingleProcess()
         return
     rank, world, local_rank, local_world = (
         _number(name, default)
@@ -262,7 +267,7 @@ def join() -> Iterator[Alone]:
         raise UsageError(f"RANK={rank} and WORLD_SIZE={world} are not what a launcher sets; unset them to merge alone")
     restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0) > 0
     with _met(rank, world) as (store, exchange):
-        ranks = Ranks(store, exchange, rank, world, local_rank, local_world, restarts)
+        ranks = ProcessGroup(store, exchange, rank, world, local_rank, local_world, restarts)
         try:
             yield ranks
         except BaseException as error:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import OutputError
-from ..execution.worker_pool import Measured
+from ..execution.lanes import Measured
 from ..kernels.contract import Statistics
 from ..planning.shards import Chunk
 from .staging import JOURNAL, journals_of_ranks, lock, output_errors

@@ -1,7 +1,7 @@
-"""Which tensor of sft is the twin of which of aligned: by name, else under an older name, else as a tied weight.
+"""The counterpart in sft of each tensor of aligned: by name, else under an older name, else as a tied weight.
 
-Pure. Nothing is guessed: a twin under another name has the same shape (rows of the same width, where it is a tie),
-is the only one that fits, and its step says so.
+Pure. Nothing is guessed: a counterpart under another name has the same shape (rows of the same width, where it is a
+tie), is the only tensor that fits, and its step says so.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.naming import unwrapped
 from ..checkpoints.safetensors_header import TensorInfo
 from ..dtypes import ITEMSIZE
@@ -54,49 +54,53 @@ _RENAMES = (
 RENAMES = tuple((re.compile(pattern), new) for pattern, new in _RENAMES)
 
 
-class Twin(NamedTuple):
-    """A tensor of sft; reason: why it is the twin, "" where the names are the same."""
+class Counterpart(NamedTuple):
+    """The tensor of sft that belongs to a tensor of aligned; reason: why, "" where the names are the same."""
 
     tensor: TensorInfo
     reason: str
 
 
 class Pairs(NamedTuple):
-    """twins: by aligned's name. kept, dropped: what needs no twin, of aligned and of sft, and the reason.
+    """The pairs of tensors of two models, and what has no counterpart.
 
-    unpaired: names of aligned alone. left: names of sft alone.
+    Attributes:
+        counterparts: By aligned's name for the tensor.
+        kept: The tensors of aligned that need no counterpart, and the reason.
+        dropped: The tensors of sft that need none, and the reason.
+        only_in_aligned: The names of aligned's other tensors.
+        only_in_sft: The names of sft's other tensors.
     """
 
-    twins: dict[str, Twin]
+    counterparts: dict[str, Counterpart]
     kept: dict[str, str]
     dropped: dict[str, str]
-    unpaired: list[str]
-    left: list[str]
+    only_in_aligned: list[str]
+    only_in_sft: list[str]
 
 
-def pair(sft: Checkpoint, aligned: Checkpoint) -> Pairs:
-    """The fate of every name of both checkpoints."""
-    weak, strong = sft.tensors, aligned.tensors
-    kept = {name: "a buffer, which the model computes, and no weight" for name, tensor in strong.items()
-            if is_buffer(tensor) and is_buffer(weak.get(name, tensor))}  # fmt: skip
-    dropped = {name: "a buffer, which the model computes" for name, tensor in weak.items()
-               if is_buffer(tensor) and name not in strong}  # fmt: skip
-    twins = {name: Twin(weak[name], "") for name in strong if name in weak and name not in kept}
-    here = {name: tensor for name, tensor in strong.items() if name not in twins and name not in kept}
-    there = {name: tensor for name, tensor in weak.items() if name not in strong and name not in dropped}
-    for name, old in _renamed(here, there).items():
-        twins[name] = Twin(there.pop(old), f"sft calls it {old}")
-        del here[name]
+def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
+    """Return the counterpart of each of aligned's tensors: by name, else under an older name, else as a tied weight."""
+    ours, theirs = aligned.tensors, sft.tensors
+    kept = {name: "a buffer, which the model computes, and no weight" for name, tensor in ours.items()
+            if is_buffer(tensor) and is_buffer(theirs.get(name, tensor))}  # fmt: skip
+    dropped = {name: "a buffer, which the model computes" for name, tensor in theirs.items()
+               if is_buffer(tensor) and name not in ours}  # fmt: skip
+    counterparts = {name: Counterpart(theirs[name], "") for name in ours if name in theirs and name not in kept}
+    only_ours = {name: tensor for name, tensor in ours.items() if name not in counterparts and name not in kept}
+    only_theirs = {name: tensor for name, tensor in theirs.items() if name not in ours and name not in dropped}
+    for name, other in _renamed(only_ours, only_theirs).items():
+        counterparts[name] = Counterpart(only_theirs.pop(other), f"sft calls it {other}")
+        del only_ours[name]
     flags = tie_flag(sft.config), tie_flag(aligned.config)
-    tied = _tied(here, weak, flags[0] is not False and flags != (None, False))
-    twins |= {name: Twin(weak[other], f"sft ties it to {other}") for name, other in tied.items()}
-    used = set(tied.values())
-    there = {name: tensor for name, tensor in there.items() if name not in used}
-    ties = _tied(there, strong, False not in flags)
+    tied = _tied(only_ours, theirs, flags[0] is not False and flags != (None, False))
+    counterparts |= {name: Counterpart(theirs[other], f"sft ties it to {other}") for name, other in tied.items()}
+    read = set(tied.values())
+    only_theirs = {name: tensor for name, tensor in only_theirs.items() if name not in read}
+    ties = _tied(only_theirs, ours, False not in flags)
     dropped |= {name: f"aligned ties it to {other}" for name, other in ties.items()}
-    return Pairs(
-        twins, kept, dropped, [name for name in here if name not in tied], [name for name in there if name not in ties]
-    )
+    unpaired = [name for name in only_ours if name not in tied], [name for name in only_theirs if name not in ties]
+    return Pairs(counterparts, kept, dropped, *unpaired)
 
 
 def is_buffer(tensor: TensorInfo) -> bool:
@@ -181,7 +185,7 @@ def _tied(alone: Mapping[str, TensorInfo], lacking: Mapping[str, TensorInfo], ti
 
 
 def mismatched(aligned: TensorInfo, sft: TensorInfo) -> bool:
-    """Return True if two twins cannot be extrapolated as they are: by shape, or as one of them has no numbers."""
+    """Return True if a pair cannot be extrapolated as it is: by shape, or as one of the two has no numbers."""
     return aligned.shape != sft.shape or (aligned.dtype in ITEMSIZE) != (sft.dtype in ITEMSIZE)
 
 

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.naming import any_number, shared_prefix, unwrapped
 from ..checkpoints.quantization import problem
 from ..checkpoints.safetensors_header import TensorInfo, element_count
@@ -27,7 +27,7 @@ _ONE_EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+\.")
 _EXPERTS = re.compile(r"(^|\.)\w*experts?\.")
 
 
-def model_problems(sft: Checkpoint, aligned: Checkpoint) -> list[str]:
+def model_problems(sft: ModelTensors, aligned: ModelTensors) -> list[str]:
     """Return what is wrong with either checkpoint as a whole, or with the two together."""
     roles = (("sft", sft), ("aligned", aligned))
     own = roles[: 1 if aligned.adapter else 2]
@@ -42,7 +42,7 @@ def model_problems(sft: Checkpoint, aligned: Checkpoint) -> list[str]:
     return problems
 
 
-def _empty(role: str, checkpoint: Checkpoint, sft: Checkpoint, aligned: Checkpoint) -> str | None:
+def _empty(role: str, checkpoint: ModelTensors, sft: ModelTensors, aligned: ModelTensors) -> str | None:
     """Return the problem of a checkpoint whose weights were not gathered; None where there is none."""
     own = checkpoint.adapter.full if checkpoint.adapter else checkpoint.tensors
     names = [name for name in checkpoint.tensors if name in own and is_hollow(name, sft, aligned, checkpoint)]
@@ -56,7 +56,7 @@ def _empty(role: str, checkpoint: Checkpoint, sft: Checkpoint, aligned: Checkpoi
     )
 
 
-def is_hollow(name: str, sft: Checkpoint, aligned: Checkpoint, checkpoint: Checkpoint) -> bool:
+def is_hollow(name: str, sft: ModelTensors, aligned: ModelTensors, checkpoint: ModelTensors) -> bool:
     """Return True if a tensor is empty where a model has numbers: a weight, a bias, or what the other side has."""
     tensor = checkpoint.tensors[name]
     if tensor.dtype not in ITEMSIZE or element_count(tensor.shape):
@@ -67,7 +67,7 @@ def is_hollow(name: str, sft: Checkpoint, aligned: Checkpoint, checkpoint: Check
 
 
 def tensor_problems(
-    sft: Checkpoint, aligned: Checkpoint, pairs: Pairs, on_unpaired: str, on_mismatch: str
+    sft: ModelTensors, aligned: ModelTensors, pairs: Pairs, on_unpaired: str, on_mismatch: str
 ) -> list[str]:
     """Return what is wrong with single tensors of the two checkpoints, unless the options decide about it."""
     problems = []
@@ -80,25 +80,26 @@ def tensor_problems(
     if unsupported:
         what = f"{_counted(len(unsupported))} of a dtype that cannot be extrapolated (quantised?)"
         problems.append(_listing(what, "", unsupported))
-    if (pairs.unpaired or pairs.left) and on_unpaired == "error":
+    if (pairs.only_in_aligned or pairs.only_in_sft) and on_unpaired == "error":
         problems.append(_unpaired(sft, aligned, pairs))
     if on_mismatch != "aligned":
         problems += _mismatches(sft, aligned, pairs, on_mismatch)
     return problems
 
 
-def _unpaired(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
+def _unpaired(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str:
     """Return the problem of tensors that one checkpoint has alone, with what they look like."""
-    alone = [*pairs.unpaired, *pairs.left]
-    count = f"{_counted(len(alone))} without a twin"
+    alone = [*pairs.only_in_aligned, *pairs.only_in_sft]
+    count = f"{_counted(len(alone))} without a counterpart"
     prefix = _unknown_prefix(sft, aligned)
     if prefix is not None and not any(map(_PEFT.search, alone)):
         return f"{count}: {prefix}"
-    items = _grouped([(name, "aligned only") for name in pairs.unpaired] + [(name, "sft only") for name in pairs.left])
-    return _listing(count, _likely_cause(sft, aligned, pairs), items)
+    items = [(name, "aligned only") for name in pairs.only_in_aligned]
+    items += [(name, "sft only") for name in pairs.only_in_sft]
+    return _listing(count, _likely_cause(sft, aligned, pairs), _grouped(items))
 
 
-def _unknown_prefix(sft: Checkpoint, aligned: Checkpoint) -> str | None:
+def _unknown_prefix(sft: ModelTensors, aligned: ModelTensors) -> str | None:
     """Return what to say of a side whose names all begin with what the other side's names lack."""
     for role, one, other in (("sft", sft, aligned), ("aligned", aligned, sft)):
         prefix = shared_prefix(map(unwrapped, one.tensors), map(unwrapped, other.tensors))
@@ -110,9 +111,9 @@ def _unknown_prefix(sft: Checkpoint, aligned: Checkpoint) -> str | None:
     return None
 
 
-def _likely_cause(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
+def _likely_cause(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str:
     """Return what unpaired tensors look like and what to do; the option only where they look like parts of one side."""
-    alone = [*pairs.unpaired, *pairs.left]
+    alone = [*pairs.only_in_aligned, *pairs.only_in_sft]
     if any(map(_PEFT.search, alone)):
         return (
             "one of the two is the whole state dict of a PEFT model: merge_and_unload() it with PEFT and "
@@ -135,14 +136,14 @@ def _likely_cause(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str:
 
 def _differs_by_experts(pairs: Pairs) -> bool:
     """Return True if one side has a tensor for each expert and the other has one for all experts."""
-    sides = [[name for name in names if _EXPERTS.search(name)] for names in (pairs.unpaired, pairs.left)]
+    sides = [[name for name in names if _EXPERTS.search(name)] for names in (pairs.only_in_aligned, pairs.only_in_sft)]
     apart = [any(_ONE_EXPERT.search(name) for name in names) for names in sides]
     return all(sides) and apart[0] is not apart[1]
 
 
-def _tie(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str | None:
+def _tie(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str | None:
     """Return what to do about a head that one side has alone; None where it is not a matter of ties."""
-    for role, lacking, names in (("sft", sft, pairs.unpaired), ("aligned", aligned, pairs.left)):
+    for role, lacking, names in (("sft", sft, pairs.only_in_aligned), ("aligned", aligned, pairs.only_in_sft)):
         lost = any(map(HEAD.search, names)) and not any(map(HEAD.search, lacking.tensors))
         if not lost or not generates(lacking.config):
             continue
@@ -156,27 +157,27 @@ def _tie(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> str | None:
             "transformers, give its lm_head.weight a copy of its own (torch.nn.Parameter(model.lm_head.weight.detach()"
             ".clone())), set model.config.tie_word_embeddings to False, and save_pretrained() it"
         )
-    if all(map(is_embedding, (*pairs.unpaired, *pairs.left))):
-        role, lacking = ("sft", sft) if pairs.unpaired else ("aligned", aligned)
+    if all(map(is_embedding, (*pairs.only_in_aligned, *pairs.only_in_sft))):
+        role, lacking = ("sft", sft) if pairs.only_in_aligned else ("aligned", aligned)
         return f"{role} {lacking.path} is not whole: it lacks an embedding; download or save it again"
     return None
 
 
-def _same_shapes(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs) -> bool:
+def _same_shapes(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> bool:
     """Return True if most tensors of the side with fewer unpaired ones have a shape that the other side lacks too."""
-    ours = Counter(aligned.tensors[name].shape for name in pairs.unpaired)
-    theirs = Counter(sft.tensors[name].shape for name in pairs.left)
+    ours = Counter(aligned.tensors[name].shape for name in pairs.only_in_aligned)
+    theirs = Counter(sft.tensors[name].shape for name in pairs.only_in_sft)
     return 2 * (ours & theirs).total() > min(ours.total(), theirs.total()) > 0
 
 
 def _same_layers(pairs: Pairs) -> bool:
     """Return True if most modules with unpaired tensors have some on both sides: q_proj here, and qkv_proj there."""
-    ours, theirs = ({name.rsplit(".", 2)[0] for name in names} for names in (pairs.unpaired, pairs.left))
+    ours, theirs = ({name.rsplit(".", 2)[0] for name in names} for names in (pairs.only_in_aligned, pairs.only_in_sft))
     both = [module for module in ours & theirs if re.search(r"\.\d+(\.|$)", module)]
     return 2 * len(both) > min(len(ours), len(theirs)) > 0
 
 
-def _lacks_layers(aligned: Checkpoint, pairs: Pairs) -> bool:
+def _lacks_layers(aligned: ModelTensors, pairs: Pairs) -> bool:
     """Return True if sft alone has layers that aligned's config counts too.
 
     DeepSeek and others publish one layer more than config.json counts, to predict further tokens, and transformers
@@ -186,18 +187,19 @@ def _lacks_layers(aligned: Checkpoint, pairs: Pairs) -> bool:
     counts = [each.get("num_hidden_layers") for each in (aligned.config, inner if isinstance(inner, dict) else {})]
     layers = next((count for count in counts if isinstance(count, int)), None)
     known = {any_number(name) for name in aligned.tensors}
-    for name in pairs.left:
+    for name in pairs.only_in_sft:
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
         if number and any_number(name) in known and (layers is None or int(number[0]) < layers):
             return True
     return False
 
 
-def _mismatches(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs, on_mismatch: str) -> list[str]:
-    """Return the problems of twins that differ in shape, or of which one has integers and the other has numbers."""
-    twins = {name: twin.tensor for name, twin in pairs.twins.items() if mismatched(aligned.tensors[name], twin.tensor)}
+def _mismatches(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs, on_mismatch: str) -> list[str]:
+    """Return the problems of pairs that differ in shape, or of which one has integers and the other has numbers."""
+    others = {name: each.tensor for name, each in pairs.counterparts.items()}
+    others = {name: other for name, other in others.items() if mismatched(aligned.tensors[name], other)}
     kinds, shapes = [], {}
-    for name, other in twins.items():
+    for name, other in others.items():
         tensor = aligned.tensors[name]
         if is_hollow(name, sft, aligned, aligned) or (name in sft.tensors and is_hollow(name, sft, aligned, sft)):
             continue  # model_problems names it
@@ -208,22 +210,22 @@ def _mismatches(sft: Checkpoint, aligned: Checkpoint, pairs: Pairs, on_mismatch:
     problems = []
     for names, what, fix in (
         (kinds, "with integers in the one and numbers in the other", "one of the two is quantised, or another model"),
-        (list(shapes), "whose twin has another shape", _shape_fix(sft, aligned, shapes, on_mismatch)),
+        (list(shapes), "whose counterpart has another shape", _shape_fix(sft, aligned, shapes, on_mismatch)),
     ):
-        items = [f"{name}: sft {describe(twins[name])}, aligned {describe(aligned.tensors[name])}" for name in names]
+        items = [f"{name}: sft {describe(others[name])}, aligned {describe(aligned.tensors[name])}" for name in names]
         problems += [_listing(f"{_counted(len(items))} {what}", fix, items)] if items else []
     return problems
 
 
-def _shape_fix(sft: Checkpoint, aligned: Checkpoint, twins: Mapping[str, TensorInfo], on_mismatch: str) -> str:
-    """Return what to do about twins of different shapes; an option where it gives a model that was extrapolated."""
-    tensors = {name: aligned.tensors[name] for name in twins}
-    if any(element_count(tensor.shape) == 0 for tensor in (*tensors.values(), *twins.values())):
+def _shape_fix(sft: ModelTensors, aligned: ModelTensors, others: Mapping[str, TensorInfo], on_mismatch: str) -> str:
+    """Return what to do about pairs of different shapes; an option where it gives a model that was extrapolated."""
+    tensors = {name: aligned.tensors[name] for name in others}
+    if any(element_count(tensor.shape) == 0 for tensor in (*tensors.values(), *others.values())):
         return "some are empty: save the model again with gathered weights"
     if 2 * float_bytes(tensors.values()) > float_bytes(aligned.tensors.values()):
         return "they are most of the model: sft and aligned look like models of different sizes"
     fix = "--on-mismatch aligned keeps aligned's"
-    rows = all(rows_in_common(tensor, twins[name]) for name, tensor in tensors.items())
+    rows = all(rows_in_common(tensor, others[name]) for name, tensor in tensors.items())
     if rows and any(map(is_embedding, tensors)) and on_mismatch == "error":  # a vocabulary of another size
         fix += ", rows extrapolates the rows that both have"
     return fix

@@ -9,16 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..checkpoints.checkpoint import PICKLED, SINGLE, Checkpoint
 from ..checkpoints.safetensors_header import TensorInfo, emit
-from ..errors import UsageError
-from .steps import Step
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+from .steps import Step, joined
 
 
 class OutputShard(NamedTuple):
@@ -31,17 +27,6 @@ class OutputShard(NamedTuple):
     header: bytes
     size: int
     steps: tuple[tuple[Step, TensorInfo], ...]
-
-
-def size_of(text: str | int | None) -> int | None:
-    """Bytes that "5GB", "500MB", "2GiB" or a number mean. Raises UsageError."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]I?|)B?", str(text).strip().upper())
-    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
-    if size < 1:
-        raise UsageError(f"max_shard_size takes bytes, or a size such as 5GB or 500MiB, got {text!r}")
-    return size
 
 
 def lay_out(aligned: Checkpoint, steps: Sequence[Step], most: int | None) -> tuple[OutputShard, ...]:
@@ -94,11 +79,6 @@ def _file(name: str, tensors: Mapping[str, Sequence[Step]], metadata: Mapping[st
             start += step.nbytes
     size = len(header) + sum(tensor.nbytes for tensor in placed.values())
     return OutputShard(name, header, size, tuple(parts))
-
-
-def joined(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of parts that follow one another along the first dimension."""
-    return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def index_of(aligned: Checkpoint, shards: Sequence[OutputShard], resharded: bool) -> bytes | None:

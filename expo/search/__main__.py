@@ -18,7 +18,7 @@ from .. import __version__
 from ..cli import run, show, warn
 from ..errors import OutputError, UsageError
 from ..inputs.resolve import StrPath, wanted
-from ..planning.plan import ON_MISMATCH, ON_UNPAIRED
+from ..options import ON_MISMATCH, ON_UNPAIRED
 from .probing import BUDGET
 from .prompts import read_prompts
 

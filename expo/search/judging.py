@@ -16,14 +16,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.safetensors_header import TensorInfo, element_count
 from ..dtypes import ITEMSIZE, torch_dtypes
 from ..errors import CheckpointError, EngineError, PlanError
 from ..inputs.resolve import StrPath
+from ..options import MergeOptions
+from ..planning.matching import Matched, match_tensors
 from ..planning.pairing import pair
-from ..planning.plan import Plan
 from ..planning.steps import Action, Step
-from ..tensors.live import Live, described, plan_for, saved
+from ..tensors.live import Live, described, saved
 from .models import load_model
 from .settings import Options
 
@@ -72,7 +74,9 @@ class Comparison(NamedTuple):
     elements: tuple[int, int]
 
 
-def open_judged(model: Any, weak: Checkpoint, strong: Checkpoint, files: Plan, options: Options) -> tuple[Judged, str]:
+def open_judged(
+    model: Any, weak: Checkpoint, strong: Checkpoint, files: Matched, options: Options
+) -> tuple[Judged, str]:
     """Return the model made alive, and a note for the user where there is something to say.
 
     files: the plan of the merge. Raises PlanError where no way of making it alive gives the merge's weights.
@@ -80,7 +84,8 @@ def open_judged(model: Any, weak: Checkpoint, strong: Checkpoint, files: Plan, o
     memory = described(model, "model")
     names = _names(strong, memory, saved(model))
     how: dict[str, Any] = {"on_unpaired": "aligned", "on_mismatch": options.on_mismatch}
-    plan = plan_for(weak, memory, None, **how)
+    pairing_options = MergeOptions(**how)
+    plan = match_tensors(weak, memory, pairing_options)
     found = compare(files, plan, names, by_files=True)
     if not found.wrong and not plan.problems:
         return Judged(model, Live(model, weak.path, keep=options.keep, **how), found.rounded), ""
@@ -91,7 +96,7 @@ def open_judged(model: Any, weak: Checkpoint, strong: Checkpoint, files: Plan, o
         raise PlanError(_refusal(found, f"sft cannot be loaded as a model, which might do: {error}")) from error
     except EngineError as error:
         raise EngineError(f"{error}, or --keep host or disk, with which sft is loaded on the CPU") from error
-    plan = plan_for(described(sft, "sft"), memory, None, **how)
+    plan = match_tensors(described(sft, "sft"), memory, pairing_options)
     found = compare(files, plan, names, by_files=False)
     if found.wrong or plan.problems:
         raise PlanError(_refusal(found, "\n".join(plan.problems)))
@@ -102,10 +107,10 @@ def open_judged(model: Any, weak: Checkpoint, strong: Checkpoint, files: Plan, o
     return Judged(model, live, found.rounded), note
 
 
-def _names(strong: Checkpoint, memory: Checkpoint, weights: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
+def _names(strong: Checkpoint, memory: ModelTensors, weights: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
     """Return which of aligned's tensors in files each weight in memory is, where it is one as it stands."""
     pairs = pair(strong, memory)
-    twins = {name: twin.tensor for name, twin in pairs.twins.items()}
+    twins = {name: twin.tensor for name, twin in pairs.counterparts.items()}
     twins |= {name: strong.tensors[name] for name in pairs.kept if name in strong.tensors}
     return {name: tensor for name, tensor in twins.items() if _same(strong, tensor, weights[name])}
 
@@ -128,7 +133,7 @@ def _same(strong: Checkpoint, tensor: TensorInfo, weight: torch.Tensor) -> bool:
     return True
 
 
-def compare(files: Plan, live: Plan, names: Mapping[str, TensorInfo], by_files: bool) -> Comparison:
+def compare(files: Matched, live: Matched, names: Mapping[str, TensorInfo], by_files: bool) -> Comparison:
     """Compare what Live will change with what the merge changes.
 
     names: which tensor of aligned's files each weight in memory is. by_files: Live reads sft's files, by their names.
@@ -156,7 +161,7 @@ def compare(files: Plan, live: Plan, names: Mapping[str, TensorInfo], by_files: 
     return Comparison(wrong, rounded, (sum(sizes[name] for name in wrong), sum(sizes.values())))
 
 
-def _by_name(plan: Plan) -> dict[str, list[Step]]:
+def _by_name(plan: Matched) -> dict[str, list[Step]]:
     """Return the steps of each floating-point tensor; others are copied by everybody."""
     found: dict[str, list[Step]] = {}
     for step in plan.steps:

@@ -21,8 +21,9 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..cli import Bar
 from ..errors import CheckpointError, OutputError
 from ..inputs.resolve import StrPath, open_inputs
-from ..merging.merge import alpha_text
-from ..planning.plan import Plan, make_plan
+from ..options import MergeOptions
+from ..planning.matching import Matched, match_tensors
+from ..text import alpha_text
 from .plots import plot
 from .probing import BUDGET, next_probe
 from .ranking import Ranking, Row, collapsed, errors_from_best, rank
@@ -322,8 +323,8 @@ class _Bar(Bar):
         return f"{done / total:4.0%}  {done} of up to {total} replies"
 
 
-def _check_pair(weak: Checkpoint, strong: Checkpoint, options: Options) -> Plan:
-    """Return the plan of the merge, before gigabytes are loaded. Raises CheckpointError and PlanError."""
+def _check_pair(weak: Checkpoint, strong: Checkpoint, options: Options) -> Matched:
+    """Return the fates of the merge's tensors, before gigabytes are loaded. Raises CheckpointError and PlanError."""
     if strong.adapter is not None:
         raise CheckpointError(
             f"{strong.path} is an adapter: make a whole model of it first, with python -m expo.fast --alpha 0, "
@@ -331,9 +332,10 @@ def _check_pair(weak: Checkpoint, strong: Checkpoint, options: Options) -> Plan:
         )
     if strong.folder is None:
         raise CheckpointError(f"{strong.path} is a file: give the folder with its config and tokenizer")
-    plan = make_plan(weak, strong, [1.0], None, options.on_unpaired, options.on_mismatch)
-    plan.check()
-    return plan
+    chosen = MergeOptions(on_unpaired=options.on_unpaired, on_mismatch=options.on_mismatch)
+    matched = match_tensors(weak, strong, chosen)
+    matched.check()
+    return matched
 
 
 def _identity(checkpoint: Checkpoint) -> str:

@@ -19,31 +19,30 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from types import SimpleNamespace, TracebackType
+from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.safetensors_header import Header, TensorInfo, element_count
-from ..dtypes import ITEMSIZE, torch_dtypes
+from ..checkpoints.model_tensors import ModelTensors
+from ..checkpoints.safetensors_header import TensorInfo, element_count
+from ..dtypes import FROM_TORCH, ITEMSIZE, torch_dtypes
 from ..errors import EngineError, PlanError, UsageError
 from ..execution import gpu_kernels as gpu
 from ..execution.engines import cpu_count
 from ..inputs.resolve import StrPath, open_one
 from ..kernels.contract import working_alpha
-from ..planning.plan import NOT_IN_SFT, ONLY_IN_SFT, Plan, make_plan
-from ..planning.steps import Step
+from ..options import MergeOptions
+from ..planning.matching import Matched, match_tensors
+from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT, Step
 from ..text import size_text
 from .arrays import THREADS, compute_at
 from .memory_checks import check_memory
 
 KEEP = ("device", "host", "disk")
 NAMES = {dtype: name for name, dtype in torch_dtypes().items()}
-INTEGERS = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
-}  # fmt: skip
 IN_MEMORY = "a live model has all its weights in the memory of one process, so load the whole model there"
 JOB = 1 << 21  # elements that a thread of the CPU takes at a time
 PART = 1 << 24  # elements of originals that go to a device at a time
@@ -101,17 +100,19 @@ class Live:
         self._device = next(model.parameters()).device
         with ExitStack() as stack:
             if isinstance(sft, torch.nn.Module):
-                weak, reads = described(sft, "sft"), _from_module(sft)
+                other: ModelTensors = described(sft, "sft")
+                reads = _from_module(sft)
             else:
-                weak = stack.enter_context(open_one(sft))
-                reads = _from_files(weak)
-            plan = plan_for(weak, aligned, alpha_for, on_unpaired, on_mismatch)
-            _check(plan, by_files=not isinstance(sft, torch.nn.Module))
-            for note in plan.notes:
+                other = checkpoint = stack.enter_context(open_one(sft))
+                reads = _from_files(checkpoint)
+            options = MergeOptions(alpha_for=alpha_for or {}, on_unpaired=on_unpaired, on_mismatch=on_mismatch)
+            matched = match_tensors(other, aligned, options)
+            _check(matched, by_files=not isinstance(sft, torch.nn.Module))
+            for note in matched.notes:
                 warnings.warn(note, stacklevel=2)
             there = saved(sft) if isinstance(sft, torch.nn.Module) and keep == "device" else {}
-            self._trios, self.memory = _remember(plan, saved(model), self._device, reads, keep, there)
-        changed = {step.name for step in plan.steps if step.sft is not None}
+            self._trios, self.memory = _remember(matched.steps, saved(model), self._device, reads, keep, there)
+        changed = {step.name for step in matched.steps if step.sft is not None}
         self._buffers = sorted(changed - dict(model.named_parameters()).keys())
         self._jobs = [job for trio in self._trios for job in _jobs(trio)] if self._device.type == "cpu" else []
         self._model = model
@@ -240,14 +241,26 @@ def _home(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def described(model: torch.nn.Module, role: str) -> Checkpoint:
-    """Return the weights of a model as a checkpoint's tensors. Raises UsageError for parameters that cannot change.
+@dataclass(frozen=True)
+class ModelInMemory:
+    """The tensors of a model in memory, as the matching needs them: see `ModelTensors`."""
+
+    path: str
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)
+    adapter: None = None
+    notes: tuple[str, ...] = ()
+
+
+def described(model: torch.nn.Module, role: str) -> ModelInMemory:
+    """Return the tensors of a model by name. Raises UsageError for parameters that cannot change.
 
     A buffer of a dtype that files of weights do not hold is left out.
     """
     tensors: dict[str, TensorInfo] = {}
     for name, tensor in saved(model).items():
-        dtype = NAMES.get(tensor.dtype) or INTEGERS.get(tensor.dtype)
+        dtype = FROM_TORCH.get(str(tensor.dtype).removeprefix("torch."))
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         if dtype is None and not is_parameter:
             continue
@@ -261,9 +274,7 @@ def described(model: torch.nn.Module, role: str) -> Checkpoint:
             f"{role}: parameters must be on one device, got {', '.join(sorted(map(str, devices))) or 'none'}"
         )
     config: Any = getattr(model, "config", None)
-    file: Any = SimpleNamespace(header=Header(tuple(tensors.values()), {}))
-    said = config.to_dict() if hasattr(config, "to_dict") else {}
-    return Checkpoint(role, role, {role: file}, tensors, dict.fromkeys(tensors, role), said)
+    return ModelInMemory(role, tensors, config.to_dict() if hasattr(config, "to_dict") else {})
 
 
 def _check_tensor(tensor: torch.Tensor, name: str, role: str) -> None:
@@ -273,25 +284,15 @@ def _check_tensor(tensor: torch.Tensor, name: str, role: str) -> None:
         raise UsageError(f"{role}: {name} is {tensor.dtype}: {what} must be contiguous bf16, fp16, fp32 or fp64")
 
 
-def plan_for(
-    weak: Checkpoint, aligned: Checkpoint, alpha_for: Mapping[str, float] | None, on_unpaired: str, on_mismatch: str
-) -> Plan:
-    """Return the plan of a Live, over two alphas.
-
-    They tell apart the tensors that follow the model's from those with one of their own.
-    """
-    return make_plan(weak, aligned, [1.0, 2.0], alpha_for, on_unpaired, on_mismatch)
-
-
-def _check(plan: Plan, by_files: bool) -> None:
+def _check(matched: Matched, by_files: bool) -> None:
     """Raise PlanError with every problem, and what helps where names in memory are not those of the files."""
-    alone = any(reason == ONLY_IN_SFT for reason in plan.dropped.values())
-    if plan.problems and by_files and alone and any(step.reason == NOT_IN_SFT for step in plan.steps):
+    alone = any(reason == ONLY_IN_SFT for reason in matched.dropped.values())
+    if matched.problems and by_files and alone and any(step.reason == NOT_IN_SFT for step in matched.steps):
         raise PlanError(
             "names in memory are not those of the files; where the library that loads them changes names, as "
-            "transformers fuses experts, give sft as a model that it has loaded too\n" + "\n".join(plan.problems)
+            "transformers fuses experts, give sft as a model that it has loaded too\n" + "\n".join(matched.problems)
         )
-    plan.check()
+    matched.check()
 
 
 def _from_module(model: torch.nn.Module) -> Reads:
@@ -312,7 +313,7 @@ def _from_files(checkpoint: Checkpoint) -> Reads:
 
 
 def _remember(
-    plan: Plan,
+    steps: Sequence[Step],
     weights: Mapping[str, torch.Tensor],
     device: torch.device,
     reads: Reads,
@@ -323,7 +324,7 @@ def _remember(
 
     there: sft's tensors that are used where they are. Raises UsageError.
     """
-    steps = [step for step in plan.steps if step.sft is not None]
+    steps = [step for step in steps if step.sft is not None]
     for name in {step.name for step in steps}:
         _check_tensor(weights[name], name, "model")
         if weights[name].device != device:
@@ -343,8 +344,7 @@ def _remember(
         else:
             sft = room.take(step.sft)
             _fill(sft, step.sft, reads)
-        alpha = None if step.alphas == (1.0, 2.0) else step.alphas[0]
-        trios.append(Trio(out, aligned, sft, alpha))
+        trios.append(Trio(out, aligned, sft, step.own_alpha))
     return trios, sum(tensor.nbytes for tensor in wanted)
 
 

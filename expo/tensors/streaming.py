@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -14,11 +14,12 @@ from ..checkpoints import tokenizer as tokens
 from ..checkpoints.safetensors_header import TensorInfo
 from ..errors import UsageError
 from ..execution.engines import Engine, choose
-from ..execution.tensor_source import Source
+from ..execution.tensor_source import TensorSource
 from ..execution.worker_pool import CHUNK
 from ..inputs.resolve import StrPath, open_inputs, wanted
-from ..planning.plan import Plan, check_arguments, make_plan
-from ..planning.steps import Step
+from ..options import MergeOptions
+from ..planning.matching import match_tensors
+from ..planning.steps import Step, by_tensor
 
 Wrapper = Callable[[memoryview, TensorInfo], Any]
 AHEAD = 2  # tensors computed ahead of the consumer
@@ -55,20 +56,21 @@ def stream(
         raise UsageError(f"framework must be torch or numpy, got {framework!r}")
     if to is not None and framework != "torch":
         raise UsageError(f"to={to!r} is a device of torch, but framework is {framework!r}")
-    want = wanted(sft, aligned, alpha, recipe)
-    check_arguments(want.alphas, alpha_for, on_unpaired, on_mismatch, dtype)  # before anything is downloaded
+    pair = wanted(sft, aligned, alpha, recipe)
+    options = MergeOptions(pair.alphas, alpha_for or {}, on_unpaired, on_mismatch, dtype)
     chosen = choose(engine, device)
     with ExitStack() as stack:
-        weak, strong = stack.enter_context(open_inputs(want.sft, want.aligned))
-        plan = make_plan(weak, strong, want.alphas, alpha_for, on_unpaired, on_mismatch, dtype)
-        plan.check()
-        note = tokens.difference(weak, strong)
-        for text in plan.notes if note is None else (*plan.notes, note):
+        first, second = stack.enter_context(open_inputs(pair.sft, pair.aligned))
+        matched = match_tensors(first, second, options)
+        matched.check()
+        note = tokens.difference(first, second)
+        for text in matched.notes if note is None else (*matched.notes, note):
             warnings.warn(text, stacklevel=2)
         if chosen.note:
             warnings.warn(chosen.note, RuntimeWarning, stacklevel=2)
         several = isinstance(alpha, Iterable) and not isinstance(alpha, str)
-        return _stream(plan, Source(weak, strong), chosen, _wrapper(framework, to), several, stack.pop_all())
+        steps, source = matched.at(pair.alphas), TensorSource(first, second)
+        return _stream(steps, source, chosen, _wrapper(framework, to), several, stack.pop_all())
 
 
 def _wrapper(framework: str, to: Any) -> Wrapper:
@@ -104,14 +106,14 @@ def _wrapper(framework: str, to: Any) -> Wrapper:
 
 
 def _stream(
-    plan: Plan, source: Source, engine: Engine, wrap: Wrapper, several: bool, stack: ExitStack
+    steps: Sequence[Step], source: TensorSource, engine: Engine, wrap: Wrapper, several: bool, stack: ExitStack
 ) -> Iterator[tuple[str, Any]]:
     stop = threading.Event()
 
-    def compute(tensor: TensorInfo, steps: list[Step]) -> Any:
-        memories = [memoryview(bytearray(tensor.nbytes)) for _ in plan.alphas]
+    def compute(tensor: TensorInfo, own: list[Step]) -> Any:
+        memories = [memoryview(bytearray(tensor.nbytes)) for _ in own[0].alphas]
         at = 0
-        for step in steps:
+        for step in own:
             for start in range(0, step.nbytes, CHUNK):
                 if stop.is_set():
                     return None
@@ -126,8 +128,8 @@ def _stream(
     ahead: deque[tuple[str, Future[Any]]] = deque()
     with stack, ThreadPoolExecutor(AHEAD, thread_name_prefix="expo-stream") as pool:
         try:
-            for tensor, steps in plan.tensors():
-                ahead.append((tensor.name, pool.submit(compute, tensor, steps)))
+            for tensor, own in by_tensor(steps):
+                ahead.append((tensor.name, pool.submit(compute, tensor, own)))
                 if len(ahead) > AHEAD:
                     name, future = ahead.popleft()
                     yield name, future.result()

@@ -11,13 +11,12 @@ import pytest
 import torch
 import transformers
 from checkpoint_files import quiet, read_folder, safetensors_bytes
-from plans import ALPHA, Shapes, checkpoint
+from plans import ALPHA, Shapes, checkpoint, make_plan
 from tiny_models import LOAD, loaded, pair_of
 
 import expo
 from expo.checkpoints.naming import shared_prefix, unwrapped, without_wrapper
 from expo.fast import main
-from expo.planning.plan import make_plan
 
 WRAPPERS = [
     "_orig_mod.", "module.", "base_model.model.", "module.module.", "_forward_module.", "_fsdp_wrapped_module.",

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 from checkpoint_files import quiet, random_tensors, write_folder
-from plans import ALPHA, Shapes, checkpoint
+from plans import ALPHA, Shapes, checkpoint, make_plan
 
 import expo
 from expo.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from expo.checkpoints.quantization import ORIGINAL, problem, scheme
-from expo.planning.plan import make_plan
 
 Q = "model.layers.0.self_attn.q_proj"
 PLAIN: Shapes = {f"{Q}.weight": ("BF16", (4, 4)), "model.norm.weight": ("BF16", (4,))}

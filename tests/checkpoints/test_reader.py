@@ -616,7 +616,7 @@ def run(*arguments):
         time.sleep(0.1)
     return choose().run(*arguments)
 
-expo.merging.merge.crew = lambda *_: (Engine("slow", run, "a test"),) * 2
+expo.merging.job.engines_for = lambda *_: (Engine("slow", run, "a test"),) * 2
 sys.exit(main())
 """
 TENTH = "import os, sys; os.truncate(sys.argv[1], os.path.getsize(sys.argv[1]) // 10)"
@@ -663,7 +663,7 @@ def test_a_writer_to_an_input_that_is_read_already_does_not_wait_for_the_merge_t
         time.sleep(0.04)
         return engine.run(*arguments)
 
-    monkeypatch.setattr("expo.merging.merge.crew", lambda *_: (Engine("slow", slow, "a test"),))
+    monkeypatch.setattr("expo.merging.job.engines_for", lambda *_: (Engine("slow", slow, "a test"),))
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 4096)
     waiting: list[bool] = []
     with contextlib.ExitStack() as stack:

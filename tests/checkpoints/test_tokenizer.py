@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plans import checkpoint
+from plans import checkpoint, make_plan
 
 from expo.checkpoints import tokenizer as tokens
 from expo.checkpoints.tokenizer import TOKENIZER, difference, ids, missing
-from expo.planning.plan import make_plan
 from expo.planning.steps import Action
 
 BPE = {"a": 0, "b": 1, "c": 2}

@@ -204,7 +204,7 @@ def out_is_under_a_file(world: World, _: pytest.MonkeyPatch) -> World:
 
 
 def no_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expo.merging.merge, "free_bytes", lambda _: 4321)
+    monkeypatch.setattr(expo.merging.output_paths, "free_bytes", lambda _: 4321)
 
 
 def no_room_after_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ CASES = {
     "index without map": Case(index_without_a_map, 3, (f"{{root}}/sft/{INDEX}: no weight_map",)),
     "config no JSON": Case(config_is_no_json, 3, ("{root}/aligned/config.json: not JSON",)),
     "other architecture": Case(other_architecture, 3, ("{root}/sft is 'llama', aligned {root}/aligned is 'mistral'",)),
-    "other tensors": Case(other_tensors, 3, ("6 tensors without a twin", "a (aligned only)", "x0 (sft only)")),
+    "other tensors": Case(other_tensors, 3, ("6 tensors without a counterpart", "a (aligned only)", "x0 (sft only)")),
     "other shapes": Case(other_shapes, 3, ("b: sft F32 [6], aligned F32 [5]", "--on-mismatch aligned")),
     "quantised": Case(quantised, 3, ("sft {root}/sft is quantised (quant_method gptq)", "was quantised from")),
     "8-bit floats": Case(eight_bit_floats, 3, ("sft's a (F8_E4M3)", "aligned's a (F8_E4M3)", "quantised?")),

@@ -235,10 +235,10 @@ def test_plan_is_printed_even_where_the_merge_would_fail(tmp_path: Path) -> None
     assert ran.out.startswith("extrapolate  a    BF16 [8, 8]")
     assert ran.out.endswith(f"-> {tmp_path}/out\n")
     assert ran.err == (
-        "expo: error: 2 tensors without a twin; --on-unpaired aligned keeps aligned's, drops sft's:\n"
+        "expo: error: 2 tensors without a counterpart; --on-unpaired aligned keeps aligned's, drops sft's:\n"
         "  new (aligned only)\n"
         "  gone (sft only)\n"
-        "1 tensor whose twin has another shape; --on-mismatch aligned keeps aligned's:\n"
+        "1 tensor whose counterpart has another shape; --on-mismatch aligned keeps aligned's:\n"
         "  e: sft BF16 [9], aligned BF16 [8]\n"
     )
 
@@ -248,7 +248,7 @@ def test_plan_json_lists_the_problems(tmp_path: Path) -> None:
     assert ran.code == 3
     problems = json.loads(ran.out)["problems"]
     assert [problem.partition(";")[0] for problem in problems] == [
-        "2 tensors without a twin", "1 tensor whose twin has another shape"
+        "2 tensors without a counterpart", "1 tensor whose counterpart has another shape"
     ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from torch_files import STORAGE, TORCH, wide, write_bin
 import expo
 import expo.execution.worker_pool
 import expo.tensors.streaming
-from expo.merging import rank_worker as filling
+from expo.merging import rank_worker
 from expo.output import journal
 
 ROOT = Path(__file__).parents[2]
@@ -85,11 +85,11 @@ def expected(sft: Tensors, aligned: Tensors, alpha: float, dtype: str | None = N
         if kind not in FLOATS:
             found[name] = kind, shape, data
             continue
-        other, twin_shape, twin = sft[name]
+        other, twin_shape, counterpart = sft[name]
         rows = shape[0] if shape else 1
         both = min(rows, twin_shape[0]) if shape else 1
-        cut, end = (len(d) // max(n, 1) * both for d, n in ((twin, twin_shape[0] if shape else 1), (data, rows)))
-        parts = [evaluated(twin[:cut], other, data[:end], kind, alpha, to)]
+        cut, end = (len(d) // max(n, 1) * both for d, n in ((counterpart, twin_shape[0] if shape else 1), (data, rows)))
+        parts = [evaluated(counterpart[:cut], other, data[:end], kind, alpha, to)]
         parts.append(data[end:] if kind == to else rounded(wide(data[end:], kind), to))
         found[name] = to, shape, b"".join(parts)
     return found
@@ -131,10 +131,10 @@ def write(folder: Path, tensors: Tensors, form: str) -> Path:
 
 def mixed(seed: int) -> Tensors:
     """sft's where the seed is 1: the second dtype of a name is its own."""
-    twins = {
+    counterparts = {
         name: (name.partition(".")[2] or kind if seed == 1 else kind, shape) for name, (kind, shape) in MIXED.items()
     }
-    found = dict(random_tensors(twins, seed))
+    found = dict(random_tensors(counterparts, seed))
     found["shared.too"] = found["shared"]
     return found
 
@@ -317,8 +317,8 @@ def test_the_rows_that_both_have_are_extrapolated(
     assert dict(merged.noted) == NOTED
     assert dict(merged.copied) == COPIED
     assert merged.extrapolated == len(ROWS_ALIGNED) - 1
-    twins = sum(np.dtype(STORAGE[ROWS_SFT[name][0]]).itemsize * n for name, n in in_common().items())
-    assert merged.bytes_read == sum(len(data) for _, _, data in aligned.values()) + twins
+    counterparts = sum(np.dtype(STORAGE[ROWS_SFT[name][0]]).itemsize * n for name, n in in_common().items())
+    assert merged.bytes_read == sum(len(data) for _, _, data in aligned.values()) + counterparts
 
 
 def test_statistics_are_those_of_the_rows_that_both_have(tmp_path: Path, small: None, resized: Pair) -> None:
@@ -351,8 +351,8 @@ def test_other_ways_to_treat_rows(tmp_path: Path, resized: Pair) -> None:
             work()
         first, *rest = str(caught.value).splitlines()
         assert first == (
-            "6 tensors whose twin has another shape; they are most of the model: sft and aligned look like models of "
-            "different sizes:"
+            "6 tensors whose counterpart has another shape; they are most of the model: sft and aligned look like "
+            "models of different sizes:"
         )
         assert len(rest) == 6
         assert "  grown: sft BF16 [10, 4], aligned BF16 [12, 4]" in rest
@@ -374,7 +374,7 @@ def test_rows_are_of_no_help_where_something_else_differs(tmp_path: Path) -> Non
         with pytest.raises(expo.PlanError) as caught:
             work(sft, aligned, 0.3, on_mismatch="rows")
         assert str(caught.value).splitlines() == [
-            "2 tensors whose twin has another shape; --on-mismatch aligned keeps aligned's:",
+            "2 tensors whose counterpart has another shape; --on-mismatch aligned keeps aligned's:",
             "  e: sft BF16 [4, 5], aligned BF16 [4, 6]",
             "  i: sft I64 [3], aligned I64 [4]",
         ]
@@ -389,7 +389,7 @@ class Stop(Exception):
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, *arguments: Any, **options: Any) -> None:
     """A merge that ends when so many chunks were written."""
-    sink, seen = filling.Filling._sink, iter(range(10**6))
+    sink, seen = rank_worker.RankWorker._write, iter(range(10**6))
 
     def failing(self: Any, *chunk: Any) -> None:
         if next(seen) >= chunks:
@@ -397,7 +397,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, *arguments: Any, *
         sink(self, *chunk)
 
     with monkeypatch.context() as patch:
-        patch.setattr(filling.Filling, "_sink", failing)
+        patch.setattr(rank_worker.RankWorker, "_write", failing)
         with pytest.raises(Stop):
             expo.merge(*arguments, **options)
 
@@ -470,11 +470,11 @@ EDGES = (
 
 def odd_numbers(seed: int) -> Tensors:
     """Normal weights, beginning with numbers at which a conversion could go wrong."""
-    twins = {
+    counterparts = {
         name: (name.partition(".")[2] or kind if seed == 1 else kind, shape)
         for name, (kind, shape) in DTYPE_SHAPES.items()
     }
-    found = dict(random_tensors(twins, seed))
+    found = dict(random_tensors(counterparts, seed))
     for name, (kind, shape, data) in found.items():
         if kind in FLOATS and len(data) > 800:
             values = wide(data, kind).copy()

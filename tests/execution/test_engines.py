@@ -13,11 +13,11 @@ import pytest
 import expo
 from expo.demo import ALIGNED, SFT
 from expo.execution import engines
-from expo.execution.engines import Engine, choose, crew
+from expo.execution.engines import Engine, choose, engines_for
 from expo.fast import _summary
 from expo.kernels import numerics
 from expo.kernels.contract import Statistics
-from expo.merging import merge as pipeline
+from expo.merging import job
 
 
 @pytest.fixture
@@ -71,8 +71,8 @@ def test_names_that_make_no_sense(engine: str, device: str, said: str) -> None:
 @pytest.mark.parametrize(("processors", "workers"), [(1, 2), (2, 3), (64, 8)])
 def test_workers_on_the_cpu(monkeypatch: pytest.MonkeyPatch, processors: int, workers: int) -> None:
     monkeypatch.setattr(engines, "cpu_count", lambda: processors)
-    assert crew() == (choose(),) * workers
-    assert crew("numpy") == (choose("numpy"),) * workers
+    assert engines_for() == (choose(),) * workers
+    assert engines_for("numpy") == (choose("numpy"),) * workers
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_workers_with_a_gpu(monkeypatch: pytest.MonkeyPatch, engine: str, device
     gpu = Engine("triton", numerics.extrapolate, "a test's", gpu=object())
     monkeypatch.setattr(engines, "_triton", lambda device: gpu)
     monkeypatch.setattr(engines, "cpu_count", lambda: 2)
-    assert [each.name for each in crew(engine, device)] == names
+    assert [each.name for each in engines_for(engine, device)] == names
 
 
 def meeting(engine: Engine, here: threading.Event, there: threading.Event) -> Engine:
@@ -109,7 +109,7 @@ def test_engines_of_two_kinds_share_one_queue(tmp_path: Path, monkeypatch: pytes
     alone = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "alone")
     first, second = threading.Event(), threading.Event()
     other = meeting(Engine("other", numerics.extrapolate, "a test's"), second, first)
-    monkeypatch.setattr(pipeline, "crew", lambda *_: (meeting(choose(), first, second), other))
+    monkeypatch.setattr(job, "engines_for", lambda *_: (meeting(choose(), first, second), other))
     shared = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "shared")
     assert set(shared.shares) == {alone.engine, "other"}
     assert min(shared.shares.values()) > 0

@@ -27,7 +27,7 @@ from expo.demo import ALIGNED, SFT
 from expo.execution import engines
 from expo.execution import gpu_kernels as gpu
 from expo.execution import gpu_lane as ring
-from expo.execution.engines import choose, crew
+from expo.execution.engines import choose, engines_for
 from expo.fast import main
 from expo.kernels import extrapolate, numerics, selftest, sweep, whole_model
 from expo.kernels.contract import working_alpha
@@ -430,7 +430,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_a_merge_by_kernels(
     software: SoftwareGpu, right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expo.merging.merge.crew", two_of("triton"))
+    monkeypatch.setattr("expo.merging.job.engines_for", two_of("triton"))
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out", engine="triton")
     assert files(tmp_path / "out") == right
     assert merged.shares.keys() == {"triton"}
@@ -454,7 +454,7 @@ def test_a_device_alone_gives_way_to_the_cpu(right: dict[str, bytes], tmp_path: 
     assert note.startswith(f"the Triton kernels are not used on cpu; --engine {choose().name} computes instead")
     assert merged.engine == choose().name
     assert files(tmp_path / "out") == right
-    assert [each.name for each in crew("auto", "cuda")] == [choose().name] * 2
+    assert [each.name for each in engines_for("auto", "cuda")] == [choose().name] * 2
     with pytest.warns(RuntimeWarning, match="wrong bits"):
         assert [name for name, _ in expo.stream(SFT, ALIGNED, 0.3, device="cuda")]
 
@@ -487,9 +487,9 @@ def test_a_gpu_that_fails_in_the_middle(
 
     monkeypatch.setattr(sweep, "launch", launched)
     monkeypatch.setattr(late.Late, "begins", order, raising=False)
-    close = ring.Ring.close
-    monkeypatch.setattr(ring.Ring, "close", lambda self: (closed.append(self), close(self)))
-    monkeypatch.setattr("expo.merging.merge.crew", two_of("auto"))
+    close = ring.GpuLane.close
+    monkeypatch.setattr(ring.GpuLane, "close", lambda self: (closed.append(self), close(self)))
+    monkeypatch.setattr("expo.merging.job.engines_for", two_of("auto"))
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     assert [note for note in merged.warnings if "unspecified" in note] == [
         f"cpu failed, and --engine {choose().name} did its part, with the same bits. "
@@ -507,7 +507,7 @@ def test_a_ring_for_which_there_is_no_memory(
     right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(late.Late, "pinned", failing(MEMORY[0]))
-    monkeypatch.setattr("expo.merging.merge.crew", two_of("auto"))
+    monkeypatch.setattr("expo.merging.job.engines_for", two_of("auto"))
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     assert [note for note in merged.warnings if note.endswith("The reason: CUDA: no room for 2 GiB")] != []
     assert files(tmp_path / "out") == right
@@ -524,9 +524,9 @@ def test_a_ring_that_cannot_be_drained_is_kept(
     monkeypatch.setattr(ring, "_undrained", kept)
     monkeypatch.setattr(sweep, "launch", failing(RuntimeError("CUDA error: unspecified launch failure")))
     monkeypatch.setattr(late.Late, "drain", failing(RuntimeError("CUDA error: unspecified launch failure")))
-    monkeypatch.setattr("expo.merging.merge.crew", two_of("auto"))
+    monkeypatch.setattr("expo.merging.job.engines_for", two_of("auto"))
     expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
-    assert [type(each) for each in kept] == [ring.Ring] * 2
+    assert [type(each) for each in kept] == [ring.GpuLane] * 2
     assert files(tmp_path / "out") == right
 
 
@@ -573,7 +573,7 @@ def test_an_engine_asked_for_by_name_fails_by_an_error_of_ours(
     text = re.escape(gpu.error_text(error))
     monkeypatch.setattr(sweep, "launch", failing(error))
     monkeypatch.setattr(host, "launch", failing(error))
-    monkeypatch.setattr("expo.merging.merge.crew", lambda *_: (engine,))
+    monkeypatch.setattr("expo.merging.job.engines_for", lambda *_: (engine,))
     with pytest.raises(expo.EngineError, match=f"--engine triton failed: {text}"):
         expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     with pytest.raises(expo.EngineError, match=rf"--engine triton failed on \S+: {text}"):
@@ -587,7 +587,7 @@ def test_a_cache_that_cannot_be_written_to_is_no_input(
     """The CPU takes over from Triton's OSError too."""
     selftest.check(CPU)
     monkeypatch.setattr(sweep, "launch", failing(READ_ONLY))
-    monkeypatch.setattr("expo.merging.merge.crew", two_of("auto"))
+    monkeypatch.setattr("expo.merging.job.engines_for", two_of("auto"))
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     assert [note for note in merged.warnings if note.endswith(f"The reason: OSError: {READ_ONLY}")] != []
     assert files(tmp_path / "out") == right

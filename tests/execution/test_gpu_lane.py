@@ -18,8 +18,7 @@ import expo  # noqa: E402
 from expo.execution import gpu_lane as ring  # noqa: E402
 from expo.execution.engines import Engine, choose  # noqa: E402
 from expo.kernels import sweep  # noqa: E402
-from expo.merging import merge as pipeline  # noqa: E402
-from expo.merging import rank_worker as filling  # noqa: E402
+from expo.merging import job, rank_worker  # noqa: E402
 
 SEEDS = range(8)
 SHAPES = {
@@ -68,7 +67,7 @@ def engine(device: Any) -> Engine:
 def merged(
     monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], out: Path, crew: tuple[Engine, ...], **more: Any
 ) -> expo.Merged:
-    monkeypatch.setattr(pipeline, "crew", lambda *_: crew)
+    monkeypatch.setattr(job, "engines_for", lambda *_: crew)
     return expo.merge(*pair, ALPHAS, str(out / "{alpha}"), alpha_for=RULES, **more)
 
 
@@ -81,13 +80,13 @@ def plain(monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Pa
 
 def poisoning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spoil a slot's outputs as soon as the sink has taken them."""
-    sink = filling.Filling._sink
+    sink = rank_worker.RankWorker._write
 
-    def spoil(self: filling.Filling, k: int, chunk: Any, data: memoryview) -> None:
+    def spoil(self: rank_worker.RankWorker, k: int, chunk: Any, data: memoryview) -> None:
         sink(self, k, chunk, data)
         late.poison([data])
 
-    monkeypatch.setattr(filling.Filling, "_sink", spoil)
+    monkeypatch.setattr(rank_worker.RankWorker, "_write", spoil)
 
 
 @pytest.mark.parametrize("order", [*late.ORDERS, *SEEDS])
@@ -147,7 +146,7 @@ def test_memory_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPatch, tm
         shapes = {"weight": ("BF16", (rows, 256))}
         pair = [write_folder(tmp_path / f"{name}{rows}", random_tensors(shapes, i)) for i, name in enumerate("sa")]
         device = late.Late()
-        monkeypatch.setattr(pipeline, "crew", lambda *_, device=device: (engine(device),))
+        monkeypatch.setattr(job, "engines_for", lambda *_, device=device: (engine(device),))
         expo.merge(*pair, 0.3, tmp_path / f"out{rows}")
         allocated.append(device.allocated)
     assert allocated[0] == allocated[1] < 3 * 2 * 4 * (16 << 10)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from expo.merging import rank_worker as filling
+from expo.merging import rank_worker
 
 
 class Stop(Exception):
@@ -17,7 +17,7 @@ class Stop(Exception):
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseException, work: Callable[[], Any]) -> str:
     """Do the work until so many chunks were written, then fail; the message."""
-    sink, seen = filling.Filling._sink, iter(range(10**6))
+    sink, seen = rank_worker.RankWorker._write, iter(range(10**6))
 
     def failing(self: Any, *arguments: Any) -> None:
         if next(seen) >= chunks:
@@ -26,7 +26,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseExcepti
         time.sleep(0.001)  # so that some ticks pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(filling.Filling, "_sink", failing)
+        patch.setattr(rank_worker.RankWorker, "_write", failing)
         with pytest.raises(type(error)) as caught:
             work()
     return str(caught.value)

@@ -9,7 +9,9 @@ from typing import Any
 from expo.checkpoints.checkpoint import SINGLE, Checkpoint
 from expo.checkpoints.safetensors_header import Header, TensorInfo, element_count, parse
 from expo.dtypes import BITS
-from expo.planning.plan import Plan
+from expo.options import MergeOptions
+from expo.planning.matching import match_tensors
+from expo.planning.plan import Plan, plan_output
 from expo.planning.shards import Chunk
 from expo.planning.steps import Action
 
@@ -83,3 +85,15 @@ def check_cut(plan: Plan, chunks: Sequence[Chunk], size: int) -> None:
                 reached[step.name], end = stop, at + stop - start
             assert end == chunk.stop - chunk.start or chunk.stop <= len(shard.header)
         assert reached == {name: tensor.nbytes for name, tensor in header.items()}
+
+
+def make_plan(
+    sft: Checkpoint,
+    aligned: Checkpoint,
+    alphas: Sequence[float],
+    alpha_for: Mapping[str, float] | None = None,
+    **options: Any,
+) -> Plan:
+    """Return the plan of a merge with these options."""
+    chosen = MergeOptions(alphas=tuple(alphas), alpha_for=alpha_for or {}, **options)
+    return plan_output(aligned, match_tensors(sft, aligned, chosen), chosen)

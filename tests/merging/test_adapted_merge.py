@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 from checkpoint_files import contents, fingerprint, quiet, read_file, read_folder, safetensors_bytes, staging_folder
 from interrupting import Stop, interrupted
+from plans import make_plan
 
 import expo
 from expo.checkpoints.lora import LowRank
 from expo.execution.engines import choose
-from expo.execution.tensor_source import FACTORS, Source
+from expo.execution.tensor_source import MOST_FACTORS, TensorSource
 from expo.fast import main
 from expo.inputs.resolve import open_inputs
 from expo.kernels import convert
-from expo.planning.plan import make_plan
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -280,7 +280,7 @@ def test_what_the_cases_are_about(make: Callable[[str], Made]) -> None:
     assert {dtype for dtype, _, _ in stored.values()} == {"BF16"}
     assert len(set(make("rsLoRA, patterns").scales.values())) == 5
     assert len(list(make("LoRA").base.glob("model-*.safetensors"))) > 2
-    assert len(deltas(make("LoRA"))) > FACTORS < ranks["LoRA over fp32"]
+    assert len(deltas(make("LoRA"))) > MOST_FACTORS < ranks["LoRA over fp32"]
 
 
 def test_alpha_0_is_what_peft_merges(made: Made, tmp_path: Path) -> None:
@@ -675,30 +675,30 @@ def test_the_plan_names_the_rank(
 
 def test_few_factors_are_held_and_each_is_read_once(lora: Made) -> None:
     with open_inputs(*lora.pair) as (sft, aligned):
-        plan, source = make_plan(sft, aligned, (0.3,)), Source(sft, aligned)
+        plan, source = make_plan(sft, aligned, (0.3,)), TensorSource(sft, aligned)
         for step in plan.steps:
             for start in range(0, step.nbytes, 500):
                 stop = min(start + 500, step.nbytes)
                 source.compute(choose("auto", "cpu"), step, start, stop, [bytearray(stop - start)])
         held = source._factors.cache_info()
-    assert held.misses == len(deltas(lora)) > FACTORS
-    assert held.currsize == held.maxsize == FACTORS
+    assert held.misses == len(deltas(lora)) > MOST_FACTORS
+    assert held.currsize == held.maxsize == MOST_FACTORS
     assert held.hits > held.misses
 
 
 def test_workers_who_come_to_a_tensor_together_read_its_factors_once(
     lora: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, seen = Source._read_factors, []
+    read, seen = TensorSource._read_factors, []
 
-    def slow(self: Source, delta: LowRank) -> Any:
+    def slow(self: TensorSource, delta: LowRank) -> Any:
         seen.append(delta)
         time.sleep(0.1)
         return read(self, delta)
 
-    monkeypatch.setattr(Source, "_read_factors", slow)
+    monkeypatch.setattr(TensorSource, "_read_factors", slow)
     with open_inputs(*lora.pair) as (sft, aligned), ThreadPoolExecutor(4) as pool:
-        plan, source = make_plan(sft, aligned, (0.3,)), Source(sft, aligned)
+        plan, source = make_plan(sft, aligned, (0.3,)), TensorSource(sft, aligned)
         step = next(step for step in plan.steps if step.delta is not None)
         outs = [bytearray(1000) for _ in range(4)]
         list(pool.map(lambda out: source.compute(choose("auto", "cpu"), step, 0, 1000, [out]), outs))
@@ -709,7 +709,7 @@ def test_workers_who_come_to_a_tensor_together_read_its_factors_once(
 def test_the_base_below_a_delta_is_read_once(lora: Made) -> None:
     with open_inputs(*lora.pair) as (sft, aligned):
         step = next(step for step in make_plan(sft, aligned, (0.3,)).steps if step.delta is not None)
-        assert len(Source(sft, aligned).spans(step, 0, step.nbytes)) == 1
+        assert len(TensorSource(sft, aligned).spans(step, 0, step.nbytes)) == 1
 
 
 def test_a_whole_tensor_over_a_weight_of_integers_is_refused(lora: Made, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_merge_that_carries_other_files_is_another_one(aligned: Path, tmp_path
     out = tmp_path / "out"
     staged = tmp_path / ".out.expo-staging"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expo.merging.coordinator.Making, "complete", fail)
+        patch.setattr(expo.merging.coordinator.Coordinator, "complete", fail)
         with pytest.raises(expo.OutputError):
             expo.merge(DEMO / "sft", aligned, 0.3, out, carry=["run.sh"])
     with pytest.raises(expo.OutputError, match=r'--carry was \["run.sh"\], is \[\]'):

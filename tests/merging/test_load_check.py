@@ -54,9 +54,9 @@ def renamed(tensors: Tensors) -> Tensors:
     return {name.replace("layers.1.mlp", "layers.1.mlq"): tensor for name, tensor in tensors.items()}
 
 
-def untied(tensors: Tensors, twin: bool = False) -> Tensors:
+def untied(tensors: Tensors, counterpart: bool = False) -> Tensors:
     dtype, shape, data = tensors[EMBEDDING]
-    return {**tensors, HEAD: (dtype, shape, data if twin else data[2:] + data[:2])}
+    return {**tensors, HEAD: (dtype, shape, data if counterpart else data[2:] + data[:2])}
 
 
 def test_a_model_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +108,7 @@ def test_heads_that_fit_their_configs(tmp_path: Path) -> None:
     assert expo.merge(*pair(tmp_path / "a", untied, tie_word_embeddings=False), 0.3, tmp_path / "x", check=True).checked
 
     def twice(tensors: Tensors) -> Tensors:
-        return untied(tensors, twin=True)
+        return untied(tensors, counterpart=True)
 
     assert expo.merge(*pair(tmp_path / "b", twice, tie_word_embeddings=True), 0.3, tmp_path / "y", check=True).checked
 

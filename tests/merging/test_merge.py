@@ -82,9 +82,9 @@ def make_pair(
     shards: tuple[int, int] = (3, 2),
     pad: int = 0,
 ) -> Pair:
-    """sft and aligned; the sft twin of "A.S" has dtype S. They are sharded differently."""
-    twins = {name: (name.partition(".")[2] or dtype, shape) for name, (dtype, shape) in shapes.items()}
-    sft, aligned = random_tensors(twins, 1), random_tensors(shapes, 2)
+    """sft and aligned; the sft counterpart of "A.S" has dtype S. They are sharded differently."""
+    counterparts = {name: (name.partition(".")[2] or dtype, shape) for name, (dtype, shape) in shapes.items()}
+    sft, aligned = random_tensors(counterparts, 1), random_tensors(shapes, 2)
     return (
         write_folder(folder / "sft", sft, shards[0], pad=pad),
         write_folder(folder / "aligned", aligned, shards[1], pad=pad),
@@ -150,7 +150,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         time.sleep(seconds)
         return real.run(*arguments)
 
-    monkeypatch.setattr(expo.merging.merge, "crew", lambda *_: (Engine("slow", run, "a test"),) * 3)
+    monkeypatch.setattr(expo.merging.job, "engines_for", lambda *_: (Engine("slow", run, "a test"),) * 3)
 
 
 # --- bits -------------------------------------------------------------------------------------------------------------
@@ -267,8 +267,12 @@ def test_unpaired_and_reshaped_tensors_are_kept_only_on_the_users_word(tmp_path:
         "e": ("BF16", (5, 4)),
         "new": ("F32", (3,)),
     }
-    twins: dict[str, tuple[str, tuple[int, ...]]] = {"w": ("BF16", (4, 4)), "e": ("BF16", (6, 4)), "old": ("F32", (3,))}
-    sft = write_folder(tmp_path / "sft", random_tensors(twins, 1))
+    counterparts: dict[str, tuple[str, tuple[int, ...]]] = {
+        "w": ("BF16", (4, 4)),
+        "e": ("BF16", (6, 4)),
+        "old": ("F32", (3,)),
+    }
+    sft = write_folder(tmp_path / "sft", random_tensors(counterparts, 1))
     aligned = write_folder(tmp_path / "aligned", random_tensors(shapes, 2))
     with pytest.raises(expo.PlanError, match=r"new \(aligned only\)(.|\n)*old \(sft only\)(.|\n)*BF16 \[6, 4\]"):
         expo.merge(sft, aligned, 0.3, tmp_path / "out")
@@ -765,7 +769,7 @@ def test_a_leftover_without_room_beside_it_is_named_all_the_same(
 
     with pytest.raises(Stop):
         expo.merge(*pair, 0.3, tmp_path / "out", progress=stop)
-    monkeypatch.setattr(expo.merging.merge, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(expo.merging.output_paths, "free_bytes", lambda _: 0)
     with pytest.raises(expo.OutputError, match=f"was left by an interrupted merge: {FIXES}$"):
         expo.merge(*pair, 0.3, tmp_path / "out")
     with pytest.raises(expo.OutputError, match=r"other: .* are needed, but 0 bytes are free"):
@@ -808,7 +812,7 @@ def test_an_engines_refusal_reaches_the_caller(pair: Pair, tmp_path: Path, monke
         raise RuntimeError("this thread's floating-point mode flushes subnormals")
 
     with monkeypatch.context() as patch:
-        patch.setattr(expo.merging.merge, "crew", lambda *_: (Engine("numpy", refuse, "a test"),) * 3)
+        patch.setattr(expo.merging.job, "engines_for", lambda *_: (Engine("numpy", refuse, "a test"),) * 3)
         with pytest.raises(expo.EngineError) as caught:
             expo.merge(*pair, 0.3, tmp_path / "out")
     assert str(caught.value).startswith("--engine numpy failed on ")

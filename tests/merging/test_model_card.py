@@ -10,7 +10,7 @@ import yaml
 
 import expo
 from expo.checkpoints.checkpoint import Origin
-from expo.merging.model_card import card
+from expo.merging.model_card import CardFacts, card_text
 from expo.merging.result import Output
 
 HUB_ID = re.compile(
@@ -64,7 +64,7 @@ def make(**changes: Any) -> str:
         "tokenizer": True,
         "code": False,
     }
-    return card(**(arguments | changes))
+    return card_text(CardFacts(**(arguments | changes)))
 
 
 def split(text: str) -> tuple[dict[str, Any], str]:

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 import expo
 from expo.errors import RankError
-from expo.merging import rank_worker as filling
-from expo.merging.process_group import Ranks, join
+from expo.merging import rank_worker
+from expo.merging.process_group import ProcessGroup, join
 from expo.merging.rank_worker import Corrupt
 from expo.merging.result import Merged
 from expo.output import journal
@@ -62,7 +62,7 @@ class Host:
         self.store, self.world = dist.HashStore(), world
         self._table: dict[int, list[Any]] = {}
         self._lock = threading.Lock()
-        self.ranks = [Ranks(self.store, self._exchange(rank), rank, world, **options) for rank in range(world)]
+        self.ranks = [ProcessGroup(self.store, self._exchange(rank), rank, world, **options) for rank in range(world)]
 
     def _exchange(self, rank: int) -> Callable[[Any], list[Any]]:
         turns = iter(range(1000))
@@ -79,11 +79,11 @@ class Host:
 
         return exchange
 
-    def run(self, work: Callable[[Ranks], Any]) -> list[Any]:
+    def run(self, work: Callable[[ProcessGroup], Any]) -> list[Any]:
         """What work returns or raises, by rank."""
         found: list[Any] = [None] * self.world
 
-        def one(ranks: Ranks) -> None:
+        def one(ranks: ProcessGroup) -> None:
             try:
                 found[ranks.rank] = work(ranks)
             except BaseException as error:
@@ -163,13 +163,13 @@ def test_a_bare_file_and_a_replaced_output(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_every_rank_does_its_part(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, by = filling.Filling._sink, {}
+    real, by = rank_worker.RankWorker._write, {}
 
     def counting(self: Any, k: int, chunk: Any, data: memoryview) -> None:
         real(self, k, chunk, data)
-        by.setdefault(self._ranks.rank, []).append(chunk.stop - chunk.start)
+        by.setdefault(self._job.ranks.rank, []).append(chunk.stop - chunk.start)
 
-    monkeypatch.setattr(filling.Filling, "_sink", counting)
+    monkeypatch.setattr(rank_worker.RankWorker, "_write", counting)
     together = merged_by(3, pair, 0.3, tmp_path / "all")
     sizes = [sum(by[rank]) for rank in range(3)]
     assert sum(sizes) == together.bytes_written
@@ -192,16 +192,16 @@ class Stop(Exception):
 @contextlib.contextmanager
 def failing(monkeypatch: pytest.MonkeyPatch, rank: int, chunks: int, error: BaseException) -> Iterator[None]:
     """This rank fails after so many chunks; the others are slow enough to notice."""
-    sink, seen = filling.Filling._sink, iter(range(10**6))
+    sink, seen = rank_worker.RankWorker._write, iter(range(10**6))
 
     def sinking(self: Any, *arguments: Any) -> None:
-        if self._ranks.rank == rank and next(seen) >= chunks:
+        if self._job.ranks.rank == rank and next(seen) >= chunks:
             raise error
         sink(self, *arguments)
         time.sleep(0.02)
 
     with monkeypatch.context() as patch:
-        patch.setattr(filling.Filling, "_sink", sinking)
+        patch.setattr(rank_worker.RankWorker, "_write", sinking)
         yield
 
 
@@ -316,7 +316,7 @@ def test_an_error_before_the_start_is_told_to_all(pair: Pair, tmp_path: Path) ->
 def test_a_rank_that_finds_damage_has_the_output_discarded(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
 ) -> None:
-    real = filling.read_back
+    real = rank_worker.read_back
 
     def spoiled(path: str, start: int, memory: memoryview) -> int:
         count = real(path, start, memory)
@@ -324,7 +324,7 @@ def test_a_rank_that_finds_damage_has_the_output_discarded(
             memory[count - 1] ^= 1
         return count
 
-    monkeypatch.setattr(filling, "read_back", spoiled)
+    monkeypatch.setattr(rank_worker, "read_back", spoiled)
     found = Host(3).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", verify=True, ranks=ranks))
     assert sum(isinstance(each, Corrupt) for each in found) >= 1
     assert all(isinstance(each, Corrupt | RankError) for each in found)
@@ -335,22 +335,22 @@ def test_damage_that_a_rank_finds_is_not_gone_on_with_by_whoever_was_not_told(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
 ) -> None:
     """As where a launcher stops rank 0 before it can know why."""
-    write, compare = filling.ShardWriter.write, filling.Filling._compare
+    write, compare = rank_worker.ShardWriter.write, rank_worker.RankWorker._compare
 
     def damaging(self: Any, offset: int, data: memoryview, length: int) -> None:
         data[0] ^= 1 if self.path.endswith("00003.safetensors") else 0
         write(self, offset, data, length)
 
     def comparing(self: Any, *arguments: Any) -> None:
-        if self._ranks.rank == 0:
+        if self._job.ranks.rank == 0:
             time.sleep(0.2)
             raise KeyboardInterrupt
         compare(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(filling.ShardWriter, "write", damaging)
-        patch.setattr(filling.Filling, "_compare", comparing)
-        patch.setattr(Ranks, "tell", lambda *_: None)
+        patch.setattr(rank_worker.ShardWriter, "write", damaging)
+        patch.setattr(rank_worker.RankWorker, "_compare", comparing)
+        patch.setattr(ProcessGroup, "tell", lambda *_: None)
         found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", verify=True, ranks=ranks))
     assert isinstance(found[0], KeyboardInterrupt)
     assert isinstance(found[1], Corrupt)
@@ -363,13 +363,13 @@ def test_an_interrupt_is_explained_by_the_failure_behind_it(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
 ) -> None:
     def sinking(self: Any, *arguments: Any) -> None:
-        if self._ranks.rank == 1:
+        if self._job.ranks.rank == 1:
             raise expo.OutputError("the disk of rank 1 is full")
         time.sleep(0.05)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(filling.Filling, "_sink", sinking)
+        patch.setattr(rank_worker.RankWorker, "_write", sinking)
         found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
     assert "failed: the disk of rank 1 is full; rank 0 of 2 has stopped too; what is done is kept" in str(found[0])
     assert expo.merge(*pair, 0.3, tmp_path / "out", resume=True).resumed == 0
@@ -409,25 +409,25 @@ def test_overwrite_starts_anew_where_going_on_is_not_possible(
 def test_a_rank_lost_after_the_commit_takes_nothing_away(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, restarts: bool
 ) -> None:
-    commit, follow = expo.merging.coordinator.Making.commit, expo.merging.merge._follow
+    commit, follow = expo.merging.coordinator.Coordinator.commit, expo.merging.merge._follow
 
     def late(self: Any) -> Any:
         """Commit, and wait until the other has failed."""
         found = commit(self)
         deadline = time.monotonic() + 10
-        while self._ranks._watch.failure is None and time.monotonic() < deadline:
+        while self._job.ranks._watch.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
         return found
 
-    def losing(weak: Any, strong: Any, job: Any, identity: Any, ranks: Any, fill: Callable[[Any], Any]) -> Any:
-        def filled(filling: Any) -> None:
-            fill(filling)
+    def losing(job: Any, fill: Callable[[Any], Any]) -> Any:
+        def filled(worker: Any) -> None:
+            fill(worker)
             raise Stop
 
-        return follow(weak, strong, job, identity, ranks, filled)
+        return follow(job, filled)
 
     with monkeypatch.context() as patch:
-        patch.setattr(expo.merging.coordinator.Making, "commit", late)
+        patch.setattr(expo.merging.coordinator.Coordinator, "commit", late)
         patch.setattr(expo.merging.merge, "_follow", losing)
         found = Host(2, restarts=restarts).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
     assert isinstance(found[0], Merged)
@@ -500,10 +500,10 @@ def test_a_rank_that_begins_late_divides_the_work_as_the_others_do(
 
 def test_cancel_ends_the_waiting_for_others(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
     cancel = threading.Event()
-    sink = filling.Filling._sink
+    sink = rank_worker.RankWorker._write
 
     def slow(self: Any, *arguments: Any) -> None:
-        if self._ranks.rank == 1:
+        if self._job.ranks.rank == 1:
             time.sleep(0.05)
         sink(self, *arguments)
 
@@ -512,7 +512,7 @@ def test_cancel_ends_the_waiting_for_others(monkeypatch: pytest.MonkeyPatch, pai
         return filled(*arguments, **{**named, "cancel": None})
 
     filled = expo.merging.merge._fill
-    monkeypatch.setattr(filling.Filling, "_sink", slow)
+    monkeypatch.setattr(rank_worker.RankWorker, "_write", slow)
     monkeypatch.setattr(expo.merging.merge, "_fill", fill)
     found = Host(2).run(
         lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks, cancel=None if ranks.rank else cancel)
@@ -529,7 +529,7 @@ def test_a_store_that_does_not_answer_is_not_waited_for(pair: Pair, tmp_path: Pa
         def __getattr__(self, name: str) -> Any:
             return lambda *_: release.wait(20)
 
-    ranks = Ranks(Silent(), lambda value: [value], 1, 2, patience=0.2)
+    ranks = ProcessGroup(Silent(), lambda value: [value], 1, 2, patience=0.2)
     try:
         with pytest.raises(RankError, match="the store of the ranks has not answered rank 1 of 2"):
             expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks)
@@ -561,7 +561,7 @@ def test_ranks_that_do_not_come_are_not_waited_for_for_ever(monkeypatch: pytest.
 def test_a_rank_that_does_not_answer_counts_as_dead(pair: Pair, tmp_path: Path, silent: int) -> None:
     host = Host(3, patience=0.3)
 
-    def work(ranks: Ranks) -> Any:
+    def work(ranks: ProcessGroup) -> Any:
         if ranks.rank == silent:
             ranks.close()
             return None
@@ -581,7 +581,7 @@ def test_a_store_that_is_gone_is_said(pair: Pair, tmp_path: Path) -> None:
 
             return fails
 
-    ranks = Ranks(Gone(), lambda value: [value], 1, 2)
+    ranks = ProcessGroup(Gone(), lambda value: [value], 1, 2)
     with contextlib.closing(ranks), pytest.raises(RankError, match="Connection reset by peer"):
         expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks)
 
@@ -616,8 +616,8 @@ def test_each_rank_takes_the_gpu_of_its_local_rank_and_its_share_of_the_processo
         asked.append((device, processes))
         raise expo.EngineError("no GPU here")
 
-    monkeypatch.setattr(expo.merging.merge, "crew", crew)
-    ranks = Ranks(dist.HashStore(), lambda value: [value], 7, 8, local_rank=3, local_world=4)
+    monkeypatch.setattr(expo.merging.job, "engines_for", crew)
+    ranks = ProcessGroup(dist.HashStore(), lambda value: [value], 7, 8, local_rank=3, local_world=4)
     with contextlib.closing(ranks), pytest.raises(expo.EngineError):
         expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks, **options)  # type: ignore[arg-type]
     assert asked == [(device, 4)]
@@ -643,11 +643,11 @@ SLOW = """
 import os, signal, sys, time
 from pathlib import Path
 from expo import fast
-from expo.merging import rank_worker as filling
+from expo.merging import rank_worker
 from expo.output import journal
 from expo.execution import worker_pool as work
 work.CHUNK, journal.INTERVAL = 8 << 10, 0.0
-sink, seen = filling.Filling._sink, iter(range(10**6))
+sink, seen = rank_worker.RankWorker._write, iter(range(10**6))
 doomed, flag = sys.argv.pop(1), Path(sys.argv.pop(1))
 
 def sinking(self, *arguments):
@@ -657,7 +657,7 @@ def sinking(self, *arguments):
         flag.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-filling.Filling._sink = sinking
+rank_worker.RankWorker._write = sinking
 sys.exit(fast.main())
 """
 

@@ -18,8 +18,8 @@ from interrupting import Stop, interrupted
 
 import expo
 from expo.fast import main
-from expo.merging import coordinator as making
-from expo.merging import rank_worker as filling
+from expo.merging import merge as merge_module
+from expo.merging import rank_worker
 from expo.output import journal
 from expo.output.journal import Journal, place, read
 from expo.output.staging import JOURNAL
@@ -137,7 +137,7 @@ def test_what_a_config_says_of_a_tie_is_part_of_a_merge(
     shapes = {"model.embed_tokens.weight": ("BF16", (301, 97)), "lm_head.weight": ("BF16", (301, 97))}
     tensors = random_tensors(shapes, 1)
     aligned = write_folder(tmp_path / "aligned", random_tensors(shapes, 2))
-    del tensors["lm_head.weight"]  # its twin is the embedding, where the config does not say otherwise
+    del tensors["lm_head.weight"]  # its counterpart is the embedding, where the config does not say otherwise
     sft = write_folder(tmp_path / "sft", tensors, config={"tie_word_embeddings": tied})
     work = (sft, aligned, 0.3, tmp_path / "out")
     interrupted(monkeypatch, 5, Stop(), lambda: expo.merge(*work, on_unpaired="aligned"))
@@ -157,7 +157,7 @@ def test_another_input_is_refused(monkeypatch: pytest.MonkeyPatch, pair: Pair, t
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
     interrupted(monkeypatch, 5, Stop(), lambda: expo.merge(*pair, 0.3, tmp_path / "out"))
-    monkeypatch.setattr(expo, "__version__", "99")
+    monkeypatch.setattr("expo.merging.job.__version__", "99")
     with pytest.raises(expo.OutputError, match=r'version was "0.1.0", is "99"'):
         expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
 
@@ -188,7 +188,7 @@ def test_a_stop_between_two_commits(monkeypatch: pytest.MonkeyPatch, pair: Pair,
     """The first output is in place and stays as it is; the second is put in place without any work."""
     work = lambda folder, **more: expo.merge(*pair, ALPHAS, str(tmp_path / folder / "{alpha}"), **more)  # noqa: E731
     work("plain")
-    commit, calls = making.Staging.commit, iter(range(10))
+    commit, calls = merge_module.Staging.commit, iter(range(10))
 
     def once(self: Any) -> list[str]:
         if next(calls):
@@ -196,7 +196,7 @@ def test_a_stop_between_two_commits(monkeypatch: pytest.MonkeyPatch, pair: Pair,
         return commit(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(making.Staging, "commit", once)
+        patch.setattr(merge_module.Staging, "commit", once)
         with pytest.raises(
             expo.OutputError, match=r"already in place: .*/0\.3; what is done is kept in .*\.1\.expo-staging"
         ):
@@ -280,7 +280,7 @@ def test_a_journal_without_a_first_line_is_as_none(
 def test_a_line_follows_the_sync_of_what_it_says(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
     """At every line, all shards that it names have been synced since their last write."""
     dirty: set[str] = set()
-    write, sync, append = filling.ShardWriter.write, filling.ShardWriter.sync, Journal._append
+    write, sync, append = rank_worker.ShardWriter.write, rank_worker.ShardWriter.sync, Journal._append
 
     def writing(self: Any, offset: int, data: Any, length: int) -> None:
         write(self, offset, data, length)
@@ -299,8 +299,8 @@ def test_a_line_follows_the_sync_of_what_it_says(monkeypatch: pytest.MonkeyPatch
             assert f"{name} {start}" not in dirty
         append(self, record)
 
-    monkeypatch.setattr(filling.ShardWriter, "write", writing)
-    monkeypatch.setattr(filling.ShardWriter, "sync", syncing)
+    monkeypatch.setattr(rank_worker.ShardWriter, "write", writing)
+    monkeypatch.setattr(rank_worker.ShardWriter, "sync", syncing)
     monkeypatch.setattr(Journal, "_append", appending)
     expo.merge(*pair, 0.3, tmp_path / "out")
     assert len(said) > 5
@@ -335,7 +335,7 @@ def test_a_signal_leaves_what_a_resume_goes_on_with(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    sink, seen = filling.Filling._sink, iter(range(10**6))
+    sink, seen = rank_worker.RankWorker._write, iter(range(10**6))
 
     def signalling(self: Any, *arguments: Any) -> None:
         if next(seen) == 9:
@@ -346,7 +346,7 @@ def test_a_signal_leaves_what_a_resume_goes_on_with(
 
     arguments = ["--sft", str(pair[0]), "--aligned", str(pair[1]), "--alpha", "0.3", "--out", str(out), "--quiet"]
     with monkeypatch.context() as patch:
-        patch.setattr(filling.Filling, "_sink", signalling)
+        patch.setattr(rank_worker.RankWorker, "_write", signalling)
         assert main(arguments) == 130
     note = f"what is done is kept in {staging(out)}: the same command with --resume goes on"
     assert capsys.readouterr().err == f"expo: interrupted; {note}\n"

@@ -490,7 +490,7 @@ def test_a_disk_that_fills_up_during_a_merge(
         expo.OutputError, match=f"{place}/out: .* are needed, but .* are free; free some space or choose"
     ):
         expo.merge(*pair, 0.3, place / "out")
-    monkeypatch.setattr(expo.merging.merge, "free_bytes", lambda _: 1 << 40)
+    monkeypatch.setattr(expo.merging.output_paths, "free_bytes", lambda _: 1 << 40)
     if not fallocates:
         monkeypatch.setattr(expo.output.staging, "allocate", os.ftruncate)
     with pytest.raises(expo.OutputError) as caught:
@@ -787,7 +787,7 @@ def test_of_several_outputs_an_error_names_those_in_place(
     assert sorted(os.listdir(tmp_path)) == left
     before = fingerprint(first)
     with monkeypatch.context() as patch:
-        patch.setattr(expo.merging.merge, "free_bytes", lambda _: 0)  # what is left has room already
+        patch.setattr(expo.merging.output_paths, "free_bytes", lambda _: 0)  # what is left has room already
         expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}", resume=True, verify=True)
     assert sorted(os.listdir(tmp_path)) == ["al", "out0.1", "out0.3", "sft"]
     assert fingerprint(first) == before

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from checkpoint_files import random_tensors, read_folder, write_folder
-from plans import ALPHA, COPY, EXTRAPOLATE, Shapes, checkpoint, fates
+from plans import ALPHA, COPY, EXTRAPOLATE, Shapes, checkpoint, fates, make_plan
 
 import expo
 from expo.planning.pairing import Pairs, is_embedding, pair, tie_flag
-from expo.planning.plan import Plan, make_plan
+from expo.planning.plan import Plan
 
 D, V = 4, 10
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -34,18 +34,18 @@ def pairs(
 ) -> Pairs:
     """And each name of both sides has one fate."""
     found = pair(checkpoint(sft, "/models/sft", config=sft_config), checkpoint(aligned, config=config))
-    assert sorted([*found.twins, *found.kept, *found.unpaired]) == sorted(aligned)
-    used = {twin.tensor.name for twin in found.twins.values()} | (set(found.kept) & set(sft))
-    ends = [*used, *found.dropped, *found.left]
+    assert sorted([*found.counterparts, *found.kept, *found.only_in_aligned]) == sorted(aligned)
+    used = {other.tensor.name for other in found.counterparts.values()} | (set(found.kept) & set(sft))
+    ends = [*used, *found.dropped, *found.only_in_sft]
     assert sorted(ends) == sorted(sft), "none twice and none lost"
     assert all(reason for reason in [*found.kept.values(), *found.dropped.values()])
-    for name, (tensor, reason) in found.twins.items():
+    for name, (tensor, reason) in found.counterparts.items():
         assert bool(reason) is (tensor.name != name), "a reason where the names differ, and nowhere else"
     return found
 
 
-def twins(found: Pairs) -> dict[str, str]:
-    return {name: twin.tensor.name for name, twin in found.twins.items()}
+def counterparts(found: Pairs) -> dict[str, str]:
+    return {name: other.tensor.name for name, other in found.counterparts.items()}
 
 
 def planned(sft: Shapes, aligned: Shapes, **options: Any) -> Plan:
@@ -102,8 +102,8 @@ def planned(sft: Shapes, aligned: Shapes, **options: Any) -> Plan:
 def test_a_known_rename_works_both_ways(one: str, other: str) -> None:
     for sft, aligned in ((one, other), (other, one)):
         found = pairs(named("same", sft), named("same", aligned))
-        assert twins(found) == {"same": "same", aligned: sft}
-        assert found.twins[aligned].reason == f"sft calls it {sft}"
+        assert counterparts(found) == {"same": "same", aligned: sft}
+        assert found.counterparts[aligned].reason == f"sft calls it {sft}"
         plan = planned(named("same", sft), named("same", aligned))
         plan.check()
         assert plan.noted == ((aligned, f"sft calls it {sft}"),)
@@ -133,8 +133,8 @@ def test_a_known_rename_works_both_ways(one: str, other: str) -> None:
 def test_what_fits_no_rename_or_two_stays_alone(sft: Shapes, aligned: Shapes) -> None:
     config = {"tie_word_embeddings": False}
     found = pairs({**sft, "same": bf16(1)}, {**aligned, "same": bf16(1)}, config, config)
-    assert twins(found) == {"same": "same"}
-    assert (found.unpaired, found.left) == (list(aligned), list(sft))
+    assert counterparts(found) == {"same": "same"}
+    assert (found.only_in_aligned, found.only_in_sft) == (list(aligned), list(sft))
     (problem,) = planned(sft, aligned).problems
     for name in aligned:
         assert f"{name} (aligned only)" in problem
@@ -144,17 +144,17 @@ def test_what_fits_no_rename_or_two_stays_alone(sft: Shapes, aligned: Shapes) ->
 
 def test_a_name_that_both_have_is_never_renamed() -> None:
     shared = named("model.x.weight", "x.weight")
-    assert twins(pairs(shared, shared)) == {name: name for name in shared}
+    assert counterparts(pairs(shared, shared)) == {name: name for name in shared}
     found = pairs(shared, named("model.x.weight"))
-    assert twins(found) == {"model.x.weight": "model.x.weight"}
-    assert found.left == ["x.weight"]
+    assert counterparts(found) == {"model.x.weight": "model.x.weight"}
+    assert found.only_in_sft == ["x.weight"]
 
 
 def test_of_two_that_a_rename_may_mean_the_shape_decides() -> None:
     sft = {"x.weight": bf16(3), "module.model.x.weight": bf16(4)}
     found = pairs(sft, {"model.x.weight": bf16(4)})
-    assert twins(found) == {"model.x.weight": "module.model.x.weight"}
-    assert found.left == ["x.weight"]
+    assert counterparts(found) == {"model.x.weight": "module.model.x.weight"}
+    assert found.only_in_sft == ["x.weight"]
 
 
 def llama(prefix: str, layers: int = 3) -> Shapes:
@@ -170,7 +170,7 @@ def test_a_whole_model_under_another_prefix_in_aligneds_order() -> None:
     aligned = {**llama("model."), HEAD: bf16(V, D)}
     sft = dict(reversed({**llama("module.model."), "module.lm_head.weight": bf16(V, D)}.items()))
     found = pairs(sft, aligned, UNTIED, UNTIED)
-    assert twins(found) == {name: f"module.{name}" for name in aligned}
+    assert counterparts(found) == {name: f"module.{name}" for name in aligned}
     plan = planned(sft, aligned)
     plan.check()
     assert [step.name for step in plan.steps] == list(aligned)
@@ -180,12 +180,12 @@ def test_a_whole_model_under_another_prefix_in_aligneds_order() -> None:
 def test_a_base_model_saved_without_its_head() -> None:
     sft, aligned = llama(""), {**llama("model."), HEAD: bf16(V, D)}
     found = pairs(sft, aligned, UNTIED, UNTIED)
-    assert found.unpaired == [HEAD], "no head to be had: the user decides"
-    assert twins(found) == {name: name.removeprefix("model.") for name in aligned if name != HEAD}
+    assert found.only_in_aligned == [HEAD], "no head to be had: the user decides"
+    assert counterparts(found) == {name: name.removeprefix("model.") for name in aligned if name != HEAD}
     tied = pairs(sft, aligned, TIED, TIED)
-    assert twins(tied)[HEAD] == "embed_tokens.weight"
-    assert tied.twins[HEAD].reason == "sft ties it to embed_tokens.weight"
-    assert pairs(aligned, sft, UNTIED, UNTIED).left == [HEAD]
+    assert counterparts(tied)[HEAD] == "embed_tokens.weight"
+    assert tied.counterparts[HEAD].reason == "sft ties it to embed_tokens.weight"
+    assert pairs(aligned, sft, UNTIED, UNTIED).only_in_sft == [HEAD]
 
 
 @pytest.mark.parametrize(
@@ -204,12 +204,12 @@ def test_tens_of_thousands_of_names_take_no_time(old: str, new: str, n: int, pai
     started = time.process_time()
     found = pair(one, other)
     assert time.process_time() - started < 3
-    assert len(found.twins) == (n if paired else 0)
-    assert len(found.left) == len(found.unpaired) == (n if paired is False else 0)
+    assert len(found.counterparts) == (n if paired else 0)
+    assert len(found.only_in_sft) == len(found.only_in_aligned) == (n if paired is False else 0)
     assert len(found.kept) == len(found.dropped) == (n if paired is None else 0)
 
 
-def test_the_numbers_are_those_of_the_twin_wherever_it_lies(tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_the_counterpart_wherever_it_lies(tmp_path: Path) -> None:
     """A rename, a tie and a buffer, in shards that are not aligned's: the same bytes as with everything spelt out."""
     weights = {**llama("model."), "model.norm.weight": ("F32", (D,))}
     weak, strong = random_tensors(weights, 1), random_tensors({**weights, HEAD: bf16(V, D)}, 2)
@@ -248,22 +248,22 @@ def test_the_numbers_are_those_of_the_twin_wherever_it_lies(tmp_path: Path) -> N
 def test_a_tie_stored_on_one_side(embedding: str, head: str, config: dict[str, Any]) -> None:
     one, both = named(embedding), named(embedding, head)
     found = pairs(one, both, config, config)
-    assert twins(found) == {embedding: embedding, head: embedding}
-    assert found.twins[head].reason == f"sft ties it to {embedding}"
+    assert counterparts(found) == {embedding: embedding, head: embedding}
+    assert found.counterparts[head].reason == f"sft ties it to {embedding}"
     found = pairs(both, one, config, config)
-    assert twins(found) == {embedding: embedding}
+    assert counterparts(found) == {embedding: embedding}
     assert found.dropped == {head: f"aligned ties it to {embedding}"}
     # Where a file holds tied tensors once, it may be under the head's name.
     head_alone = named(head)
-    assert twins(pairs(head_alone, both, config, config)) == {embedding: head, head: head}
+    assert counterparts(pairs(head_alone, both, config, config)) == {embedding: head, head: head}
     assert pairs(both, head_alone, config, config).dropped == {embedding: f"aligned ties it to {head}"}
     found = pairs(head_alone, one, config, config)
-    assert twins(found) == {embedding: head}
-    assert (found.dropped, found.left) == ({}, []), "it is read, and so not dropped"
+    assert counterparts(found) == {embedding: head}
+    assert (found.dropped, found.only_in_sft) == ({}, []), "it is read, and so not dropped"
 
 
 @pytest.mark.parametrize(
-    ("sft", "aligned", "twin", "dropped"),
+    ("sft", "aligned", "other", "dropped"),
     [
         ({}, {}, True, True),
         (TIED, TIED, True, True),
@@ -282,13 +282,13 @@ def test_a_tie_stored_on_one_side(embedding: str, head: str, config: dict[str, A
     ],
 )
 def test_a_config_that_denies_a_tie_is_believed(
-    sft: dict[str, Any], aligned: dict[str, Any], twin: bool, dropped: bool
+    sft: dict[str, Any], aligned: dict[str, Any], other: bool, dropped: bool
 ) -> None:
-    """twin: aligned's head has sft's embedding for one. dropped: a head that sft has alone may go."""
+    """other: aligned's head has sft's embedding for one. dropped: a head that sft has alone may go."""
     found = pairs(named(EMBED), named(EMBED, HEAD), sft, aligned)
-    assert found.unpaired == ([] if twin else [HEAD])
+    assert found.only_in_aligned == ([] if other else [HEAD])
     found = pairs(named(EMBED, HEAD), named(EMBED), sft, aligned)
-    assert found.left == ([] if dropped else [HEAD])
+    assert found.only_in_sft == ([] if dropped else [HEAD])
 
 
 @pytest.mark.parametrize(
@@ -320,9 +320,9 @@ def test_a_tie_of_other_sizes_is_a_mismatch_which_rows_solves() -> None:
 
 
 def test_a_tie_needs_the_same_width() -> None:
-    assert pairs({EMBED: bf16(V, D)}, {EMBED: bf16(V, D), HEAD: bf16(V, D + 1)}).unpaired == [HEAD]
-    assert pairs({EMBED: bf16(V, D)}, {EMBED: bf16(V, D), HEAD: bf16(V)}).unpaired == [HEAD]
-    assert pairs({EMBED: bf16(V, D), HEAD: bf16(V, 2 * D)}, {EMBED: bf16(V, D)}).left == [HEAD]
+    assert pairs({EMBED: bf16(V, D)}, {EMBED: bf16(V, D), HEAD: bf16(V, D + 1)}).only_in_aligned == [HEAD]
+    assert pairs({EMBED: bf16(V, D)}, {EMBED: bf16(V, D), HEAD: bf16(V)}).only_in_aligned == [HEAD]
+    assert pairs({EMBED: bf16(V, D), HEAD: bf16(V, 2 * D)}, {EMBED: bf16(V, D)}).only_in_sft == [HEAD]
 
 
 @pytest.mark.parametrize(
@@ -333,13 +333,13 @@ def test_a_tie_needs_the_same_width() -> None:
     ],
 )  # fmt: skip
 def test_a_head_with_two_embeddings_to_choose_from_stays_alone(extra: str) -> None:
-    assert pairs(named(EMBED, extra), named(EMBED, extra, HEAD)).unpaired == [HEAD]
-    assert pairs(named(EMBED, extra, HEAD), named(EMBED, extra)).left == [HEAD]
+    assert pairs(named(EMBED, extra), named(EMBED, extra, HEAD)).only_in_aligned == [HEAD]
+    assert pairs(named(EMBED, extra, HEAD), named(EMBED, extra)).only_in_sft == [HEAD]
 
 
 def test_a_second_head_is_no_tie() -> None:
     found = pairs(named(EMBED, HEAD), named(EMBED, HEAD, "draft.lm_head.weight"))
-    assert found.unpaired == ["draft.lm_head.weight"]
+    assert found.only_in_aligned == ["draft.lm_head.weight"]
 
 
 T5 = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -353,23 +353,23 @@ def test_an_encoder_and_a_decoder_share_their_embedding_even_where_the_head_is_a
 ) -> None:
     shared = names[0]
     found = pairs(named(shared), named(*names), config, config)
-    assert twins(found) == dict.fromkeys(names, shared)
+    assert counterparts(found) == dict.fromkeys(names, shared)
     found = pairs(named(*names), named(shared), config, config)
     assert found.dropped == dict.fromkeys(names[1:], f"aligned ties it to {shared}")
     found = pairs(named(shared), named(*names[1:]), config, config)
-    assert twins(found) == dict.fromkeys(names[1:], shared)
-    assert (found.left, found.dropped) == ([], {}), "the shared one is read"
+    assert counterparts(found) == dict.fromkeys(names[1:], shared)
+    assert (found.only_in_sft, found.dropped) == ([], {}), "the shared one is read"
 
 
 def test_t5_with_and_without_its_head() -> None:
     config = {"tie_word_embeddings": True}
-    assert twins(pairs(named(*T5), named(*T5, HEAD), config, config))[HEAD] == "shared.weight"
-    assert pairs(named(*T5), named(*T5, HEAD), UNTIED, UNTIED).unpaired == [HEAD], "T5 v1.1"
+    assert counterparts(pairs(named(*T5), named(*T5, HEAD), config, config))[HEAD] == "shared.weight"
+    assert pairs(named(*T5), named(*T5, HEAD), UNTIED, UNTIED).only_in_aligned == [HEAD], "T5 v1.1"
 
 
 def test_two_embeddings_that_are_not_shared_are_not_taken_for_it() -> None:
     found = pairs(named(*T5[1:]), named("shared.weight"))
-    assert found.unpaired == ["shared.weight"]
+    assert found.only_in_aligned == ["shared.weight"]
     assert found.dropped == dict.fromkeys(T5[1:], "aligned ties it to shared.weight")
 
 
@@ -388,8 +388,8 @@ def test_two_embeddings_that_are_not_shared_are_not_taken_for_it() -> None:
 @pytest.mark.parametrize("rows", [V, D])
 def test_a_name_that_only_looks_like_a_head_or_an_embedding_is_never_tied(name: str, rows: int) -> None:
     extra = {name: bf16(rows, D)}
-    assert pairs(named(EMBED), {**named(EMBED), **extra}).unpaired == [name]
-    assert pairs({**named(EMBED), **extra}, named(EMBED)).left == [name]
+    assert pairs(named(EMBED), {**named(EMBED), **extra}).only_in_aligned == [name]
+    assert pairs({**named(EMBED), **extra}, named(EMBED)).only_in_sft == [name]
     plan = planned(named(EMBED), {**named(EMBED), **extra}, on_unpaired="aligned", on_mismatch="rows")
     plan.check()
     assert fates(plan)[name] == (COPY, "not in sft")
@@ -422,7 +422,7 @@ MASKS = {
 
 @pytest.mark.parametrize("name", [*ROTARY, *MASKS])
 @pytest.mark.parametrize("dtype", [None, "fp16"])
-def test_a_buffer_is_kept_or_dropped_and_needs_no_twin(name: str, dtype: str | None) -> None:
+def test_a_buffer_is_kept_or_dropped_and_needs_no_counterpart(name: str, dtype: str | None) -> None:
     shapes = {**ROTARY, **MASKS}[name]
     weights, old = named("w"), {**named("w"), name: shapes}
     plan = planned(weights, old, dtype=dtype)
@@ -459,7 +459,7 @@ def test_what_only_looks_like_a_buffer_is_extrapolated(name: str, shape: tuple[i
     plan = planned(weights, weights)
     plan.check()
     assert fates(plan) == {name: (EXTRAPOLATE, "")}
-    assert len(planned({**weights, "w": bf16(1)}, {"w": bf16(1)}).problems) == 1, "and must have a twin"
+    assert len(planned({**weights, "w": bf16(1)}, {"w": bf16(1)}).problems) == 1, "and must have a other"
 
 
 @pytest.mark.parametrize("mask", ["sft", "aligned"])
@@ -468,4 +468,4 @@ def test_a_mask_on_one_side_and_a_bias_of_the_same_name_on_the_other_are_a_misma
     plan = planned(shapes["sft"], shapes["aligned"])
     assert plan.dropped == {}
     (problem,) = plan.problems
-    assert "whose twin has another shape" in problem
+    assert "whose counterpart has another shape" in problem

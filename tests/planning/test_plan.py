@@ -16,7 +16,7 @@ import pytest
 from checkpoint_files import random_tensors, write_folder
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from plans import ALPHA, COPY, EXTRAPOLATE, Shapes, check_cut, checkpoint, fates
+from plans import ALPHA, COPY, EXTRAPOLATE, Shapes, check_cut, checkpoint, fates, make_plan
 
 import expo
 from expo.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
@@ -24,7 +24,8 @@ from expo.checkpoints.safetensors_header import ALIGNMENT, parse
 from expo.dtypes import BITS
 from expo.errors import PlanError, UsageError
 from expo.fast import main
-from expo.planning.plan import MAX_ALPHAS, Plan, make_plan
+from expo.options import MAX_ALPHAS
+from expo.planning.plan import Plan
 from expo.planning.shards import cut
 from expo.planning.steps import Step
 
@@ -90,7 +91,8 @@ def test_any_two_floating_dtypes_are_extrapolated_and_steps_keep_the_alpha_given
 def test_alpha_0_copies(alpha: float) -> None:
     plan = make_plan(*pair({"t": ("BF16", (8,))}, {"t": ("BF16", (8,))}), [alpha])
     plan.check()
-    assert only_step(plan)[1:4] == (COPY, "alpha is 0", (0.0,))
+    assert only_step(plan)[1:3] == (COPY, "alpha is 0")
+    assert only_step(plan).alphas == (0.0,)
     assert only_step(plan).sft is None, "sft's bytes are not read"
 
 
@@ -183,9 +185,10 @@ def test_alpha_for(rules: Mapping[str, float], changed: Mapping[str, float]) -> 
     assert alphas_by_name(rules) == {**everywhere, **changed}
 
 
-def test_alpha_for_0_keeps_the_tensor_and_reads_no_twin() -> None:
+def test_alpha_for_0_keeps_the_tensor_and_reads_no_counterpart() -> None:
     plan = make_plan(*pair(MODEL, MODEL), [ALPHA], {"embed": 0})
-    assert plan.steps[0][1:4] == (COPY, "alpha is 0", (0.0,))
+    assert plan.steps[0][1:3] == (COPY, "alpha is 0")
+    assert plan.steps[0].alphas == (0.0,)
     assert plan.steps[0].sft is None
 
 
@@ -278,11 +281,11 @@ def test_unpaired_and_mismatched_are_all_listed_at_once_with_their_options() -> 
     message = str(caught.value)
     assert message == "\n".join(plan.problems)
     unpaired = message[: message.index("tensors", message.index("--on-unpaired"))]
-    assert "4 tensors without a twin" in unpaired
+    assert "4 tensors without a counterpart" in unpaired
     assert "--on-unpaired aligned" in unpaired
     for name, side in (("mine.0", "aligned"), ("mine.1", "aligned"), ("sft.0", "sft"), ("sft.1", "sft")):
         assert f"{name} ({side} only)" in unpaired
-    assert "2 tensors whose twin has another shape" in message
+    assert "2 tensors whose counterpart has another shape" in message
     assert "1 tensor with integers in the one and numbers in the other" in message
     assert "--on-mismatch aligned" in message
     assert "resized.0: sft BF16 [4, 2], aligned BF16 [5, 2]" in message
@@ -300,7 +303,7 @@ def test_every_kind_of_problem_is_listed_at_once() -> None:
         "quantised (",
         "architectures",
         "dtype that",
-        "without a twin",
+        "without a counterpart",
         "integers in",
         "--on-mismatch",
         "--alpha-for",
@@ -533,8 +536,11 @@ def test_planning_imports_neither_numpy_nor_torch(tmp_path: Path) -> None:
         "import sys\n"
         "from expo.checkpoints.checkpoint import open_checkpoint\n"
         "from expo.planning.shards import cut\n"
-        "from expo.planning.plan import make_plan\n"
-        "plan = make_plan(open_checkpoint('sft'), open_checkpoint('aligned'), [0.5])\n"
+        "from expo.options import MergeOptions\n"
+        "from expo.planning.matching import match_tensors\n"
+        "from expo.planning.plan import plan_output\n"
+        "sft, aligned, options = open_checkpoint('sft'), open_checkpoint('aligned'), MergeOptions(alphas=(0.5,))\n"
+        "plan = plan_output(aligned, match_tensors(sft, aligned, options), options)\n"
         "plan.check()\n"
         "assert len(list(cut(plan.shards, 4096))) == 2\n"
         "heavy = {'numpy', 'torch', 'transformers', 'safetensors', 'ml_dtypes', 'triton'}\n"

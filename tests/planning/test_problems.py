@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 from checkpoint_files import quiet, read_folder, safetensors_bytes
-from plans import ALPHA, Shapes, checkpoint
+from plans import ALPHA, Shapes, checkpoint, make_plan
 from tiny_models import LOAD, loaded, pair_of
 
 import expo
 from expo.fast import main
-from expo.planning.plan import MOST_LINES, make_plan
+from expo.planning.matching import MOST_LINES
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import ALPHA, COPY, EXTRAPOLATE, Shapes, check_cut, checkpoint
+from plans import ALPHA, COPY, EXTRAPOLATE, Shapes, check_cut, checkpoint, make_plan
 
 from expo.checkpoints.checkpoint import SINGLE, Checkpoint
 from expo.checkpoints.safetensors_header import ALIGNMENT, element_count, parse
 from expo.dtypes import BITS
 from expo.errors import UsageError
-from expo.planning.plan import Plan, make_plan
-from expo.planning.shards import OutputShard, cut, joined, output_name, size_of
-from expo.planning.steps import some_rows
+from expo.options import MergeOptions
+from expo.planning.plan import Plan
+from expo.planning.shards import OutputShard, cut, output_name
+from expo.planning.steps import by_tensor, joined, some_rows
 
 LIMITS = st.integers(1, 40_000)
 
@@ -51,8 +52,8 @@ def check_headers(plan: Plan, shapes: Mapping[str, tuple[str, tuple[int, ...]]])
             assert name not in found
             found[name] = (tensor.dtype, tensor.shape)
     assert found == dict(shapes)
-    assert [tensor.name for tensor, _ in plan.tensors()] == list(shapes)
-    for tensor, steps in plan.tensors():
+    assert [tensor.name for tensor, _ in by_tensor(plan.steps)] == list(shapes)
+    for tensor, steps in by_tensor(plan.steps):
         assert (tensor.dtype, tensor.shape) == shapes[tensor.name]
         assert (tensor.start, tensor.stop) == (0, sum(step.nbytes for step in steps))
         assert tensor.nbytes == element_count(tensor.shape) * BITS[tensor.dtype] // 8
@@ -259,7 +260,7 @@ def check_split(plan: Plan, size: int) -> None:
     ],
 )  # fmt: skip
 def test_sizes(text: Any, size: int | None) -> None:
-    assert size_of(text) == size
+    assert MergeOptions(max_shard_size=text).shard_bytes == size
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_sizes(text: Any, size: int | None) -> None:
 )  # fmt: skip
 def test_what_is_no_size(text: Any) -> None:
     with pytest.raises(UsageError, match="max_shard_size takes bytes, or a size such as 5GB") as caught:
-        size_of(text)
+        MergeOptions(max_shard_size=text)
     assert repr(text) in str(caught.value)
     with pytest.raises(UsageError):
         make({"w": ("BF16", (1,))}, {"w": ("BF16", (1,))}, max_shard_size=text)
@@ -504,8 +505,8 @@ def test_the_config_says_the_new_dtype(config: dict[str, Any], expected: dict[st
     before = json.dumps(config)
     aligned = checkpoint(MIXED, config=config, files=["config.json", "tokenizer.json"])
     plan = make(MIXED, aligned, dtype="bf16")
-    assert json.loads(plan.made["config.json"]) == expected
-    assert list(json.loads(plan.made["config.json"])) == list(expected), "in aligned's order"
+    assert json.loads(plan.rewritten["config.json"]) == expected
+    assert list(json.loads(plan.rewritten["config.json"])) == list(expected), "in aligned's order"
     assert plan.carried == ("tokenizer.json",), "made anew, and not copied as well"
     assert json.dumps(aligned.config) == before
 
@@ -513,10 +514,10 @@ def test_the_config_says_the_new_dtype(config: dict[str, Any], expected: dict[st
 @pytest.mark.parametrize("config", [{"dtype": "bfloat16"}, {"torch_dtype": "bfloat16", "text_config": {}}], ids=str)
 def test_a_config_that_says_so_already_is_copied(config: dict[str, Any]) -> None:
     plan = make(MIXED, checkpoint(MIXED, config=config, files=["config.json"]), dtype="bf16")
-    assert (plan.made, plan.carried) == ({}, ("config.json",))
+    assert (plan.rewritten, plan.carried) == ({}, ("config.json",))
 
 
 def test_without_the_option_or_a_config_none_is_made() -> None:
     config = {"dtype": "float64"}
-    assert make(MIXED, checkpoint(MIXED, config=config, files=["config.json"])).made == {}
-    assert make(MIXED, checkpoint(MIXED), dtype="bf16").made == {}
+    assert make(MIXED, checkpoint(MIXED, config=config, files=["config.json"])).rewritten == {}
+    assert make(MIXED, checkpoint(MIXED), dtype="bf16").rewritten == {}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from plans import make_plan
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +20,6 @@ import expo
 import expo.tensors.live
 from expo.demo import ALIGNED
 from expo.inputs.resolve import open_inputs
-from expo.planning.plan import make_plan
 from expo.search import check_merge, judging, search_alpha
 from expo.search import models as search_models
 from expo.search.__main__ import main

@@ -1,0 +1,36 @@
+"""A model's tensors as the plan needs them, whether they lie in files or in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from .lora import Adapter
+    from .safetensors_header import TensorInfo
+
+
+class ModelTensors(Protocol):
+    """Names, dtypes and shapes of one model's tensors; a `Checkpoint` is one.
+
+    Attributes:
+        path: The words for the model in messages: a path, or what the caller calls a model in memory.
+        tensors: The tensors by name.
+        config: The object of config.json; {} where there is none.
+        files: The paths of the folder's other files by name; {} for a model in memory.
+        adapter: The adapter over these tensors; None for a whole model.
+        notes: Sentences about what is odd and does no harm.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def files(self) -> Mapping[str, str]: ...
+    @property
+    def adapter(self) -> Adapter | None: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...

@@ -1,0 +1,184 @@
+"""One merge as a value: the inputs, the options, the plan, where outputs go, what computes, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from .._version import __version__
+from ..checkpoints import tokenizer
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.custom_code import find_code
+from ..checkpoints.sidecars import missing_modules
+from ..errors import ExpoError, OutputError, PlanError
+from ..execution.engines import Engine, engines_for
+from ..execution.lanes import RING_SLOTS
+from ..execution.tensor_source import CONVERSION_BYTES, MOST_FACTORS, TensorSource
+from ..execution.worker_pool import chunk_size
+from ..inputs.resolve import StrPath, Wanted, open_inputs
+from ..options import MergeOptions
+from ..output.journal import has_journal
+from ..output.mounts import refuse_mount_point
+from ..output.staging import check_free, staging_folder
+from ..planning.matching import match_tensors
+from ..planning.pairing import tie_flag
+from ..planning.plan import Plan, plan_output
+from .output_paths import check_places, check_template, fill_in, free_bytes, output_paths
+from .process_group import SingleProcess
+
+BASE_MEMORY = 25_000_000  # bytes: the interpreter with what a CPU merge imports
+TORCH_MEMORY = 500_000_000  # bytes that torch and triton take once imported; a GPU's driver takes more
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """One merge, before its first byte is written.
+
+    Attributes:
+        pair: The two inputs as the user named them.
+        options: The options of the merge.
+        sft, aligned: The opened checkpoints.
+        plan: The plan of all outputs.
+        outs: One path for each alpha.
+        committed: Those of `outs` that an interrupted merge has put in place.
+        engines: One engine for each worker of this process.
+        ranks: The processes that make the merge together.
+        notes: Sentences about what a user should know.
+        error: The error that `merge` raises for this job; None where the job can be done.
+    """
+
+    pair: Wanted
+    options: MergeOptions
+    sft: Checkpoint
+    aligned: Checkpoint
+    plan: Plan
+    outs: tuple[str, ...]
+    committed: frozenset[str]
+    engines: tuple[Engine, ...]
+    ranks: SingleProcess
+    notes: tuple[str, ...]
+    error: ExpoError | None
+
+    @cached_property
+    def source(self) -> TensorSource:
+        """The bytes of both inputs."""
+        return TensorSource(self.sft, self.aligned)
+
+    @property
+    def staged(self) -> dict[int, str]:
+        """The staging folders of the outputs that are still to be made, by the output's number."""
+        return {k: staging_folder(path) for k, path in enumerate(self.outs) if path not in self.committed}
+
+    @property
+    def journalled(self) -> list[str]:
+        """The staging folders of the outputs that have a journal, or will have one."""
+        folders = [(path, staging_folder(path)) for path in self.outs]
+        return [folder for path, folder in folders if path not in self.committed or has_journal(folder)]
+
+    @property
+    def chunk_bytes(self) -> int:
+        return chunk_size(len(self.engines), len(self.outs))
+
+    @property
+    def free(self) -> int:
+        """Bytes that may still be written to the outputs' disk, or to the fullest of several disks."""
+        return min(map(free_bytes, self.outs))
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the merge takes: buffers, the pages mapped at a time, and the interpreter."""
+        slots = sum(1 if engine.gpu is None else 1 + RING_SLOTS for engine in self.engines)
+        on_gpu = any(engine.name == "triton" for engine in self.engines)
+        converts = any(not step.plain for step in self.plan.steps)
+        deltas = sorted(step.delta.nbytes for step in self.plan.steps if step.delta is not None)
+        factors = 2 * sum(deltas[-MOST_FACTORS:])  # in fp32
+        buffers = slots * self.chunk_bytes * (len(self.outs) + 2) + len(self.engines) * converts * CONVERSION_BYTES
+        return BASE_MEMORY + on_gpu * TORCH_MEMORY + buffers + factors
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a merge to continue with another merge's bytes, as JSON."""
+        rules = [[pattern, float(alpha)] for pattern, alpha in self.options.alpha_for.items()]
+        adapter = self.aligned.adapter
+        return {
+            "version": __version__,
+            "--alpha": self.plan.alphas,
+            **self.options.content(),
+            "--alpha-for": rules,  # a list, as the last match wins
+            "tie_word_embeddings of sft and aligned": [tie_flag(each.config) for each in (self.sft, self.aligned)],
+            "sft": _fingerprint(self.sft),
+            "aligned": _fingerprint(self.aligned),
+            "the adapter's config": adapter.config if adapter else None,
+            "the files to write": {
+                shard.name: [shard.size, hashlib.sha256(shard.header).hexdigest()] for shard in self.plan.shards
+            },
+        }
+
+
+def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return each weight file's size in bytes, the time of its last change, and the digest of its header."""
+    return {
+        name: [file.size, file.reader.identity.modified, file.digest] for name, file in checkpoint.weight_files.items()
+    }
+
+
+@contextmanager
+def open_job(
+    pair: Wanted, out: StrPath | None, options: MergeOptions, ranks: SingleProcess, headers_only: bool = False
+) -> Iterator[MergeJob]:
+    """Open both checkpoints, plan, and find out whether the plan can be carried out.
+
+    Args:
+        pair: The two inputs as the user named them.
+        out: The template of the outputs' paths; None for the default.
+        options: The options of the merge, with its alphas.
+        ranks: The processes that make the merge together.
+        headers_only: True to fetch no more than headers of weights on the hub.
+    """
+    assert options.alphas is not None
+    device = options.device
+    if ranks.world > 1 and (device == "cuda" or (options.engine == "triton" and device == "auto")):
+        device = f"cuda:{ranks.local_rank}"
+    engines = engines_for(options.engine, device, ranks.local_world)
+    check_template(out, options.alphas)
+    if out is not None:
+        for path in fill_in(out, options.alphas):
+            refuse_mount_point(path, os.path.isfile(pair.aligned))
+    with open_inputs(pair.sft, pair.aligned, options.quiet, headers_only, options.carry) as (sft, aligned):
+        code = find_code(aligned.files)
+        plan = plan_output(aligned, match_tensors(sft, aligned, options), options, code)
+        about = (tokenizer.difference(sft, aligned), tokenizer.missing(sft, aligned), missing_modules(plan.left_out))
+        notes = (*plan.notes, *filter(None, about), *code.notes, *filter(None, [engines[0].note]))
+        outs = output_paths(out, aligned, options.alphas)
+        committed = _committed(outs) if options.resume else frozenset()
+        error = _obstacle(plan, [path for path in outs if path not in committed], (sft, aligned), options.overwrite)
+        yield MergeJob(pair, options, sft, aligned, plan, outs, committed, engines, ranks, notes, error)
+
+
+def _obstacle(
+    plan: Plan, missing: list[str], inputs: tuple[Checkpoint, Checkpoint], overwrite: bool
+) -> ExpoError | None:
+    """Return why the plan cannot be carried out; missing: the paths of the outputs that are still to be made."""
+    try:
+        plan.check()
+        check_places(missing, plan, inputs)
+        for path in missing:
+            check_free(path, inputs[1].folder is None, overwrite)
+    except (PlanError, OutputError) as error:
+        return error
+    return None
+
+
+def _committed(outs: tuple[str, ...]) -> frozenset[str]:
+    """Return the outputs that an interrupted merge has put in place: their journals still lie beside them.
+
+    A merge removes its journals when all outputs are in place: where one is left and nothing is staged, all are.
+    """
+    unstaged = [out for out in outs if os.path.exists(out) and not os.path.isdir(staging_folder(out))]
+    done = frozenset(out for out in unstaged if has_journal(staging_folder(out)))
+    return frozenset(outs) if done and len(unstaged) == len(outs) else done

@@ -1,0 +1,76 @@
+"""The paths of a merge's outputs: one for each alpha, on disks with room for them, and away from the inputs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import OutputError, UsageError
+from ..inputs.resolve import StrPath
+from ..output.staging import held
+from ..planning.plan import Plan
+from ..text import alpha_text, size_text
+
+
+def check_template(out: StrPath | None, alphas: Sequence[float]) -> None:
+    """Raise UsageError where `out` is empty, or several alphas would share one output."""
+    if out is None:
+        return
+    template = os.fspath(out)
+    if not template:
+        raise UsageError("--out is empty: name a folder or a file")
+    if len(set(alphas)) > 1 and "{alpha}" not in template:
+        raise UsageError(f"{len(alphas)} alphas need an output each: put {{alpha}} into --out, got {template!r}")
+
+
+def output_paths(out: StrPath | None, aligned: Checkpoint, alphas: Sequence[float]) -> tuple[str, ...]:
+    """Return one path for each alpha; without `out` they are named after aligned, in the current folder."""
+    suffix = ".safetensors" if aligned.folder is None else ""
+    return fill_in(f"{aligned.name}-expo-{{alpha}}{suffix}" if out is None else out, alphas)
+
+
+def fill_in(template: StrPath, alphas: Sequence[float]) -> tuple[str, ...]:
+    """Return the template's path for each alpha."""
+    return tuple(os.fspath(template).replace("{alpha}", alpha_text(alpha)) for alpha in alphas)
+
+
+def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) -> None:
+    """Raise OutputError where an output would touch an input, or the outputs do not fit on their disk."""
+    for out in outs:
+        for checkpoint in inputs:
+            _check_apart(out, checkpoint)
+    disks: dict[int, list[str]] = {}
+    for out in outs:
+        disks.setdefault(os.stat(_existing_parent(out)).st_dev, []).append(out)
+    for on_disk in disks.values():
+        needed, free = plan.output_bytes // len(plan.alphas) * len(on_disk), free_bytes(on_disk[0])
+        # A resumed merge continues with what an interrupted one left, or removes it; `Staging` refuses other folders.
+        if free + sum(map(held, on_disk)) < needed:
+            raise OutputError(
+                f"{on_disk[0]}: {size_text(needed)} are needed, but {size_text(free)} are free; free some space or "
+                "choose another --out"
+            )
+
+
+def _check_apart(out: str, checkpoint: Checkpoint) -> None:
+    place = os.path.realpath(out)
+    # A shard may be a link to a place outside the checkpoint's folder.
+    for path in (checkpoint.path, *(file.path for file in checkpoint.weight_files.values())):
+        source = os.path.realpath(path)
+        if os.path.commonpath((place, source)) in (place, source):
+            raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another --out")
+
+
+def free_bytes(out: str) -> int:
+    """Return the bytes that may still be written to the disk that `out` will be on."""
+    return shutil.disk_usage(_existing_parent(out)).free
+
+
+def _existing_parent(out: str) -> str:
+    """Return the closest folder above `out` that exists."""
+    folder = os.path.dirname(os.path.realpath(out))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return folder

@@ -1,0 +1,175 @@
+"""The fate of every tensor of two models: which belong together, and what happens to each. Pure.
+
+A merge, a stream, a live model, a search and a comparison all match tensors here; `plan.py` adds a merge's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..checkpoints.model_tensors import ModelTensors
+from ..checkpoints.safetensors_header import TensorInfo
+from ..dtypes import ITEMSIZE, OUTPUT_DTYPES
+from ..errors import PlanError
+from ..kernels.contract import working_alpha
+from ..options import MergeOptions
+from .pairing import Counterpart, describe, mismatched, pair, rows_in_common
+from .problems import float_bytes, model_problems, tensor_problems
+from .steps import NOT_IN_SFT, ONLY_IN_SFT, SFT_HAS, UNTOUCHED, Action, Step, some_rows, why_zero
+
+if TYPE_CHECKING:
+    from ..checkpoints.lora import Adapter
+
+MOST_LINES = 40  # of an error's text
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The fates of the tensors of two models.
+
+    Attributes:
+        steps: One or two for each tensor of aligned, in its order, those of one tensor together; without alphas.
+        dropped: The tensors of sft that no step reads, and the reason.
+        problems: Why the two cannot be merged; empty where they can. Steps with problems must not be carried out.
+        notes: Sentences about what a user should know of an output that is made all the same.
+    """
+
+    steps: tuple[Step, ...]
+    dropped: dict[str, str]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def at(self, alphas: Sequence[float]) -> tuple[Step, ...]:
+        """Return the steps of outputs with these alphas."""
+        return tuple(step.at(alphas) for step in self.steps)
+
+    def check(self) -> None:
+        """Raise PlanError where there is a problem."""
+        refuse(self.problems)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise PlanError with all problems, in at most MOST_LINES lines; return where there is none."""
+    lines = "\n".join(problems).splitlines()
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], f"and {len(lines) - MOST_LINES + 1} more lines; --plan --json has them"]
+    if lines:
+        raise PlanError("\n".join(lines))
+
+
+def match_tensors(sft: ModelTensors, aligned: ModelTensors, options: MergeOptions) -> Matched:
+    """Pair the tensors of two models and decide what happens to each.
+
+    Args:
+        sft: The model that aligned was trained from.
+        aligned: The model whose names, order and shapes the output has.
+        options: `alpha_for`, `on_unpaired`, `on_mismatch` and `dtype` count here.
+
+    Returns:
+        The fates; what makes a merge impossible is in `problems`.
+    """
+    pairs = pair(sft, aligned)
+    steps: list[Step] = []
+    for name, tensor in aligned.tensors.items():
+        if name in pairs.kept:
+            steps.append(_copy(name, tensor, tensor.dtype, pairs.kept[name]))
+            continue
+        counterpart = pairs.counterparts.get(name)
+        dtype = _output_dtype(aligned, name, counterpart, options.dtype)
+        own = _fates(aligned, name, counterpart, dtype, options.on_mismatch == "rows")
+        steps += [_with_own_alpha(step, options.alpha_of(name)) for step in own]
+    problems = model_problems(sft, aligned)
+    problems += tensor_problems(sft, aligned, pairs, options.on_unpaired, options.on_mismatch)
+    for rule in options.alpha_rules:
+        if not any(rule.pattern.search(name) for name in aligned.tensors):
+            problems.append(f"--alpha-for {rule.pattern.pattern!r} matches no tensor of {aligned.path}")
+    dropped = pairs.dropped | dict.fromkeys(pairs.only_in_sft, ONLY_IN_SFT)
+    return Matched(tuple(steps), dropped, tuple(problems), _notes(sft, aligned, steps))
+
+
+def _fates(aligned: ModelTensors, name: str, counterpart: Counterpart | None, dtype: str, by_rows: bool) -> list[Step]:
+    """Return the steps of one tensor; `tensor_problems` says which of these copies need an option first."""
+    tensor = aligned.tensors[name]
+    if counterpart is None:
+        return [_copy(name, tensor, dtype, NOT_IN_SFT)]
+    if aligned.adapter is not None and name not in aligned.adapter.full:
+        return [_adapted(name, aligned.adapter, tensor, dtype)]
+    other = counterpart.tensor
+    if not mismatched(tensor, other):
+        return [_extrapolate(name, tensor, other, dtype, counterpart.reason)]
+    common = rows_in_common(tensor, other) if by_rows else 0
+    reason = f"{SFT_HAS}{describe(other)}"
+    if not common:
+        return [_copy(name, tensor, dtype, reason)]
+    both = some_rows(tensor, 0, common), some_rows(other, 0, common)
+    rows = tensor.shape[0]
+    first = _extrapolate(name, *both, dtype, "; ".join(filter(None, [counterpart.reason, reason])))
+    if common == rows:
+        return [first]
+    rest = _copy(name, some_rows(tensor, common, rows), dtype, reason)
+    return [first._replace(rows=(0, common)), rest._replace(rows=(common, rows))]
+
+
+def _extrapolate(name: str, aligned: TensorInfo, sft: TensorInfo, dtype: str, reason: str) -> Step:
+    if aligned.dtype not in ITEMSIZE:
+        return _copy(name, aligned, dtype, f"{aligned.dtype} is no floating-point dtype")
+    return Step(name, Action.EXTRAPOLATE, reason, aligned, sft, dtype)
+
+
+def _adapted(name: str, adapter: Adapter, base: TensorInfo, dtype: str) -> Step:
+    """Return the step of a tensor that an adapter changes by a product of two small matrices, or leaves alone."""
+    delta = adapter.low_rank.get(name)
+    if delta is None:
+        return _copy(name, base, dtype, UNTOUCHED)
+    return Step(name, Action.EXTRAPOLATE, f"adapter of rank {delta.rank}", base, base, dtype, delta=delta)
+
+
+def _copy(name: str, tensor: TensorInfo, dtype: str, reason: str) -> Step:
+    return Step(name, Action.COPY, reason, tensor, None, dtype)
+
+
+def _with_own_alpha(step: Step, alpha: float | None) -> Step:
+    """Return the step with the alpha of its own; with one that is 0 in the tensor's dtypes it is a copy."""
+    if step.sft is None or alpha is None:
+        return step
+    if working_alpha(alpha, step.aligned.dtype, step.sft.dtype):
+        return step._replace(own_alpha=alpha)
+    reason = why_zero(rounded=alpha != 0, adapted=step.delta is not None)
+    return step._replace(action=Action.COPY, reason=reason, sft=None)
+
+
+def _output_dtype(aligned: ModelTensors, name: str, counterpart: Counterpart | None, dtype: str | None) -> str:
+    """Return the dtype of a tensor of the output; a tensor that an adapter has whole takes the base's dtype."""
+    tensor = aligned.tensors[name]
+    if tensor.dtype not in ITEMSIZE:
+        return tensor.dtype
+    if dtype is not None:
+        return OUTPUT_DTYPES[dtype]
+    whole = aligned.adapter is not None and name in aligned.adapter.full
+    if whole and counterpart is not None and counterpart.tensor.dtype in ITEMSIZE:
+        return counterpart.tensor.dtype
+    return tensor.dtype
+
+
+def _notes(sft: ModelTensors, aligned: ModelTensors, steps: Sequence[Step]) -> tuple[str, ...]:
+    """Return what a user should know of an output that is made all the same."""
+    adapted = aligned.adapter.note if aligned.adapter else None
+    found = [adapted, _mostly_copied(aligned, steps)]
+    return (*dict.fromkeys((*sft.notes, *aligned.notes)), *filter(None, found))
+
+
+def _mostly_copied(aligned: ModelTensors, steps: Sequence[Step]) -> str | None:
+    """Return a warning where the options, and not the tensors, leave most of the numbers as aligned has them."""
+    if aligned.adapter is not None:  # an adapter leaves most tensors alone, and so should its merge
+        return None
+    copied = [step for step in steps if step.action is Action.COPY]
+    kept = float_bytes(step.aligned for step in copied if step.reason.startswith((NOT_IN_SFT, SFT_HAS)))
+    total = float_bytes(step.aligned for step in steps)
+    if 2 * kept <= total:
+        return None
+    return (
+        f"{kept / total:.0%} of the floating-point bytes are copied from aligned and not extrapolated, as "
+        "--on-unpaired or --on-mismatch says: are sft and aligned saved in two forms, or two different models?"
+    )
