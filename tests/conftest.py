@@ -1,4 +1,4 @@
-"""What holds for all tests: the long ones run only when asked for, and signals are put back."""
+"""Select the tests that run, and provide the fixtures that tests of several packages share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+
+DEFAULT_HANDLERS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -20,9 +26,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def own_signals() -> Iterator[None]:
-    """What the process does at a signal, put back: an interrupted command ignores further ones for good."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it runs in the background
+    """Give this test, and the processes that it starts, Python's default handlers, then restore the former ones.
+
+    A shell that runs the tests in the background ignores SIGINT, nohup ignores SIGHUP, and child processes inherit this.
+    A command that was interrupted ignores further signals for good, also when the test ran it in this process.
+    """
+    before = {number: signal.signal(number, handler) for number, handler in DEFAULT_HANDLERS.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

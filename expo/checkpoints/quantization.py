@@ -45,6 +45,7 @@ CODES = re.compile(r"(^|[._])(q_?weight|w_q|weight_q|weight_packed|q_?data|int_d
 CODES_OF_ANY_DTYPE = re.compile(r"\.W_q$")  # HQQ may store its bytes as if they were floats
 _WORDS = r"q?scales?|scales?_inv|q?zeros?|zero_?points?|zp|absmax|codebooks?|centroids|quant_map|g_idx|scb|biases"
 COMPANION = re.compile(rf"_?(?:{_WORDS})", re.IGNORECASE)
+WEIGHT_OR_COMPANION = re.compile(rf"weight$|(^|[._])(?:{_WORDS})$", re.IGNORECASE)  # at the end of a tensor's name
 SHARE = 0.2  # of all bytes: where the layers hold so many integers, these are codes, whatever they are called
 
 
@@ -107,7 +108,7 @@ def find_codes(tensors: Mapping[str, TensorInfo]) -> Codes | None:
         return None
     numbers = {any_number(name) for name, tensor in tensors.items() if tensor.dtype in ITEMSIZE}
     modules: dict[str, list[str]] = defaultdict(list)
-    for name in tensors:
+    for name in filter(WEIGHT_OR_COMPANION.search, tensors):  # a module of thousands of tensors has few of these
         for module in _modules(name):
             modules[module].append(name)
     for tensor in integers:

@@ -466,6 +466,7 @@ def digest(path: Path) -> bytes:
     return found.digest()
 
 
+@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_the_middle_leaves_what_is_done(
     large: Sequence[str], tmp_path: Path, undisturbed: bytes, number: signal.Signals
@@ -494,6 +495,7 @@ def resumed(large: Sequence[str], folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.usefixtures("own_signals")
 def test_a_second_signal_does_not_cut_the_writing_down_short(
     large: Sequence[str], tmp_path: Path, undisturbed: bytes
 ) -> None:

@@ -367,6 +367,7 @@ def test_progress(server: Hub, client: Client, tmp_path: Path) -> None:
     assert client.stderr == ""
 
 
+@pytest.mark.usefixtures("own_signals")
 def test_ctrl_c_ends_a_download_at_once(server: Hub, client: Client) -> None:
     server.add("org/name", {"config.json": b"{}", "model.safetensors": bytes(3 << 20)})
     server.stall["model.safetensors"] = 1 << 20
@@ -512,6 +513,7 @@ def test_a_plan_of_an_adapter(server: Hub, client: Client, two: list[str], tmp_p
     assert weights_asked(server) == []
 
 
+@pytest.mark.usefixtures("own_signals")
 def test_ctrl_c_ends_a_plan_at_once(server: Hub, client: Client, two: list[str], tmp_path: Path) -> None:
     server.stall[two[0]] = 1000
     words = ["--sft", "org/sft", "--aligned", "org/aligned", "--alpha", "1", "--plan", "--quiet"]
