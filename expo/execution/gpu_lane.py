@@ -18,12 +18,12 @@ from ..dtypes import BITS, ITEMSIZE, torch_dtypes
 from ..kernels import sweep
 from ..kernels.sweep import Partials
 from ..planning.plan import Plan
-from ..planning.shards import Chunk, Piece
+from ..planning.shards import Chunk, Measured, Piece
 from ..planning.steps import Step
 from .engines import choose
 from .gpu_kernels import error_text
 from .tensor_source import Source
-from .worker_pool import RING_SLOTS, Measured, Result, put_header
+from .worker_pool import RING_SLOTS, Result, put_header
 
 # Rings whose GPU failed for good are kept: where torch frees their memory and events after that, it aborts the process.
 _undrained: list[Ring] = []

@@ -13,10 +13,9 @@ from contextlib import closing
 from typing import NamedTuple, Protocol
 
 from ..errors import Cancelled, EngineError, ExpoError
-from ..kernels.contract import Statistics
 from ..memory import MIB, PAGE, page_aligned
 from ..planning.plan import Plan
-from ..planning.shards import Chunk
+from ..planning.shards import Chunk, Measured
 from .engines import Engine
 from .gpu_kernels import error_text
 from .tensor_source import Source
@@ -28,7 +27,6 @@ TICK = 0.05  # seconds between two reports of progress
 
 Progress = Callable[[int, int], None]
 Tick = Callable[[int], None]  # (bytes of output done)
-Measured = dict[int, Statistics]  # of a chunk's pieces, by their number
 Landed = Callable[[Chunk, Measured], None]
 Sink = Callable[[int, Chunk, memoryview], None]  # (output's number, chunk, its bytes in a page-aligned buffer)
 

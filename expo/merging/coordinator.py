@@ -17,15 +17,11 @@ from ..execution.engines import Engine
 from ..execution.tensor_source import Source
 from ..execution.worker_pool import CHUNK, chunk_size
 from ..memory import MIB, PAGE, page_aligned
-from ..output.journal import Done, Journal, Key
-from ..output.staging import (
-    JOURNAL,
-    Staging,
-    create_shard,
-    output_errors,
-    read_back,
-    sync_folder,
-)
+from ..output.atomic import sync_folder
+from ..output.direct_io import create_shard, read_back
+from ..output.journal import ChunkKey, DoneChunks, Journal
+from ..output.os_errors import output_errors
+from ..output.staging import JOURNAL, Staging
 from ..planning.plan import Plan
 from ..planning.shards import cut
 from .process_group import Alone
@@ -61,20 +57,20 @@ class Making:
         self._stagings = stagings
         self._journal = journal
         self._chunk = chunk_size(len(crew), len(plan.alphas))
-        self._done: Done = {}
+        self._done: DoneChunks = {}
         self.tally = Tally(len(plan.alphas))
         self._ranks = ranks
         begun = self._journal.resume(overwrite) if resume else None
-        goes_on = begun is not None and self._adopt(*begun)
+        goes_on = begun is not None and self._adopt(begun.chunk_size, begun.done)
         for staging in stagings.values():
             with output_errors(staging.folder):
-                staging.clear(but={JOURNAL, *(name for name, _ in self._done)} if goes_on else ())
+                staging.clear(keep={JOURNAL, *(name for name, _ in self._done)} if goes_on else ())
         if not goes_on:
             self._journal.begin(self._chunk)
         folders = {k: staging.folder for k, staging in stagings.items()}
         self.filling = Filling(plan, source, crew, folders, journal, ranks, self.tally, self._chunk, self._done)
 
-    def _adopt(self, chunk: int, done: Done) -> bool:
+    def _adopt(self, chunk: int, done: DoneChunks) -> bool:
         """Take over what an interrupted merge has done; False where its journal does not fit the plan."""
         tally = Tally(len(self._plan.alphas))
         if chunk % PAGE or chunk > CHUNK or not self._add(tally, chunk, done):
@@ -82,7 +78,7 @@ class Making:
         self._chunk, self._done, self.tally = chunk, done, tally
         return True
 
-    def _add(self, tally: Tally, size: int, done: Done) -> bool:
+    def _add(self, tally: Tally, size: int, done: DoneChunks) -> bool:
         """The statistics of these chunks into the tally; False where they are no chunks of the plan's."""
         left = len(done)
         for chunk in cut(self._plan.shards, size):
@@ -123,7 +119,7 @@ class Making:
         for staging in left:
             staging.keep()
             with contextlib.suppress(OutputError):
-                self._journal.put_back(staging.folder)
+                self._journal.move_into_staging(staging.folder)
         done = [staging.out for staging in self._stagings.values() if staging.committed]
         notes = [f"already in place: {', '.join(done)}"] if done else []
         if left:
@@ -146,7 +142,7 @@ class Making:
                 sync_folder(staging.parent)
 
     @property
-    def begun(self) -> tuple[int, dict[Key, int]]:
+    def begun(self) -> tuple[int, dict[ChunkKey, int]]:
         """What the other ranks must know to divide the rest as this one does: the size of chunks, and those done.
 
         Not for them to read in the journal, which this rank may have written more into by then.
@@ -184,7 +180,7 @@ class Making:
             if digest and aligned.folder is not None:
                 staging.put(DIGESTS, _digests(staging, [(name, name) for name in sorted(names)]))
             elif digest:
-                staging.beside(_digests(staging, [(names[0], os.path.basename(staging.out))]))
+                staging.put_digest(_digests(staging, [(names[0], os.path.basename(staging.out))]))
 
     def check(self, loader: Any) -> None:
         """Have this class of transformers load each output where it is staged. Raises Unloadable."""
@@ -198,7 +194,7 @@ class Making:
         self._source.check()
         warnings = []
         for staging in self._stagings.values():
-            self._journal.set_aside(staging.folder)
+            self._journal.move_beside_output(staging.folder)
             warnings += staging.commit()
         return warnings
 

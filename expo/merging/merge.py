@@ -26,9 +26,9 @@ from ..execution.engines import Engine, crew
 from ..execution.tensor_source import CONVERTING, FACTORS, Source
 from ..execution.worker_pool import RING_SLOTS, Progress, chunk_size
 from ..inputs.resolve import StrPath, Wanted, open_inputs, wanted
-from ..output.journal import Done, Journal, differences, has_journal
+from ..output.journal import DoneChunks, Journal, differences, has_journal
 from ..output.mounts import refuse_mount_point
-from ..output.staging import Staging, check_free, held, staging_folder
+from ..output.staging import Staging, check_free, staged_bytes, staging_folder
 from ..planning.pairing import tie_flag
 from ..planning.plan import Plan, Rules, check_arguments, make_plan
 from ..text import size_text
@@ -209,7 +209,7 @@ def _follow(
     source, tally = Source(weak, strong), Tally(len(job.outs))
     with closing(Journal(job.journalled, identity, ranks.rank)) as journal:
         journal.join(chunk)
-        done: Done = {key: (stop, {}) for key, stop in stops.items()}
+        done: DoneChunks = {key: (stop, {}) for key, stop in stops.items()}
         filling = Filling(job.plan, source, job.crew, folders, journal, ranks, tally, chunk, done)
         with closing(filling):
             try:
@@ -485,7 +485,7 @@ def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) 
     for here in disks.values():
         needed, free = plan.output_bytes // len(plan.alphas) * len(here), free_bytes(here[0])
         # What an interrupted merge has left is gone on with or removed; `Staging` refuses otherwise, and names it.
-        if free + sum(map(held, here)) < needed:
+        if free + sum(map(staged_bytes, here)) < needed:
             raise OutputError(
                 f"{here[0]}: {size_text(needed)} are needed, but {size_text(free)} are free; free some space or choose "
                 "another --out"

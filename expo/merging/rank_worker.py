@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..errors import OutputError
 from ..execution.engines import Engine
 from ..execution.tensor_source import Source
-from ..execution.worker_pool import Measured, Pass, Progress
+from ..execution.worker_pool import Pass, Progress
 from ..memory import page_aligned
-from ..output.journal import Done, Journal
-from ..output.staging import ShardWriter, read_back
+from ..output.direct_io import ShardWriter, read_back
+from ..output.journal import DoneChunks, Journal
 from ..planning.plan import Plan
-from ..planning.shards import Chunk, portion
+from ..planning.shards import Chunk, Measured, portion
 from .process_group import Alone
 from .result import Tally
 
@@ -42,7 +42,7 @@ class Filling:
         ranks: Alone,
         tally: Tally,
         chunk: int,
-        done: Done,
+        done: DoneChunks,
     ) -> None:
         """folders: the stagings of the outputs still to be made, by their number. chunk: bytes. done: not to be done.
 
@@ -99,7 +99,7 @@ class Filling:
         try:
             check.run(lambda count: progress(self._ranks.report(count), total), cancel)
         except Corrupt:
-            self._journal.void()
+            self._journal.invalidate()
             raise
         self.notes |= check.notes
 
@@ -116,7 +116,7 @@ class Filling:
             for writer in files.values():
                 writer.close()
 
-    def _portion(self, done: Done) -> Iterator[Chunk]:
+    def _portion(self, done: DoneChunks) -> Iterator[Chunk]:
         return portion(self._plan.shards, self._chunk, done, self._ranks.rank, self._ranks.world)
 
     def _sink(self, k: int, chunk: Chunk, data: memoryview) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ..checkpoints.checkpoint import PICKLED, SINGLE, Checkpoint
 from ..checkpoints.safetensors_header import TensorInfo, emit
 from ..errors import UsageError
+from ..kernels.contract import Statistics
 from .steps import Step
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -131,6 +132,9 @@ class Chunk(NamedTuple):
     start: int
     stop: int
     pieces: tuple[Piece, ...]
+
+
+Measured = dict[int, Statistics]  # the statistics of a chunk's pieces, by the number of the piece
 
 
 def cut(shards: Sequence[OutputShard], size: int) -> Iterator[Chunk]:

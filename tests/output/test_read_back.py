@@ -11,8 +11,8 @@ import pytest
 import expo
 from expo.demo import ALIGNED, SFT
 from expo.memory import page_aligned
-from expo.output import staging as writer
-from expo.output.staging import read_back
+from expo.output import direct_io as writer
+from expo.output.direct_io import read_back
 
 
 @pytest.mark.parametrize("direct", [True, False])

@@ -27,10 +27,14 @@ from checkpoint_files import contents, fingerprint, kept, random_tensors, read_f
 import expo
 import expo.execution.worker_pool
 import expo.merging.merge
+import expo.output.atomic
+import expo.output.direct_io
 import expo.output.journal
 import expo.output.staging
 from expo.memory import PAGE, page_aligned
-from expo.output.staging import O_DIRECT, ShardWriter, Staging, create_shard, exchange
+from expo.output.atomic import exchange
+from expo.output.direct_io import O_DIRECT, ShardWriter, create_shard
+from expo.output.staging import Staging
 
 ROOT = Path(__file__).parents[2]
 Pair = tuple[Path, Path]
@@ -158,7 +162,7 @@ def test_what_a_sync_failed_for_is_not_gone_on_with(
         refuse_to_sync(patch, 1, name)
         with pytest.raises(expo.OutputError, match=rf"{name}: Input/output error; what is done is kept in"):
             expo.merge(*pair, 0.3, out)
-    found = expo.output.journal.read(expo.output.journal.place(staging_folder(out)))
+    found = expo.output.journal.read_journal(expo.output.journal.journal_path(str(staging_folder(out))))
     assert found is not None
     assert name not in {shard for shard, _ in found.done}
     expo.merge(*pair, 0.3, out, resume=True)
@@ -210,7 +214,7 @@ def refuse_at_third_write(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expo.output.staging, "O_DIRECT", 0)
+    monkeypatch.setattr(expo.output.direct_io, "O_DIRECT", 0)
 
 
 REFUSALS = [refuse_at_open, refuse_at_write, refuse_at_third_write, no_direct]
@@ -286,9 +290,9 @@ class Fault:
         self._k = k
         self._error = OSError(code, os.strerror(code))
         if call == "allocate":
-            monkeypatch.setattr(expo.output.staging, call, self._wrap(expo.output.staging.allocate))
+            monkeypatch.setattr(expo.output.direct_io, call, self._wrap(expo.output.direct_io.allocate))
         elif call in ("open()", "journal"):
-            module = expo.output.staging if call == "open()" else expo.output.journal
+            module = expo.output.atomic if call == "open()" else expo.output.journal
             monkeypatch.setattr(module, "open", self._wrap(open), raising=False)
         else:
             monkeypatch.setattr(os, call, self._wrap(getattr(os, call)))
@@ -474,7 +478,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_a_disk_that_is_full(mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, fallocates: bool) -> None:
     place = mounted("size=256k")
     if not fallocates:
-        monkeypatch.setattr(expo.output.staging, "allocate", os.ftruncate)
+        monkeypatch.setattr(expo.output.direct_io, "allocate", os.ftruncate)
     with pytest.raises(expo.OutputError, match=rf"{place}/file: No space left on device; free some space or choose"):
         write_all(place / "file", content(1 << 20))
 
@@ -492,7 +496,7 @@ def test_a_disk_that_fills_up_during_a_merge(
         expo.merge(*pair, 0.3, place / "out")
     monkeypatch.setattr(expo.merging.merge, "free_bytes", lambda _: 1 << 40)
     if not fallocates:
-        monkeypatch.setattr(expo.output.staging, "allocate", os.ftruncate)
+        monkeypatch.setattr(expo.output.direct_io, "allocate", os.ftruncate)
     with pytest.raises(expo.OutputError) as caught:
         expo.merge(*pair, 0.3, place / "out")
     assert "No space left on device; free some space or choose another --out; " in str(caught.value)
