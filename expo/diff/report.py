@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from ..cli import as_json
 from ..errors import OutputError, UsageError
 from ..inputs.resolve import StrPath
-from ..output.staging import output_errors
+from ..output.os_errors import output_errors
 from .heatmap import INSTALL, heat_map
 from .records import Comparison
 

@@ -18,11 +18,11 @@ from ..dtypes import BITS, ITEMSIZE, torch_dtypes
 from ..kernels import sweep
 from ..kernels.sweep import Partials
 from ..planning.plan import Plan
-from ..planning.shards import Chunk, Piece
+from ..planning.shards import Chunk, Measured, Piece
 from ..planning.steps import Step
 from .engines import choose
 from .gpu_kernels import error_text
-from .lanes import RING_SLOTS, ComputedChunk, Measured, write_header
+from .lanes import RING_SLOTS, ComputedChunk, write_header
 from .tensor_source import TensorSource
 
 # Rings whose GPU failed for good are kept: where torch frees their memory and events after that, it aborts the process.

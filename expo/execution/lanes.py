@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from ..kernels.contract import Statistics
 from ..memory import page_aligned
-from ..planning.shards import Chunk
+from ..planning.shards import Chunk, Measured
 from .engines import Engine
 from .tensor_source import TensorSource
 
 RING_SLOTS = 3  # chunks under way on a GPU: one that the host fills or empties, one going up, one coming down
-Measured = dict[int, Statistics]  # the statistics of a chunk's pieces, by the piece's number
 
 
 class ComputedChunk(NamedTuple):

@@ -13,10 +13,10 @@ from contextlib import closing
 
 from ..errors import Cancelled, EngineError, ExpoError
 from ..memory import MIB, PAGE
-from ..planning.shards import Chunk
+from ..planning.shards import Chunk, Measured
 from .engines import Engine
 from .gpu_kernels import error_text
-from .lanes import Lane, Measured
+from .lanes import Lane
 from .tensor_source import TensorSource
 
 MOST_BUFFER_BYTES = 32 * MIB  # of all workers together

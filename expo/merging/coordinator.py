@@ -15,8 +15,11 @@ from ..checkpoints.sidecars import CARD, DIGESTS
 from ..errors import CheckpointError, ExpoError, OutputError, RankError
 from ..execution.worker_pool import CHUNK
 from ..memory import MIB, PAGE, page_aligned
-from ..output.journal import Done, Journal, Key
-from ..output.staging import JOURNAL, Staging, create_shard, output_errors, read_back, sync_folder
+from ..output.atomic import sync_folder
+from ..output.direct_io import create_shard, read_back
+from ..output.journal import ChunkKey, DoneChunks, Journal
+from ..output.os_errors import output_errors
+from ..output.staging import JOURNAL, Staging
 from ..planning.shards import cut
 from .job import MergeJob
 from .rank_worker import Corrupt, RankWorker
@@ -43,18 +46,18 @@ class Coordinator:
         """
         self._job, self._stagings, self._journal = job, stagings, journal
         self._chunk_bytes = job.chunk_bytes
-        self._done: Done = {}
+        self._done: DoneChunks = {}
         self.tally = Tally(len(job.outs))
         begun = journal.resume(job.options.overwrite) if job.options.resume else None
-        continues = begun is not None and self._adopt(*begun)
+        continues = begun is not None and self._adopt(begun.chunk_size, begun.done)
         for staging in stagings.values():
             with output_errors(staging.folder):
-                staging.clear(but={JOURNAL, *(name for name, _ in self._done)} if continues else ())
+                staging.clear(keep={JOURNAL, *(name for name, _ in self._done)} if continues else ())
         if not continues:
             journal.begin(self._chunk_bytes)
         self.worker = RankWorker(job, journal, self.tally, self._chunk_bytes, self._done)
 
-    def _adopt(self, chunk_bytes: int, done: Done) -> bool:
+    def _adopt(self, chunk_bytes: int, done: DoneChunks) -> bool:
         """Take over what an interrupted merge has done; return False where its journal does not fit the plan."""
         tally = Tally(len(self._job.outs))
         if chunk_bytes % PAGE or chunk_bytes > CHUNK or not self._add(tally, chunk_bytes, done):
@@ -62,7 +65,7 @@ class Coordinator:
         self._chunk_bytes, self._done, self.tally = chunk_bytes, done, tally
         return True
 
-    def _add(self, tally: Tally, chunk_bytes: int, done: Done) -> bool:
+    def _add(self, tally: Tally, chunk_bytes: int, done: DoneChunks) -> bool:
         """Add the statistics of these chunks to the tally; return False where they are no chunks of the plan."""
         left = len(done)
         for chunk in cut(self._job.plan.shards, chunk_bytes):
@@ -103,7 +106,7 @@ class Coordinator:
         for staging in left:
             staging.keep()
             with contextlib.suppress(OutputError):
-                self._journal.put_back(staging.folder)
+                self._journal.move_into_staging(staging.folder)
         done = [staging.out for staging in self._stagings.values() if staging.committed]
         notes = [f"already in place: {', '.join(done)}"] if done else []
         if left:
@@ -126,7 +129,7 @@ class Coordinator:
                 sync_folder(staging.parent)
 
     @property
-    def begun(self) -> tuple[int, dict[Key, int]]:
+    def begun(self) -> tuple[int, dict[ChunkKey, int]]:
         """The size of chunks and the chunks that are done, from which the other ranks divide the rest as this one does.
 
         They do not read the journal for this: this rank may have written more into it by then.
@@ -175,7 +178,7 @@ class Coordinator:
         if self._job.aligned.folder is not None:
             staging.put(DIGESTS, _digests(staging, [(name, name) for name in sorted(names)]))
         else:
-            staging.beside(_digests(staging, [(names[0], os.path.basename(staging.out))]))
+            staging.put_digest(_digests(staging, [(names[0], os.path.basename(staging.out))]))
 
     def check(self, loader: Any) -> None:
         """Load each output, in its staging folder, with this class of transformers. Raises Unloadable."""
@@ -189,7 +192,7 @@ class Coordinator:
         self._job.source.check()
         warnings = []
         for staging in self._stagings.values():
-            self._journal.set_aside(staging.folder)
+            self._journal.move_beside_output(staging.folder)
             warnings += staging.commit()
         return warnings
 

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, OutputError, RankError
 from ..execution.worker_pool import Progress
 from ..inputs.resolve import StrPath, Wanted, wanted
 from ..options import MergeOptions
-from ..output.journal import Done, Journal, differences
+from ..output.journal import DoneChunks, Journal, differences
 from ..output.staging import Staging
 from ..text import alpha_text
 from .coordinator import Coordinator
@@ -220,7 +220,7 @@ def _follow(job: MergeJob, fill: Callable[[RankWorker], Shares]) -> Merged:
     chunk_bytes, stops = job.ranks.gather(None)[0]
     with closing(Journal(job.journalled, job.identity, job.ranks.rank)) as journal:
         journal.join(chunk_bytes)
-        done: Done = {key: (stop, {}) for key, stop in stops.items()}
+        done: DoneChunks = {key: (stop, {}) for key, stop in stops.items()}
         with closing(RankWorker(job, journal, Tally(len(job.outs)), chunk_bytes, done)) as worker:
             try:
                 fill(worker)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import OutputError, UsageError
 from ..inputs.resolve import StrPath
-from ..output.staging import held
+from ..output.staging import staged_bytes
 from ..planning.plan import Plan
 from ..text import alpha_text, size_text
 
@@ -47,7 +47,7 @@ def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) 
     for on_disk in disks.values():
         needed, free = plan.output_bytes // len(plan.alphas) * len(on_disk), free_bytes(on_disk[0])
         # A resumed merge continues with what an interrupted one left, or removes it; `Staging` refuses other folders.
-        if free + sum(map(held, on_disk)) < needed:
+        if free + sum(map(staged_bytes, on_disk)) < needed:
             raise OutputError(
                 f"{on_disk[0]}: {size_text(needed)} are needed, but {size_text(free)} are free; free some space or "
                 "choose another --out"

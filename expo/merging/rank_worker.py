@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from ..errors import OutputError
-from ..execution.lanes import Measured
 from ..execution.make_lanes import LaneMaker
 from ..execution.worker_pool import Progress, WorkerPool
 from ..memory import page_aligned
-from ..output.journal import Done, Journal
-from ..output.staging import ShardWriter, read_back
-from ..planning.shards import Chunk, portion
+from ..output.direct_io import ShardWriter, read_back
+from ..output.journal import DoneChunks, Journal
+from ..planning.shards import Chunk, Measured, portion
 from .job import MergeJob
 from .result import Tally
 
@@ -34,7 +33,7 @@ class RankWorker:
         notes: Sentences for warnings about GPUs that failed, each once.
     """
 
-    def __init__(self, job: MergeJob, journal: Journal, tally: Tally, chunk_bytes: int, done: Done) -> None:
+    def __init__(self, job: MergeJob, journal: Journal, tally: Tally, chunk_bytes: int, done: DoneChunks) -> None:
         """Take over this rank's part.
 
         Args:
@@ -95,7 +94,7 @@ class RankWorker:
         try:
             pool.run(self._portion({}), lambda count: progress(job.ranks.report(count), total), cancel)
         except Corrupt:
-            self._journal.void()
+            self._journal.invalidate()
             raise
         self.notes |= make_lane.notes
 
@@ -115,7 +114,7 @@ class RankWorker:
             for writer in files.values():
                 writer.close()
 
-    def _portion(self, done: Done) -> Iterator[Chunk]:
+    def _portion(self, done: DoneChunks) -> Iterator[Chunk]:
         ranks = self._job.ranks
         return portion(self._job.plan.shards, self._chunk_bytes, done, ranks.rank, ranks.world)
 

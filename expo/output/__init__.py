@@ -1,1 +1,1 @@
-"""From computed buffers to durable files: direct writes, staging folders, atomic renames, the journal."""
+"""The way from computed buffers to durable files: direct writes, staging folders, atomic renames, the journal."""

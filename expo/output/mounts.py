@@ -1,4 +1,4 @@
-"""Mount points, which no rename can put an output in place of: a volume of a container, a disk, a bind mount."""
+"""Mount points: a disk, a volume of a container, a bind mount. No rename can replace one by an output."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ MOUNTINFO = "/proc/self/mountinfo"
 
 
 def refuse_mount_point(out: str, single_file: bool = False) -> None:
-    """Raise OutputError where `out` is a mount point: moving the output there would fail after all the work.
+    """Refuse an output at a mount point, or around one: putting it in place would fail after all the work.
 
     Args:
         out: The output's path, as the user gave it.
         single_file: True where the output is one file.
+
+    Raises:
+        OutputError: The path is a mount point, or a folder with a mount point in it.
     """
-    place = os.path.realpath(out)
-    if not os.path.exists(place):
+    path = os.path.realpath(out)
+    if not os.path.exists(path):
         return
-    if not is_mount_point(place):
-        _refuse_mount_inside(out, place)
+    if not is_mount_point(path):
+        _refuse_mount_inside(out, path)
         return
-    if os.path.isdir(place):
+    if os.path.isdir(path):
         kind, name = ("file", "merged.safetensors") if single_file else ("folder", "merged")
         advice = f"choose a {kind} in it, such as {os.path.join(out, name)}"
     else:
@@ -32,21 +35,26 @@ def refuse_mount_point(out: str, single_file: bool = False) -> None:
     raise OutputError(f"{out} is a mount point, which cannot be replaced: {advice}")
 
 
-def _refuse_mount_inside(out: str, place: str) -> None:
-    """Raise OutputError where something is mounted inside an output: its removal would empty that volume."""
-    inside = next((each for each in _listed() if each.startswith(os.path.join(place, ""))), None)
+def _refuse_mount_inside(out: str, path: str) -> None:
+    """Raise OutputError where something is mounted inside an output: its removal would empty that volume.
+
+    Args:
+        out: The output's path, as the user gave it.
+        path: The same path with links resolved.
+    """
+    inside = next((each for each in _system_mount_points() if each.startswith(os.path.join(path, ""))), None)
     if inside is not None:
         raise OutputError(f"{out} has a mount point in it, {inside}, so it cannot be replaced: choose another --out")
 
 
-def is_mount_point(place: str) -> bool:
-    """Return whether something is mounted at this real path, or bound to it, a file included."""
-    # os.path.ismount compares devices, and a bind mount may be of the same one.
-    return place in _listed() or os.path.ismount(place)
+def is_mount_point(path: str) -> bool:
+    """Return True if a filesystem, a folder or a file is mounted at this path. The path must have no links in it."""
+    # os.path.ismount alone does not suffice: it compares devices, and a bind mount may be of the same device.
+    return path in _system_mount_points() or os.path.ismount(path)
 
 
-def _listed() -> list[str]:
-    """Return the mount points that the system lists; none where it does not say."""
+def _system_mount_points() -> list[str]:
+    """Return the mount points that the system lists; none on a system without such a list."""
     try:
         with open(MOUNTINFO, "rb") as file:
             return list(mount_points(file.read()))
@@ -55,7 +63,7 @@ def _listed() -> list[str]:
 
 
 def mount_points(mountinfo: bytes) -> Iterator[str]:
-    """Yield the paths of all mounts that the system lists: the fifth field of each line, with its escapes undone."""
+    """Yield the paths of all mounts in a text such as /proc/self/mountinfo: the fifth field of each line, unescaped."""
     for line in mountinfo.splitlines():
         fields = line.split(b" ")
         if len(fields) > 4:

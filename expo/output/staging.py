@@ -1,202 +1,54 @@
-"""Writing an output: shards with O_DIRECT where the filesystem takes it, in a staging folder that is committed whole.
+"""The staging folder: a hidden folder beside an output, in which a merge makes the output and commits it whole.
 
-Nothing stands at the output's path before `Staging.commit`: shards are written and synced in a hidden folder
-beside it, the index last, and one rename puts the folder (or the one file) in place.
+Nothing exists at the output's path before `Staging.commit`. A merge writes and syncs the shards and the other files in
+the staging folder, the index last, and one rename puts the folder (or the one file) in place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
 import shutil
-import threading
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 
 from ..errors import OutputError
-from ..memory import PAGE
+from .atomic import exchange, place_under_free_name, sync_folder, write_durably
 from .mounts import refuse_mount_point
+from .os_errors import output_errors
 
-EXCHANGE = 2  # renameat2's RENAME_EXCHANGE
-JOURNAL = ".expo-journal"  # in staging: see journal.py
-DIGEST = ".sha256"  # of an output that is one file: its name in staging, and what its name beside the output ends in
-O_DIRECT = getattr(os, "O_DIRECT", 0)
-
-
-@contextlib.contextmanager
-def output_errors(path: str) -> Iterator[None]:
-    """Turn an OSError into an OutputError that names the path and the fix."""
-    try:
-        yield
-    except OSError as error:
-        fixes = {
-            errno.ENOSPC: "free some space or choose another --out",
-            errno.EDQUOT: "free some of your quota or choose another --out",
-            errno.EACCES: "choose an --out that you may write to",
-            errno.EPERM: "choose an --out that you may write to",
-            errno.EROFS: "the filesystem is read-only: choose another --out",
-            errno.EFBIG: "the filesystem or a limit (ulimit -f) refuses files of this size",
-        }
-        fix = fixes.get(error.errno or 0)
-        raise OutputError(f"{path}: {error.strerror or error}" + (f"; {fix}" if fix else "")) from error
+JOURNAL = ".expo-journal"  # the journal's file in the staging folder; journal.py explains it
+DIGEST_SUFFIX = ".sha256"  # ends the name of the digest beside an output of one file; its whole name in staging
 
 
-def create_shard(path: str, size: int, durable: int = 0) -> None:
-    """Create an output file with its full size, or go on with one that has `durable` bytes. Raises OutputError.
-
-    It is allocated at once: a full disk shows early, and writes into allocated blocks run in parallel.
-    """
-    with output_errors(path):
-        flags = 0 if durable else os.O_CREAT | os.O_EXCL
-        fd = os.open(path, flags | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
-        try:
-            if durable and os.fstat(fd).st_size < size:
-                raise OutputError(f"{path} is shorter than it was left: --overwrite starts anew")
-            allocate(fd, size)
-            if durable == size:  # its last block was written whole, and perhaps not cut off any more
-                os.ftruncate(fd, size)
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+def staging_folder(out: str) -> str:
+    """Return the path of an output's staging folder: hidden, beside the output, `.NAME.expo-staging`."""
+    parent, name = os.path.split(os.path.realpath(out))
+    return os.path.join(parent, f".{name}.expo-staging")
 
 
-class ShardWriter:
-    """One output file, written in chunks by any number of threads, synced and closed with the last of them."""
-
-    def __init__(self, path: str, size: int, missing: int) -> None:
-        """A file that is there. size: its bytes in the end; missing: of these, how many will be written here."""
-        self.path = path
-        self.size = size
-        self.direct = bool(O_DIRECT)
-        self._missing = missing
-        self._lock = threading.Lock()
-        self._fd = -1
-        self._lost: OSError | None = None  # what made a sync fail
-
-    def sync(self) -> None:
-        """Make what was written so far durable. Raises OutputError."""
-        with output_errors(self.path), self._lock:
-            self._fsync()
-
-    def _fsync(self) -> None:
-        # The system forgets what it could not write: after a sync that failed, the next one would say that all is well.
-        if self._lost is not None:
-            raise self._lost
-        try:
-            if self._fd >= 0:
-                os.fsync(self._fd)
-        except OSError as error:
-            self._lost = error
-            raise
-
-    def write(self, offset: int, data: memoryview, length: int) -> None:
-        """Write data[:length] at offset, both multiples of 4096 but for the file's end. Raises OutputError.
-
-        data is page-aligned and as long as the next multiple of 4096: the file's last block is written whole and
-        cut off afterwards.
-        """
-        with output_errors(self.path):
-            fd = self._open()
-            done = 0
-            while done < length:
-                direct = self.direct  # as it is now: another thread may be the one that learns that it cannot be
-                whole = -(-(length - done) // PAGE) * PAGE if direct else length - done
-                try:
-                    done += os.pwrite(fd, data[done : done + whole], offset + done)
-                except OSError as error:
-                    if error.errno != errno.EINVAL or not direct:
-                        raise
-                    fd = self._reopen_buffered()
-            with self._lock:
-                self._missing -= length
-                last = self._missing == 0
-            if last:
-                self._finish()
-
-    def _open(self) -> int:
-        with self._lock:
-            if self._fd < 0:
-                try:
-                    self._fd = os.open(self.path, os.O_WRONLY | (O_DIRECT if self.direct else 0))
-                except OSError as error:
-                    if error.errno != errno.EINVAL:  # a filesystem without O_DIRECT, some network ones among them
-                        raise
-                    self.direct = False
-                    self._fd = os.open(self.path, os.O_WRONLY)
-            return self._fd
-
-    def _reopen_buffered(self) -> int:
-        """Some filesystems take the flag and refuse the write: drop it on the descriptor that all threads share."""
-        with self._lock:
-            if self.direct:
-                set_direct(self._fd, False)
-                self.direct = False
-            return self._fd
-
-    def _finish(self) -> None:
-        os.ftruncate(self._fd, self.size)
-        self._fsync()
-        self.close()
-
-    def close(self) -> None:
-        with self._lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
-
-
-def set_direct(fd: int, direct: bool) -> None:
-    """Switch O_DIRECT of an open descriptor. Raises OSError where the filesystem does not take it."""
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags | O_DIRECT if direct else flags & ~O_DIRECT)
-
-
-def read_back(path: str, start: int, memory: memoryview) -> int:
-    """Fill page-aligned memory from `start`, both multiples of 4096, from the device where O_DIRECT can.
-
-    Returns how many bytes there were. Raises OutputError.
-    """
-    done, length = 0, len(memory)
-    with output_errors(path):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            # Set on the open descriptor: a filesystem without it refuses here, and not in the middle.
+def staged_bytes(out: str) -> int:
+    """Return the bytes of disk that the staging folder of an interrupted merge takes; 0 if there is none."""
+    total = 0
+    for folder, _, names in os.walk(staging_folder(out)):
+        for name in names:
             with contextlib.suppress(OSError):
-                set_direct(fd, True)
-            while done < length:
-                try:
-                    count = os.preadv(fd, [memory[done:]], start + done)
-                except OSError as error:
-                    if error.errno != errno.EINVAL or not fcntl.fcntl(fd, fcntl.F_GETFL) & O_DIRECT:
-                        raise
-                    set_direct(fd, False)
-                    continue
-                if not count:
-                    break
-                done += count
-        finally:
-            os.close(fd)
-    return done
-
-
-def allocate(fd: int, size: int) -> None:
-    """Give a file its size and, where the filesystem can do so at once, its blocks."""
-    # Not os.posix_fallocate: where the filesystem cannot, glibc would write into every block instead.
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
-    if fallocate is not None:
-        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-        if fallocate(fd, 0, 0, size) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code))
-    os.ftruncate(fd, size)
+                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return total
 
 
 def check_free(out: str, single_file: bool, overwrite: bool) -> None:
-    """Raise OutputError where something stands at `out` that must not be replaced, or cannot be."""
+    """Check that an output may be put at its path.
+
+    Args:
+        out: The output's path.
+        single_file: True where the output is one file.
+        overwrite: True where the user allows to replace an output.
+
+    Raises:
+        OutputError: The path exists and must not be replaced, or it cannot be.
+    """
     refuse_mount_point(out, single_file)
     if not os.path.exists(out):
         return
@@ -211,24 +63,21 @@ def check_free(out: str, single_file: bool, overwrite: bool) -> None:
         raise OutputError(f"{out} is a folder without a model, which --overwrite does not replace")
 
 
-def staging_folder(out: str) -> str:
-    """Where an output is made: hidden, beside it."""
-    parent, name = os.path.split(os.path.realpath(out))
-    return os.path.join(parent, f".{name}.expo-staging")
-
-
 def lock(fd: int) -> bool:
-    """Lock an open file or folder for this process alone; False where another process has it."""
+    """Lock an open file or folder for this process alone.
+
+    Returns:
+        False if another process has the lock. True otherwise, also on a filesystem without locks.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # held by another; any other error: a filesystem without locks
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return True
 
 
-def _locked(path: str) -> bool:
-    """Whether another process has locked a file."""
+def _is_locked(path: str) -> bool:
+    """Return True if another process has locked a file."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # over NFS a lock needs a file open for writing
     except OSError:
@@ -240,28 +89,33 @@ def _locked(path: str) -> bool:
 
 
 def journals_of_ranks(folder: str) -> list[str]:
-    """Names of the journals in a staging folder that are not rank 0's."""
+    """Return the names of all journals in a staging folder except rank 0's, in alphabetical order."""
     return sorted(name for name in os.listdir(folder) if name.startswith(f"{JOURNAL}."))
 
 
-def held(out: str) -> int:
-    """Bytes of disk that an interrupted merge's staging folder takes."""
-    total = 0
-    for place, _, names in os.walk(staging_folder(out)):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(place, name)).st_blocks * 512
-    return total
-
-
 class Staging:
-    """The hidden folder beside an output in which it is made; a context that removes it unless committed."""
+    """A locked staging folder. It is a context manager that removes the folder on exit, unless it was committed.
+
+    Attributes:
+        out: The output's path, with links resolved.
+        parent: The folder that will contain the output.
+        folder: The staging folder's path.
+        single_file: True where the output is the one file in the staging folder, not the folder itself.
+        committed: True once the output is in place.
+    """
 
     def __init__(self, out: str, single_file: bool, overwrite: bool, resume: bool = False) -> None:
-        """Create and lock the folder. out: the final path; single_file: commit the one file in it, not the folder.
+        """Create and lock the staging folder.
 
-        A folder that was left is emptied with `overwrite`, and kept as it is with `resume`.
-        Raises OutputError where the output exists (without overwrite), the folder is there already, or cannot be made.
+        Args:
+            out: The output's path.
+            single_file: True where the output is one file.
+            overwrite: Replace an existing output, and empty a staging folder that an interrupted merge has left.
+            resume: Keep the staging folder of an interrupted merge as it is.
+
+        Raises:
+            OutputError: The output exists (without overwrite), the staging folder exists (without overwrite and
+                resume), another process has locked it, or the system refuses.
         """
         self.out = os.path.realpath(out)
         self.single_file = single_file
@@ -269,70 +123,18 @@ class Staging:
         self.resume = resume
         self.parent = os.path.dirname(self.out)
         self.folder = staging_folder(out)
-        self._lock = -1
         self.committed = False
-        self._ours = False  # whether what stands at self.folder is this merge's to remove
-        self._made: list[str] = []
+        self._lock = -1
+        self._remove_on_exit = False
+        self._created_parents: list[str] = []  # from the innermost to the outermost
         check_free(self.out, single_file, overwrite)
         try:
             with output_errors(self.folder):
-                self._make_parents()
+                self._create_parents()
                 self._create()
         except BaseException:
             self._clean_up()
             raise
-
-    def _make_parents(self) -> None:
-        parent = self.parent
-        while not os.path.exists(parent):
-            self._made.append(parent)
-            parent = os.path.dirname(parent)
-        if not os.path.isdir(parent):
-            raise OutputError(f"{self.out}: {parent} is no folder; choose another --out")
-        os.makedirs(self.parent, exist_ok=True)
-
-    def _create(self) -> None:
-        try:
-            os.mkdir(self.folder)
-            self._ours = True
-        except FileExistsError:
-            pass
-        found = not self._ours
-        if not self._try_lock():
-            self._ours = False
-            raise OutputError(f"{self.out}: another merge is writing it now, in {self.folder}")
-        if found and any(_locked(self.path(name)) for name in journals_of_ranks(self.folder)):
-            raise OutputError(f"{self.out}: ranks of an interrupted merge are still stopping: try again in a moment")
-        if found and not (self.overwrite or self.resume):
-            raise OutputError(
-                f"{self.folder} was left by an interrupted merge: --resume goes on with it, --overwrite starts anew"
-            )
-        self._ours = not (found and self.resume)  # what was found to go on with is not this merge's to remove
-        if not self.resume:
-            self.clear()
-
-    def clear(self, but: Container[str] = ()) -> None:
-        """Remove what an earlier merge left, but for the files with these names. Raises OSError."""
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path)
-                elif entry.name not in but:
-                    os.unlink(entry.path)
-
-    def keep(self) -> None:
-        """Leave the folder for a merge that resumes, instead of removing it."""
-        self._ours = False
-
-    def discard(self) -> None:
-        """Remove the folder after all, unless it was committed."""
-        self._ours = not self.committed
-
-    def _try_lock(self) -> bool:
-        """Take the lock on the folder, which dies with this process."""
-        # Not through a link: what it leads to is not this merge's to empty.
-        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        return lock(self._lock)
 
     def __enter__(self) -> Staging:
         return self
@@ -340,11 +142,65 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         self._clean_up()
 
+    def _create_parents(self) -> None:
+        """Create the folders above the output that do not exist."""
+        parent = self.parent
+        while not os.path.exists(parent):
+            self._created_parents.append(parent)
+            parent = os.path.dirname(parent)
+        if not os.path.isdir(parent):
+            raise OutputError(f"{self.out}: {parent} is no folder; choose another --out")
+        os.makedirs(self.parent, exist_ok=True)
+
+    def _create(self) -> None:
+        """Create the staging folder, or take over the one of an interrupted merge, and lock it."""
+        try:
+            os.mkdir(self.folder)
+            self._remove_on_exit = True
+        except FileExistsError:
+            pass
+        existed = not self._remove_on_exit
+        if not self._take_lock():
+            self._remove_on_exit = False
+            raise OutputError(f"{self.out}: another merge is writing it now, in {self.folder}")
+        if existed and any(_is_locked(self.path(name)) for name in journals_of_ranks(self.folder)):
+            raise OutputError(f"{self.out}: ranks of an interrupted merge are still stopping: try again in a moment")
+        if existed and not (self.overwrite or self.resume):
+            raise OutputError(
+                f"{self.folder} was left by an interrupted merge: --resume goes on with it, --overwrite starts anew"
+            )
+        self._remove_on_exit = not (existed and self.resume)
+        if not self.resume:
+            self.clear()
+
+    def _take_lock(self) -> bool:
+        """Lock the staging folder until this process closes it or ends; return False if another process has it."""
+        # O_NOFOLLOW: where the name is a link, its target is a folder that this merge must not empty.
+        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        return lock(self._lock)
+
+    def clear(self, keep: Container[str] = ()) -> None:
+        """Remove everything in the staging folder except the files with the names in `keep`. Raises OSError."""
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                elif entry.name not in keep:
+                    os.unlink(entry.path)
+
+    def keep(self) -> None:
+        """Keep the staging folder on exit, for a merge that resumes."""
+        self._remove_on_exit = False
+
+    def discard(self) -> None:
+        """Remove the staging folder on exit, also if it was to be kept; a committed output stays."""
+        self._remove_on_exit = not self.committed
+
     def _clean_up(self) -> None:
-        """Remove the folder unless it was committed, parents made for it if they are empty, and let go of the lock."""
-        if self._ours:
+        """Remove the staging folder unless it is to be kept, and created parents that are empty; unlock the folder."""
+        if self._remove_on_exit:
             shutil.rmtree(self.folder, ignore_errors=True)
-        for folder in self._made:
+        for folder in self._created_parents:
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
         if self._lock >= 0:
@@ -352,133 +208,105 @@ class Staging:
             self._lock = -1
 
     def path(self, name: str) -> str:
+        """Return the path of a file in the staging folder."""
         return os.path.join(self.folder, name)
 
     def put(self, name: str, parts: Iterable[bytes]) -> None:
-        """Write a file durably, in a subfolder if the name has one. Raises OutputError."""
+        """Write a file durably; a name such as "sub/code.py" puts it into a subfolder. Raises OutputError."""
         path = self.path(name)
         with output_errors(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "xb") as file:
-                file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
+            write_durably(path, parts)
 
-    def beside(self, parts: Iterable[bytes]) -> None:
-        """Stage OUT.sha256, for an output that is one file. Raises OutputError where it exists, without overwrite."""
-        path = self.out + DIGEST
+    def put_digest(self, parts: Iterable[bytes]) -> None:
+        """Write the digest of an output of one file, which commit puts beside the output as `OUT.sha256`.
+
+        Raises OutputError, also if `OUT.sha256` exists and must not be overwritten.
+        """
+        path = self.out + DIGEST_SUFFIX
         if os.path.lexists(path) and not self.overwrite:
             raise OutputError(f"{path} exists; choose another --out, or --overwrite replaces it")
-        self.put(DIGEST, parts)
+        self.put(DIGEST_SUFFIX, parts)
 
     def commit(self) -> list[str]:
-        """Put the finished output in place: sync the folder, rename, sync the parent.
+        """Put the finished output in place: sync the staging folder, rename it, and sync the parent.
 
-        Returns warnings: that an old folder could not be replaced in one atomic step, that the digest could not be put
-        beside a file, that the parent could not be synced. Raises OutputError.
+        Returns:
+            Warnings: an old folder was not replaced in one atomic step or could not be removed, the digest is not
+            beside the file, or the parent was not synced.
+
+        Raises:
+            OutputError: The output is not in place.
         """
         warnings: list[str] = []
         with output_errors(self.out):
-            for place, _, _ in os.walk(self.folder):
-                sync_folder(place)
-            source = self.folder
+            for folder, _, _ in os.walk(self.folder):
+                sync_folder(folder)
             if self.single_file:
-                (name,) = {*os.listdir(self.folder)} - {JOURNAL, DIGEST}
-                source = self.path(name)
-            if self.overwrite and os.path.isdir(self.out):
+                self._place_file()
+            elif self.overwrite and os.path.isdir(self.out):
                 warnings = self._replace_folder()
-            elif not self.single_file:
-                os.rename(source, self.out)  # refuses a file, and a folder with anything in it, that appeared meanwhile
-                self._ours = False
-            elif self.overwrite:
-                os.rename(source, self.out)
             else:
-                _place_new(source, self.out)
+                os.rename(self.folder, self.out)  # fails if a file, or a folder that is not empty, has appeared there
+                self._remove_on_exit = False
             self.committed = True
         if self.single_file:
-            self._ours = True  # what is left of it is this merge's to remove, and of one that was gone on with too
+            self._remove_on_exit = True  # the rest of the folder serves nobody, also if an earlier merge began it
             warnings += self._place_digest()
         try:
-            for folder in (self.parent, *map(os.path.dirname, self._made)):
+            for folder in (self.parent, *map(os.path.dirname, self._created_parents)):
                 sync_folder(folder)
         except OSError as error:
             warnings.append(f"{self.out} is complete, but may be gone after a power failure: {error.strerror}")
         return warnings
 
+    def _place_file(self) -> None:
+        """Put the one file that is the output in place."""
+        (name,) = {*os.listdir(self.folder)} - {JOURNAL, DIGEST_SUFFIX}
+        if self.overwrite:
+            os.rename(self.path(name), self.out)
+        else:
+            place_under_free_name(self.path(name), self.out)
+
     def _place_digest(self) -> list[str]:
-        path = self.out + DIGEST
+        """Put the digest, if there is one, beside the output's file; return a warning where that fails."""
+        path = self.out + DIGEST_SUFFIX
         try:
-            with contextlib.suppress(FileNotFoundError):  # where none was asked for
-                os.replace(self.path(DIGEST), path)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.path(DIGEST_SUFFIX), path)
         except OSError as error:
             return [f"{self.out} is complete, but {path} could not be written: {error.strerror}"]
         return []
 
     def _replace_folder(self) -> list[str]:
-        """Swap staging and the old output, in one step where the system can, and remove the old one."""
+        """Swap the staging folder and the old output, in one step if the system can, and remove the old output."""
         warnings = []
         old = self.folder
-        lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY)
+        old_lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            # The old output is about to bear staging's name: nobody else may take it.
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The swap gives the old output the staging folder's name; the lock keeps other merges from taking it over.
+            lock(old_lock)
             if exchange(self.folder, self.out):
-                self._ours = True  # the old one, where staging was
+                self._remove_on_exit = True  # from now on self.folder is the old output
             else:
                 old = f"{self.folder}-old"
                 self._swap_in_two_steps(old)
-                self._ours = False
+                self._remove_on_exit = False
                 warnings.append(f"{self.out} was replaced in two steps: this filesystem cannot swap folders")
             self.committed = True
             try:
                 shutil.rmtree(old)
             except OSError as error:
                 warnings.append(f"{old}, the model that was replaced, could not be removed: {error.strerror}")
-            self._ours = False  # not before: an interrupted removal is finished by `_clean_up`
+            self._remove_on_exit = False  # reset after the removal, so that `_clean_up` completes an interrupted one
         finally:
-            os.close(lock)
+            os.close(old_lock)
         return warnings
 
     def _swap_in_two_steps(self, old: str) -> None:
+        """Rename the old output to `old` and the staging folder to the output; undo the first if the second fails."""
         os.rename(self.out, old)
         try:
             os.rename(self.folder, self.out)
         except OSError:
             os.rename(old, self.out)
             raise
-
-
-def _place_new(source: str, out: str) -> None:
-    """Give a file its final name, which must be free: a link refuses what a rename would replace."""
-    try:
-        os.link(source, out)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):  # a filesystem without hard links
-            raise
-        if os.path.lexists(out):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
-        os.rename(source, out)
-
-
-def exchange(first: str, second: str) -> bool:
-    """Swap two paths atomically; False where the system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    at_cwd = -100
-    if renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code))
-
-
-def sync_folder(path: str) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ..checkpoints.checkpoint import PICKLED, SINGLE, Checkpoint
 from ..checkpoints.safetensors_header import TensorInfo, emit
+from ..kernels.contract import Statistics
 from .steps import Step, joined
 
 
@@ -111,6 +112,9 @@ class Chunk(NamedTuple):
     start: int
     stop: int
     pieces: tuple[Piece, ...]
+
+
+Measured = dict[int, Statistics]  # the statistics of a chunk's pieces, by the number of the piece
 
 
 def cut(shards: Sequence[OutputShard], size: int) -> Iterator[Chunk]:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import expo
 from expo.checkpoints.checkpoint import INDEX, SINGLE
-from expo.output.journal import encode, read
+from expo.output.journal import encode, read_journal
 from expo.output.staging import JOURNAL
 
 FIRST = "model-00001-of-00002.safetensors"
@@ -164,9 +164,9 @@ def good_head(place: Path) -> Any:
 
     with pytest.raises(RuntimeError):
         expo.merge(place / "s", place / "a", 0.5, out, overwrite=True, progress=fail)
-    found = read(str(place / ".out.expo-staging" / JOURNAL))
+    found = read_journal(str(place / ".out.expo-staging" / JOURNAL))
     assert found is not None
-    return {"merge": found.merge, "chunk": found.chunk}
+    return {"merge": found.merge, "chunk": found.chunk_size}
 
 
 def fuzz_journal(place: Path, lines: Any) -> None:

@@ -14,6 +14,7 @@ from checkpoint_files import contents, fingerprint, random_tensors, safetensors_
 
 import expo.fast
 import expo.merging.merge
+import expo.output.direct_io
 
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {"a": ("BF16", (8, 8)), "b": ("F32", (5,)), "c": ("BF16", (3,))}
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -211,7 +212,7 @@ def no_room_after_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(expo.output.staging, "allocate", fail)
+    monkeypatch.setattr(expo.output.direct_io, "allocate", fail)
 
 
 def refused_folder(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from expo.merging.process_group import ProcessGroup, join
 from expo.merging.rank_worker import Corrupt
 from expo.merging.result import Merged
 from expo.output import journal
-from expo.output.journal import read
+from expo.output.journal import read_journal
 from expo.output.staging import JOURNAL, journals_of_ranks
 from expo.planning.shards import OutputShard, cut, portion
 
@@ -225,7 +225,7 @@ def test_a_rank_that_fails_stops_the_others_and_any_number_of_ranks_go_on(
         assert str(found[0]).endswith(f"what is done is kept in {staging(out)}: the same command with --resume goes on")
     assert not out.exists()
     assert journals_of_ranks(str(staging(out))) == [f"{JOURNAL}.1", f"{JOURNAL}.2"]
-    written = [read(str(staging(out) / name)) for name in (JOURNAL, f"{JOURNAL}.1", f"{JOURNAL}.2")]
+    written = [read_journal(str(staging(out) / name)) for name in (JOURNAL, f"{JOURNAL}.1", f"{JOURNAL}.2")]
     left = sum(stop - start for each in written if each for (_, start), (stop, _) in each.done.items())
     assert left >= 3 * 8 << 10
     resumed = merged_by(again, pair, 0.3, out, resume=True) if again > 1 else expo.merge(*pair, 0.3, out, resume=True)
@@ -261,11 +261,11 @@ def test_a_journal_of_another_merge_and_a_damaged_one_do_not_count(
     expo.merge(*pair, 0.3, tmp_path / "one")
     with failing(monkeypatch, 1, 3, Stop()):
         Host(2).run(lambda ranks: expo.merge(*pair, 0.3, out, ranks=ranks))
-    own = read(str(staging(out) / JOURNAL))
+    own = read_journal(str(staging(out) / JOURNAL))
     assert own is not None
     other = (staging(out) / f"{JOURNAL}.1").read_bytes()
     (staging(out) / f"{JOURNAL}.1").write_bytes(b"junk " + other)
-    (staging(out) / f"{JOURNAL}.7").write_bytes(journal.encode({"merge": {}, "chunk": own.chunk}) + other)
+    (staging(out) / f"{JOURNAL}.7").write_bytes(journal.encode({"merge": {}, "chunk": own.chunk_size}) + other)
     resumed = expo.merge(*pair, 0.3, out, resume=True)
     assert resumed.resumed == sum(stop - start for (_, start), (stop, _) in own.done.items())
     assert files(out) == files(tmp_path / "one")
@@ -471,10 +471,10 @@ def test_a_journal_that_is_late_is_waited_for_and_another_merges_is_not_joined(
     with contextlib.closing(journal.Journal([str(folder)], {"alpha": 1}, 3)) as mine:
         mine.join(4096)
     thread.join()
-    found = read(str(folder / f"{JOURNAL}.3"))
+    found = read_journal(str(folder / f"{JOURNAL}.3"))
     assert found is not None
-    assert (found.merge, found.chunk, found.done) == ({"alpha": 1}, 4096, {})
-    monkeypatch.setattr(journal, "LATE", 0.0)
+    assert (found.merge, found.chunk_size, found.done) == ({"alpha": 1}, 4096, {})
+    monkeypatch.setattr(journal, "JOIN_TIMEOUT", 0.0)
     with (
         contextlib.closing(journal.Journal([str(folder)], {"alpha": 2}, 4)) as other,
         pytest.raises(expo.OutputError, match="rank 4 cannot read rank 0's journal of this merge"),

@@ -21,7 +21,7 @@ from expo.fast import main
 from expo.merging import merge as merge_module
 from expo.merging import rank_worker
 from expo.output import journal
-from expo.output.journal import Journal, place, read
+from expo.output.journal import Journal, journal_path, read_journal
 from expo.output.staging import JOURNAL
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_the_same_bytes_and_the_same_report(
     said = interrupted(monkeypatch, chunks, expo.OutputError("the disk is full"), lambda: expo.merge(*pair, 0.3, out))
     assert said == f"the disk is full; what is done is kept in {staging(out)}: the same command with --resume goes on"
     assert not out.exists()
-    found = read(place(str(staging(out))))
+    found = read_journal(journal_path(str(staging(out))))
     assert found is not None
     resumed = expo.merge(*pair, 0.3, out, resume=True)
     assert resumed.resumed == sum(stop - start for (_, start), (stop, _) in found.done.items())
@@ -231,7 +231,7 @@ def test_a_stop_after_the_last_commit(monkeypatch: pytest.MonkeyPatch, pair: Pai
 def test_a_shard_that_has_gone_from_staging(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupted(monkeypatch, 30, Stop(), lambda: expo.merge(*pair, 0.3, out))
-    found = read(place(str(staging(out))))
+    found = read_journal(journal_path(str(staging(out))))
     assert found is not None
     name = next(iter(found.done))[0]
     (staging(out) / name).unlink()
@@ -259,7 +259,7 @@ def test_what_follows_a_damaged_line_counts_as_not_written(
     assert len(good) > 2
     last = {"torn": good[-1][:-3], "flipped": good[-1].replace(b"model", b"modem", 1), "garbage": b"\xff\0{[" * 9}
     (staging(out) / JOURNAL).write_bytes(b"".join(good[:-1]) + last[damage])
-    found = read(place(str(staging(out))))
+    found = read_journal(journal_path(str(staging(out))))
     assert found is not None
     assert len(found.done) < 30
     expo.merge(*pair, 0.3, out, resume=True)

@@ -1,4 +1,4 @@
-"""An output on a mount point: seen before anything is read, in a plan too, and the advice works."""
+"""An output on a mount point: merge and plan refuse it before anything is read, and the advice works."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_mount_points_of_the_system_s_list() -> None:
 
 @pytest.fixture
 def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that a list of the system's says to be a bind mount of the same device."""
+    """Return a folder that the system's list, as the test replaces it, gives as a bind mount of the same device."""
     place = tmp_path / "a volume"
     place.mkdir()
     listed = str(place).replace(" ", "\\040")
@@ -68,7 +68,7 @@ def test_an_output_with_a_volume_inside_is_not_replaced(volume: Path) -> None:
     assert str(volume) in str(caught.value)
     assert volume.is_dir()
     expo.merge(DEMO / "sft", DEMO / "aligned", 0.3, volume / "merged")
-    assert (volume / "merged" / "config.json").exists(), "beside it and in it there is room"
+    assert (volume / "merged" / "config.json").exists(), "an output beside the volume or in it is allowed"
 
 
 def test_several_alphas_and_a_link_that_leads_there(volume: Path) -> None:
@@ -112,7 +112,7 @@ def test_without_the_system_s_list_devices_are_compared(monkeypatch: pytest.Monk
     assert not mounts.is_mount_point(str(tmp_path))
 
 
-# Real ones, in a namespace of the test's own.
+# Real mounts, in a namespace of the test's own.
 
 REAL = r"""
 set -e
