@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ._version import __version__
+from .checkpoints.safetensors_header import describe
 from .cli import Bar, as_json, run, show, warn
 from .dtypes import OUTPUT_DTYPES
 from .errors import UsageError
@@ -23,7 +24,6 @@ from .execution.engines import ENGINES
 from .merging import process_group as ranks
 from .merging.merge import Preview, merge, preview
 from .merging.result import Merged
-from .planning.pairing import describe
 from .planning.plan import ON_MISMATCH, ON_UNPAIRED
 from .planning.steps import Action
 from .text import size_text

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..dtypes import INTEGERS, ITEMSIZE
-from ..planning.pairing import is_buffer
 from .checkpoint import Checkpoint
+from .model_parts import is_buffer
 from .naming import any_number
 from .safetensors_header import TensorInfo
 

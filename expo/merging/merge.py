@@ -19,6 +19,7 @@ from typing import Any
 from ..checkpoints import tokenizer as tokens
 from ..checkpoints.checkpoint import Checkpoint, Origin
 from ..checkpoints.custom_code import find_code
+from ..checkpoints.model_parts import tie_flag
 from ..checkpoints.sidecars import CARD, has_tokenizer, missing_modules
 from ..dtypes import ITEMSIZE
 from ..errors import CheckpointError, ExpoError, OutputError, PlanError, RankError, UsageError
@@ -29,7 +30,6 @@ from ..inputs.resolve import StrPath, Wanted, open_inputs, wanted
 from ..output.journal import Done, Journal, differences, has_journal
 from ..output.mounts import refuse_mount_point
 from ..output.staging import Staging, check_free, held, staging_folder
-from ..planning.pairing import tie_flag
 from ..planning.plan import Plan, Rules, check_arguments, make_plan
 from ..text import size_text
 from .coordinator import Making

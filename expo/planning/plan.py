@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.safetensors_header import TensorInfo
+from ..checkpoints.safetensors_header import TensorInfo, describe
 from ..checkpoints.sidecars import Code, sort_files
 from ..dtypes import ITEMSIZE, OUTPUT_DTYPES
 from ..errors import PlanError, UsageError
 from ..kernels.contract import working_alpha
 from .config import rewritten
-from .pairing import Twin, describe, mismatched, pair, rows_in_common
+from .pairing import Twin, mismatched, pair, rows_in_common
 from .problems import float_bytes, model_problems, tensor_problems
 from .shards import OutputShard, index_of, joined, lay_out, size_of
 from .steps import Action, Step, some_rows
