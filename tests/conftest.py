@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -35,3 +36,11 @@ def own_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def frozen_heap() -> Iterator[None]:
+    """Keep the objects that exist already out of the garbage collections of this test, which are many times faster."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
