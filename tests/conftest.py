@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def own_signals() -> Iterator[None]:
     """Give this test, and the processes that it starts, Python's default handlers, then restore the former ones.
 
-    A shell that runs the tests in the background ignores SIGINT, nohup ignores SIGHUP, and child processes inherit this.
+    A shell ignores SIGINT for programs in the background, nohup ignores SIGHUP, and child processes inherit this.
     A command that was interrupted ignores further signals for good, also when the test ran it in this process.
     """
     before = {number: signal.signal(number, handler) for number, handler in DEFAULT_HANDLERS.items()}
