@@ -2,21 +2,37 @@
 TORCH ?= torch
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+# Two workers of pytest-xdist, with one core and one thread of torch each. The option -n switches benchmarks off, so it
+# stands here and not among pytest's options in pyproject.toml.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
+FAST := tests/planning tests/checkpoints tests/output tests/execution/test_engines.py tests/kernels/test_convert.py \
+	tests/merging/test_merge.py tests/merging/test_carry.py tests/merging/test_model_card.py \
+	tests/tensors/test_streaming.py tests/end_to_end/test_bad_input.py tests/end_to_end/test_ci.py
 
-.PHONY: demo test test-all bench gpu format clean
+.PHONY: demo lint check test test-all bench gpu format clean
 
 demo: .venv/installed
 	$(BIN)/python -W error::UserWarning -m expo.demo
 
-test: .venv/installed
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
 
-# Also what is left out above: every pair of bf16 values, kills and fuzzing at length; some 5 minutes.
+# To run before every commit: at most a minute on two idle cores.
+check: lint
+	$(PARALLEL) -m "not alone and not exhaustive" $(FAST)
+
+# At most 6 minutes on two idle cores.
+test: lint
+	$(PARALLEL) -m "not alone and not exhaustive"
+	$(PYTEST) -m "alone and not exhaustive"
+
+# The long tests, which `make test` leaves out: every pair of bf16 values, kills and fuzzing at length; some 5 minutes.
 test-all: .venv/installed
-	$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
+	$(PARALLEL) -m "exhaustive and not alone"
+	$(PYTEST) -m "exhaustive and alone"
 
 # Tens of minutes, and 44 GB of free disk for all of it. EXPO_BENCH_GB=0.1 for a quick look at what it does.
 bench: .venv/installed

@@ -42,6 +42,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-benchmark>=4",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "safetensors>=0.8",  # the reader that ours is compared with
             "triton==3.8.*; platform_system == 'Linux'",  # what a compiler emits is its version's: see tests/codegen

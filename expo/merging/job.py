@@ -166,7 +166,7 @@ def _obstacle(
     """Return why the plan cannot be carried out; missing: the paths of the outputs that are still to be made."""
     try:
         plan.check()
-        check_places(missing, plan, inputs)
+        check_places(missing, plan.output_bytes // len(plan.alphas), inputs)
         for path in missing:
             check_free(path, inputs[1].folder is None, overwrite)
     except (PlanError, OutputError) as error:

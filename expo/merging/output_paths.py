@@ -10,7 +10,6 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import OutputError, UsageError
 from ..inputs.resolve import StrPath
 from ..output.staging import staged_bytes
-from ..planning.plan import Plan
 from ..text import alpha_text, size_text
 
 
@@ -36,8 +35,14 @@ def fill_in(template: StrPath, alphas: Sequence[float]) -> tuple[str, ...]:
     return tuple(os.fspath(template).replace("{alpha}", alpha_text(alpha)) for alpha in alphas)
 
 
-def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) -> None:
-    """Raise OutputError where an output would touch an input, or the outputs do not fit on their disk."""
+def check_places(outs: Sequence[str], output_bytes: int, inputs: Sequence[Checkpoint]) -> None:
+    """Raise OutputError where an output would touch an input, or the outputs do not fit on their disk.
+
+    Args:
+        outs: The paths of the outputs that are still to be made.
+        output_bytes: The bytes of the weight files of one output.
+        inputs: Both checkpoints.
+    """
     for out in outs:
         for checkpoint in inputs:
             _check_apart(out, checkpoint)
@@ -45,7 +50,7 @@ def check_places(outs: Sequence[str], plan: Plan, inputs: Sequence[Checkpoint]) 
     for out in outs:
         disks.setdefault(os.stat(_existing_parent(out)).st_dev, []).append(out)
     for on_disk in disks.values():
-        needed, free = plan.output_bytes // len(plan.alphas) * len(on_disk), free_bytes(on_disk[0])
+        needed, free = output_bytes * len(on_disk), free_bytes(on_disk[0])
         # A resumed merge continues with what an interrupted one left, or removes it; `Staging` refuses other folders.
         if free + sum(map(staged_bytes, on_disk)) < needed:
             raise OutputError(

@@ -39,13 +39,11 @@ RANGES = [
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing_open(tmp_path: Path) -> Iterator[None]:
+def leaves_nothing_open(frozen_heap: None, tmp_path: Path) -> Iterator[None]:
     """No descriptor and no mapping outlives its reader, whatever happened to the file."""
     before = len(os.listdir("/proc/self/fd"))
-    gc.freeze()  # the search for garbage need not look at what the other tests have loaded
     yield
     gc.collect()  # what an exception still holds goes with it
-    gc.unfreeze()
     assert len(os.listdir("/proc/self/fd")) == before
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 

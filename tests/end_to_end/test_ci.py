@@ -1,10 +1,13 @@
-"""What CI runs: every dependency pinned within its range, and workflows that can be read."""
+"""CI pins every dependency within its range, runs every test once, and its workflows can be read."""
 
 from __future__ import annotations
 
 import ast
 import os
 import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
+TARGETS = ("test", "test-all")
+MAKE_VARIABLES = ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")  # of the make that may have started these tests
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -56,9 +61,40 @@ def test_ci_runs_with_the_constraints() -> None:
     assert os.access(script, os.X_OK)
     text = script.read_text(encoding="utf-8")
     assert "PIP_CONSTRAINT=$PWD/.ci/constraints.txt" in text
-    found = re.search(r"^TORCH=torch==(\S+) make test$", text, re.MULTILINE)
+    found = re.search(r"^export TORCH=torch==(\S+)\nmake test\nmake test-all\n", text, re.MULTILINE)
     assert found
     assert found[1] == pins()["torch"]
+
+
+def runs_of_pytest(target: str) -> list[list[str]]:
+    """Return the words of the commands by which `make TARGET` starts pytest, without running them."""
+    environment = {name: value for name, value in os.environ.items() if name not in MAKE_VARIABLES}
+    command = ["make", "--dry-run", target]
+    printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    return [shlex.split(line) for line in printed.splitlines() if "-m pytest" in line]
+
+
+def selected(run: Sequence[str], markers: Mapping[str, bool]) -> bool:
+    """Return True if this run of pytest selects a test that has these markers."""
+    expression = run[run.index("-m", run.index("pytest")) + 1]
+    return bool(eval(expression, {"__builtins__": {}}, dict(markers)))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("exhaustive", [False, True])
+def test_ci_runs_every_test_once_whatever_its_markers(alone: bool, exhaustive: bool) -> None:
+    markers = {"alone": alone, "exhaustive": exhaustive}
+    runs = {target: [run for run in runs_of_pytest(target) if selected(run, markers)] for target in TARGETS}
+    assert {target: len(found) for target, found in runs.items()} == {"test": not exhaustive, "test-all": exhaustive}
+    (run,) = (run for found in runs.values() for run in found)
+    assert ("-n" in run) is not alone
+
+
+def test_make_check_runs_a_part_of_make_test() -> None:
+    (check,), (test, _) = runs_of_pytest("check"), runs_of_pytest("test")
+    assert check[: len(test)] == test
+    assert len(check) > len(test)
+    assert all((ROOT / path).exists() for path in check[len(test) :])
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)

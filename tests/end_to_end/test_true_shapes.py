@@ -147,6 +147,7 @@ def test_a_bin_file_reads_as_zeros(tmp_path: Path) -> None:
         assert hasattr(state, "_metadata") == (name == "pytorch_model.bin")
 
 
+@pytest.mark.alone
 @pytest.mark.exhaustive
 def test_a_whole_7b_pair_in_little_memory(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free

@@ -34,6 +34,7 @@ selftest = pytest.importorskip("expo.kernels.selftest")
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.alone,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch sees no CUDA device"),
 ]
 

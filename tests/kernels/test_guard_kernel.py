@@ -96,6 +96,7 @@ def test_the_bound_is_exceeded_by_a_build_without_vectors(countable: Path, tmp_p
     assert too_many(found) == [("BF16", 0), ("BF16", 1), ("F16", 1), ("F32", 0), ("F32", 1)], found
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("gcc_build")
 def test_the_kernel_beside_memcpy() -> None:
     """The best of many rounds in turn, one thread, two reads and a write against a read and a write."""

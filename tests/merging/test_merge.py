@@ -56,12 +56,10 @@ SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing_open(tmp_path: Path) -> Iterator[None]:
+def leaves_nothing_open(frozen_heap: None, tmp_path: Path) -> Iterator[None]:
     """No worker thread, descriptor or mapping of a file outlives a merge, however it ended."""
-    gc.freeze()  # the search for garbage need not look at what the other tests have loaded
     yield
     gc.collect()  # what an exception still holds goes with it
-    gc.unfreeze()
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("expo")] == []
     assert [target for target in open_files() if target.startswith(str(tmp_path))] == []
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -548,6 +548,7 @@ def test_what_no_launcher_sets_is_refused(monkeypatch: pytest.MonkeyPatch, rank:
         pass
 
 
+@pytest.mark.alone
 def test_ranks_that_do_not_come_are_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expo.merging.process_group.MEET", 0.3)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -752,6 +753,7 @@ def two_hosts(commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
                 process.stderr.close()
 
 
+@pytest.mark.alone
 def test_two_hosts_by_two_loopback_addresses(pair: Pair, tmp_path: Path, whole: dict[str, bytes]) -> None:
     port = free_port()
     commands = [

@@ -322,7 +322,7 @@ def models() -> int:
 
 
 @pytest.fixture
-def no_collector() -> Iterator[None]:
+def no_collector(frozen_heap: None) -> Iterator[None]:
     gc.collect()
     gc.disable()  # so that what is freed does not depend on when it runs
     yield

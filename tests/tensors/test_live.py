@@ -331,6 +331,7 @@ def test_a_failure_in_the_middle_is_not_hidden(monkeypatch: pytest.MonkeyPatch) 
     assert same(bits(model), bits(Small(2)))
 
 
+@pytest.mark.usefixtures("frozen_heap")
 @pytest.mark.parametrize("keep", KEEP)
 def test_close_restores_and_lets_go(keep: str) -> None:
     sft, model = Small(1), Small(2)
