@@ -204,7 +204,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _plan_text(job: MergeJob) -> Iterator[str]:
-    from .planning.pairing import describe
+    from .checkpoints.safetensors_header import describe
     from .planning.steps import Action
 
     plan, engine = job.plan, job.engines[0]

@@ -21,8 +21,6 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
-from ..planning.pairing import NameIndex
-from ..planning.problems import EMPTY_HINT
 from .checkpoint import (
     ADAPTER,
     ADAPTER_BIN,
@@ -35,7 +33,9 @@ from .checkpoint import (
     WeightFile,
     load_json,
 )
+from .model_parts import EMPTY_HINT
 from .reader import Bytes
+from .renames import NameIndex, names_with_other_prefixes
 from .safetensors_header import TensorInfo
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
@@ -80,26 +80,6 @@ KNOWN = {
 # of the base's weights, and LoftQ quantises them: there the trained model is not sft + scale * B @ A, though it might
 # pass for it. PEFT's own conversion of such an adapter to one over the untouched base writes `true`.
 HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica"}
-
-# The same module in the model that was trained and in the base's files: (prefix there, prefix here).
-PREFIXES = (
-    ("", ""),
-    ("model.", ""),  # the base was saved without its head
-    ("", "model."),  # the adapter was trained without it
-    ("transformer.", ""),
-    ("", "transformer."),
-    ("gpt_neox.", ""),
-    ("", "gpt_neox."),
-    ("model.language_model.", "language_model.model."),  # vision-language models, since transformers 4.52 and before
-    ("language_model.model.", "model.language_model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "model."),  # Qwen2-VL, since 4.52 and before
-    ("model.", "model.language_model."),
-    ("model.visual.", "visual."),
-    ("visual.", "model.visual."),
-    ("model.", "language_model.model."),  # the language model alone was trained
-)
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])(\.(?P<name>[^.]+))?\.weight|"
@@ -344,7 +324,7 @@ def _place(
     path: str, config: Mapping[str, Any], pairs: Sequence[_Pair], base: Mapping[str, TensorInfo]
 ) -> dict[str, _Placed]:
     """Each pair by the name of the base's tensor that it changes."""
-    index = _Names(base)
+    index = _BaseNames(base)
     names = {pair.module: index.find(f"{pair.module}.weight") for pair in pairs}
     missing = [module for module, name in names.items() if name is None]
     if missing:
@@ -461,7 +441,7 @@ def _full(
     shard: WeightFile, config: Mapping[str, Any], others: Sequence[TensorInfo], base: Mapping[str, TensorInfo]
 ) -> dict[str, TensorInfo]:
     """Whole tensors by the base's names, those that lie below factors too."""
-    index = _Names(base)
+    index = _BaseNames(base)
     found: dict[str, TensorInfo] = {}
     missing = []
     for tensor in others:
@@ -542,7 +522,15 @@ def _values(reader: Bytes, tensor: TensorInfo) -> Iterator[np.ndarray[Any, Any]]
         yield np.frombuffer(piece, dtype)
 
 
-class _Names:
+def _names_in_base(name: str) -> Iterator[str]:
+    """Yield the names that a tensor of the trained model may have in the base, the likeliest first."""
+    yield name
+    yield from names_with_other_prefixes(name)
+    if name.startswith("model."):  # the language model alone was trained
+        yield f"language_model.{name}"
+
+
+class _BaseNames:
     """The base's names, found by the names that the trained model had."""
 
     def __init__(self, base: Mapping[str, TensorInfo]) -> None:
@@ -551,8 +539,7 @@ class _Names:
 
     def find(self, name: str) -> str | None:
         """Return the base's name for a tensor of the model that was trained; None where it has none, or two."""
-        names = (here + name[len(there) :] for there, here in PREFIXES if name.startswith(there))
-        found = next((each for each in names if each in self._base), None)
+        found = next((each for each in _names_in_base(name) if each in self._base), None)
         if found is not None:
             return found
         self._index = self._index or NameIndex(self._base)

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from ..errors import CheckpointError
-from ..planning.pairing import HEAD, generates, is_embedding, tie_flag
 from .checkpoint import Checkpoint
 from .lora import TIED_ELSEWHERE, Adapter, LowRank, holds_equal, names_without_wrappers
+from .model_parts import HEAD, generates, is_embedding, tie_flag
 from .safetensors_header import TensorInfo
 
 # The head's name in a model whose embedding has this name. The others' models have no head, or one of several parts.

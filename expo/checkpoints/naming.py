@@ -1,140 +1,40 @@
-"""The names of a checkpoint's tensors, without the prefixes that a wrapper around the model added to them.
+"""Names of tensors as text: what a wrapper around a model adds to them, and what many names have in common.
 
-torch.compile, DistributedDataParallel, FSDP, PEFT and trainers wrap a model in another module. A state dict of the
-wrapper has longer names, and transformers finds none of them: it leaves the weights of such a checkpoint at random
-values. So an output never has these names. Pure: this module reads no file.
+torch.compile, DistributedDataParallel, FSDP, PEFT and trainers wrap a model in another module, and a state dict of the
+wrapper has longer names than the model's own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
-from .checkpoint import Checkpoint
-
-# Names of this form belong to a wrapper wherever they stand: no model calls a module of its own so.
-_INNER = re.compile(
+# Names of this form belong to a wrapper wherever they stand in a name: no model calls a module of its own so.
+INNER_WRAPPER = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_ddp_module)\."
 )
-# Names that a model could use too: they belong to a wrapper only as the first parts of a name.
-_OUTER = re.compile(r"^((module|base_model\.model|pretrained_model|policy|actor)\.)+")
-# PEFT's `base_model.model.` before a model without its head, or `base_model.` before names that begin with `model.`
-_BODY = re.compile(r"(^|\.)base_model\.model\.\w+\.\d+\.")
-# A trainer's own module may hold the model as `self.model`: the model's names begin again after it with one of these.
-_BEGINNINGS = ("model", "transformer", "gpt_neox", "bert", "roberta", "rwkv", "language_model", "lm_head", "embed_out")
-_NEVER_INSIDE = ("transformer", "gpt_neox", "bert", "roberta", "rwkv", "lm_head", "embed_out")  # model.bert is none
+# A model could use these names too: they belong to a wrapper only as the first parts of a name.
+OUTER_WRAPPER = re.compile(r"^((module|base_model\.model|pretrained_model|policy|actor)\.)+")
 
 
 def unwrapped(name: str) -> str:
     """Return the name without what known wrappers add: `lm_head.weight` for `module._orig_mod.lm_head.weight`."""
-    return _OUTER.sub("", _INNER.sub("", name))
-
-
-def without_wrapper(aligned: Checkpoint, sft: Checkpoint) -> Checkpoint:
-    """Return aligned with the names that its model has, so that the output loads.
-
-    Args:
-        aligned: The checkpoint whose names the output takes.
-        sft: The checkpoint that may show the names without the wrapper. It may be aligned itself.
-
-    Returns:
-        aligned itself where no wrapper is found, or where two of the shorter names would be the same.
-    """
-    shorter = _model_names(aligned, sft)
-    if all(name == new for name, new in shorter.items()) or len(set(shorter.values())) < len(shorter):
-        note = _suspicion(aligned.tensors)
-        return replace(aligned, notes=(*aligned.notes, note)) if note else aligned
-    return replace(
-        aligned,
-        tensors={shorter[name]: tensor._replace(name=shorter[name]) for name, tensor in aligned.tensors.items()},
-        weight_map={shorter[name]: shard for name, shard in aligned.weight_map.items()},
-        stored={new: name for name, new in shorter.items() if new != name},
-        notes=(*aligned.notes, _note(shorter)),
-    )
-
-
-def _note(shorter: Mapping[str, str]) -> str:
-    """Return the sentence that tells of a wrapper's names in aligned."""
-    longer = [name for name, new in shorter.items() if new != name]
-    more = f", and so on for {len(longer)} names" if len(longer) > 1 else ""
-    return (
-        f"aligned was saved inside a wrapper, whose names no model has: its {longer[0]!r} is {shorter[longer[0]]!r} in "
-        f"the output{more}"
-    )
-
-
-def _suspicion(names: Iterable[str]) -> str | None:
-    """Return a warning if all names begin with what may be a wrapper's, though nothing shows that it is one."""
-    names = list(names)
-    prefix = _common_prefix(names)
-    parts = prefix.split(".")[:-1]
-    follow = {name.removeprefix(prefix).partition(".")[0] for name in names}
-    is_unknown = bool(set(parts) - set(_BEGINNINGS) and follow & set(_BEGINNINGS))
-    if not (_OUTER.search(prefix) or is_unknown or len(set(parts)) < len(parts)):
-        return None
-    return (
-        f"all names of aligned begin with {prefix!r}, and so do the output's: if a wrapper around the model added "
-        "that, no model will find them, which --check can tell; take it off the names then"
-    )
-
-
-def _model_names(aligned: Checkpoint, sft: Checkpoint) -> dict[str, str]:
-    """Return the model's own name for each name of aligned."""
-    theirs = {_INNER.sub("", name) for name in sft.tensors}
-    names = {name: _INNER.sub("", name) for name in aligned.tensors}
-    outer = {name: _OUTER.sub("", inner) for name, inner in names.items()}
-    if any(map(_BODY.search, names.values())) and not _has_names(outer, names, theirs):
-        outer = {name: f"model.{short}" if short != names[name] else short for name, short in outer.items()}
-    if _has_names(outer, names, theirs) or (_is_transformers_own(aligned) and _all_differ(outer, names)):
-        names = outer
-    return _without_holder(names, theirs, _is_transformers_own(aligned))
-
-
-def _without_holder(names: dict[str, str], theirs: set[str], is_transformers_own: bool) -> dict[str, str]:
-    """Return the names without the `model.` of a trainer's module, where all begin with it and the model's own follow.
-
-    `model.layers.0` beside sft's `layers.0` is no wrapper: sft was saved without its head.
-    """
-    if any(not inner.startswith("model.") for inner in names.values()):
-        return names
-    held = {name: inner.removeprefix("model.") for name, inner in names.items()}
-    beginnings = {inner.partition(".")[0] for inner in held.values()}
-    is_whole = not any(re.match(r"\w+\.\d+\.", inner) for inner in held.values())
-    if is_whole and _has_names(held, names, theirs):
-        return held
-    return held if is_transformers_own and beginnings & set(_NEVER_INSIDE) else names
-
-
-def _has_names(shorter: Mapping[str, str], names: Mapping[str, str], theirs: set[str]) -> bool:
-    """Return True if most names that get shorter are, in their short form alone, names of the other checkpoint."""
-    changed = [name for name in names if shorter[name] != names[name]]
-    fitting = sum(shorter[name] in theirs and names[name] not in theirs for name in changed)
-    return 2 * fitting > len(changed)
-
-
-def _all_differ(shorter: Mapping[str, str], names: Mapping[str, str]) -> bool:
-    return all(shorter[name] != names[name] for name in names)
-
-
-def _is_transformers_own(checkpoint: Checkpoint) -> bool:
-    """Return True if transformers' own code reads the checkpoint: no model there begins with a wrapper's name."""
-    return bool(checkpoint.config.get("model_type")) and not checkpoint.config.get("auto_map")
+    return OUTER_WRAPPER.sub("", INNER_WRAPPER.sub("", name))
 
 
 def shared_prefix(names: Iterable[str], theirs: Iterable[str]) -> str:
-    """Return the prefix that all names share and without which most of them are among theirs; "" where none is."""
+    """Return the prefix that all names share and without which most of them are among theirs; "" if there is none."""
     names, other = list(names), set(theirs)
     if len(names) < 2:
         return ""
-    cuts = [match.end() for match in re.finditer(r"\.", _common_prefix(names))]
+    cuts = [match.end() for match in re.finditer(r"\.", common_prefix(names))]
     fits = (names[0][:cut] for cut in cuts if 2 * sum(name[cut:] in other for name in names) > len(names))
     return next(fits, "")
 
 
-def _common_prefix(names: Sequence[str]) -> str:
+def common_prefix(names: Sequence[str]) -> str:
     """Return the longest beginning that all names share, up to a dot."""
-    first, last = min(names), max(names)  # what these two share, all names between them share
+    first, last = min(names), max(names)  # all names between these two begin with what these two share
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[: first.rfind(".", 0, length) + 1]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..dtypes import INTEGERS, ITEMSIZE
-from ..planning.pairing import is_buffer
+from .model_parts import is_buffer
 from .model_tensors import ModelTensors
 from .naming import any_number
 from .safetensors_header import TensorInfo

@@ -174,6 +174,11 @@ def emit(
     return len(text).to_bytes(8, "little") + text, placed
 
 
+def describe(tensor: TensorInfo) -> str:
+    """Return a tensor's dtype and shape: `BF16 [4096, 32]`."""
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
 def element_count(shape: tuple[int, ...]) -> int:
     """Elements of a tensor of this shape; 1 for a scalar's ()."""
     count = 1

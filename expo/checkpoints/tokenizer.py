@@ -11,8 +11,8 @@ import re
 from typing import Any
 
 from ..errors import CheckpointError
-from ..planning.pairing import is_embedding
 from .checkpoint import Checkpoint, load_json
+from .model_parts import is_embedding
 from .sidecars import has_tokenizer
 
 TOKENIZER = "tokenizer.json"

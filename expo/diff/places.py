@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ..planning.pairing import EMBEDDING, HEAD
+from ..checkpoints.model_parts import EMBEDDING, HEAD
 
 LAYER = re.compile(r"^((?:.*?\.)?(?:layers?|h|blocks?|resblocks|(?:en|de)coder_layers))\.(\d+)\.(.+)$")
 NORM = re.compile(r"norm|(^|_)ln(_|$|\d)", re.IGNORECASE)

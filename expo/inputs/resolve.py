@@ -19,8 +19,8 @@ from ..checkpoints.checkpoint import (
     other_files,
     strays_of,
 )
-from ..checkpoints.naming import without_wrapper
 from ..checkpoints.sidecars import TEMPLATES, TOKENIZER, VOCABULARIES
+from ..checkpoints.wrappers import without_wrapper
 from ..errors import CheckpointError, UsageError
 
 StrPath = str | os.PathLike[str]

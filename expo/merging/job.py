@@ -14,6 +14,7 @@ from .._version import __version__
 from ..checkpoints import tokenizer
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.custom_code import find_code
+from ..checkpoints.model_parts import tie_flag
 from ..checkpoints.sidecars import missing_modules
 from ..errors import ExpoError, OutputError, PlanError
 from ..execution.engines import Engine, engines_for
@@ -26,7 +27,6 @@ from ..output.journal import has_journal
 from ..output.mounts import refuse_mount_point
 from ..output.staging import check_free, staging_folder
 from ..planning.matching import match_tensors
-from ..planning.pairing import tie_flag
 from ..planning.plan import Plan, plan_output
 from .output_paths import check_places, check_template, fill_in, free_bytes, output_paths
 from .process_group import SingleProcess

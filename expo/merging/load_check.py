@@ -12,10 +12,10 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from ..checkpoints.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from ..checkpoints.model_parts import EMBEDDING, HEAD
 from ..checkpoints.safetensors_header import TensorInfo
 from ..dtypes import TABLE
 from ..errors import OutputError, UsageError
-from ..planning.pairing import EMBEDDING, HEAD
 
 SHOWN = 36  # findings that a message lists; with its other lines it stays within 40
 BLOCK = 1 << 20  # bytes of two tensors that are compared at a time

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..checkpoints.checkpoint import CONFIG, Checkpoint
+from ..checkpoints.model_parts import is_embedding
 from ..dtypes import TABLE
-from .pairing import is_embedding
 from .steps import Step
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..checkpoints.model_tensors import ModelTensors
-from ..checkpoints.safetensors_header import TensorInfo
+from ..checkpoints.safetensors_header import TensorInfo, describe
 from ..dtypes import ITEMSIZE, OUTPUT_DTYPES
 from ..errors import PlanError
 from ..kernels.contract import working_alpha
 from ..options import MergeOptions
-from .pairing import Counterpart, describe, mismatched, pair, rows_in_common
+from .pairing import Counterpart, mismatched, pair, rows_in_common
 from .problems import float_bytes, model_problems, tensor_problems
 from .steps import NOT_IN_SFT, ONLY_IN_SFT, SFT_HAS, UNTOUCHED, Action, Step, some_rows, why_zero
 

@@ -11,17 +11,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from ..checkpoints.model_parts import EMPTY_HINT, HEAD, generates, is_embedding, tie_flag
 from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.naming import any_number, shared_prefix, unwrapped
 from ..checkpoints.quantization import problem
-from ..checkpoints.safetensors_header import TensorInfo, element_count
+from ..checkpoints.safetensors_header import TensorInfo, describe, element_count
 from ..dtypes import INTEGERS, ITEMSIZE
-from .pairing import HEAD, Pairs, describe, generates, is_embedding, mismatched, rows_in_common, tie_flag
+from .pairing import Pairs, mismatched, rows_in_common
 
 SHOWN = 10  # tensors, or groups of them, that one problem lists
 # Without the option transformers 5 writes the names and the layout that it has read.
 SAVE_AS_IN_MEMORY = "save_pretrained(folder, save_original_format=False)"
-EMPTY_HINT = "DeepSpeed ZeRO-3 and FSDP leave empty ones unless the weights are gathered before saving"
 _PEFT = re.compile(r"\.(base_layer|lora_(A|B|embedding_A|embedding_B)|lora_magnitude_vector|modules_to_save)\.")
 _ONE_EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+\.")
 _EXPERTS = re.compile(r"(^|\.)\w*experts?\.")

@@ -15,7 +15,8 @@ from plans import ALPHA, Shapes, checkpoint, make_plan
 from tiny_models import LOAD, loaded, pair_of
 
 import expo
-from expo.checkpoints.naming import shared_prefix, unwrapped, without_wrapper
+from expo.checkpoints.naming import shared_prefix, unwrapped
+from expo.checkpoints.wrappers import without_wrapper
 from expo.fast import main
 
 WRAPPERS = [

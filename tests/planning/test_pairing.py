@@ -12,7 +12,8 @@ from checkpoint_files import random_tensors, read_folder, write_folder
 from plans import ALPHA, COPY, EXTRAPOLATE, Shapes, checkpoint, fates, make_plan
 
 import expo
-from expo.planning.pairing import Pairs, is_embedding, pair, tie_flag
+from expo.checkpoints.model_parts import is_embedding, tie_flag
+from expo.planning.pairing import Pairs, pair
 from expo.planning.plan import Plan
 
 D, V = 4, 10

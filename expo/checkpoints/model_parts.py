@@ -1,0 +1,60 @@
+"""The parts of a model that need rules of their own: head, embeddings, and buffers, by the names of their tensors.
+
+Two settings of config.json belong to them: the tie of the head to the embedding, and the kind of head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .safetensors_header import TensorInfo
+
+# Old files carry buffers beside the weights: tables and masks that the model computes from its config.
+BUFFERS = re.compile(
+    r"(^|\.)(rotary_(pos_)?emb\.(inv_freq|(cos|sin)_cached)|(cross)?(attn|attention)\.masked_bias"
+    r"|embeddings\.position_ids)$"
+)
+MASK = re.compile(r"(^|\.)(cross)?(attn|attention)\.bias$")  # GPT-2's, GPT-NeoX's: [1, 1, n, n], where a bias has [n]
+
+# Heads and embeddings have a row for each token. None is part of a numbered layer, where other tensors have such names.
+_OUTSIDE_LAYERS = r"^(?!(.*\.)?\d+\.)"
+_WRAPPERS = r"((module|_orig_mod|base_model|model|transformer|language_model)\.)*"
+HEAD = re.compile(rf"{_OUTSIDE_LAYERS}((.*\.)?(lm_head|embed_out)|{_WRAPPERS}output)\.weight$")
+EMBEDDING = re.compile(
+    rf"{_OUTSIDE_LAYERS}((.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|backbone\.embeddings?)"
+    rf"|{_WRAPPERS}shared)\.weight$"
+)
+# Encoder and decoder of T5 and BART share one embedding, which has one of these names.
+SHARED = re.compile(rf"{_OUTSIDE_LAYERS}{_WRAPPERS}(shared|(encoder|decoder)\.embed_tokens)\.weight$")
+
+_GENERATES = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForImageTextToText|ForMaskedLM|ForSeq2SeqLM")
+
+# A message says this of a weight that has no elements.
+EMPTY_HINT = "DeepSpeed ZeRO-3 and FSDP leave empty ones unless the weights are gathered before saving"
+
+
+def is_embedding(name: str) -> bool:
+    """Return True for the name of a tensor with a row for each token: an embedding or a head."""
+    return bool(HEAD.search(name) or EMBEDDING.search(name))
+
+
+def is_buffer(tensor: TensorInfo) -> bool:
+    """Return True for a table or mask that the model computes from its config, and that is no weight."""
+    if MASK.search(tensor.name):
+        return len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
+    return BUFFERS.search(tensor.name) is not None
+
+
+def tie_flag(config: Mapping[str, Any]) -> bool | None:
+    """Return tie_word_embeddings of a config or of its text model's; None if neither has it, so that files decide."""
+    inner = config.get("text_config")
+    said = [each.get("tie_word_embeddings") for each in (config, inner if isinstance(inner, dict) else {})]
+    return False if False in said else True if True in said else None
+
+
+def generates(config: Mapping[str, Any]) -> bool:
+    """Return False if a config says that the model has no head for tokens: a classifier, or a model without a head."""
+    architectures = config.get("architectures") or []
+    return not architectures or any(_GENERATES.search(str(each)) for each in architectures)

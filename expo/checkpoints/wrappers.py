@@ -1,0 +1,111 @@
+"""A checkpoint whose tensors have the names of a wrapper around the model, and the model's own names for them.
+
+transformers finds none of a wrapper's names: it leaves the weights of such a checkpoint at random values. So an output
+never has these names. This module reads no file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from .checkpoint import Checkpoint
+from .naming import INNER_WRAPPER, OUTER_WRAPPER, common_prefix
+
+# PEFT's `base_model.model.` before a model without its head, or `base_model.` before names that begin with `model.`
+_BODY = re.compile(r"(^|\.)base_model\.model\.\w+\.\d+\.")
+# A trainer's own module may hold the model as `self.model`: the model's names begin again after it with one of these.
+_BEGINNINGS = ("model", "transformer", "gpt_neox", "bert", "roberta", "rwkv", "language_model", "lm_head", "embed_out")
+_NEVER_INSIDE = ("transformer", "gpt_neox", "bert", "roberta", "rwkv", "lm_head", "embed_out")  # model.bert is none
+
+
+def without_wrapper(aligned: Checkpoint, sft: Checkpoint) -> Checkpoint:
+    """Return aligned with the names that its model has, so that the output loads.
+
+    Args:
+        aligned: The checkpoint whose names the output takes.
+        sft: The checkpoint that may show the names without the wrapper. It may be aligned itself.
+
+    Returns:
+        aligned itself where no wrapper is found, or where two of the shorter names would be the same.
+    """
+    shorter = _model_names(aligned, sft)
+    if all(name == new for name, new in shorter.items()) or len(set(shorter.values())) < len(shorter):
+        note = _suspicion(aligned.tensors)
+        return replace(aligned, notes=(*aligned.notes, note)) if note else aligned
+    return replace(
+        aligned,
+        tensors={shorter[name]: tensor._replace(name=shorter[name]) for name, tensor in aligned.tensors.items()},
+        weight_map={shorter[name]: shard for name, shard in aligned.weight_map.items()},
+        stored={new: name for name, new in shorter.items() if new != name},
+        notes=(*aligned.notes, _note(shorter)),
+    )
+
+
+def _note(shorter: Mapping[str, str]) -> str:
+    """Return the sentence that tells of a wrapper's names in aligned."""
+    longer = [name for name, new in shorter.items() if new != name]
+    more = f", and so on for {len(longer)} names" if len(longer) > 1 else ""
+    return (
+        f"aligned was saved inside a wrapper, whose names no model has: its {longer[0]!r} is {shorter[longer[0]]!r} in "
+        f"the output{more}"
+    )
+
+
+def _suspicion(names: Iterable[str]) -> str | None:
+    """Return a warning if all names begin with what may be a wrapper's, though nothing shows that it is one."""
+    names = list(names)
+    prefix = common_prefix(names)
+    parts = prefix.split(".")[:-1]
+    follow = {name.removeprefix(prefix).partition(".")[0] for name in names}
+    is_unknown = bool(set(parts) - set(_BEGINNINGS) and follow & set(_BEGINNINGS))
+    if not (OUTER_WRAPPER.search(prefix) or is_unknown or len(set(parts)) < len(parts)):
+        return None
+    return (
+        f"all names of aligned begin with {prefix!r}, and so do the output's: if a wrapper around the model added "
+        "that, no model will find them, which --check can tell; take it off the names then"
+    )
+
+
+def _model_names(aligned: Checkpoint, sft: Checkpoint) -> dict[str, str]:
+    """Return the model's own name for each name of aligned."""
+    theirs = {INNER_WRAPPER.sub("", name) for name in sft.tensors}
+    names = {name: INNER_WRAPPER.sub("", name) for name in aligned.tensors}
+    outer = {name: OUTER_WRAPPER.sub("", inner) for name, inner in names.items()}
+    if any(map(_BODY.search, names.values())) and not _has_names(outer, names, theirs):
+        outer = {name: f"model.{short}" if short != names[name] else short for name, short in outer.items()}
+    if _has_names(outer, names, theirs) or (_is_transformers_own(aligned) and _all_differ(outer, names)):
+        names = outer
+    return _without_holder(names, theirs, _is_transformers_own(aligned))
+
+
+def _without_holder(names: dict[str, str], theirs: set[str], is_transformers_own: bool) -> dict[str, str]:
+    """Return the names without the `model.` of a trainer's module, where all begin with it and the model's own follow.
+
+    `model.layers.0` beside sft's `layers.0` is no wrapper: sft was saved without its head.
+    """
+    if any(not inner.startswith("model.") for inner in names.values()):
+        return names
+    held = {name: inner.removeprefix("model.") for name, inner in names.items()}
+    beginnings = {inner.partition(".")[0] for inner in held.values()}
+    is_whole = not any(re.match(r"\w+\.\d+\.", inner) for inner in held.values())
+    if is_whole and _has_names(held, names, theirs):
+        return held
+    return held if is_transformers_own and beginnings & set(_NEVER_INSIDE) else names
+
+
+def _has_names(shorter: Mapping[str, str], names: Mapping[str, str], theirs: set[str]) -> bool:
+    """Return True if most names that get shorter are, in their short form alone, names of the other checkpoint."""
+    changed = [name for name in names if shorter[name] != names[name]]
+    fitting = sum(shorter[name] in theirs and names[name] not in theirs for name in changed)
+    return 2 * fitting > len(changed)
+
+
+def _all_differ(shorter: Mapping[str, str], names: Mapping[str, str]) -> bool:
+    return all(shorter[name] != names[name] for name in names)
+
+
+def _is_transformers_own(checkpoint: Checkpoint) -> bool:
+    """Return True if transformers' own code reads the checkpoint: no model there begins with a wrapper's name."""
+    return bool(checkpoint.config.get("model_type")) and not checkpoint.config.get("auto_map")
