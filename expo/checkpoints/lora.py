@@ -14,29 +14,20 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
-from .checkpoint import (
-    ADAPTER,
-    ADAPTER_BIN,
-    ADAPTER_CONFIG,
-    INDEX,
-    INDEX_BIN,
-    SINGLE,
-    SINGLE_BIN,
-    Shard,
-    WeightFile,
-    load_json,
-)
+from .adapter import Adapter, LowRank
+from .files import ADAPTER, ADAPTER_BIN, ADAPTER_CONFIG, WHOLE_MODELS, load_json
 from .model_parts import EMPTY_HINT
-from .reader import Bytes
+from .reader import ByteReader
 from .renames import NameIndex, names_with_other_prefixes
 from .safetensors_header import TensorInfo
+from .shard import Shard
+from .weight_files import open_shard
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
 FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -93,48 +84,6 @@ _REFUSED_KEYS = (
 )
 
 
-class LowRank(NamedTuple):
-    """The delta of a base tensor [M, N]: scale * left @ right, where left is [M, r] and right [r, N].
-
-    left, right: as they are stored; one that is transposed is [r, M] or [N, r] in the file.
-    """
-
-    left: TensorInfo
-    right: TensorInfo
-    left_transposed: bool
-    right_transposed: bool
-    scale: float
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors as they are stored."""
-        return self.left.nbytes + self.right.nbytes
-
-    @property
-    def rank(self) -> int:
-        return self.left.shape[0 if self.left_transposed else 1]
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What the headers say: the trained checkpoint is the base, with `full` in place of its tensors, plus the deltas.
-
-    path: the folder. config: adapter_config.json's object. shard: the file with the weights; every TensorInfo here has
-    the name it has there. low_rank, full, copies: by the base's name for the tensor, and no name is in low_rank and
-    full. copies: what the adapter repeats of the base, below a delta; see check_copies. unties: whether the trained
-    model's head and embedding are two, where the base's were one; note: the sentence that tells the user so.
-    """
-
-    path: str
-    config: dict[str, Any]
-    shard: WeightFile
-    low_rank: dict[str, LowRank]
-    full: dict[str, TensorInfo]
-    copies: dict[str, TensorInfo] = field(default_factory=dict)
-    unties: bool = False
-    note: str | None = None
-
-
 class _Pair(NamedTuple):
     """The factors of one module, under its name in the model that was trained."""
 
@@ -154,23 +103,20 @@ class _Placed(NamedTuple):
 
 def is_adapter(folder: str) -> bool:
     """Whether a folder is an adapter and no whole model, which may keep the config of an adapter merged into it."""
-    wholes = (SINGLE, INDEX, SINGLE_BIN, INDEX_BIN)
     return os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)) and not any(
-        os.path.exists(os.path.join(folder, name)) for name in wholes
+        os.path.exists(os.path.join(folder, name)) for name in WHOLE_MODELS
     )
 
 
-def open_adapter(
-    folder: str, base: Mapping[str, TensorInfo], open_bin: Callable[[str], WeightFile] | None = None
-) -> Adapter:
+def open_adapter(folder: str, base: Mapping[str, TensorInfo]) -> Adapter:
     """Read the header of an adapter and find the base's tensor for each of its own.
 
-    open_bin opens adapter_model.bin where there is no adapter_model.safetensors; without it that is an error.
-    Raises CheckpointError naming file, tensor and values.
+    Raises:
+        CheckpointError: The adapter cannot be read, or is not one over this base. The message names file and tensor.
     """
     config = load_json(os.path.join(folder, ADAPTER_CONFIG))
     _check_config(os.path.join(folder, ADAPTER_CONFIG), config)
-    shard = _open_weights(folder, open_bin)
+    shard = _open_weights(folder)
     pairs, others = _sort_keys(shard)
     low_rank = _low_rank(folder, shard.path, config, pairs, base)
     try:
@@ -186,14 +132,14 @@ def open_adapter(
     return Adapter(folder, config, shard, low_rank, full, copies)
 
 
-def check_copies(adapter: Adapter, base: Mapping[str, TensorInfo], reader: Callable[[str], Bytes]) -> None:
+def check_copies(adapter: Adapter, base: Mapping[str, TensorInfo], reader: Callable[[str], ByteReader]) -> None:
     """CheckpointError where a tensor that the adapter repeats of the base is not the base's, rounded to its dtype.
 
     PEFT saves the embedding below an embedding's LoRA, which training leaves as it is. reader gives the base's bytes of
     a tensor, by its name.
     """
     for name, copy in adapter.copies.items():
-        ours = _values(adapter.shard.readers.get(copy.name, adapter.shard.reader), copy)
+        ours = _values(adapter.shard.reader_of(copy.name), copy)
         theirs = _values(reader(name), base[name])
         for mine, other in zip(ours, theirs, strict=True):
             with np.errstate(over="ignore"):
@@ -242,23 +188,18 @@ def _refuse_unknown(path: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def _open_weights(folder: str, open_bin: Callable[[str], WeightFile] | None) -> WeightFile:
+def _open_weights(folder: str) -> Shard:
     path, pickled = os.path.join(folder, ADAPTER), os.path.join(folder, ADAPTER_BIN)
     if os.path.exists(path):
-        return Shard(path)
+        return open_shard(path)
     if os.path.lexists(path):
         raise CheckpointError(f"{path}: a broken link; download it again")
     if not os.path.exists(pickled):
         raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} is in it, but no {ADAPTER}; download it again")
-    if open_bin is None:
-        raise CheckpointError(
-            f"{pickled}: a PyTorch file, which cannot be read; convert it: load the adapter with PEFT and "
-            f"save_pretrained() it, which writes {ADAPTER}"
-        )
-    return open_bin(pickled)
+    return open_shard(pickled)
 
 
-def _sort_keys(shard: WeightFile) -> tuple[list[_Pair], list[TensorInfo]]:
+def _sort_keys(shard: Shard) -> tuple[list[_Pair], list[TensorInfo]]:
     """The factors, and all tensors that are none."""
     halves: dict[tuple[str, bool, str | None], dict[str, TensorInfo]] = defaultdict(dict)
     others = []
@@ -438,7 +379,7 @@ def _number(path: str, key: str, value: Any) -> float:
 
 
 def _full(
-    shard: WeightFile, config: Mapping[str, Any], others: Sequence[TensorInfo], base: Mapping[str, TensorInfo]
+    shard: Shard, config: Mapping[str, Any], others: Sequence[TensorInfo], base: Mapping[str, TensorInfo]
 ) -> dict[str, TensorInfo]:
     """Whole tensors by the base's names, those that lie below factors too."""
     index = _BaseNames(base)
@@ -472,19 +413,19 @@ def names_without_wrappers(name: str) -> Iterator[str]:
         yield re.sub(rf"{wrapper}(?=\.)", "", key, count=1)
 
 
-def _tied(shard: WeightFile, tensor: TensorInfo, found: Iterable[TensorInfo]) -> bool:
+def _tied(shard: Shard, tensor: TensorInfo, found: Iterable[TensorInfo]) -> bool:
     """Whether it is another name for a matrix that is found: PEFT saves a head that is tied to the embedding twice."""
     return len(tensor.shape) == 2 and any(_equal(shard, tensor, other) for other in found)
 
 
-def _equal(shard: WeightFile, one: TensorInfo, other: TensorInfo) -> bool:
+def _equal(shard: Shard, one: TensorInfo, other: TensorInfo) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     pieces = zip(_pieces(shard, one), _pieces(shard, other), strict=True)
     return all(a == b for a, b in pieces)
 
 
-def holds_equal(shard: WeightFile, one: TensorInfo | LowRank, other: TensorInfo | LowRank) -> bool:
+def holds_equal(shard: Shard, one: TensorInfo | LowRank, other: TensorInfo | LowRank) -> bool:
     """Return True if two whole tensors of the file, or two deltas by their factors, are the same numbers."""
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         sides = zip(_factors(shard, one), _factors(shard, other), strict=True)
@@ -494,20 +435,20 @@ def holds_equal(shard: WeightFile, one: TensorInfo | LowRank, other: TensorInfo 
     return _equal(shard, one, other)
 
 
-def _factors(shard: WeightFile, delta: LowRank) -> Iterator[np.ndarray[Any, Any]]:
+def _factors(shard: Shard, delta: LowRank) -> Iterator[np.ndarray[Any, Any]]:
     """Yield the left factor [M, r] and the right one [r, N]."""
     for tensor, transposed in ((delta.left, delta.left_transposed), (delta.right, delta.right_transposed)):
         data = bytearray(tensor.nbytes)
-        shard.readers.get(tensor.name, shard.reader).read(tensor.start, data)
+        shard.reader_of(tensor.name).read(tensor.start, data)
         matrix = np.frombuffer(data, FLOATS[tensor.dtype]).reshape(tensor.shape)
         yield matrix.T if transposed else matrix
 
 
-def _pieces(shard: WeightFile, tensor: TensorInfo) -> Iterator[bytearray]:
-    return _read(shard.readers.get(tensor.name, shard.reader), tensor, PIECE)
+def _pieces(shard: Shard, tensor: TensorInfo) -> Iterator[bytearray]:
+    return _read(shard.reader_of(tensor.name), tensor, PIECE)
 
 
-def _read(reader: Bytes, tensor: TensorInfo, size: int) -> Iterator[bytearray]:
+def _read(reader: ByteReader, tensor: TensorInfo, size: int) -> Iterator[bytearray]:
     """A tensor's bytes, `size` at a time."""
     for start in range(tensor.start, tensor.stop, size):
         piece = bytearray(min(size, tensor.stop - start))
@@ -515,7 +456,7 @@ def _read(reader: Bytes, tensor: TensorInfo, size: int) -> Iterator[bytearray]:
         yield piece
 
 
-def _values(reader: Bytes, tensor: TensorInfo) -> Iterator[np.ndarray[Any, Any]]:
+def _values(reader: ByteReader, tensor: TensorInfo) -> Iterator[np.ndarray[Any, Any]]:
     """A tensor's elements, as many at a time as of any other dtype."""
     dtype = np.dtype(FLOATS[tensor.dtype])
     for piece in _read(reader, tensor, PIECE // 8 * dtype.itemsize):

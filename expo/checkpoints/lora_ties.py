@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from ..errors import CheckpointError
+from .adapter import Adapter, LowRank
 from .checkpoint import Checkpoint
-from .lora import TIED_ELSEWHERE, Adapter, LowRank, holds_equal, names_without_wrappers
+from .lora import TIED_ELSEWHERE, holds_equal, names_without_wrappers
 from .model_parts import HEAD, generates, is_embedding, tie_flag
 from .safetensors_header import TensorInfo
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from .lora import Adapter
+    from .adapter import Adapter
     from .safetensors_header import TensorInfo
 
 

@@ -46,7 +46,7 @@ class Identity(NamedTuple):
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-class Bytes(Protocol):
+class ByteReader(Protocol):
     """What a tensor is read from, as if it lay in one piece."""
 
     def read(self, start: int, into: Any) -> None: ...
@@ -57,7 +57,7 @@ class Bytes(Protocol):
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
+def open_regular_file(path: str) -> Iterator[BinaryIO]:
     """A regular file, open. Raises OSError, and CheckpointError for a FIFO, which would wait for a writer."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -65,7 +65,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
         yield file
 
 
-class Reader:
+class FileReader:
     """One file, opened when its bytes are first asked for; safe for any number of threads."""
 
     def __init__(self, path: str, identity: Identity) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from .checkpoint import ADAPTER_CONFIG, CONFIG
+from .files import ADAPTER_CONFIG, CONFIG
 from .quantization import FILES as QUANTISED
 
 CARD = "README.md"

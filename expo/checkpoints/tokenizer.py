@@ -11,7 +11,8 @@ import re
 from typing import Any
 
 from ..errors import CheckpointError
-from .checkpoint import Checkpoint, load_json
+from .checkpoint import Checkpoint
+from .files import load_json
 from .model_parts import is_embedding
 from .sidecars import has_tokenizer
 

@@ -22,13 +22,14 @@ import os
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ..dtypes import BITS, FROM_TORCH
 from ..errors import CheckpointError
-from .reader import Identity, Reader, opened
+from .reader import FileReader, Identity, open_regular_file
 from .safetensors_header import Header, TensorInfo, element_count, is_unicode
+from .shard import Shard
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -103,40 +104,43 @@ class _View(NamedTuple):
     strides: tuple[int, ...]
 
 
-class PickledShard:
-    """One .bin file: its tensors, and readers of their bytes; the attributes are those of checkpoint.Shard.
+def open_torch_file(path: str) -> Shard:
+    """Read and check the pickle of a file that torch.save wrote, and no storage.
 
-    readers: of the tensors whose elements do not lie in the file one after another. Their TensorInfo has start 0.
+    Returns:
+        The shard. A tensor whose elements do not lie in the file one after another has a reader of its own, and its
+        TensorInfo has start 0.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds more than plain tensors.
     """
+    digest = hashlib.sha256()
+    try:
+        with open_regular_file(path) as file:
+            identity = Identity.of(file.fileno())
+            form = _form(path, file.read(512), identity.size)
+            views, places = form(path, file, identity.size, digest)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    reader = FileReader(path, identity)
+    tensors, readers = _placed(path, reader, views, places)
+    digest.update(repr(sorted(places.items())).encode("utf-8"))  # now of the pickle and of the storages' places
+    return Shard(path, identity.size, Header(tensors, {}), digest.hexdigest(), reader, readers)
 
-    def __init__(self, path: str) -> None:
-        """Read and check the pickle, and no storage. Raises CheckpointError."""
-        self.path = path
-        digest = hashlib.sha256()
-        try:
-            with opened(path) as file:
-                identity = Identity.of(file.fileno())
-                self.size = identity.size
-                form = _form(path, file.read(512), self.size)
-                views, places = form(path, file, self.size, digest)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from error
-        self.reader = Reader(path, identity)
-        self.readers: dict[str, Gathered] = {}
-        self.header = Header(self._placed(views, places), {})
-        digest.update(repr(sorted(places.items())).encode("utf-8"))
-        self.digest = digest.hexdigest()  # of the pickle, and of the storages' places
 
-    def _placed(self, views: Sequence[_View], places: dict[str, int]) -> tuple[TensorInfo, ...]:
-        tensors = []
-        for view in views:
-            first, nbytes, dims = _checked(self.path, view)
-            start = places[view.storage.key] + first
-            if dims and dims != ((dims[0][0], 1),):
-                self.readers[view.name] = Gathered(self.reader, start, dims, _ITEMSIZE[view.dtype])
-                start = 0
-            tensors.append(TensorInfo(view.name, FROM_TORCH[view.dtype], view.shape, start, start + nbytes))
-        return tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.name)))
+def _placed(
+    path: str, reader: FileReader, views: Sequence[_View], places: Mapping[str, int]
+) -> tuple[tuple[TensorInfo, ...], dict[str, Gathered]]:
+    """Return the tensors, sorted by their places in the file, and the readers of those that are not contiguous."""
+    tensors, readers = [], {}
+    for view in views:
+        first, nbytes, dims = _checked(path, view)
+        start = places[view.storage.key] + first
+        if dims and dims != ((dims[0][0], 1),):
+            readers[view.name] = Gathered(reader, start, dims, _ITEMSIZE[view.dtype])
+            start = 0
+        tensors.append(TensorInfo(view.name, FROM_TORCH[view.dtype], view.shape, start, start + nbytes))
+    return tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.name))), readers
 
 
 def _checked(path: str, view: _View) -> tuple[int, int, tuple[tuple[int, int], ...]]:
@@ -704,7 +708,7 @@ def _kind(value: Any) -> str:
 class Gathered:
     """A tensor whose elements are spread over a file, read as if they lay in it one after another."""
 
-    def __init__(self, reader: Reader, start: int, dims: tuple[tuple[int, int], ...], item: int) -> None:
+    def __init__(self, reader: FileReader, start: int, dims: tuple[tuple[int, int], ...], item: int) -> None:
         """start: the first element's byte. dims: lengths, and strides in elements. item: bytes of an element."""
         self._reader, self._start, self._item = reader, start, item
         self._shape = tuple(length for length, _ in dims)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.reader import Bytes, Reader
+from ..checkpoints.reader import ByteReader, FileReader
 from ..dtypes import BITS
 from ..errors import EngineError
 from ..kernels.contract import Statistics, total
@@ -19,7 +19,7 @@ from ..planning.steps import Step
 from .engines import Engine
 
 if TYPE_CHECKING:
-    from ..checkpoints.lora import LowRank
+    from ..checkpoints.adapter import LowRank
 
 READ = 256 << 10  # bytes read of each input at a time where it is not mapped: both stay in the second-level cache
 WIDEST = 8  # bytes of an element
@@ -33,7 +33,7 @@ MOST_FACTORS = 8  # adapters' matrices held at a time; neighbouring chunks need 
 class Span(NamedTuple):
     """Bytes [start, stop) of a tensor's file, or of what stands for one."""
 
-    reader: Bytes
+    reader: ByteReader
     start: int
     stop: int
 
@@ -66,7 +66,7 @@ class TensorSource:
         for reader in self._readers():
             reader.check()
 
-    def _readers(self) -> Iterator[Reader]:
+    def _readers(self) -> Iterator[FileReader]:
         return (file.reader for inputs in (self._sft, self._aligned) for file in inputs.weight_files.values())
 
     def spans(self, step: Step, start: int, stop: int) -> list[Span]:
@@ -162,7 +162,7 @@ class TensorSource:
         found = []
         for tensor, transposed in ((delta.left, delta.left_transposed), (delta.right, delta.right_transposed)):
             data = bytearray(tensor.nbytes)
-            adapter.shard.readers.get(tensor.name, adapter.shard.reader).read(tensor.start, data)
+            adapter.shard.reader_of(tensor.name).read(tensor.start, data)
             found.append(converting.matrix(data, tensor, transposed))
         return (*found, delta.scale)
 

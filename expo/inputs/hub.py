@@ -22,7 +22,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from ..checkpoints.checkpoint import (
+from ..checkpoints.custom_code import find_code
+from ..checkpoints.files import (
     ADAPTER,
     ADAPTER_BIN,
     ADAPTER_CONFIG,
@@ -33,7 +34,6 @@ from ..checkpoints.checkpoint import (
     SINGLE_BIN,
     load_json,
 )
-from ..checkpoints.custom_code import find_code
 from ..checkpoints.safetensors_header import MAX_HEADER
 from ..checkpoints.sidecars import CARD, OTHER_WEIGHTS, Code, sort_files
 from ..errors import CheckpointError

@@ -8,17 +8,8 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..checkpoints.checkpoint import (
-    ADAPTER_CONFIG,
-    CONFIG,
-    INDEX,
-    Checkpoint,
-    Origin,
-    open_checkpoint,
-    open_file,
-    other_files,
-    strays_of,
-)
+from ..checkpoints.checkpoint import Checkpoint, Origin, open_checkpoint
+from ..checkpoints.files import ADAPTER_CONFIG, CONFIG, INDEX, find_other_files, find_strays
 from ..checkpoints.sidecars import TEMPLATES, TOKENIZER, VOCABULARIES
 from ..checkpoints.wrappers import without_wrapper
 from ..errors import CheckpointError, UsageError
@@ -135,8 +126,8 @@ def _opened(found: _Found) -> Checkpoint:
     checkpoint = replace(open_checkpoint(found.place), origin=found.origin)
     if found.headers is None:
         return checkpoint
-    files = other_files(found.folder, {*checkpoint.shards, INDEX})
-    strays = strays_of(found.folder, files)
+    files = find_other_files(found.folder, {*checkpoint.shards, INDEX})
+    strays = find_strays(found.folder, files)
     return replace(checkpoint, path=found.folder, folder=found.folder, files=files, strays=strays)
 
 
@@ -160,7 +151,7 @@ def _over(base: Checkpoint, found: _Found, has_data: bool = True) -> Checkpoint:
     folder = found.folder
     tie = tie_of(base)
     whole = with_head(base, tie)
-    adapter = open_adapter(found.place, whole.tensors, open_file)
+    adapter = open_adapter(found.place, whole.tensors)
     try:
         if has_data and found.headers is None:
             check_copies(adapter, whole.tensors, whole.reader)
@@ -182,10 +173,10 @@ def _files(base: Checkpoint, folder: str, weights: str) -> tuple[dict[str, str],
     A tokenizer is replaced as a whole: the chat template or the special tokens of the base's would go before its own.
     The model's config is the base's, as the weights are: an adapter may keep one of the base as it was quantised.
     """
-    own = other_files(folder, {ADAPTER_CONFIG, CONFIG, weights})
+    own = find_other_files(folder, {ADAPTER_CONFIG, CONFIG, weights})
     without = {*own, ADAPTER_CONFIG}  # the base may keep the config of an adapter that was merged into it
     if VOCABULARIES & set(own):
         without |= {name for name in base.files if os.path.dirname(name) == TEMPLATES or name in TOKENIZER}
     kept = {name: path for name, path in base.files.items() if name not in without}
-    strays = {name: place for name, place in base.strays.items() if name in kept} | strays_of(folder, own)
+    strays = {name: place for name, place in base.strays.items() if name in kept} | find_strays(folder, own)
     return dict(sorted({**kept, **own}.items())), strays

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from ..checkpoints.checkpoint import INDEX
+from ..checkpoints.files import INDEX
 from ..checkpoints.sidecars import CARD, DIGESTS
 from ..errors import CheckpointError, ExpoError, OutputError, RankError
 from ..execution.worker_pool import CHUNK

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
 
-from ..checkpoints.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.files import CONFIG
 from ..checkpoints.model_parts import EMBEDDING, HEAD
 from ..checkpoints.safetensors_header import TensorInfo
 from ..dtypes import TABLE

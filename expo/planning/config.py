@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ..checkpoints.checkpoint import CONFIG, Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.files import CONFIG
 from ..checkpoints.model_parts import is_embedding
 from ..dtypes import TABLE
 from .steps import Step

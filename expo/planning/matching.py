@@ -20,7 +20,7 @@ from .problems import float_bytes, model_problems, tensor_problems
 from .steps import NOT_IN_SFT, ONLY_IN_SFT, SFT_HAS, UNTOUCHED, Action, Step, some_rows, why_zero
 
 if TYPE_CHECKING:
-    from ..checkpoints.lora import Adapter
+    from ..checkpoints.adapter import Adapter
 
 MOST_LINES = 40  # of an error's text
 

@@ -12,8 +12,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..checkpoints.checkpoint import PICKLED, SINGLE, Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.files import SINGLE
 from ..checkpoints.safetensors_header import TensorInfo, emit
+from ..checkpoints.weight_files import PICKLED
 from ..kernels.contract import Statistics
 from .steps import Step, joined
 

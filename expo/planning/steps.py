@@ -23,7 +23,7 @@ from ..dtypes import BITS
 from ..kernels.contract import working_alpha
 
 if TYPE_CHECKING:
-    from ..checkpoints.lora import LowRank
+    from ..checkpoints.adapter import LowRank
 
 # Why a tensor is copied or dropped.
 NOT_IN_SFT, ONLY_IN_SFT, UNTOUCHED, SFT_HAS = "not in sft", "only in sft", "not in the adapter", "sft has "

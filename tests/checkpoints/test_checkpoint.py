@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from checkpoint_files import Tensors, random_tensors, safetensors_bytes, write_folder
 
-from expo.checkpoints.checkpoint import INDEX, MAX_JSON, SINGLE, Checkpoint, open_checkpoint
+from expo.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from expo.checkpoints.files import INDEX, MAX_JSON, SINGLE
 from expo.errors import CheckpointError
 
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -11,8 +11,8 @@ import pytest
 from checkpoint_files import random_tensors, write_folder
 
 import expo
-from expo.checkpoints.checkpoint import other_files
 from expo.checkpoints.custom_code import find_code
+from expo.checkpoints.files import find_other_files
 from expo.checkpoints.sidecars import Code
 
 MODEL = {"auto_map": {"AutoModel": "modeling_own.Own"}}
@@ -28,7 +28,7 @@ def found(folder: Path, files: dict[str, Any]) -> Code:
             else (content if isinstance(content, str) else json.dumps(content)).encode()
         )
         (folder / name).write_bytes(data)
-    return find_code(other_files(str(folder), ()))
+    return find_code(find_other_files(str(folder), ()))
 
 
 @pytest.mark.parametrize(

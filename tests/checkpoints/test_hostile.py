@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import expo
-from expo.checkpoints.checkpoint import INDEX, SINGLE
+from expo.checkpoints.files import INDEX, SINGLE
 from expo.output.journal import encode, read_journal
 from expo.output.staging import JOURNAL
 

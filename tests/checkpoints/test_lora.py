@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from checkpoint_files import quiet, random_tensors, safetensors_bytes
 
-from expo.checkpoints.checkpoint import Shard
-from expo.checkpoints.lora import Adapter, LowRank, check_copies, is_adapter, open_adapter
+from expo.checkpoints.adapter import Adapter, LowRank
+from expo.checkpoints.lora import check_copies, is_adapter, open_adapter
 from expo.checkpoints.safetensors_header import TensorInfo
+from expo.checkpoints.weight_files import open_safetensors
 from expo.errors import CheckpointError
 
 Values = dict[str, Any]
@@ -33,7 +34,7 @@ class Made:
     """A base and an adapter in their folders, and what PEFT makes of the two."""
 
     def __init__(self, base: Path, folder: Path, merged: Values) -> None:
-        self.base_shard = Shard(str(base / "model.safetensors"))
+        self.base_shard = open_safetensors(str(base / "model.safetensors"))
         self.base = {tensor.name: tensor for tensor in self.base_shard.header.tensors}
         self.folder = folder
         self.merged = merged
@@ -370,11 +371,15 @@ class TestByHand:
         (tmp_path / "one" / "adapter_config.json").unlink()
         assert not is_adapter(folder)
 
-    def test_a_pickled_file_needs_a_reader_of_its_own(self, tmp_path: Path) -> None:
+    def test_a_pickled_file_is_read_as_well(self, tmp_path: Path) -> None:
+        import torch
+
         folder = write(tmp_path)
-        (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-        refused(folder, "adapter_model.bin: a PyTorch file, .* save_pretrained")
-        adapter = open_adapter(folder, base_tensors(), Shard)
+        shard = open_safetensors(str(tmp_path / "adapter_model.safetensors"))
+        os.unlink(shard.path)
+        zeros = {tensor.name: torch.zeros(tensor.shape) for tensor in shard.header.tensors}
+        torch.save(zeros, tmp_path / "adapter_model.bin")
+        adapter = open_adapter(folder, base_tensors())
         assert adapter.shard.path == str(tmp_path / "adapter_model.bin")
         assert set(adapter.low_rank) == {"model.layers.0.q_proj.weight"}
 
@@ -552,7 +557,7 @@ def test_a_copy_in_another_dtype_is_compared_rounded(tmp_path: Path, dtype: str,
     name = "base_model.model.model.embed_tokens"
     shapes = {f"{name}.lora_embedding_A": ("F32", (2, 20)), f"{name}.lora_embedding_B": ("F32", (8, 2))}
     folder = write(tmp_path / "one", shapes, data={f"{name}.base_layer.weight": (mine, (20, 8), other.tobytes())})
-    shard = Shard(str(base))
+    shard = open_safetensors(str(base))
     tensors = {tensor.name: tensor for tensor in shard.header.tensors}
     adapter = open_adapter(folder, tensors)
     with contextlib.nullcontext() if equal else pytest.raises(CheckpointError, match="is not what sft has"):

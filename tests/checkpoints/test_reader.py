@@ -24,7 +24,7 @@ from checkpoint_files import fingerprint, random_tensors, sparse_file, staging_f
 
 import expo
 from expo.checkpoints import reader as module
-from expo.checkpoints.reader import Identity, Reader, filesystem
+from expo.checkpoints.reader import FileReader, Identity, filesystem
 from expo.errors import CheckpointError
 from expo.execution.engines import Engine, choose
 
@@ -55,14 +55,14 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def reader(path: Path) -> Iterator[Reader]:
+def reader(path: Path) -> Iterator[FileReader]:
     """Of a file that is not open yet."""
-    with contextlib.closing(Reader(str(path), identity(path))) as made:
+    with contextlib.closing(FileReader(str(path), identity(path))) as made:
         yield made
 
 
 @pytest.fixture
-def leased(reader: Reader) -> Reader:
+def leased(reader: FileReader) -> FileReader:
     """A reader that has its file mapped; skips where the system grants no lease."""
     with reader.mapped(0, 1) as view:
         if view is None:
@@ -71,7 +71,7 @@ def leased(reader: Reader) -> Reader:
 
 
 @pytest.fixture
-def unmapped(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Reader:
+def unmapped(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> FileReader:
     """A reader as on a network filesystem."""
     monkeypatch.setattr(module, "LOCAL", set())
     return reader
@@ -85,14 +85,14 @@ def identity(path: Path) -> Identity:
         os.close(fd)
 
 
-def take(reader: Reader, start: int = 0, stop: int = SIZE) -> bytes:
+def take(reader: FileReader, start: int = 0, stop: int = SIZE) -> bytes:
     """Bytes [start, stop), with `read`."""
     into = bytearray(stop - start)
     reader.read(start, into)
     return bytes(into)
 
 
-def peek(reader: Reader, start: int = 0, stop: int = SIZE) -> bytes | None:
+def peek(reader: FileReader, start: int = 0, stop: int = SIZE) -> bytes | None:
     """Bytes [start, stop) of the mapping, None where there is none."""
     with reader.mapped(start, stop) as view:
         return None if view is None else bytes(view)
@@ -102,25 +102,25 @@ def peek(reader: Reader, start: int = 0, stop: int = SIZE) -> bytes | None:
 
 
 @pytest.mark.parametrize(("start", "stop"), RANGES)
-def test_read_fills_a_buffer_from_any_byte_on(reader: Reader, start: int, stop: int) -> None:
+def test_read_fills_a_buffer_from_any_byte_on(reader: FileReader, start: int, stop: int) -> None:
     assert take(reader, start, stop) == CONTENT[start:stop]
 
 
 @pytest.mark.parametrize("dtype", ["u1", "<u2", "<f8"])
-def test_read_fills_memory_of_any_kind(reader: Reader, dtype: str) -> None:
+def test_read_fills_memory_of_any_kind(reader: FileReader, dtype: str) -> None:
     into = np.zeros(64, dtype)
     reader.read(5, into)
     assert into.tobytes() == CONTENT[5 : 5 + into.nbytes]
 
 
 @pytest.mark.parametrize("most", [1, 7, PAGE, SIZE])
-def test_a_short_read_is_carried_on(reader: Reader, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_a_short_read_is_carried_on(reader: FileReader, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [views[0][:most]], at))
     assert take(reader, 3, PAGE + 9) == CONTENT[3 : PAGE + 9]
 
 
-def test_a_read_that_signals_interrupt_is_carried_on(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_that_signals_interrupt_is_carried_on(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> None:
     """The handler runs between any two reads and in them; Python repeats a call that a signal cut short."""
     real, heard = os.preadv, []
 
@@ -143,7 +143,7 @@ def test_a_read_that_signals_interrupt_is_carried_on(reader: Reader, monkeypatch
 @pytest.mark.parametrize("good", [0, 2])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
 def test_a_read_that_fails_names_the_file_and_the_byte(
-    reader: Reader, path: Path, monkeypatch: pytest.MonkeyPatch, good: int, code: int
+    reader: FileReader, path: Path, monkeypatch: pytest.MonkeyPatch, good: int, code: int
 ) -> None:
     real, calls = os.preadv, []
 
@@ -159,7 +159,7 @@ def test_a_read_that_fails_names_the_file_and_the_byte(
     assert str(caught.value) == f"{path}: {os.strerror(code)} at byte {11 + 100 * good}"
 
 
-def test_many_threads_share_one_descriptor(unmapped: Reader, path: Path) -> None:
+def test_many_threads_share_one_descriptor(unmapped: FileReader, path: Path) -> None:
     barrier, found = threading.Barrier(8), []
 
     def work() -> None:
@@ -180,7 +180,9 @@ def open_files() -> list[str]:
 
 
 @pytest.mark.parametrize(("start", "stop"), [*RANGES, (9000, 100), (0, 10 * SIZE)])
-def test_reading_ahead_changes_no_byte(reader: Reader, monkeypatch: pytest.MonkeyPatch, start: int, stop: int) -> None:
+def test_reading_ahead_changes_no_byte(
+    reader: FileReader, monkeypatch: pytest.MonkeyPatch, start: int, stop: int
+) -> None:
     reader.ahead(start, stop)
     assert take(reader) == CONTENT
 
@@ -238,13 +240,13 @@ def by_a_folder(path: Path) -> None:
 
 
 CHANGES = [shrink, grow, replace, touch, overwrite, by_a_folder]
-WAYS: list[Callable[[Reader], Any]] = [take, peek, lambda reader: reader.ahead(0, 10)]
+WAYS: list[Callable[[FileReader], Any]] = [take, peek, lambda reader: reader.ahead(0, 10)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("way", WAYS, ids=["read", "mapped", "ahead"])
 def test_a_file_that_changes_before_it_is_read(
-    reader: Reader, path: Path, change: Callable[[Path], None], way: Callable[[Reader], Any]
+    reader: FileReader, path: Path, change: Callable[[Path], None], way: Callable[[FileReader], Any]
 ) -> None:
     change(path)
     size = path.stat().st_size
@@ -257,13 +259,15 @@ def test_a_file_that_changes_before_it_is_read(
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["read", "mapped", "ahead"])
-def test_a_file_that_is_gone_before_it_is_read(reader: Reader, path: Path, way: Callable[[Reader], Any]) -> None:
+def test_a_file_that_is_gone_before_it_is_read(
+    reader: FileReader, path: Path, way: Callable[[FileReader], Any]
+) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match=f"^{path}: No such file or directory$"):
         way(reader)
 
 
-def test_a_fifo_in_the_place_of_the_file_is_not_waited_for(reader: Reader, path: Path) -> None:
+def test_a_fifo_in_the_place_of_the_file_is_not_waited_for(reader: FileReader, path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
     found: list[BaseException] = []
@@ -287,13 +291,13 @@ def test_a_fifo_in_the_place_of_the_file_is_not_waited_for(reader: Reader, path:
 # --- a file that changes between two reads ----------------------------------------------------------------------------
 
 
-def test_a_file_that_nobody_changes_passes_the_check(reader: Reader) -> None:
+def test_a_file_that_nobody_changes_passes_the_check(reader: FileReader) -> None:
     reader.check()  # it is not open yet
     take(reader)
     reader.check()
 
 
-def test_a_file_that_shrinks_between_two_reads(unmapped: Reader, path: Path) -> None:
+def test_a_file_that_shrinks_between_two_reads(unmapped: FileReader, path: Path) -> None:
     assert take(unmapped) == CONTENT
     shrink(path)
     assert take(unmapped, 0, PAGE) == CONTENT[:PAGE]  # what is there is read, and `check` tells
@@ -307,7 +311,7 @@ def test_a_file_that_shrinks_between_two_reads(unmapped: Reader, path: Path) -> 
 
 @pytest.mark.parametrize("change", [grow, touch, overwrite])
 def test_a_file_that_is_changed_between_two_reads_fails_the_check(
-    unmapped: Reader, path: Path, change: Callable[[Path], None]
+    unmapped: FileReader, path: Path, change: Callable[[Path], None]
 ) -> None:
     assert take(unmapped) == CONTENT
     change(path)
@@ -319,7 +323,7 @@ def test_a_file_that_is_changed_between_two_reads_fails_the_check(
 @pytest.mark.parametrize("change", [replace, Path.unlink])
 @pytest.mark.parametrize("mapped", [False, True])
 def test_a_file_that_is_open_may_be_replaced_or_removed(
-    reader: Reader, path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], mapped: bool
+    reader: FileReader, path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], mapped: bool
 ) -> None:
     """The bytes are still those of the file whose header was read."""
     if not mapped:
@@ -335,7 +339,7 @@ def test_a_file_that_is_open_may_be_replaced_or_removed(
 
 
 @pytest.mark.parametrize(("start", "stop"), RANGES)
-def test_a_mapping_has_the_bytes_of_a_read(leased: Reader, start: int, stop: int) -> None:
+def test_a_mapping_has_the_bytes_of_a_read(leased: FileReader, start: int, stop: int) -> None:
     for _ in range(2):  # the pages that were let go come back
         assert peek(leased, start, stop) == take(leased, start, stop) == CONTENT[start:stop]
         assert peek(leased) == CONTENT
@@ -344,18 +348,18 @@ def test_a_mapping_has_the_bytes_of_a_read(leased: Reader, start: int, stop: int
 def test_a_mapping_of_whole_pages_has_an_end_too(tmp_path: Path) -> None:
     path = tmp_path / "pages"
     path.write_bytes(CONTENT[: 2 * PAGE])
-    with contextlib.closing(Reader(str(path), identity(path))) as reader:
+    with contextlib.closing(FileReader(str(path), identity(path))) as reader:
         assert peek(reader, 2 * PAGE, 2 * PAGE) in (b"", None)
         assert peek(reader, PAGE, 2 * PAGE) in (CONTENT[PAGE : 2 * PAGE], None)
 
 
-def test_a_mapping_is_read_only(leased: Reader) -> None:
+def test_a_mapping_is_read_only(leased: FileReader) -> None:
     with leased.mapped(0, 10) as view:
         assert view is not None
         assert view.readonly
 
 
-def test_pages_are_let_go_after_use(leased: Reader, path: Path) -> None:
+def test_pages_are_let_go_after_use(leased: FileReader, path: Path) -> None:
     with leased.mapped(0, SIZE) as view:
         assert sum(view or b"") == sum(CONTENT)
         assert resident(path) >= SIZE
@@ -368,7 +372,7 @@ def test_a_long_file_in_pieces_leaves_nothing_in_memory(tmp_path: Path) -> None:
     piece, pieces = (1 << 20) + PAGE, 64
     with open(path, "wb") as file:
         file.truncate(piece * pieces)
-    with contextlib.closing(Reader(str(path), identity(path))) as reader:
+    with contextlib.closing(FileReader(str(path), identity(path))) as reader:
         for number in range(pieces):
             with reader.mapped(number * piece, (number + 1) * piece) as view:
                 if view is None:
@@ -408,7 +412,7 @@ REFUSALS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 @pytest.mark.parametrize("why", REFUSALS)
 def test_without_a_lease_nothing_is_mapped_and_all_is_read(
-    reader: Reader, path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+    reader: FileReader, path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     with monkeypatch.context() as patch:
         REFUSALS[why](patch)
@@ -420,14 +424,14 @@ def test_without_a_lease_nothing_is_mapped_and_all_is_read(
         reader.close()
 
 
-def test_a_file_that_somebody_has_open_for_writing_is_not_mapped(reader: Reader, path: Path) -> None:
+def test_a_file_that_somebody_has_open_for_writing_is_not_mapped(reader: FileReader, path: Path) -> None:
     with path.open("r+b"):
         assert peek(reader) is None
         assert take(reader) == CONTENT
 
 
 def test_a_mapping_that_the_system_refuses_gives_the_lease_back(
-    reader: Reader, path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: FileReader, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
@@ -439,7 +443,7 @@ def test_a_mapping_that_the_system_refuses_gives_the_lease_back(
 
 
 def test_a_file_that_shrinks_just_before_the_lease_is_not_mapped(
-    reader: Reader, path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: FileReader, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = fcntl.fcntl
 
@@ -487,7 +491,7 @@ def writer(code: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.parametrize("code", [TRUNCATES, WRITES, APPENDS])
-def test_a_writer_waits_until_the_reader_gives_way(leased: Reader, path: Path, code: str) -> None:
+def test_a_writer_waits_until_the_reader_gives_way(leased: FileReader, path: Path, code: str) -> None:
     with contextlib.ExitStack() as stack:
         with leased.mapped(0, SIZE) as view:
             process = stack.enter_context(writer(code, path))
@@ -505,7 +509,7 @@ def test_a_writer_waits_until_the_reader_gives_way(leased: Reader, path: Path, c
 
 
 @pytest.mark.parametrize("code", [TRUNCATES, WRITES])
-def test_a_mapping_that_is_not_in_use_gives_way_when_it_is_asked_to(leased: Reader, path: Path, code: str) -> None:
+def test_a_mapping_that_is_not_in_use_gives_way_when_it_is_asked_to(leased: FileReader, path: Path, code: str) -> None:
     with writer(code, path) as process:
         assert process.poll() is None
         leased.give_way()
@@ -513,14 +517,14 @@ def test_a_mapping_that_is_not_in_use_gives_way_when_it_is_asked_to(leased: Read
     assert str(path) not in Path("/proc/self/maps").read_text()
 
 
-def test_a_mapping_that_is_not_in_use_gives_way_when_it_is_used(leased: Reader, path: Path) -> None:
+def test_a_mapping_that_is_not_in_use_gives_way_when_it_is_used(leased: FileReader, path: Path) -> None:
     with writer(APPENDS, path) as process:
         assert process.poll() is None
         assert peek(leased) is None
         assert process.wait(10) == 0
 
 
-def test_no_use_begins_while_a_writer_waits_and_the_last_to_end_gives_way(leased: Reader, path: Path) -> None:
+def test_no_use_begins_while_a_writer_waits_and_the_last_to_end_gives_way(leased: FileReader, path: Path) -> None:
     """Two threads have the mapping in use when the writer comes."""
     inside, leave = threading.Barrier(3), [threading.Event(), threading.Event()]
     found: list[bool] = []
@@ -548,7 +552,7 @@ def test_no_use_begins_while_a_writer_waits_and_the_last_to_end_gives_way(leased
     assert found == [True, True]
 
 
-def test_an_error_while_a_mapping_is_in_use_lets_a_writer_go_too(leased: Reader, path: Path) -> None:
+def test_an_error_while_a_mapping_is_in_use_lets_a_writer_go_too(leased: FileReader, path: Path) -> None:
     """Though the traceback holds a view of the mapping for as long as it lives."""
     with writer(TRUNCATES, path) as process:
 
@@ -565,7 +569,7 @@ def test_an_error_while_a_mapping_is_in_use_lets_a_writer_go_too(leased: Reader,
 # --- close ------------------------------------------------------------------------------------------------------------
 
 
-def test_close_is_a_no_op_where_nothing_is_open_and_reading_works_again_after_it(reader: Reader) -> None:
+def test_close_is_a_no_op_where_nothing_is_open_and_reading_works_again_after_it(reader: FileReader) -> None:
     reader.close()
     reader.give_way()
     for _ in range(2):
@@ -577,7 +581,7 @@ def test_close_is_a_no_op_where_nothing_is_open_and_reading_works_again_after_it
         reader.check()
 
 
-def test_close_while_a_view_is_held_hides_no_other_error(leased: Reader, path: Path) -> None:
+def test_close_while_a_view_is_held_hides_no_other_error(leased: FileReader, path: Path) -> None:
     """The traceback of a failure inside the arithmetic holds views when `closing` ends."""
 
     def fail() -> None:
@@ -650,7 +654,7 @@ def test_an_input_that_another_process_changes_in_the_middle_of_a_merge(
 
 
 def test_a_writer_to_an_input_that_is_read_already_does_not_wait_for_the_merge_to_end(
-    leased: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    leased: FileReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {"a": ("BF16", (64,)), "b": ("BF16", (100, 1024))}
     pair = [write_folder(tmp_path / name, random_tensors(shapes, 1), 2) for name in ("sft", "aligned")]

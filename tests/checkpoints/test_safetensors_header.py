@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from expo.checkpoints.safetensors_header import (
     ALIGNMENT,
-    DTYPES,
     MAX_HEADER,
     Header,
     element_count,
@@ -25,6 +24,7 @@ from expo.checkpoints.safetensors_header import (
     header_length,
     parse,
 )
+from expo.dtypes import BITS
 from expo.errors import CheckpointError
 
 FILE = "folder/model.safetensors"
@@ -42,7 +42,7 @@ def whole_file(header: Any, data: int | bytes = b"") -> bytes:
 
 
 def read(file: bytes) -> Header:
-    """As Shard does it: the length from the first bytes, then the JSON."""
+    """Parse a header as open_safetensors does: the length from the first bytes, then the JSON."""
     length = header_length(FILE, file[:64], len(file))
     return parse(FILE, file[8 : 8 + length], len(file))
 
@@ -86,9 +86,9 @@ def test_metadata_is_kept() -> None:
     assert read(whole_file(header, 4)).metadata == {"format": "pt", "é": "\n"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", BITS)
 def test_every_dtype_is_known_here_and_to_the_library(dtype: str) -> None:
-    file = whole_file({"a": entry(dtype, (8,), (0, DTYPES[dtype]))}, DTYPES[dtype])
+    file = whole_file({"a": entry(dtype, (8,), (0, BITS[dtype]))}, BITS[dtype])
     assert read(file).tensors[0].dtype == dtype
     assert library_tensors(file)["a"][:2] == (dtype, (8,))
 
@@ -413,13 +413,13 @@ def test_stricter_than_the_library(kind: str) -> None:
 def shapes_of(dtype: str) -> st.SearchStrategy[tuple[int, ...]]:
     """Shapes of whole bytes, scalars and empty ones among them."""
     shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
-    whole = {4: 2, 6: 4}.get(DTYPES[dtype])
+    whole = {4: 2, 6: 4}.get(BITS[dtype])
     return shapes if whole is None else shapes.map(lambda shape: (*shape, whole))
 
 
 NAMES = st.text(st.characters(codec="utf-8"), max_size=12).filter(lambda name: name != "__metadata__")
 TENSORS = st.lists(
-    st.tuples(NAMES, st.sampled_from(list(DTYPES))).flatmap(
+    st.tuples(NAMES, st.sampled_from(list(BITS))).flatmap(
         lambda pair: st.tuples(st.just(pair[0]), st.just(pair[1]), shapes_of(pair[1]))
     ),
     unique_by=lambda tensor: tensor[0],
@@ -430,7 +430,7 @@ METADATA = st.dictionaries(WORDS, WORDS)
 
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:
-    return int(np.prod(shape, dtype=object)) * DTYPES[dtype] // 8
+    return int(np.prod(shape, dtype=object)) * BITS[dtype] // 8
 
 
 def emitted_file(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -460,7 +460,7 @@ def test_emitted_data_start_on_a_block_and_tensors_on_their_elements(
     assert len(head) == 8 + int.from_bytes(head[:8], "little")
     assert min((tensor.start for tensor in placed.values()), default=len(head)) == len(head)
     for tensor in placed.values():
-        assert tensor.start % max(DTYPES[tensor.dtype] // 8, 1) == 0
+        assert tensor.start % max(BITS[tensor.dtype] // 8, 1) == 0
         assert tensor.nbytes == nbytes(tensor.dtype, tensor.shape)
 
 
@@ -624,7 +624,7 @@ JSON = st.recursive(
 )
 NUMBERS = st.lists(st.integers(0, 6) | st.integers(-2, 2**65), max_size=3)
 ENTRIES = st.fixed_dictionaries(
-    {"dtype": st.sampled_from(list(DTYPES)) | JSON, "shape": NUMBERS | JSON, "data_offsets": NUMBERS | JSON}
+    {"dtype": st.sampled_from(list(BITS)) | JSON, "shape": NUMBERS | JSON, "data_offsets": NUMBERS | JSON}
 )
 
 
@@ -634,7 +634,7 @@ def test_random_json_is_refused_or_read_as_the_library_reads_it(header: dict[str
     check_verdict(whole_file(header, size))
 
 
-@given(st.lists(st.tuples(st.sampled_from(list(DTYPES)), st.integers(0, 4), st.integers(0, 9), st.integers(0, 9))))
+@given(st.lists(st.tuples(st.sampled_from(list(BITS)), st.integers(0, 4), st.integers(0, 9), st.integers(0, 9))))
 @settings(deadline=None, max_examples=400)
 def test_random_layouts_are_refused_or_read_as_the_library_reads_them(layout: list[tuple[str, int, int, int]]) -> None:
     header = {f"t{i}": entry(dtype, (n,), (begin, end)) for i, (dtype, n, begin, end) in enumerate(layout)}

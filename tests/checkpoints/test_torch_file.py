@@ -23,7 +23,8 @@ import torch
 
 from expo.checkpoints import torch_file as pickled
 from expo.checkpoints.safetensors_header import element_count
-from expo.checkpoints.torch_file import Gathered, PickledShard
+from expo.checkpoints.shard import Shard
+from expo.checkpoints.torch_file import Gathered, open_torch_file
 from expo.dtypes import BITS
 from expo.errors import CheckpointError
 
@@ -50,7 +51,7 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def read(shard: PickledShard, cuts: random.Random | None = None) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+def read(shard: Shard, cuts: random.Random | None = None) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """All tensors, each read in pieces of random lengths, each through what is meant to read it."""
     found = {}
     for tensor in shard.header.tensors:
@@ -65,9 +66,9 @@ def read(shard: PickledShard, cuts: random.Random | None = None) -> dict[str, tu
     return found
 
 
-def check(path: Path, tensors: Mapping[str, torch.Tensor]) -> PickledShard:
+def check(path: Path, tensors: Mapping[str, torch.Tensor]) -> Shard:
     """That the file reads as these tensors, wherever it is cut."""
-    shard = PickledShard(str(path))
+    shard = open_torch_file(str(path))
     wanted = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape), raw(t)) for name, t in tensors.items()}
     for seed in range(5):
         assert read(shard, random.Random(seed)) == wanted
@@ -120,7 +121,7 @@ def test_every_dtype(tmp_path: Path, zipped: bool) -> None:
 def test_a_dtype_that_safetensors_has_not(tmp_path: Path, zipped: bool, dtype: torch.dtype) -> None:
     path = save({"ok": numbers(2), "odd": torch.zeros(3, dtype=torch.complex64).to(dtype)}, tmp_path / "a.bin", zipped)
     with pytest.raises(CheckpointError, match=rf"a\.bin: tensor 'odd': dtype {dtype} is none of bool, uint8"):
-        PickledShard(str(path))
+        open_torch_file(str(path))
 
 
 @FORMS
@@ -188,7 +189,7 @@ def test_whatever_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_many_threads(tmp_path: Path) -> None:
     tensor = numbers(300, 200).t()
-    shard = PickledShard(str(save({"a": tensor}, tmp_path / "a.bin")))
+    shard = open_torch_file(str(save({"a": tensor}, tmp_path / "a.bin")))
     wanted = raw(tensor)
     found = bytearray(len(wanted))
     piece = len(wanted) // 16
@@ -210,7 +211,7 @@ def test_many_threads(tmp_path: Path) -> None:
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     path = save({"a": numbers(3, 4).t()}, tmp_path / "a.bin")
-    shard = PickledShard(str(path))
+    shard = open_torch_file(str(path))
     path.write_bytes(b"changed")
     with pytest.raises(CheckpointError, match="it is being changed"):
         shard.readers["a"].read(0, bytearray(8))
@@ -222,15 +223,15 @@ def test_the_digest_is_of_the_pickle_and_the_places(tmp_path: Path) -> None:
     files = {"a": {"x": numbers(4)}, "b": {"x": numbers(5)}, "c": {"y": numbers(4)}, "d": {"x": half}}
     for name, tensors in files.items():
         save(tensors, tmp_path / f"{name}.bin")
-        digests |= {PickledShard(str(tmp_path / f"{name}.bin")).digest}
+        digests |= {open_torch_file(str(tmp_path / f"{name}.bin")).digest}
     assert len(digests) == 4
     assert all(len(digest) == 64 for digest in digests)
     os.rename(tmp_path / "a.bin", tmp_path / "e.bin")
-    assert PickledShard(str(tmp_path / "e.bin")).digest in digests
+    assert open_torch_file(str(tmp_path / "e.bin")).digest in digests
     moved = zip_file(tmp_path / "f.bin", plain(), {"0": bytes(16)})
-    first = PickledShard(str(moved)).digest
+    first = open_torch_file(str(moved)).digest
     zip_file(tmp_path / "f.bin", plain(), {"0": bytes(16)}, first={"archive/more": b"12345"})
-    assert PickledShard(str(moved)).digest != first
+    assert open_torch_file(str(moved)).digest != first
 
 
 def fake_state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -251,7 +252,7 @@ def test_a_file_of_8_gb_takes_next_to_no_memory(tmp_path: Path) -> None:
 
     tracemalloc.start()
     try:
-        shard = PickledShard(str(path))
+        shard = open_torch_file(str(path))
         opened = tracemalloc.get_traced_memory()[1]
         shard.readers["turned"].read((1 << 28) + 1, bytearray(1 << 18))
         shard.reader.read(path.stat().st_size - 8, bytearray(8))
@@ -272,7 +273,7 @@ before = set(sys.modules)
 import expo.checkpoints.torch_file
 assert "torch" not in sys.modules
 loaded = "numpy" in sys.modules
-shard = expo.checkpoints.torch_file.PickledShard({str(path)!r})
+shard = expo.checkpoints.torch_file.open_torch_file({str(path)!r})
 shard.reader.read(shard.header.tensors[0].start, bytearray(8))
 assert "torch" not in sys.modules and ("numpy" in sys.modules) == loaded
 """
@@ -394,7 +395,7 @@ def refused(
             tracemalloc.start()
         try:
             with pytest.raises(CheckpointError, match=match) as caught:
-                PickledShard(str(path))
+                open_torch_file(str(path))
             assert not most or tracemalloc.get_traced_memory()[1] < most
         finally:
             tracemalloc.stop()
@@ -422,7 +423,7 @@ def test_parts_of_storages_as_the_first_versions_had_them(tmp_path: Path) -> Non
     for first, length, size, match in [(1, 4, 1, "ends at 5 of 4"), (1, 2, 3, "end at byte 12 .*, which has 8")]:
         path.write_bytes(legacy_bytes(pickled_as({"x": tensor(part(first, length), 0, (size,))}), {"0": FOUR}))
         with pytest.raises(CheckpointError, match=match):
-            PickledShard(str(path))
+            open_torch_file(str(path))
 
 
 def test_what_python_2_wrote(tmp_path: Path) -> None:
@@ -469,7 +470,7 @@ def test_size_as_a_class_of_its_own(tmp_path: Path) -> None:
 def test_other_values_are_named_and_the_fix(tmp_path: Path, zipped: bool, value: Any, what: str) -> None:
     path = save(value, tmp_path / "a.bin", zipped)
     with pytest.raises(CheckpointError) as caught:
-        PickledShard(str(path))
+        open_torch_file(str(path))
     assert str(caught.value).startswith(f"{path}: not plain weights: ")
     assert what in str(caught.value)
     assert "save model.state_dict() alone, or load it with transformers and save_pretrained() it" in str(caught.value)
@@ -490,13 +491,13 @@ def test_other_tensors_are_refused_by_the_global(tmp_path: Path) -> None:
     ]:
         path = save({"x": value}, tmp_path / "a.bin")
         with pytest.raises(CheckpointError, match=rf"it refers to .*{name}, which is not plain weights; nothing in it"):
-            PickledShard(str(path))
+            open_torch_file(str(path))
     path = save({"x": torch.ones(2, dtype=torch.complex64).conj()}, tmp_path / "a.bin")
     with pytest.raises(CheckpointError, match=r"tensor 'x': it is conjugated or negated"):
-        PickledShard(str(path))
+        open_torch_file(str(path))
     path = save({"x": {1, 2}}, tmp_path / "a.bin", protocol=4)
     with pytest.raises(CheckpointError, match="its pickle has the instruction EMPTY_SET"):
-        PickledShard(str(path))
+        open_torch_file(str(path))
 
 
 # What wants to do harm
@@ -518,7 +519,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, zipped: bool, protocol: int) -
     sentinel = tmp_path / "ran"
     path = save({"x": torch.ones(2), "y": Runs(f"touch {sentinel}")}, tmp_path / "a.bin", zipped, protocol)
     with pytest.raises(CheckpointError, match=r"it refers to posix\.system, which is not plain weights; nothing in it"):
-        PickledShard(str(path))
+        open_torch_file(str(path))
     assert not sentinel.exists()
     torch.load(path, weights_only=False)  # and yet it would
     assert sentinel.exists()
@@ -699,7 +700,7 @@ def test_a_pickle_of_gigabytes(tmp_path: Path) -> None:
         tracemalloc.start()
         try:
             with pytest.raises(CheckpointError, match=r"its pickle|plain weights"):
-                PickledShard(str(path))
+                open_torch_file(str(path))
             assert tracemalloc.get_traced_memory()[1] < 4 << 20
         finally:
             tracemalloc.stop()
@@ -726,7 +727,7 @@ def test_entries_of_a_zip_file(tmp_path: Path) -> None:
     def gives(match: str, pickled: bytes = plain(), storages: Mapping[str, bytes] = {"0": FOUR}, **more: Any) -> None:
         zip_file(path, pickled, storages, **more)
         with pytest.raises(CheckpointError, match=match) as caught:
-            PickledShard(str(path))
+            open_torch_file(str(path))
         assert str(caught.value).startswith(f"{path}: ")
 
     gives("zip entry 'archive/data.pkl' is compressed or encrypted", compression=zipfile.ZIP_DEFLATED)
@@ -741,7 +742,7 @@ def test_entries_of_a_zip_file(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("word/document.xml", "")
     with pytest.raises(CheckpointError, match=r"a zip file with 0 entries \*/data.pkl"):
-        PickledShard(str(path))
+        open_torch_file(str(path))
 
 
 def test_a_directory_that_lies(tmp_path: Path) -> None:
@@ -754,7 +755,7 @@ def test_a_directory_that_lies(tmp_path: Path) -> None:
     def gives(match: str, at: int, new: bytes) -> None:
         path.write_bytes(data[:at] + new + data[at + len(new) :])
         with pytest.raises(CheckpointError, match=match):
-            PickledShard(str(path))
+            open_torch_file(str(path))
 
     gives("is said to start at byte 1 of", second + 42, struct.pack("<I", 1))
     gives("is said to start at byte 4000000000 of", second + 42, struct.pack("<I", 4_000_000_000))
@@ -773,7 +774,7 @@ def test_a_directory_that_lies(tmp_path: Path) -> None:
         data[:first] + bytes(1 << 25) + data[end : end + 12] + struct.pack("<II", 1 << 25, first) + b"\0\0"
     )
     with pytest.raises(CheckpointError, match=r"a directory of 33554432 bytes, but at most 16777216 are read"):
-        PickledShard(str(path))
+        open_torch_file(str(path))
 
 
 def test_zip_files_of_over_4_gib(tmp_path: Path) -> None:
@@ -792,7 +793,7 @@ def test_zip_files_of_over_4_gib(tmp_path: Path) -> None:
         info.file_size = info.compress_size = count * 4
         archive.start_dir = file.tell()
         archive.writestr("archive/data/1", FOUR)
-    shard = PickledShard(str(path))
+    shard = open_torch_file(str(path))
     assert {name: data for name, (_, _, data) in read(shard).items()} == {"x": FOUR, "y": FOUR}
     shard.reader.close()
 
@@ -806,7 +807,7 @@ def test_older_files_that_lie(tmp_path: Path) -> None:
     def gives(match: str, data: bytes) -> None:
         path.write_bytes(data)
         with pytest.raises(CheckpointError, match=match) as caught:
-            PickledShard(str(path))
+            open_torch_file(str(path))
         assert str(caught.value).startswith(f"{path}: ")
 
     good = legacy_bytes(plain(), {"0": FOUR})
@@ -845,7 +846,7 @@ def test_what_is_no_such_file(tmp_path: Path, data: bytes, what: str) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=what) as caught:
-        PickledShard(str(path))
+        open_torch_file(str(path))
     assert str(caught.value).startswith(f"{path}: ")
 
 
@@ -857,7 +858,7 @@ def test_places_that_are_no_files(tmp_path: Path) -> None:
         (".", "Is a dir"),
     ]:
         with pytest.raises(CheckpointError, match=what):
-            PickledShard(str(tmp_path / name))
+            open_torch_file(str(tmp_path / name))
 
 
 def sample(path: Path, zipped: bool) -> bytes:
@@ -871,7 +872,7 @@ def try_it(path: Path, data: bytes) -> bool:
     """Whether it opens; whatever opens can be read."""
     path.write_bytes(data)
     try:
-        shard = PickledShard(str(path))
+        shard = open_torch_file(str(path))
     except CheckpointError:
         return False
     for name, (dtype, shape, found) in read(shard).items() if shard.size < 1 << 20 else ():
@@ -934,7 +935,7 @@ def test_gathered_alone_reads_what_numpy_does(tmp_path: Path) -> None:
     import numpy as np
 
     path = tmp_path / "a.bin"
-    shard = PickledShard(
+    shard = open_torch_file(
         str(
             zip_file(
                 path,

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from expo.checkpoints.checkpoint import SINGLE, Checkpoint
+from expo.checkpoints.checkpoint import Checkpoint
+from expo.checkpoints.files import SINGLE
 from expo.checkpoints.safetensors_header import Header, TensorInfo, element_count, parse
 from expo.dtypes import BITS
 from expo.options import MergeOptions

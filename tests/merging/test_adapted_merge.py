@@ -22,7 +22,7 @@ from interrupting import Stop, interrupted
 from plans import make_plan
 
 import expo
-from expo.checkpoints.lora import LowRank
+from expo.checkpoints.adapter import LowRank
 from expo.execution.engines import choose
 from expo.execution.tensor_source import MOST_FACTORS, TensorSource
 from expo.fast import main

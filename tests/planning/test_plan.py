@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from plans import ALPHA, COPY, EXTRAPOLATE, Shapes, check_cut, checkpoint, fates, make_plan
 
 import expo
-from expo.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
+from expo.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from expo.checkpoints.files import SINGLE
 from expo.checkpoints.safetensors_header import ALIGNMENT, parse
 from expo.dtypes import BITS
 from expo.errors import PlanError, UsageError

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import ALPHA, COPY, EXTRAPOLATE, Shapes, check_cut, checkpoint, make_plan
 
-from expo.checkpoints.checkpoint import SINGLE, Checkpoint
+from expo.checkpoints.checkpoint import Checkpoint
+from expo.checkpoints.files import SINGLE
 from expo.checkpoints.safetensors_header import ALIGNMENT, element_count, parse
 from expo.dtypes import BITS
 from expo.errors import UsageError

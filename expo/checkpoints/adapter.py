@@ -1,0 +1,65 @@
+"""A LoRA adapter as its header describes it: the changes that make the trained checkpoint of its base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .safetensors_header import TensorInfo
+    from .shard import Shard
+
+
+class LowRank(NamedTuple):
+    """The delta of a base tensor [M, N]: scale * left @ right, where left is [M, r] and right is [r, N].
+
+    Attributes:
+        left: The left factor as it is stored.
+        right: The right factor as it is stored.
+        left_transposed: True if the left factor is stored as [r, M].
+        right_transposed: True if the right factor is stored as [N, r].
+        scale: The number that the product is multiplied by.
+    """
+
+    left: TensorInfo
+    right: TensorInfo
+    left_transposed: bool
+    right_transposed: bool
+    scale: float
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of both factors as they are stored."""
+        return self.left.nbytes + self.right.nbytes
+
+    @property
+    def rank(self) -> int:
+        """Return r."""
+        return self.left.shape[0 if self.left_transposed else 1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter over a base: the trained checkpoint has `full` in place of the base's tensors, and the deltas added.
+
+    No name is both in low_rank and in full.
+
+    Attributes:
+        path: Path of the adapter's folder.
+        config: The object in adapter_config.json.
+        shard: The file with the weights. Every TensorInfo here has the name that the tensor has in this file.
+        low_rank: The deltas, by the base's name for the tensor.
+        full: The tensors that were trained as a whole, by the base's name for the tensor.
+        copies: The base's tensors that the adapter repeats beside a delta, by the base's name; see `check_copies`.
+        unties: True if the head and the embedding of the trained model are two tensors, and those of its base are one.
+        note: The sentence that tells the user of that.
+    """
+
+    path: str
+    config: dict[str, Any]
+    shard: Shard
+    low_rank: dict[str, LowRank]
+    full: dict[str, TensorInfo]
+    copies: dict[str, TensorInfo] = field(default_factory=dict)
+    unties: bool = False
+    note: str | None = None
