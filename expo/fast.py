@@ -22,7 +22,7 @@ from .options import ENGINES, ON_MISMATCH, ON_UNPAIRED, MergeOptions
 from .text import size_text
 
 if TYPE_CHECKING:  # what a merge needs is imported when the arguments are known: --help takes a third of the time
-    from .inputs.resolve import Wanted
+    from .inputs.resolve import PairRequest
     from .merging.job import MergeJob
     from .merging.result import Merged
 
@@ -115,11 +115,11 @@ def _rules(texts: Sequence[str]) -> dict[str, float]:
     return rules
 
 
-def _request(options: argparse.Namespace) -> tuple[Wanted, MergeOptions]:
+def _request(options: argparse.Namespace) -> tuple[PairRequest, MergeOptions]:
     """Return what to merge and how. Raises UsageError."""
-    from .inputs.resolve import wanted
+    from .inputs.resolve import complete_request
 
-    pair = wanted(options.sft, options.aligned, options.alpha, options.recipe)
+    pair = complete_request(options.sft, options.aligned, options.alpha, options.recipe)
     given = vars(options) | {"alphas": pair.alphas, "alpha_for": _rules(options.alpha_for)}
     return pair, MergeOptions(**{each.name: given[each.name] for each in fields(MergeOptions)})
 

@@ -24,7 +24,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError
 from ..execution.tensor_source import TensorSource
 from ..execution.worker_pool import Progress
-from ..inputs.resolve import StrPath, open_inputs, wanted
+from ..inputs.resolve import StrPath, complete_request, open_inputs
 from ..options import MergeOptions
 from ..planning.matching import Matched, match_tensors
 from ..planning.shards import lay_out
@@ -55,7 +55,7 @@ def compare(
     Memory is bounded whatever the size of the models; no GPU and no torch is used.
     Raises UsageError, CheckpointError, PlanError, all of them ExpoError.
     """
-    want = wanted(sft, aligned, 1.0, recipe)
+    want = complete_request(sft, aligned, 1.0, recipe)
     with open_inputs(want.sft, want.aligned, quiet) as (weak, strong):
         matched = _match(weak, strong, on_unpaired, on_mismatch)
         source = TensorSource(weak, strong)

@@ -1,4 +1,4 @@
-"""The two inputs of a merge, as the user names them: folders, files, hub ids, an adapter, a recipe."""
+"""From the names that a user types to two opened checkpoints: folders, files, hub ids, an adapter, a recipe."""
 
 from __future__ import annotations
 
@@ -13,38 +13,42 @@ from ..checkpoints.files import ADAPTER_CONFIG, CONFIG, INDEX, find_other_files,
 from ..checkpoints.sidecars import TEMPLATES, TOKENIZER, VOCABULARIES
 from ..checkpoints.wrappers import without_wrapper
 from ..errors import CheckpointError, UsageError
+from .hub_ids import parse_hub_id, snapshot_origin
 
 StrPath = str | os.PathLike[str]
 
 
-class Wanted(NamedTuple):
-    """What to merge: both checkpoints as the user names them, and one alpha or several."""
+class PairRequest(NamedTuple):
+    """The two checkpoints of a merge as the user names them, and its alphas."""
 
     sft: StrPath
     aligned: StrPath
     alphas: tuple[float, ...]
 
 
-def wanted(
+def complete_request(
     sft: StrPath | None, aligned: StrPath | None, alpha: float | Iterable[float] | None, recipe: str | None
-) -> Wanted:
-    """The arguments, with what a recipe gives where one is left out. Raises UsageError."""
-    if recipe is not None:
-        from .recipes import recipe as find
+) -> PairRequest:
+    """Return the user's arguments, completed by a recipe's values for those that are None.
 
-        found = find(recipe)
+    Raises UsageError if there is no such recipe, if an argument is still missing, or if alpha is not a number.
+    """
+    if recipe is not None:
+        from .recipes import recipe as find_recipe
+
+        found = find_recipe(recipe)
         sft, aligned = found.sft if sft is None else sft, found.aligned if aligned is None else aligned
         alpha = found.alpha if alpha is None else alpha
     if sft is None or aligned is None or alpha is None:
-        given = (("--sft", sft), ("--aligned", aligned), ("--alpha", alpha))
-        *first, last = [name for name, value in given if value is None]
-        lacking = f"{', '.join(first)} and {last}" if first else last
-        raise UsageError(f"{lacking} must be given, or --recipe gives all three")
-    return Wanted(sft, aligned, alphas_of(alpha))
+        arguments = (("--sft", sft), ("--aligned", aligned), ("--alpha", alpha))
+        *first, last = [name for name, value in arguments if value is None]
+        missing = f"{', '.join(first)} and {last}" if first else last
+        raise UsageError(f"{missing} must be given, or --recipe gives all three")
+    return PairRequest(sft, aligned, alphas_of(alpha))
 
 
 def alphas_of(alpha: float | Iterable[float]) -> tuple[float, ...]:
-    """One number or several, as a tuple of floats. Raises UsageError."""
+    """Return one number or several as a tuple of floats. Raises UsageError."""
     try:
         values = tuple(alpha) if isinstance(alpha, Iterable) and not isinstance(alpha, str) else (alpha,)
         return tuple(float(value) for value in values)
@@ -52,83 +56,112 @@ def alphas_of(alpha: float | Iterable[float]) -> tuple[float, ...]:
         raise UsageError(f"alpha must be a number or several, got {alpha!r}") from None
 
 
-class _Found(NamedTuple):
-    """folder: where the files are, or the one file. headers: a folder to open in its place, with no weights' data."""
+class _Location(NamedTuple):
+    """The place of a checkpoint's files.
 
-    folder: str
+    Attributes:
+        path: The folder with the files, or the one file.
+        origin: The repository and the commit that the files come from; None for other files.
+        stand_in: A folder to open in its place, with the headers of the weights and no data (see hub_headers.py); None
+            if the weights themselves are there.
+    """
+
+    path: str
     origin: Origin | None
-    headers: str | None = None
+    stand_in: str | None = None
 
     @property
-    def place(self) -> str:
-        return self.headers or self.folder
+    def path_to_open(self) -> str:
+        return self.stand_in or self.path
 
 
 @contextmanager
 def open_inputs(
     sft: StrPath, aligned: StrPath, quiet: bool = True, headers_only: bool = False, carry: Sequence[str] = ()
 ) -> Iterator[tuple[Checkpoint, Checkpoint]]:
-    """Both checkpoints; hub ids are downloaded first, and an adapter is opened over sft. Raises CheckpointError.
+    """Open both checkpoints for the time of the block. Hub ids are downloaded first; an adapter is opened over sft.
 
-    quiet: without the download's progress bars. headers_only: of weights on the hub that are not in the cache, only the
-    headers are downloaded, and zeros stand for their data. carry: patterns of further files that are wanted of aligned.
+    Args:
+        sft: A folder, a file or a hub id.
+        aligned: The same, or the folder or the hub id of a LoRA adapter.
+        quiet: Show no progress bars of downloads.
+        headers_only: Download only the headers of weights that are not in the hub's cache; their data are then zeros.
+        carry: Patterns of further files of aligned that the output takes over.
+
+    Yields:
+        sft and aligned; both have the tensor names of models without a wrapper.
+
+    Raises:
+        CheckpointError: An input is missing, damaged, or of a kind that cannot be read.
     """
     with ExitStack() as stack:
         stand_ins = stack if headers_only else None
-        found = _fetched(aligned, False, quiet, stand_ins, carry)
-        adapter = _is_adapter(found.place)
-        below = _fetched(
-            sft, not adapter, quiet, stand_ins, carry
-        )  # an adapter's tokenizer and config may be its base's
-        weak = stack.enter_context(closing(_opened(below)))
-        if adapter:
-            weak = without_wrapper(weak, weak)
-            strong = stack.enter_context(closing(_over(weak, found, below.headers is None)))
+        aligned_location = _locate(aligned, False, quiet, stand_ins, carry)
+        has_adapter = _is_adapter(aligned_location.path_to_open)
+        # The tokenizer and the config of an adapter's output may be those of its base, so all files of sft are needed.
+        sft_location = _locate(sft, not has_adapter, quiet, stand_ins, carry)
+        opened_sft = stack.enter_context(closing(_open(sft_location)))
+        if has_adapter:
+            opened_sft = without_wrapper(opened_sft, opened_sft)
+            adapted = _open_adapted(opened_sft, aligned_location, sft_location.stand_in is None)
+            opened_aligned = stack.enter_context(closing(adapted))
         else:
-            strong = without_wrapper(stack.enter_context(closing(_opened(found))), weak)
-        yield weak, strong
+            opened_aligned = stack.enter_context(closing(_open(aligned_location)))
+            opened_aligned = without_wrapper(opened_aligned, opened_sft)
+        yield opened_sft, opened_aligned
 
 
 @contextmanager
 def open_one(path: StrPath, quiet: bool = True) -> Iterator[Checkpoint]:
-    """A checkpoint alone, as sft may be named: no adapter. Raises CheckpointError."""
-    with closing(_opened(_fetched(path, True, quiet))) as checkpoint:
+    """Open one checkpoint for the time of the block: a folder, a file or a hub id, but no adapter.
+
+    Raises CheckpointError.
+    """
+    with closing(_open(_locate(path, True, quiet))) as checkpoint:
         yield checkpoint
 
 
-def _fetched(
-    path: StrPath, weights_only: bool, quiet: bool, stand_ins: ExitStack | None = None, carry: Sequence[str] = ()
-) -> _Found:
-    """Where the files are, and where they come from: what exists is a path, and what does not may be a hub id.
+def _locate(
+    name: StrPath, weights_only: bool, quiet: bool, stand_ins: ExitStack | None = None, carry: Sequence[str] = ()
+) -> _Location:
+    """Find the files that a name means, and download them if the name is no path but a hub id.
 
-    stand_ins: takes a folder with headers that are fetched in place of weights; without it weights are fetched.
+    Args:
+        name: A path or a hub id; a path that exists goes first.
+        weights_only: Download only what a merge needs of sft.
+        quiet: Show no progress bars.
+        stand_ins: Download headers in place of weights; this stack removes the temporary folder with them.
+        carry: Patterns of further files to download.
+
+    Raises:
+        CheckpointError: The hub id's files cannot be downloaded.
     """
-    from . import hub
-
-    path = os.fspath(path)
+    path = os.fspath(name)
     if os.path.lexists(path):
-        found = hub.origin(path)
-        return _Found(path, Origin(*found) if found else None)
-    hub_id = hub.parse(path)
+        found = snapshot_origin(path)
+        return _Location(path, Origin(*found) if found else None)
+    hub_id = parse_hub_id(path)
     if hub_id is None:
-        return _Found(path, None)
+        return _Location(path, None)
+    from . import hub, hub_headers
+
     try:
-        headers = stand_ins.enter_context(hub.stand_in(hub_id)) if stand_ins else None
-        snapshot = hub.fetch(hub_id, weights_only, quiet, headers, carry)
+        stand_in = stand_ins.enter_context(hub_headers.stand_in_folder(hub_id)) if stand_ins else None
+        snapshot = hub.fetch(hub_id, weights_only, quiet, stand_in, carry)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: no such file or folder; as a hub id: {error}") from error
-    origin = Origin(snapshot.repo, snapshot.commit)
-    return _Found(snapshot.folder, origin, headers if headers and os.listdir(headers) else None)
+    is_used = stand_in is not None and bool(os.listdir(stand_in))
+    return _Location(snapshot.folder, Origin(snapshot.repo, snapshot.commit), stand_in if is_used else None)
 
 
-def _opened(found: _Found) -> Checkpoint:
-    """A whole checkpoint, as if its weights were in its folder."""
-    checkpoint = replace(open_checkpoint(found.place), origin=found.origin)
-    if found.headers is None:
+def _open(location: _Location) -> Checkpoint:
+    """Open a checkpoint; one with a stand-in has the paths of the real files all the same."""
+    checkpoint = replace(open_checkpoint(location.path_to_open), origin=location.origin)
+    if location.stand_in is None:
         return checkpoint
-    files = find_other_files(found.folder, {*checkpoint.shards, INDEX})
-    strays = find_strays(found.folder, files)
-    return replace(checkpoint, path=found.folder, folder=found.folder, files=files, strays=strays)
+    folder = location.path
+    files = find_other_files(folder, {*checkpoint.shards, INDEX})
+    return replace(checkpoint, path=folder, folder=folder, files=files, strays=find_strays(folder, files))
 
 
 def _is_adapter(folder: str) -> bool:
@@ -139,44 +172,56 @@ def _is_adapter(folder: str) -> bool:
     return is_adapter(folder)
 
 
-def _over(base: Checkpoint, found: _Found, has_data: bool = True) -> Checkpoint:
-    """The checkpoint that an adapter makes of its base: the base's files and names, its own tokenizer where it has one.
+def _open_adapted(base: Checkpoint, location: _Location, base_has_data: bool) -> Checkpoint:
+    """Open an adapter over its base: the checkpoint has the base's tensors and files, with the adapter's own in place.
 
-    has_data: of the base; where either has headers alone, what the adapter repeats of the base is not compared.
-    Raises CheckpointError.
+    Args:
+        base: The checkpoint that the adapter was trained on.
+        location: The adapter's place.
+        base_has_data: False if the base has headers alone. Copies of the base's tensors in the adapter are compared
+            with the base only if both have their data.
+
+    Raises:
+        CheckpointError: The adapter is damaged, of a kind that cannot be read, or was trained on another base.
     """
     from ..checkpoints.lora import check_copies, open_adapter
     from ..checkpoints.lora_ties import settled, tie_of, with_head
 
-    folder = found.folder
+    folder, has_data = location.path, location.stand_in is None
     tie = tie_of(base)
     whole = with_head(base, tie)
-    adapter = open_adapter(found.place, whole.tensors)
+    adapter = open_adapter(location.path_to_open, whole.tensors)
     try:
-        if has_data and found.headers is None:
+        if base_has_data and has_data:
             check_copies(adapter, whole.tensors, whole.reader)
-        adapter = settled(adapter, tie, base, found.headers is None)
+        adapter = settled(adapter, tie, base, has_data)
     except BaseException:
         adapter.shard.reader.close()
         raise
-    made = whole if adapter.unties else base
-    tensors = {name: adapter.full.get(name, tensor) for name, tensor in made.tensors.items()}
-    files, strays = _files(base, folder, os.path.basename(adapter.shard.path)) if base.folder is not None else ({}, {})
+    adapted = whole if adapter.unties else base
+    tensors = {name: adapter.full.get(name, tensor) for name, tensor in adapted.tensors.items()}
+    files, strays = ({}, {}) if base.folder is None else _adapted_files(base, folder, adapter.shard.path)
     return replace(
-        made, path=folder, tensors=tensors, files=files, strays=strays, origin=found.origin, adapter=adapter
+        adapted, path=folder, tensors=tensors, files=files, strays=strays, origin=location.origin, adapter=adapter
     )  # fmt: skip
 
 
-def _files(base: Checkpoint, folder: str, weights: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The base's files and in their place the adapter's own; and which of them are links out of their folders.
+def _adapted_files(base: Checkpoint, folder: str, weights: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the base's files with the adapter's own in their place, and the links out of either folder among them.
 
-    A tokenizer is replaced as a whole: the chat template or the special tokens of the base's would go before its own.
-    The model's config is the base's, as the weights are: an adapter may keep one of the base as it was quantised.
+    An adapter's tokenizer replaces the base's as a whole: transformers would prefer the base's chat template and
+    special tokens to those of the adapter. The model's config is always the base's, as the weights are: an adapter may
+    have the config of a quantised copy of its base.
+
+    Args:
+        base: The checkpoint that the adapter was trained on.
+        folder: The adapter's folder.
+        weights: The path of the adapter's weights.
     """
-    own = find_other_files(folder, {ADAPTER_CONFIG, CONFIG, weights})
-    without = {*own, ADAPTER_CONFIG}  # the base may keep the config of an adapter that was merged into it
+    own = find_other_files(folder, {ADAPTER_CONFIG, CONFIG, os.path.basename(weights)})
+    replaced = {*own, ADAPTER_CONFIG}  # the base may have the config of an adapter that was merged into it
     if VOCABULARIES & set(own):
-        without |= {name for name in base.files if os.path.dirname(name) == TEMPLATES or name in TOKENIZER}
-    kept = {name: path for name, path in base.files.items() if name not in without}
-    strays = {name: place for name, place in base.strays.items() if name in kept} | find_strays(folder, own)
+        replaced |= {name for name in base.files if os.path.dirname(name) == TEMPLATES or name in TOKENIZER}
+    kept = {name: path for name, path in base.files.items() if name not in replaced}
+    strays = {name: target for name, target in base.strays.items() if name in kept} | find_strays(folder, own)
     return dict(sorted({**kept, **own}.items())), strays

@@ -21,7 +21,7 @@ from ..execution.engines import Engine, engines_for
 from ..execution.lanes import RING_SLOTS
 from ..execution.tensor_source import CONVERSION_BYTES, MOST_FACTORS, TensorSource
 from ..execution.worker_pool import chunk_size
-from ..inputs.resolve import StrPath, Wanted, open_inputs
+from ..inputs.resolve import PairRequest, StrPath, open_inputs
 from ..options import MergeOptions
 from ..output.journal import has_journal
 from ..output.mounts import refuse_mount_point
@@ -52,7 +52,7 @@ class MergeJob:
         error: The error that `merge` raises for this job; None where the job can be done.
     """
 
-    pair: Wanted
+    pair: PairRequest
     options: MergeOptions
     sft: Checkpoint
     aligned: Checkpoint
@@ -129,7 +129,7 @@ def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 @contextmanager
 def open_job(
-    pair: Wanted, out: StrPath | None, options: MergeOptions, ranks: SingleProcess, headers_only: bool = False
+    pair: PairRequest, out: StrPath | None, options: MergeOptions, ranks: SingleProcess, headers_only: bool = False
 ) -> Iterator[MergeJob]:
     """Open both checkpoints, plan, and find out whether the plan can be carried out.
 

@@ -19,7 +19,7 @@ from ..checkpoints.sidecars import CARD, has_tokenizer
 from ..dtypes import ITEMSIZE
 from ..errors import CheckpointError, OutputError, RankError
 from ..execution.worker_pool import Progress
-from ..inputs.resolve import StrPath, Wanted, wanted
+from ..inputs.resolve import PairRequest, StrPath, complete_request
 from ..options import MergeOptions
 from ..output.journal import DoneChunks, Journal, differences
 from ..output.staging import Staging
@@ -103,7 +103,7 @@ def merge(
     """
     ranks = ranks or SingleProcess()
     with ranks.together(cancel):
-        pair = wanted(sft, aligned, alpha, recipe)
+        pair = complete_request(sft, aligned, alpha, recipe)
         options = MergeOptions(
             pair.alphas, alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size, carry, engine, device,
             overwrite, resume, verify, digest, check, quiet,
@@ -112,7 +112,7 @@ def merge(
 
 
 def merge_pair(
-    pair: Wanted,
+    pair: PairRequest,
     out: StrPath | None,
     options: MergeOptions,
     ranks: SingleProcess,
@@ -153,7 +153,7 @@ def merge_pair(
         return replace(merged, warnings=merged.warnings + tuple(coordinator.forget()))
 
 
-def preview(pair: Wanted, out: StrPath | None, options: MergeOptions) -> MergeJob:
+def preview(pair: PairRequest, out: StrPath | None, options: MergeOptions) -> MergeJob:
     """Return the job of a merge, from headers alone; this writes nothing but the hub's cache.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..cli import run, show, warn
 from ..errors import OutputError, UsageError
-from ..inputs.resolve import StrPath, wanted
+from ..inputs.resolve import StrPath, complete_request
 from ..options import ON_MISMATCH, ON_UNPAIRED
 from .probing import BUDGET
 from .prompts import read_prompts
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    pair = wanted(options.sft, options.aligned, 1.0, options.recipe)
+    pair = complete_request(options.sft, options.aligned, 1.0, options.recipe)
     result = _search(options, pair.sft, pair.aligned)
     warn(result.warnings)
     show("\n".join([*_table(result), *result.verdict.splitlines(), f"-> {result.path}"]))

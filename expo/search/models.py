@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ..errors import CheckpointError, EngineError
 from ..execution.engines import check_device
-from ..inputs import hub
+from ..inputs.hub_ids import parse_hub_id
 
 
 def device_of(name: str) -> torch.device:
@@ -60,7 +60,7 @@ def load_model(kind: Any, path: str, device: torch.device, trust_remote_code: bo
 
 def _source(path: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     """Return what transformers takes as a model's name, and its options."""
-    hub_id = None if os.path.exists(path) else hub.parse(path)
+    hub_id = None if os.path.exists(path) else parse_hub_id(path)
     where, revision = (path, "main") if hub_id is None else (hub_id.repo, hub_id.revision or "main")
     return where, {"revision": revision, "trust_remote_code": trust_remote_code}
 

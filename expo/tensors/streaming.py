@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..execution.engines import Engine, choose
 from ..execution.tensor_source import TensorSource
 from ..execution.worker_pool import CHUNK
-from ..inputs.resolve import StrPath, open_inputs, wanted
+from ..inputs.resolve import StrPath, complete_request, open_inputs
 from ..options import MergeOptions
 from ..planning.matching import match_tensors
 from ..planning.steps import Step, by_tensor
@@ -56,7 +56,7 @@ def stream(
         raise UsageError(f"framework must be torch or numpy, got {framework!r}")
     if to is not None and framework != "torch":
         raise UsageError(f"to={to!r} is a device of torch, but framework is {framework!r}")
-    pair = wanted(sft, aligned, alpha, recipe)
+    pair = complete_request(sft, aligned, alpha, recipe)
     options = MergeOptions(pair.alphas, alpha_for or {}, on_unpaired, on_mismatch, dtype)
     chosen = choose(engine, device)
     with ExitStack() as stack:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from expo.inputs import hub
+from expo.inputs.hub_ids import Snapshot
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 DRIVER = """
 import json, os, resource, sys
 from expo.inputs import hub
+from expo.inputs.hub_ids import parse_hub_id
 from expo.errors import CheckpointError
 
 assert not {"huggingface_hub", "torch", "transformers", "numpy"} & set(sys.modules), "imported for nothing"
@@ -26,7 +27,7 @@ if limit := int(os.environ.get("FILE_LIMIT", 0)):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 for text, weights_only, quiet in json.loads(sys.argv[1]):
     try:
-        print(json.dumps(hub.fetch(hub.parse(text), weights_only, quiet)), flush=True)
+        print(json.dumps(hub.fetch(parse_hub_id(text), weights_only, quiet)), flush=True)
     except CheckpointError as error:
         print(json.dumps(str(error)), flush=True)
 assert not {"torch", "transformers"} & set(sys.modules)
@@ -97,4 +98,4 @@ class Client:
             stdout, self.stderr = process.communicate(timeout=60)
         assert process.returncode == 0, self.stderr
         results = [json.loads(line) for line in stdout.splitlines()]
-        return [item if isinstance(item, str) else hub.Snapshot(*item) for item in results]
+        return [item if isinstance(item, str) else Snapshot(*item) for item in results]

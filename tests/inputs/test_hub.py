@@ -19,6 +19,8 @@ from hub_server import TOKEN, Hub, files_of, serve
 from expo.checkpoints.checkpoint import open_checkpoint
 from expo.errors import CheckpointError
 from expo.inputs import hub
+from expo.inputs.hub_headers import FIRST_REQUEST, stand_in_folder
+from expo.inputs.hub_ids import HubId, Snapshot, parse_hub_id, snapshot_origin
 
 SHAPES = {"embed.weight": ("BF16", (64, 32)), "layer.weight": ("BF16", (32, 32)), "norm.weight": ("F32", (32,))}
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -73,7 +75,7 @@ CARRIED = ABOUT | CODE | {"LICENSE", "README.md", "generation_config.json", "voc
     ],
 )
 def test_hub_ids(text: str, repo: str, revision: str | None) -> None:
-    assert hub.parse(text) == (repo, revision)
+    assert parse_hub_id(text) == (repo, revision)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +90,12 @@ def test_hub_ids(text: str, repo: str, revision: str | None) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_hub_id(text: str) -> None:
-    assert hub.parse(text) is None
+    assert parse_hub_id(text) is None
 
 
 def test_the_label_names_repository_and_revision() -> None:
-    assert str(hub.HubId("org/name", None)) == "org/name@main"
-    assert str(hub.HubId("org/name", "v1")) == "org/name@v1"
+    assert str(HubId("org/name", None)) == "org/name@main"
+    assert str(HubId("org/name", "v1")) == "org/name@v1"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_the_label_names_repository_and_revision() -> None:
     ],
 )
 def test_the_origin_of_a_path(path: str, found: tuple[str, str] | None) -> None:
-    assert hub.origin(path) == found
+    assert snapshot_origin(path) == found
 
 
 def test_the_origin_of_relative_paths_and_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +127,7 @@ def test_the_origin_of_relative_paths_and_links(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "link").symlink_to(snapshot)
     monkeypatch.chdir(snapshot.parent)
     for path in (SHA, f"{SHA}/model.safetensors", tmp_path / "link", f"./{SHA}/../{SHA}"):
-        assert hub.origin(path) == ("org/name", SHA)
+        assert snapshot_origin(path) == ("org/name", SHA)
 
 
 CHOICES: list[tuple[Sequence[str], str]] = [
@@ -140,7 +142,7 @@ CHOICES: list[tuple[Sequence[str], str]] = [
 
 @pytest.mark.parametrize(("names", "chosen"), CHOICES)
 def test_the_form_of_the_weights(names: Sequence[str], chosen: str) -> None:
-    files = hub.choose(hub.HubId("org/name", None), names, weights_only=True)
+    files = hub.choose_files(HubId("org/name", None), names, weights_only=True)
     is_index = chosen.endswith(".json")
     assert (files.weights, files.index_file) == (([], chosen) if is_index else ([chosen], None))
     adapter = ["adapter_config.json"] if "adapter_config.json" in names else []
@@ -150,19 +152,24 @@ def test_the_form_of_the_weights(names: Sequence[str], chosen: str) -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["README.md", "m-Q4_K_M.gguf", "m-Q8_0.gguf"], "but m-Q4_K_M.gguf, m-Q8_0.gguf (GGUF); give the repository"),
-        (["original/consolidated.00.pth"], "but original/consolidated.00.pth; give the repository"),
+        (
+            ["README.md", "m-Q4_K_M.gguf", "m-Q8_0.gguf"],
+            "has m-Q4_K_M.gguf, m-Q8_0.gguf (GGUF); give the repository",
+        ),
+        (["original/consolidated.00.pth"], "the repository has original/consolidated.00.pth; give the repository"),
         ([f"unet/{i}.safetensors" for i in range(7)], "unet/4.safetensors and 2 more"),
-        (["adapter_model.safetensors"], "but adapter_model.safetensors"),
-        (["README.md"], "but README.md"),
-        ([], "but no files at all"),
+        (["adapter_model.safetensors"], "the repository has adapter_model.safetensors"),
+        (["README.md"], "the repository has README.md"),
+        ([], "the repository has no files at all"),
     ],
 )
 def test_a_repository_without_weights(names: list[str], said: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        hub.choose(hub.HubId("org/name", "v1"), names)
+        hub.choose_files(HubId("org/name", "v1"), names)
     assert said in str(caught.value)
-    assert str(caught.value).startswith("org/name@v1: no weights that can be read, which are model.safetensors, ")
+    assert str(caught.value).startswith(
+        "org/name@v1: no weights that can be read. The file has to be model.safetensors, "
+    )
 
 
 def test_a_sharded_repository(server: Hub, client: Client, tmp_path: Path) -> None:
@@ -183,7 +190,7 @@ def test_a_sharded_repository(server: Hub, client: Client, tmp_path: Path) -> No
     aligned, again, named = client("org/name", "org/name", f"org/name@{commit}")
     assert set(server.asked()) == CARRIED - ABOUT | {"additional_chat_templates/odd [1]*.jinja"}
     assert sft == aligned == again == named
-    assert hub.origin(aligned.folder) == ("org/name", commit)
+    assert snapshot_origin(aligned.folder) == ("org/name", commit)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         checkpoint = open_checkpoint(aligned.folder)
@@ -259,7 +266,7 @@ def test_what_the_hub_refuses(server: Hub, client: Client) -> None:
     )  # fmt: skip
     missing, private, gated, _ = client(*ids, HF_TOKEN=TOKEN)
     assert "or a private one, and the token that is set does not open it; check the name" in missing
-    assert isinstance(private, hub.Snapshot)
+    assert isinstance(private, Snapshot)
     assert "is gated, and the token that is set does not open it; accept its conditions" in gated
     (refused,) = client("org/public", HF_TOKEN="hf_wrong")
     assert refused.startswith(f"org/public@main: {at} refuses the token (HfHubHTTPError: ")
@@ -385,7 +392,7 @@ def test_ctrl_c_ends_a_download_at_once(server: Hub, client: Client) -> None:
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"org/name@v1: hub ids need huggingface_hub 0\.34 or later, which"):
-        hub.fetch(hub.HubId("org/name", "v1"))
+        hub.fetch(HubId("org/name", "v1"))
 
 
 LARGE = {f"layers.{i}.weight": ("BF16", (512, 512)) for i in range(6)}  # half a megabyte each
@@ -411,9 +418,9 @@ def test_a_plan_fetches_headers_alone(server: Hub, client: Client, two: list[str
     plans = client.plan(*pairs)
     found, refused = plans
     asked = [(verb, part) for verb, path, part in server.log if path.endswith(".safetensors")]
-    assert asked == [("GET", f"bytes=0-{hub.FIRST - 1}")] * 12
+    assert asked == [("GET", f"bytes=0-{FIRST_REQUEST - 1}")] * 12
     assert sorted(weights_asked(server)) == sorted(two * 4)
-    assert sum(server.sent[name] for name in two) == 12 * hub.FIRST
+    assert sum(server.sent[name] for name in two) == 12 * FIRST_REQUEST
     assert found["outputs"] == ["aligned-expo-0.5"]
     assert found["bytes_read"] == 2 * 6 * 512 * 512 * 2
     assert found["notes"][0].startswith("the tokenizers differ in 1 token id (0 is 'sft' in sft and 'aligned'")
@@ -443,11 +450,11 @@ def test_long_headers_and_a_server_that_knows_of_no_ranges(server: Hub, client: 
     for repo in ("org/sft", "org/aligned"):
         server.add(repo, files)
     stop = 8 + int.from_bytes(files[WEIGHTS][:8], "little")
-    assert stop > 2 * hub.FIRST
+    assert stop > 2 * FIRST_REQUEST
     found, local = client.plan(("org/sft", "org/aligned"), (tmp_path / "model", tmp_path / "model"))
     assert len(found["steps"]) == 1000
     assert found == {**local, "outputs": ["aligned-expo-0.5"]}
-    assert server.sent[WEIGHTS] == 2 * (hub.FIRST + stop)
+    assert server.sent[WEIGHTS] == 2 * (FIRST_REQUEST + stop)
     server.whole_only = True
     assert client.plan(("org/sft", "org/aligned")) == [found]
 
@@ -506,7 +513,7 @@ def test_a_plan_of_an_adapter(server: Hub, client: Client, two: list[str], tmp_p
     plans = client.plan(*pairs)
     assert plans[0]["outputs"] == ["adapter-expo-0.5"]
     assert plans == [plans[0]] * 3
-    assert server.sent["adapter_model.safetensors"] == 2 * hub.FIRST
+    assert server.sent["adapter_model.safetensors"] == 2 * FIRST_REQUEST
     client("org/sft", "org/adapter")
     server.log.clear()
     assert client.plan(pairs[0]) == plans[:1]
@@ -530,6 +537,6 @@ def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", "/proc/none")
     with (
         pytest.raises(CheckpointError, match=r"org/name@v1: no temporary folder .*FileNotFoundError.*; set TMPDIR to"),
-        hub.stand_in(hub.HubId("org/name", "v1")),
+        stand_in_folder(HubId("org/name", "v1")),
     ):
         pass
