@@ -1,7 +1,7 @@
-"""The command line: python -m expo.fast --sft A --aligned B --alpha 0.3 [--out C]
+"""The command line of a merge: python -m expo.fast --sft A --aligned B --alpha 0.3 [--out C]
 
-Arguments to merge() to summary, and nothing else: results on stdout, progress and messages on stderr.
-Exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the output could not be written;
+This module turns arguments into a merge and the merge into a summary. Results go to stdout, progress and messages to
+stderr. Exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the output could not be written;
 130 interrupted.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,54 +53,74 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # argparse takes -0.1 for a number, but -1e-3 for an option
+    # argparse takes -0.1 for a number, but -1e-3 for an option.
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
-    add = parser.add_argument
-    add(
-        "--sft",
-        metavar="A",
-        help="the weaker checkpoint: a folder, a .safetensors or .bin file, or org/name[@revision]",
-    )
-    add("--aligned", metavar="B", help="the checkpoint trained from it: likewise, or a LoRA adapter folder over sft")
-    add("--alpha", nargs="+", type=float, help="how far past aligned; several: one read, an output each")
-    add("--recipe", metavar="NAME", help="a published pair: gives --sft, --aligned and --alpha where they are left out")
-    add("--list-recipes", action="store_true", help="print the published pairs with their scores, and stop")
-    add("--out", metavar="C", help="output; with several alphas it contains {alpha} (default: ./<B>-expo-<alpha>)")
-    add(
-        "--alpha-for", action="append", default=[], metavar="REGEX=FLOAT",
-        help="alpha of the tensors whose name matches; repeatable, the last match wins, 0 keeps aligned's",
-    )  # fmt: skip
-    add(
-        "--on-unpaired",
-        choices=ON_UNPAIRED,
-        default="error",
-        help="a tensor in one input only: refuse, or do as aligned does",
-    )
-    add(
-        "--on-mismatch", choices=ON_MISMATCH, default="error",
-        help="a tensor of two shapes: refuse, extrapolate the rows that both have, or keep aligned's",
-    )  # fmt: skip
-    add("--dtype", choices=OUTPUT_DTYPES, help="of the output, rounded once (default: aligned's)")
-    add("--max-shard-size", metavar="SIZE", help="of an output's file, 5GB say (default: aligned's own files)")
-    add(
-        "--carry", action="append", default=[], metavar="PATTERN",
-        help="take further files of aligned's folder along: 'docs/*', say; repeatable",
-    )  # fmt: skip
-    add("--engine", choices=ENGINES, default="auto", help="auto: compiled CPU code, else NumPy; triton needs a GPU")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, or cuda[:index]: a GPU too")
-    add("--plan", action="store_true", help="read headers only, print every tensor's fate, write nothing")
-    add("--json", action="store_true", help="print the result, or the plan, as one JSON object")
-    add("--overwrite", action="store_true", help="replace an output that is there")
-    add("--resume", action="store_true", help="go on with what an interrupted merge has left, if it is there")
-    add("--digest", action="store_true", help="write SHA256SUMS too, which sha256sum -c checks")
-    add("--verify", action="store_true", help="read the output back and compare it with a recomputation")
-    add("--check", action="store_true", help="have transformers load it, without its data, before it is put in place")
-    add("--quiet", action="store_true", help="no progress and no summary")
-    add("--version", action="version", version=f"expo {__version__}")
+    _add_inputs(parser.add_argument)
+    _add_content(parser.add_argument)
+    _add_execution(parser.add_argument)
+    parser.add_argument("--version", action="version", version=f"expo {__version__}")
     return parser
 
 
+def _add_inputs(add: Callable[..., Any]) -> None:
+    """Add the options that name the inputs, the alphas and the output."""
+    add(
+        "--sft", metavar="A",
+        help="the checkpoint before alignment: a folder, a .safetensors or .bin file, or org/name[@revision]",
+    )  # fmt: skip
+    add(
+        "--aligned", metavar="B", help="the checkpoint trained from it, named likewise, or a LoRA adapter folder over A"
+    )
+    add("--alpha", nargs="+", type=float, help="how far to go past B; several alphas: one read, one output for each")
+    add(
+        "--recipe",
+        metavar="NAME",
+        help="use a published pair for those of --sft, --aligned, --alpha that are not given",
+    )
+    add("--list-recipes", action="store_true", help="print the published pairs with their scores, and stop")
+    add("--out", metavar="C", help="the output; it contains {alpha} for several alphas (default: ./<B>-expo-<alpha>)")
+
+
+def _add_content(add: Callable[..., Any]) -> None:
+    """Add the options that decide what an output holds."""
+    add(
+        "--alpha-for", action="append", default=[], metavar="REGEX=FLOAT",
+        help="use this alpha for tensors whose name matches; repeatable, the last match wins, 0 keeps B's tensor",
+    )  # fmt: skip
+    add(
+        "--on-unpaired", choices=ON_UNPAIRED, default="error",
+        help="a tensor is in one input only: refuse, or do as aligned does",
+    )  # fmt: skip
+    add(
+        "--on-mismatch", choices=ON_MISMATCH, default="error",
+        help="a tensor has two shapes: refuse, extrapolate the rows that both have, or keep B's tensor",
+    )  # fmt: skip
+    add("--dtype", choices=OUTPUT_DTYPES, help="write the output in this dtype, rounded once (default: B's dtypes)")
+    add("--max-shard-size", metavar="SIZE", help="the largest size of a file, such as 5GB (default: B's own files)")
+    add(
+        "--carry", action="append", default=[], metavar="PATTERN",
+        help="copy further files of B's folder into the output, such as 'docs/*'; repeatable",
+    )  # fmt: skip
+
+
+def _add_execution(add: Callable[..., Any]) -> None:
+    """Add the options that decide how the output is made and what is printed."""
+    add("--engine", choices=ENGINES, default="auto", help="auto: compiled CPU code, else NumPy; triton needs a GPU")
+    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, or cuda[:index], with which a GPU computes too")
+    add("--plan", action="store_true", help="read headers only, print what happens to every tensor, write nothing")
+    add("--json", action="store_true", help="print the result, or the plan, as one JSON object")
+    add("--overwrite", action="store_true", help="replace an output that exists")
+    add("--resume", action="store_true", help="continue an interrupted merge, if one is there")
+    add("--digest", action="store_true", help="write SHA256SUMS too, which sha256sum -c checks")
+    add("--verify", action="store_true", help="read the output back and compare it with a second computation")
+    add(
+        "--check", action="store_true", help="let transformers load the output, without its data, before it is in place"
+    )
+    add("--quiet", action="store_true", help="print no progress and no summary")
+
+
 def _rules(texts: Sequence[str]) -> dict[str, float]:
+    """Return the alphas of `--alpha-for` by regular expression. Raises UsageError."""
     rules: dict[str, float] = {}
     for text in texts:
         pattern, equals, value = text.rpartition("=")
@@ -110,7 +130,7 @@ def _rules(texts: Sequence[str]) -> dict[str, float]:
             equals = ""
         if not equals:
             raise UsageError(f"--alpha-for takes REGEX=FLOAT, got {text!r}")
-        rules.pop(pattern, None)  # a repeated pattern counts where it stands last
+        rules.pop(pattern, None)  # a repeated pattern counts at its last place
         rules[pattern] = alpha
     return rules
 
@@ -181,7 +201,7 @@ def _summary(merged: Merged) -> Iterator[str]:
 
 
 def _some(lines: Sequence[str]) -> Iterator[str]:
-    """The first lines, and how many there are besides."""
+    """Yield the first lines, and the number of the others."""
     shown = [*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more; --plan names them all"] if len(lines) > SHOWN else [])]
     yield from (f"           {line}" for line in shown)
 
