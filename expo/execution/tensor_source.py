@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.reader import ByteReader, FileReader
 from ..dtypes import BITS
 from ..errors import EngineError
@@ -20,6 +19,7 @@ from .engines import Engine
 
 if TYPE_CHECKING:
     from ..checkpoints.adapter import LowRank
+    from ..checkpoints.checkpoint import Checkpoint
 
 READ = 256 << 10  # bytes read of each input at a time where it is not mapped: both stay in the second-level cache
 WIDEST = 8  # bytes of an element

@@ -10,14 +10,16 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import SINGLE
 from ..checkpoints.safetensors_header import TensorInfo, emit
 from ..checkpoints.weight_files import PICKLED
 from ..kernels.contract import Statistics
 from .steps import Step, joined
+
+if TYPE_CHECKING:
+    from ..checkpoints.checkpoint import Checkpoint
 
 
 class OutputShard(NamedTuple):
