@@ -145,7 +145,8 @@ def _over(base: Checkpoint, found: _Found, has_data: bool = True) -> Checkpoint:
     has_data: of the base; where either has headers alone, what the adapter repeats of the base is not compared.
     Raises CheckpointError.
     """
-    from ..checkpoints.lora import check_copies, open_adapter
+    from ..checkpoints.lora import open_adapter
+    from ..checkpoints.lora_data import check_copies
     from ..checkpoints.lora_ties import settled, tie_of, with_head
 
     folder = found.folder
