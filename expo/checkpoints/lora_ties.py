@@ -16,7 +16,9 @@ from typing import NamedTuple, TypeVar
 from ..errors import CheckpointError
 from .adapter import Adapter, LowRank
 from .checkpoint import Checkpoint
-from .lora import TIED_ELSEWHERE, holds_equal, names_without_wrappers
+from .lora_config import TIED_ELSEWHERE
+from .lora_data import are_equal
+from .lora_file import names_without_wrappers
 from .model_parts import HEAD, generates, is_embedding, tie_flag
 from .safetensors_header import TensorInfo
 
@@ -98,7 +100,7 @@ def _stay_tied(adapter: Adapter, tie: Tie, changes: Mapping[str, TensorInfo | Lo
     if embedding is not None and head is not None:
         if not has_data:
             return bool(adapter.config.get("ensure_weight_tying")) or not _is_trained_copy(adapter, embedding)
-        return type(embedding) is type(head) and holds_equal(adapter.shard, embedding, head)
+        return type(embedding) is type(head) and are_equal(adapter.shard, embedding, head)
     # PEFT saves an embedding that was resized, or that the user trained as a whole, without a copy: it is still tied.
     change = embedding if embedding is not None else head
     return not isinstance(change, LowRank) and not _is_trained_copy(adapter, change)

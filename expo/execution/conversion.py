@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.safetensors_header import TensorInfo
 from ..kernels import convert
 from ..kernels.contract import Statistics, working_alpha
 from ..kernels.numerics import STORAGE, Array, widen
@@ -24,10 +23,9 @@ from .engines import Engine
 Factors = tuple[Array, Array, float]
 
 
-def matrix(data: bytearray, tensor: TensorInfo, transposed: bool) -> Array:
-    """A stored matrix as fp32, C-contiguous, the other way round where `transposed`."""
-    stored = widen(np.frombuffer(data, STORAGE[tensor.dtype]), tensor.dtype).reshape(tensor.shape)
-    return np.ascontiguousarray(stored.T if transposed else stored, np.float32)
+def factor_in_fp32(factor: Array, dtype: str) -> Array:
+    """Return a factor, an array of the safetensors dtype `dtype`, as C-contiguous fp32."""
+    return np.ascontiguousarray(widen(factor.view(STORAGE[dtype]), dtype), np.float32)
 
 
 class Block:

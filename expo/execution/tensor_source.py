@@ -155,16 +155,12 @@ class TensorSource:
 
     def _read_factors(self, delta: LowRank) -> Any:
         """An adapter's two matrices as fp32 [M, r] and [r, N], and the scale."""
-        from . import conversion as converting
+        from ..checkpoints.lora_data import read_factors
+        from .conversion import factor_in_fp32
 
-        adapter = self._aligned.adapter
-        assert adapter is not None
-        found = []
-        for tensor, transposed in ((delta.left, delta.left_transposed), (delta.right, delta.right_transposed)):
-            data = bytearray(tensor.nbytes)
-            adapter.shard.reader_of(tensor.name).read(tensor.start, data)
-            found.append(converting.matrix(data, tensor, transposed))
-        return (*found, delta.scale)
+        assert self._aligned.adapter is not None
+        left, right = read_factors(self._aligned.adapter.shard, delta)
+        return factor_in_fp32(left, delta.left.dtype), factor_in_fp32(right, delta.right.dtype), delta.scale
 
 
 class Run(NamedTuple):

@@ -184,7 +184,8 @@ def _open_adapted(base: Checkpoint, location: _Location, base_has_data: bool) ->
     Raises:
         CheckpointError: The adapter is damaged, of a kind that cannot be read, or was trained on another base.
     """
-    from ..checkpoints.lora import check_copies, open_adapter
+    from ..checkpoints.lora import open_adapter
+    from ..checkpoints.lora_data import check_copies
     from ..checkpoints.lora_ties import settled, tie_of, with_head
 
     folder, has_data = location.path, location.stand_in is None

@@ -14,7 +14,8 @@ import pytest
 from checkpoint_files import quiet, random_tensors, safetensors_bytes
 
 from expo.checkpoints.adapter import Adapter, LowRank
-from expo.checkpoints.lora import check_copies, is_adapter, open_adapter
+from expo.checkpoints.lora import is_adapter, open_adapter
+from expo.checkpoints.lora_data import check_copies
 from expo.checkpoints.safetensors_header import TensorInfo
 from expo.checkpoints.weight_files import open_safetensors
 from expo.errors import CheckpointError

@@ -1,0 +1,88 @@
+"""The data of an adapter: its factors as arrays, and comparisons of whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import numpy_dtypes
+from ..errors import CheckpointError
+from .adapter import Adapter, LowRank
+from .lora_config import BASE
+from .reader import ByteReader
+from .safetensors_header import TensorInfo
+from .shard import Shard
+
+PIECE = 1 << 20  # most bytes of a tensor that are compared at a time
+WIDEST = 8  # bytes of an element of the widest dtype
+
+
+def read_factors(shard: Shard, delta: LowRank) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the left factor [M, r] and the right factor [r, N] of a delta, in the dtypes of the file.
+
+    A factor that is stored the other way round is a transposed view.
+    """
+    left, right = (_read_matrix(shard, tensor) for tensor in (delta.left, delta.right))
+    return left.T if delta.left_transposed else left, right.T if delta.right_transposed else right
+
+
+def _read_matrix(shard: Shard, tensor: TensorInfo) -> np.ndarray[Any, Any]:
+    data = bytearray(tensor.nbytes)
+    shard.reader_of(tensor.name).read(tensor.start, data)
+    return np.frombuffer(data, numpy_dtypes()[tensor.dtype]).reshape(tensor.shape)
+
+
+def are_equal(shard: Shard, one: TensorInfo | LowRank, other: TensorInfo | LowRank) -> bool:
+    """Return True if two whole tensors of the file have the same bytes, or two deltas the same scale and factors."""
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        sides = zip(read_factors(shard, one), read_factors(shard, other), strict=True)
+        return one.scale == other.scale and all(np.array_equal(a, b) for a, b in sides)
+    assert isinstance(one, TensorInfo)
+    assert isinstance(other, TensorInfo)
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    pieces = (_pieces(shard.reader_of(tensor.name), tensor, PIECE) for tensor in (one, other))
+    return all(a == b for a, b in zip(*pieces, strict=True))
+
+
+def check_copies(adapter: Adapter, base: Mapping[str, TensorInfo], reader: Callable[[str], ByteReader]) -> None:
+    """Compare the tensors that the adapter repeats of its base with the base's own, rounded to the adapter's dtype.
+
+    PEFT saves the embedding beside an embedding's LoRA, and training leaves that embedding as it is.
+
+    Args:
+        adapter: The adapter.
+        base: The tensors of the base by name.
+        reader: Returns the reader of a base tensor, by its name.
+
+    Raises:
+        CheckpointError: A tensor differs, so the adapter was trained from another base.
+    """
+    for name, copy in adapter.copies.items():
+        ours = _values(adapter.shard.reader_of(copy.name), copy)
+        theirs = _values(reader(name), base[name])
+        for mine, other in zip(ours, theirs, strict=True):
+            with np.errstate(over="ignore"):
+                rounded = other.astype(mine.dtype)
+            if mine.tobytes() != rounded.tobytes():
+                raise CheckpointError(
+                    f"{adapter.shard.path}: {copy.name!r}, the tensor below the factors, is not what sft has as "
+                    f"{name!r}; {BASE}"
+                )
+
+
+def _pieces(reader: ByteReader, tensor: TensorInfo, size: int) -> Iterator[bytearray]:
+    """Yield a tensor's bytes, `size` at a time."""
+    for start in range(tensor.start, tensor.stop, size):
+        piece = bytearray(min(size, tensor.stop - start))
+        reader.read(start, piece)
+        yield piece
+
+
+def _values(reader: ByteReader, tensor: TensorInfo) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield a tensor's elements, as many at a time as of a tensor of any other dtype."""
+    dtype = numpy_dtypes()[tensor.dtype]
+    for piece in _pieces(reader, tensor, PIECE // WIDEST * dtype.itemsize):
+        yield np.frombuffer(piece, dtype)

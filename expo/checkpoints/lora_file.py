@@ -1,0 +1,99 @@
+"""The tensors in the file of a LoRA adapter, sorted by their names: pairs of factors, and whole tensors.
+
+PEFT's wrappers add parts to the names. Source: github.com/huggingface/peft, tuners/lora/layer.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from ..dtypes import ITEMSIZE
+from ..errors import CheckpointError
+from .lora_config import MERGE, OTHER_KINDS
+from .model_parts import EMPTY_HINT
+from .safetensors_header import TensorInfo
+from .shard import Shard
+
+PREFIX = "base_model.model."  # of all names in the file, from PEFT's wrappers around the model
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])(\.(?P<name>[^.]+))?\.weight|"
+    r"embedding_(?P<embedding>[AB])(\.(?P<embedding_name>[^.]+))?)"
+)
+_REFUSED = (
+    (re.compile(r"\.lora_magnitude_vector(\.|$)"), OTHER_KINDS["use_dora"]),
+    (re.compile(r"\.lora_B(\.[^.]+)?\.bias$"), OTHER_KINDS["lora_bias"]),
+    (re.compile(r"\.trainable_tokens_"), OTHER_KINDS["trainable_token_indices"]),
+    (re.compile(r"\.lora_"), "neither lora_A nor lora_B"),
+)
+
+
+class FactorPair(NamedTuple):
+    """The two factors of one module.
+
+    Attributes:
+        module: The module's name in the model that was trained.
+        a: lora_A, of shape [r, in].
+        b: lora_B, of shape [out, r].
+        embedding: True if the module is an embedding.
+    """
+
+    module: str
+    a: TensorInfo
+    b: TensorInfo
+    embedding: bool
+
+
+def sort_tensors(shard: Shard) -> tuple[list[FactorPair], list[TensorInfo]]:
+    """Return the pairs of factors in the file, and all other tensors. Raises CheckpointError."""
+    halves: dict[tuple[str, bool, str | None], dict[str, TensorInfo]] = defaultdict(dict)
+    others = []
+    for tensor in shard.header.tensors:
+        match = _FACTOR.fullmatch(tensor.name)
+        if match is not None:
+            key = (match["module"], match["embedding"] is not None, match["name"] or match["embedding_name"])
+            halves[key][match["linear"] or match["embedding"]] = tensor
+            continue
+        for pattern, what in _REFUSED:
+            if pattern.search(tensor.name):
+                raise CheckpointError(f"{shard.path}: {tensor.name!r}: {what}, which is not read; {MERGE}")
+        others.append(tensor)
+    pairs = [_pair(shard.path, module, embedding, found) for (module, embedding, _), found in halves.items()]
+    return pairs, others
+
+
+def _pair(path: str, module: str, embedding: bool, halves: Mapping[str, TensorInfo]) -> FactorPair:
+    """Return the pair of a module after both factors are checked. Raises CheckpointError."""
+    if len(halves) < 2:
+        half, tensor = next(iter(halves.items()))
+        other = f"lora_{'embedding_' * embedding}{'AB'[half == 'A']}"
+        raise CheckpointError(
+            f"{path}: {tensor.name!r} is there, but {module!r} has no {other}: half a delta; download it again"
+        )
+    for tensor in halves.values():
+        if tensor.dtype not in ITEMSIZE:
+            raise CheckpointError(
+                f"{path}: {tensor.name!r} is {tensor.dtype}, but factors are one of {', '.join(ITEMSIZE)}; save the "
+                "adapter as it was trained"
+            )
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            raise CheckpointError(f"{path}: {tensor.name!r} is {list(tensor.shape)}: {_no_matrix(tensor.shape)}")
+    return FactorPair(module.removeprefix(PREFIX), halves["A"], halves["B"], embedding)
+
+
+def _no_matrix(shape: Sequence[int]) -> str:
+    """Return what a factor of this shape is, as it is no matrix, and the way out."""
+    if len(shape) > 2:
+        return f"LoRA of a convolution, or of several matrices at once, which is not read; {MERGE}"
+    return f"no matrix; {EMPTY_HINT}"
+
+
+def names_without_wrappers(name: str) -> Iterator[str]:
+    """Yield the names that a tensor of the file may have in the model: without PEFT's wrappers and adapter's name."""
+    key = name.removeprefix(PREFIX)
+    yield key
+    for wrapper in (r"\.base_layer", r"\.modules_to_save", r"\.modules_to_save\.[^.]+"):
+        yield re.sub(rf"{wrapper}(?=\.)", "", key, count=1)
