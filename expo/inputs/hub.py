@@ -175,7 +175,7 @@ def _download(
         fill_stand_in(hub_id, commit, folder, {name: sizes[name] for name in missing}, headers_folder)
         return Snapshot(folder, repo, commit)
     _download_weights(repo, commit, weights)
-    # Only now does the cache record the commit that the revision stands for: a revision in the cache is complete.
+    # The cache learns the revision's commit only now: a revision that it knows is complete.
     with contextlib.suppress(Exception):
         hf_hub_download(repo, first[0], revision=hub_id.revision)
     return Snapshot(folder, repo, commit)

@@ -1,6 +1,6 @@
-"""The paper's twelve pairs: which sft, which aligned, which alpha, and what the scores were before and after.
+"""The paper's twelve pairs: for each the sft, the aligned, the alpha, and the scores before and after.
 
-The data are in recipes.json, beside this file.
+recipes.json, beside this file, has the data.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ _HEADINGS = ("recipe", "alpha", "LC win rate %", "win rate %", "MT-Bench", "alig
 class Recipe(NamedTuple):
     """One pair of the paper's.
 
-    sft, aligned: hub ids. alpacaeval: win rates of AlpacaEval 2.0 in percent, (before, after), by "wr" and, controlled
-    for length, "lc". mtbench: scores of MT-Bench, (before, after).
+    Attributes:
+        recipe: The name that --recipe takes.
+        sft: A hub id.
+        aligned: A hub id.
+        alpha: The paper's alpha for this pair.
+        alpacaeval: Win rates of AlpacaEval 2.0 in percent, (before, after), under "wr", and controlled for length under
+            "lc".
+        mtbench: Scores of MT-Bench, (before, after).
     """
 
     recipe: str
@@ -32,7 +38,7 @@ class Recipe(NamedTuple):
 
 
 def recipes() -> tuple[Recipe, ...]:
-    """All of them, in the paper's order."""
+    """Return all recipes, in the paper's order."""
     with open(_FILE, encoding="utf-8") as file:
         entries = json.load(file)
     return tuple(
@@ -48,14 +54,14 @@ def recipes() -> tuple[Recipe, ...]:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of this name. Raises UsageError that names those nearest to it."""
+    """Return the recipe of this name. Raises UsageError with the most similar names if there is none."""
     found = {one.recipe: one for one in recipes()}
     if name not in found:
-        raise UsageError(_unknown(name, list(found)))
+        raise UsageError(_unknown_name(name, list(found)))
     return found[name]
 
 
-def _unknown(name: str, names: list[str]) -> str:
+def _unknown_name(name: str, names: list[str]) -> str:
     import difflib
 
     near = difflib.get_close_matches(name.rpartition("/")[2].lower(), names, n=3, cutoff=0.5)
@@ -64,7 +70,7 @@ def _unknown(name: str, names: list[str]) -> str:
 
 
 def table() -> str:
-    """All recipes as text for a terminal: one line each, in columns, under a line of headings; the source below."""
+    """Return a table of all recipes for a terminal: a line of headings, one line for each recipe, and the source."""
     rows = [_HEADINGS, *(_row(one) for one in recipes())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -79,5 +85,5 @@ def _row(one: Recipe) -> tuple[str, ...]:
 
 
 def as_json() -> str:
-    """All recipes as a JSON array of objects with Recipe's fields."""
+    """Return all recipes as a JSON array of objects with Recipe's fields."""
     return json.dumps([one._asdict() for one in recipes()])

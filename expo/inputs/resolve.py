@@ -1,4 +1,4 @@
-"""From the names that a user types to two opened checkpoints: folders, files, hub ids, an adapter, a recipe."""
+"""The two inputs of a merge are opened by the names that a user types: folders, files, hub ids, a recipe."""
 
 from __future__ import annotations
 

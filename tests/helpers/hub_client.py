@@ -15,7 +15,7 @@ from expo.inputs.hub_ids import Snapshot
 ROOT = Path(__file__).parents[2]
 
 
-# Fetches in one process what the argument lists, as (id, weights_only, quiet), and prints what came of each.
+# Fetches each (id, weights_only, quiet) of the argument, and prints the snapshot or the message of the error.
 DRIVER = """
 import json, os, resource, sys
 from expo.inputs import hub
@@ -36,7 +36,7 @@ assert are_progress_bars_disabled() == ("HF_HUB_DISABLE_PROGRESS_BARS" in os.env
 """
 
 
-# The same of plans, listed as (sft, aligned, further options).
+# Plans each (sft, aligned, further options) of the argument, and prints what --json prints, or the message.
 PLANS = """
 import contextlib, io, json, os, sys
 from expo.fast import main
@@ -54,7 +54,7 @@ for sft, aligned, *more in json.loads(sys.argv[1]):
 
 
 class Client:
-    """Runs fetches in processes of their own, as huggingface_hub reads its variables when it is imported."""
+    """Runs fetches in processes of their own, because huggingface_hub reads its variables when it is imported."""
 
     def __init__(self, endpoint: str, home: Path) -> None:
         self.endpoint, self.home = endpoint, home
@@ -79,7 +79,7 @@ class Client:
         return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
 
     def plan(self, *pairs: Sequence[str | Path], **variables: str) -> list[Any]:
-        """Of each (sft, aligned, further options) what --plan --json prints, or the message where that is nothing."""
+        """Return what --plan --json prints for each (sft, aligned, further options), or the message of its error."""
         place, temporary = self.home / "place", self.home / "tmp"
         place.mkdir(parents=True, exist_ok=True)
         temporary.mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ class Client:
         return [json.loads(line) for line in stdout.splitlines()]
 
     def __call__(self, *steps: str | tuple[str, bool, bool], **variables: str) -> list[Any]:
-        """A Snapshot for each step, or the message of its CheckpointError."""
+        """Return the Snapshot of each step, or the message of its CheckpointError."""
         with self.start(*steps, **variables) as process:
             stdout, self.stderr = process.communicate(timeout=60)
         assert process.returncode == 0, self.stderr

@@ -1,4 +1,4 @@
-"""A hub of one's own on 127.0.0.1, as far as huggingface_hub's client asks for it: HF_ENDPOINT makes it go there."""
+"""A hub on 127.0.0.1 with the part of the protocol that huggingface_hub uses; HF_ENDPOINT points the library to it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 TOKEN = "hf_" + "a" * 34
 _API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
 _RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-LARGE = (".safetensors", ".bin", ".gguf")  # what a hub keeps in its large file storage
+LARGE = (".safetensors", ".bin", ".gguf")  # files that a hub keeps in its large file storage
 
 
 @dataclass
 class Repo:
-    """A repository. commits: files by commit; refs: commits by branch or tag."""
+    """A repository: its files by commit, and its commits by branch or tag."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Repo:
     gated: bool = False
 
     def commit(self, files: Mapping[str, bytes], *names: str) -> str:
-        """A new commit of these files, which the names then stand for; main where none is given."""
+        """Add a commit of these files and have the names, or main, point to it; return the commit."""
         sha = hashlib.sha1(repr([len(self.commits), sorted(files.items())]).encode()).hexdigest()
         self.commits[sha] = dict(files)
         self.refs.update(dict.fromkeys(names or ("main",), sha))
@@ -42,11 +42,16 @@ class Repo:
 
 
 class Hub:
-    """repos: by id. log: (method, path, Range header) of each request. sent: bytes of bodies, by the path of a file in
-    its repository. whole_only: ranges are not known of. Faults, by that path:
+    """A hub's repositories, its log, and the faults that it is to have.
 
-    cut: close the connection, once, after that many bytes of its body; stall: go on sending nothing after that many;
-    status: answer a GET with that status.
+    Attributes:
+        repos: The repositories, by their ids.
+        log: The method, the path and the Range header of each request.
+        sent: The bytes sent in bodies, by the path of the file in its repository.
+        whole_only: True for a hub that ignores Range headers.
+        cut: Closes the connection once after this many bytes of the body, by the path of the file.
+        stall: Sends nothing more after this many bytes of the body, by the path of the file.
+        status: Answers a GET with this status, by the path of the file.
     """
 
     def __init__(self) -> None:
@@ -61,24 +66,24 @@ class Hub:
         self.endpoint = ""
 
     def add(self, repo: str, files: Mapping[str, bytes], **options: Any) -> str:
-        """A repository with one commit on main; returns the commit."""
+        """Add a repository with one commit on main; return the commit."""
         self.repos[repo] = Repo(**options)
         return self.repos[repo].commit(files)
 
     def asked(self, method: str = "GET") -> list[str]:
-        """The files whose bytes were asked for since the log was last cleared."""
+        """Return the files that were requested since the log was last cleared."""
         found = [_RESOLVE.fullmatch(path) for verb, path, _ in self.log if verb == method]
         return [unquote(match[3]) for match in found if match]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What a folder holds, as a repository's files."""
+    """Return a folder's files as the files of a repository."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @contextlib.contextmanager
 def serve() -> Iterator[Hub]:
-    """A hub that answers until the end of the block."""
+    """Yield a hub that answers until the end of the block."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -121,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(match[1], revision, unquote(match[3]))
 
     def _open(self, name: str, revision: str, content: bool) -> tuple[str, dict[str, bytes]] | None:
-        """The commit and its files, where the repository may be seen; else the failure is sent."""
+        """Return the commit and its files; send the failure and return None where the client may not see them."""
         repo, token = self.hub.repos.get(name), self.headers.get("Authorization")
         if token not in (None, f"Bearer {TOKEN}"):
             return self._fail(401, "", "Invalid credentials in Authorization header")

@@ -1,4 +1,4 @@
-"""Hub ids: which files are fetched, what is recorded, what is said where that cannot be. The client is the real one."""
+"""Downloads from a hub: the files that are fetched, and the messages of failures. The client is the real library."""
 
 from __future__ import annotations
 
@@ -7,38 +7,25 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from checkpoint_files import random_tensors, read_folder, write_folder
 from hub_client import Client
-from hub_server import TOKEN, Hub, files_of, serve
+from hub_server import TOKEN, Hub, files_of
 
 from expo.checkpoints.checkpoint import open_checkpoint
 from expo.errors import CheckpointError
 from expo.inputs import hub
-from expo.inputs.hub_headers import FIRST_REQUEST, stand_in_folder
-from expo.inputs.hub_ids import HubId, Snapshot, parse_hub_id, snapshot_origin
+from expo.inputs.hub_ids import HubId, Snapshot, snapshot_origin
 
 SHAPES = {"embed.weight": ("BF16", (64, 32)), "layer.weight": ("BF16", (32, 32)), "norm.weight": ("F32", (32,))}
-SHA = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def server() -> Iterator[Hub]:
-    with serve() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: Hub, tmp_path: Path) -> Client:
-    return Client(server.endpoint, tmp_path / "home")
 
 
 def model(folder: Path, shards: int = 0) -> dict[str, bytes]:
-    """A repository as trainers leave them: the weights, what belongs to them, and much that does not."""
+    """Return a repository such as trainers upload: the weights, the files that belong to them, and many others."""
     config = {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
     write_folder(folder, random_tensors(SHAPES, 1), shards, config)
     extra = (
@@ -59,75 +46,6 @@ def model(folder: Path, shards: int = 0) -> dict[str, bytes]:
 ABOUT = {"config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
 CODE = {"modeling_own.py", "blocks/__init__.py", "blocks/attention.py", "own.words"}
 CARRIED = ABOUT | CODE | {"LICENSE", "README.md", "generation_config.json", "vocab.json"}
-
-
-@pytest.mark.parametrize(
-    ("text", "repo", "revision"),
-    [
-        ("org/name", "org/name", None),
-        ("org/name@main", "org/name", "main"),
-        ("meta-llama/Llama-3.1-8B_x@v1.0", "meta-llama/Llama-3.1-8B_x", "v1.0"),
-        ("org/name@refs/pr/1", "org/name", "refs/pr/1"),
-        (f"org/name@{SHA}", "org/name", SHA),
-        ("org/name@a@b", "org/name", "a@b"),
-        ("a/b", "a/b", None),
-        (f"{'a' * 96}/{'b' * 96}", f"{'a' * 96}/{'b' * 96}", None),
-    ],
-)
-def test_hub_ids(text: str, repo: str, revision: str | None) -> None:
-    assert parse_hub_id(text) == (repo, revision)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "name", "name@main", "a/b/c", "a/b/c@main", "/a/b", "/name", "./name", "../name", "a/..", "a/../b",
-        "~/name", "~user/name", ".hidden/name", "a/.hidden", "a/name.", "-a/name", "a/name-", "a//b", "a/", "/b",
-        "a/b@", "@main", "a/b@../c", "a/b@c..d", "a/b@/c", "a/b@c/", "a/b@c//d", "a/b@-c", "a/b@c d", "a/b@c:d",
-        "a/b@c*", "a/b@c\n", "a b/c", "a/b\n", "a/b--c", "a--b/c", "ä/b", "a/b.git", "a/model.safetensors",
-        "a/pytorch_model.bin",
-        f"{'a' * 97}/b", f"a/{'b' * 97}", "a\\b/c", "https://huggingface.co/a/b", "a/b?c", "a/b#c", "a/[b]",
-    ],
-)  # fmt: skip
-def test_what_is_no_hub_id(text: str) -> None:
-    assert parse_hub_id(text) is None
-
-
-def test_the_label_names_repository_and_revision() -> None:
-    assert str(HubId("org/name", None)) == "org/name@main"
-    assert str(HubId("org/name", "v1")) == "org/name@v1"
-
-
-@pytest.mark.parametrize(
-    ("path", "found"),
-    [
-        (f"/c/hub/models--org--name/snapshots/{SHA}", ("org/name", SHA)),
-        (f"/c/hub/models--org--name/snapshots/{SHA}/", ("org/name", SHA)),
-        (f"/c/hub/models--org--name/snapshots/{SHA}/sub/model.safetensors", ("org/name", SHA)),
-        (f"/c/hub/models--gpt2/snapshots/{SHA}", ("gpt2", SHA)),
-        (f"/c/hub/datasets--org--name/snapshots/{SHA}", None),
-        (f"/c/hub/models--org--name/blobs/{SHA}", None),
-        ("/c/hub/models--org--name/snapshots", None),
-        (f"/c/hub/models--org--name/snapshots/{SHA}0", None),
-        ("/c/models/name", None),
-        ("models--org--name", None),
-    ],
-)
-def test_the_origin_of_a_path(path: str, found: tuple[str, str] | None) -> None:
-    assert snapshot_origin(path) == found
-
-
-def test_the_origin_of_relative_paths_and_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = tmp_path / "models--org--name" / "snapshots" / SHA
-    snapshot.mkdir(parents=True)
-    blob = tmp_path / "models--org--name" / "blobs" / "b"
-    blob.parent.mkdir()
-    blob.touch()
-    (snapshot / "model.safetensors").symlink_to("../../blobs/b")
-    (tmp_path / "link").symlink_to(snapshot)
-    monkeypatch.chdir(snapshot.parent)
-    for path in (SHA, f"{SHA}/model.safetensors", tmp_path / "link", f"./{SHA}/../{SHA}"):
-        assert snapshot_origin(path) == ("org/name", SHA)
 
 
 CHOICES: list[tuple[Sequence[str], str]] = [
@@ -283,13 +201,13 @@ def test_a_connection_cut_in_the_middle_of_a_file_goes_on_where_it_was(server: H
     server.add("org/name", {"config.json": b"{}", "model.safetensors": data})
     server.cut["model.safetensors"] = 15 << 20
     (snapshot,) = client("org/name")
-    if isinstance(snapshot, str):  # older versions of the client leave it to the next command
+    if isinstance(snapshot, str):  # older versions of the library do not continue a file by themselves
         assert snapshot.startswith(f"org/name@main: no connection to {server.endpoint}, or a broken one (")
         assert snapshot.endswith("run the same command again: what is complete is not downloaded again")
         (snapshot,) = client("org/name")
     assert (Path(snapshot.folder) / "model.safetensors").read_bytes() == data
     ranges = [found for verb, path, found in server.log if verb == "GET" and path.endswith("/model.safetensors")]
-    assert ranges == [None, f"bytes={10 << 20}-"]  # the client writes in pieces of 10 MiB
+    assert ranges == [None, f"bytes={10 << 20}-"]  # the library writes 10 MiB at a time
 
 
 def test_a_hub_that_fails_in_the_middle_and_the_same_command_again(server: Hub, client: Client, tmp_path: Path) -> None:
@@ -302,7 +220,7 @@ def test_a_hub_that_fails_in_the_middle_and_the_same_command_again(server: Hub, 
     assert "503" in message
     assert message.endswith("; run the same command again: what is complete is not downloaded again")
     (offline,) = client("org/name", HF_HUB_OFFLINE="1")
-    assert "has nothing of it" in offline  # not under that name: it is noted down when all is there
+    assert "has nothing of it" in offline  # the cache records a revision when all of its files are there
     del server.status[last]
     server.log.clear()
     (snapshot,) = client("org/name")
@@ -310,7 +228,9 @@ def test_a_hub_that_fails_in_the_middle_and_the_same_command_again(server: Hub, 
     open_checkpoint(snapshot.folder).close()
 
 
-@pytest.mark.skipif(not hasattr(huggingface_hub, "get_cached_repo_tree"), reason="it does not note down what there is")
+@pytest.mark.skipif(
+    not hasattr(huggingface_hub, "get_cached_repo_tree"), reason="the library does not record a commit's files"
+)
 def test_without_a_network(server: Hub, client: Client, tmp_path: Path) -> None:
     commit = server.add("org/name", model(tmp_path / "model", shards=2))
     server.add("org/other", {"config.json": b"{}", "model.safetensors": b"x"})
@@ -381,7 +301,7 @@ def test_ctrl_c_ends_a_download_at_once(server: Hub, client: Client) -> None:
     with client.start("org/name") as process:
         assert server.stalled.wait(30)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=8)  # the client itself would wait for 10 seconds, and try again
+        _, stderr = process.communicate(timeout=8)  # the library by itself would wait 10 seconds and try again
     assert process.returncode == -signal.SIGINT
     assert "KeyboardInterrupt" in stderr
     del server.stall["model.safetensors"]
@@ -393,150 +313,3 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"org/name@v1: hub ids need huggingface_hub 0\.34 or later, which"):
         hub.fetch(HubId("org/name", "v1"))
-
-
-LARGE = {f"layers.{i}.weight": ("BF16", (512, 512)) for i in range(6)}  # half a megabyte each
-WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def two(server: Hub, tmp_path: Path) -> list[str]:
-    """A pair of repositories in 3 shards each; their files."""
-    for role, seed in (("sft", 1), ("aligned", 2)):
-        write_folder(tmp_path / role, random_tensors(LARGE, seed), 3)
-        (tmp_path / role / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {role: 0}}}))
-        server.add(f"org/{role}", files_of(tmp_path / role))
-    return [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-
-
-def weights_asked(server: Hub) -> list[str]:
-    return [name for name in server.asked() if name.endswith((".safetensors", ".bin"))]
-
-
-def test_a_plan_fetches_headers_alone(server: Hub, client: Client, two: list[str]) -> None:
-    pairs = (("org/sft", "org/aligned"), ("org/sft", "org/aligned", "--alpha-for", "nothing=1"))
-    plans = client.plan(*pairs)
-    found, refused = plans
-    asked = [(verb, part) for verb, path, part in server.log if path.endswith(".safetensors")]
-    assert asked == [("GET", f"bytes=0-{FIRST_REQUEST - 1}")] * 12
-    assert sorted(weights_asked(server)) == sorted(two * 4)
-    assert sum(server.sent[name] for name in two) == 12 * FIRST_REQUEST
-    assert found["outputs"] == ["aligned-expo-0.5"]
-    assert found["bytes_read"] == 2 * 6 * 512 * 512 * 2
-    assert found["notes"][0].startswith("the tokenizers differ in 1 token id (0 is 'sft' in sft and 'aligned'")
-    assert re.search(r"matches no tensor of .*/models--org--aligned/snapshots/", refused["problems"][0])
-    offline, snapshot = client("org/aligned", HF_HUB_OFFLINE="1")[0], client("org/aligned")[0]
-    assert "has nothing of it" in offline  # the name stands for a commit when all of it is there
-    assert read_folder(Path(snapshot.folder)) == random_tensors(LARGE, 2)
-    shard = Path(snapshot.folder) / two[1]
-    shard.rename(shard.parents[2] / "kept")
-    server.log.clear()
-    assert client.plan(*pairs) == plans
-    assert sorted(weights_asked(server)) == sorted([*two, two[1]] * 2)
-    (shard.parents[2] / "kept").rename(shard)
-    client(("org/sft", True, True))
-    server.log.clear()
-    assert client.plan(*pairs) == plans
-    assert weights_asked(server) == []
-    server.log.clear()
-    assert client.plan(*pairs, HF_HUB_OFFLINE="1") == plans
-    assert server.log == []
-
-
-def test_long_headers_and_a_server_that_knows_of_no_ranges(server: Hub, client: Client, tmp_path: Path) -> None:
-    shapes = {f"layers.{i}.{'x' * 100}.weight": ("BF16", (64, 64)) for i in range(1000)}
-    write_folder(tmp_path / "model", random_tensors(shapes, 1))
-    files = files_of(tmp_path / "model")
-    for repo in ("org/sft", "org/aligned"):
-        server.add(repo, files)
-    stop = 8 + int.from_bytes(files[WEIGHTS][:8], "little")
-    assert stop > 2 * FIRST_REQUEST
-    found, local = client.plan(("org/sft", "org/aligned"), (tmp_path / "model", tmp_path / "model"))
-    assert len(found["steps"]) == 1000
-    assert found == {**local, "outputs": ["aligned-expo-0.5"]}
-    assert server.sent[WEIGHTS] == 2 * (FIRST_REQUEST + stop)
-    server.whole_only = True
-    assert client.plan(("org/sft", "org/aligned")) == [found]
-
-
-def test_what_there_is_no_plan_of(server: Hub, client: Client, two: list[str]) -> None:
-    files = {"config.json": b"{}", WEIGHTS: b"x" * 100}
-    server.add("org/gated", files, gated=True)
-    server.add("org/broken", files)
-    server.add("org/gguf", {**files, WEIGHTS: b"GGUF" + bytes(100_000)})
-    server.add("org/tiny", {**files, WEIGHTS: b"tiny"})
-    outside = "../../x.safetensors"
-    index = json.dumps({"weight_map": {"a": outside}}).encode()
-    server.add("org/outside", {"model.safetensors.index.json": index, outside: b"x"})
-    pickles = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
-    index = json.dumps({"weight_map": dict(enumerate(pickles))}).encode()
-    server.add("org/parts", {"pytorch_model.bin.index.json": index, **dict.fromkeys(pickles, bytes(2_000_000))})
-    server.add("org/one", {"config.json": b"{}", "pytorch_model.bin": bytes(3_000_000)})
-    server.cut[two[0]] = 1000  # once, and then it is asked for again
-
-    ids = ("org/missing", "org/gated", "org/sft@v9")
-    hint = "no such file or folder; as a hub id"
-    refused = [f"{name}: {hint}: {said}" for name, said in zip(ids, client(*ids), strict=True)]
-    mine = [f"org/{name}" for name in ("broken", "gguf", "tiny", "outside", "parts", "one@main", "sft")]
-    plans = client.plan(*(("org/aligned", name) for name in (*ids, *mine)))
-    assert [said.removeprefix("expo: error: ").rstrip() for said in plans[:3]] == refused
-    broken, gguf, tiny, outside, parts, one, last = plans[3:]
-    assert broken.startswith("expo: error: org/broken@main/model.safetensors: header of")
-    assert gguf.startswith("expo: error: org/gguf@main/model.safetensors: a GGUF file")
-    assert tiny.startswith("expo: error: org/tiny@main/model.safetensors: 4 bytes, but a")
-    assert outside.startswith("expo: error: org/outside@main/model.safetensors.index.json: tensor 'a' is said")
-    needs = "@main: a plan of .bin weights needs the files themselves, and"
-    assert parts == (
-        f"expo: error: org/parts: {hint}: org/parts{needs} {', '.join(pickles)}, 4.0 MB in all, are "
-        "not in the cache; download with `hf download org/parts --include 'pytorch_model-*-of-*.bin'`, or run "
-        "the merge without --plan\n"
-    )
-    assert f"{needs} pytorch_model.bin, 3.0 MB in all, is not in the cache; download with `hf download org/one" in one
-    assert "`hf download org/one --revision main pytorch_model.bin`, or run" in one
-    assert not [name for name in weights_asked(server) if name.endswith(".bin")]
-    assert last["outputs"] == ["sft-expo-0.5"]
-    assert server.cut == {}
-
-
-def test_a_plan_of_an_adapter(server: Hub, client: Client, two: list[str], tmp_path: Path) -> None:
-    below, a, b = (f"base_model.model.layers.0.{name}weight" for name in ("", "lora_A.", "lora_B."))
-    shapes = {a: ("BF16", (8, 512)), b: ("BF16", (512, 8))}
-    tensors = {**random_tensors(shapes, 3), below: random_tensors(LARGE, 1)["layers.0.weight"]}  # as the base has it
-    adapter = tmp_path / "adapter"
-    write_folder(adapter, tensors)
-    (adapter / WEIGHTS).rename(adapter / "adapter_model.safetensors")
-    (adapter / "config.json").unlink()
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
-    server.add("org/adapter", files_of(adapter))
-    pairs: list[Sequence[str | Path]] = [("org/sft", "org/adapter"), ("org/sft", adapter)]
-    pairs.append((tmp_path / "sft", "org/adapter"))
-    plans = client.plan(*pairs)
-    assert plans[0]["outputs"] == ["adapter-expo-0.5"]
-    assert plans == [plans[0]] * 3
-    assert server.sent["adapter_model.safetensors"] == 2 * FIRST_REQUEST
-    client("org/sft", "org/adapter")
-    server.log.clear()
-    assert client.plan(pairs[0]) == plans[:1]
-    assert weights_asked(server) == []
-
-
-@pytest.mark.usefixtures("own_signals")
-def test_ctrl_c_ends_a_plan_at_once(server: Hub, client: Client, two: list[str], tmp_path: Path) -> None:
-    server.stall[two[0]] = 1000
-    words = ["--sft", "org/sft", "--aligned", "org/aligned", "--alpha", "1", "--plan", "--quiet"]
-    with client.run("-m", "expo.fast", *words, TMPDIR=str(tmp_path)) as process:
-        assert server.stalled.wait(30)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=8)  # the client itself would wait for 10 seconds, and try again
-    assert (process.returncode, stdout) == (130, "")
-    assert stderr == "expo: interrupted; nothing was left behind\n"
-    assert not list(tmp_path.glob("expo-plan-*"))
-
-
-def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", "/proc/none")
-    with (
-        pytest.raises(CheckpointError, match=r"org/name@v1: no temporary folder .*FileNotFoundError.*; set TMPDIR to"),
-        stand_in_folder(HubId("org/name", "v1")),
-    ):
-        pass

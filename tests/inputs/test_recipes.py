@@ -1,4 +1,4 @@
-"""The paper's pairs: the file says what the paper says, the table lines up, a wrong name is helped."""
+"""The paper's pairs: the file agrees with the paper, the table has straight columns, a wrong name gets a hint."""
 
 from __future__ import annotations
 
