@@ -93,7 +93,7 @@ def _load(path: str, text: bytes) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise CheckpointError(f"{path}: {twice!r} stands twice in the header")
+            raise CheckpointError(f"{path}: {twice!r} occurs twice in the header")
         return found
 
     try:

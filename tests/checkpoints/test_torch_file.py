@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from expo.checkpoints import torch_file as pickled
+from expo.checkpoints import strided_reader, unpickler
 from expo.checkpoints.safetensors_header import element_count
 from expo.checkpoints.shard import Shard
-from expo.checkpoints.torch_file import Gathered, open_torch_file
+from expo.checkpoints.strided_reader import StridedReader
+from expo.checkpoints.torch_file import open_torch_file
 from expo.dtypes import BITS
 from expo.errors import CheckpointError
 
@@ -182,8 +183,8 @@ def test_whatever_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "c": base[:, :1].expand(5, 6, 7, 4),
     }
     path = save(tensors, tmp_path / "a.bin")
-    monkeypatch.setattr(pickled, "SCRATCH", scratch)
-    monkeypatch.setattr(pickled, "GAP", gap)
+    monkeypatch.setattr(strided_reader, "SCRATCH", scratch)
+    monkeypatch.setattr(strided_reader, "GAP", gap)
     check(path, tensors)
 
 
@@ -683,7 +684,7 @@ def test_deep_and_wide_values(tmp_path: Path) -> None:
 
 
 def test_a_million_small_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickled, "MAX_STEPS", 10_000)
+    monkeypatch.setattr(unpickler, "MAX_STEPS", 10_000)
     refused(tmp_path, b"\x80\x02" + b"}" * 1_000_000 + b".", "a pickle of over 10000 instructions; not plain weights")
     pairs = b"](" + b"]K\x01aK\x02a" * 1000 + b"e\x85q\x00"
     shared = b"\x80\x02" + assembled(Ref("collections OrderedDict")) + b"q\x01" + pairs + b"h\x01h\x00R" * 1000 + b"."
@@ -715,7 +716,7 @@ def test_more_strided_dimensions_than_numpy_has(tmp_path: Path) -> None:
 def test_names_that_safetensors_cannot_hold(tmp_path: Path) -> None:
     for name in ("\ud800", "__metadata__"):
         refused(tmp_path, pickled_as({name: tensor()}), "has a name that safetensors cannot hold")
-    refused(tmp_path, pickled_as({"x": tensor()})[:-1] + text("x") + b"Ns.", "'x' stands twice in a dict")
+    refused(tmp_path, pickled_as({"x": tensor()})[:-1] + text("x") + b"Ns.", "'x' occurs twice in a dict")
 
 
 # Damaged zip files
@@ -731,7 +732,7 @@ def test_entries_of_a_zip_file(tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"{path}: ")
 
     gives("zip entry 'archive/data.pkl' is compressed or encrypted", compression=zipfile.ZIP_DEFLATED)
-    gives("'archive/data.pkl' stands twice in the zip file", first={"archive/data.pkl": b"."})
+    gives("'archive/data.pkl' occurs twice in the zip file", first={"archive/data.pkl": b"."})
     gives(r"a zip file with 2 entries \*/data.pkl", first={"other/data.pkl": b"."})
     gives("a TorchScript program", first={"archive/constants.pkl": b"."})
     gives("its bytes are in the order b'big', but only 'little'", first={"archive/byteorder": b"big"})
@@ -820,7 +821,7 @@ def test_older_files_that_lie(tmp_path: Path) -> None:
     gives("its list of storages is not one", legacy_bytes(plain(), {"1": FOUR}))
     gives("its list of storages is not one", legacy_bytes(plain(), {"0": FOUR}, keys=[["0"]]))
     gives("its list of storages is not one", legacy_bytes(plain(), {"0": FOUR}, keys="0"))
-    gives("storage '0' stands twice", legacy_bytes(plain(), {"0": FOUR}, keys=["0", "0"]) + FOUR * 2)
+    gives("storage '0' occurs twice", legacy_bytes(plain(), {"0": FOUR}, keys=["0", "0"]) + FOUR * 2)
     gives("tensor 'x': it is in storage '0', which is not in the file", legacy_bytes(plain(), {}))
     gives("storage '0' has 4 elements to the pickle, but 2 at", legacy_bytes(plain(), {"0": FOUR}, item=8))
     gives(f"last storage ends at byte {len(good)}, but the file has {len(good) + 1}", good + b"1")
@@ -953,7 +954,7 @@ def test_gathered_alone_reads_what_numpy_does(tmp_path: Path) -> None:
         start = rng.randrange(200)
         shape, strides = zip(*dims, strict=True)
         wanted = np.ndarray(shape, f"V{item}", data, start, [stride * item for stride in strides]).tobytes()
-        gathered = Gathered(shard.reader, place + start, dims, item)
+        gathered = StridedReader(shard.reader, place + start, dims, item)
         for _ in range(5):
             begin, stop = sorted(rng.choices(range(len(wanted) + 1), k=2))
             found = bytearray(stop - begin)
