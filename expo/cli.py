@@ -71,6 +71,12 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def print_message(text: str, quiet: bool = False) -> None:
+    """Print a message about the progress to stderr, unless the user wants none."""
+    if not quiet:
+        print(f"expo: {text}", file=sys.stderr, flush=True)
+
+
 def warn(warnings: Iterable[str]) -> None:
     """Print warnings to stderr."""
     for warning in warnings:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from expo.search.sampling import encode
+from expo.search.sampling import encode_prompt
 
 from . import dpo
 from .sampling import Writer
@@ -40,7 +40,7 @@ def measured(writer: Writer, prompts: list[str]) -> tuple[float, float]:
     of_reply = (time.monotonic() - begun) / len(made)
     tails = [made[place % len(made)]["tokens"] for place in range(2 * settings.pairs_per_step)]
     pairs = [
-        dpo.Pair(encode(writer.tokenizer, batch[place % len(batch)]), tails[2 * place], tails[2 * place + 1])
+        dpo.Pair(encode_prompt(writer.tokenizer, batch[place % len(batch)]), tails[2 * place], tails[2 * place + 1])
         for place in range(settings.pairs_per_step)
     ]
     training = dpo.Training(writer.model, settings)

@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 
-from expo.search.sampling import encode
+from expo.search.sampling import encode_prompt
 
 from . import cache, dpo, estimate, models, prompts, reward, sampling, sweep
 from .cache import Row
@@ -63,7 +63,7 @@ class Experiment:
         rows = sampling.training_rows(place, writer, self.train, settings, seed)
         worth = [row["reward"] for row in rows]
         pairs = [
-            dpo.Pair(encode(self._tokenizer, pair["prompt"]), pair["better"], pair["worse"])
+            dpo.Pair(encode_prompt(self._tokenizer, pair["prompt"]), pair["better"], pair["worse"])
             for pair in sampling.pairs(rows, settings.candidates)
         ]
         self._said(f"seed {seed}: {len(pairs)} pairs of {len(rows)} replies, reward {sum(worth) / len(worth):.3f}")

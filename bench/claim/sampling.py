@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from expo.search.sampling import Sampled, Sampler
+from expo.search.sampling import SampledReply, Sampler
 from expo.search.settings import Sampling
 
 from . import cache
@@ -36,7 +36,7 @@ class Writer:
             made = {at: one for batch in sampler.batches for at, one in zip(batch, sampler(batch), strict=True)}
         return [self._row(prompt, made[at]) for at, prompt in enumerate(prompts)]
 
-    def _row(self, prompt: str, made: Sampled) -> Row:
+    def _row(self, prompt: str, made: SampledReply) -> Row:
         worth = round(self._reward(made.text), 6)
         tokens = list(made.tokens)
         return {"prompt": prompt, "reply": made.text, "reward": worth, "tokens": tokens, "finished": made.finished}

@@ -1,4 +1,4 @@
-"""Models and tokenizers as transformers loads them, with its errors explained."""
+"""Load models and tokenizers with transformers, and explain its errors."""
 
 from __future__ import annotations
 
@@ -14,41 +14,55 @@ from ..errors import CheckpointError, EngineError
 from ..execution.engines import check_device
 from ..inputs.hub_ids import parse_hub_id
 
+SHOWN_WEIGHTS = 3  # missing weights that a message names
 
-def device_of(name: str) -> torch.device:
-    """auto is the first GPU where there is one. Raises UsageError and EngineError."""
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of this name; "auto" is the first GPU, or the CPU if there is no GPU.
+
+    Raises:
+        UsageError: The name is no device's.
+        EngineError: The machine does not have this device.
+    """
     check_device(name)
-    found = torch.cuda.is_available()
-    device = torch.device(name if name != "auto" else "cuda" if found else "cpu")
-    if device.type == "cuda" and (not found or (device.index or 0) >= torch.cuda.device_count()):
-        count = torch.cuda.device_count() if found else 0
-        raise EngineError(f"device {name}: torch sees {count} GPUs here; --device cpu works without")
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(name if name != "auto" else "cuda" if has_gpu else "cpu")
+    if device.type == "cuda" and (not has_gpu or (device.index or 0) >= torch.cuda.device_count()):
+        count = torch.cuda.device_count() if has_gpu else 0
+        raise EngineError(f"device {name}: torch sees {count} GPUs; --device cpu needs none")
     return device
 
 
-def load(kind: Any, path: str, device: torch.device, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Return load_model()'s model and its tokenizer. Raises CheckpointError and EngineError."""
+def load_model_and_tokenizer(kind: Any, path: str, device: torch.device, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return the model, as load_model() does, and its tokenizer. Raises CheckpointError and EngineError."""
     model = load_model(kind, path, device, trust_remote_code)
-    with _explained(kind, path, trust_remote_code):
-        where, how = _source(path, trust_remote_code)
-        return model, AutoTokenizer.from_pretrained(where, **how)
+    with _explain_errors(kind, path, trust_remote_code):
+        name, options = _source(path, trust_remote_code)
+        return model, AutoTokenizer.from_pretrained(name, **options)
 
 
 def load_model(kind: Any, path: str, device: torch.device, trust_remote_code: bool) -> Any:
-    """Return a model of its own dtype, ready for inference.
+    """Return a model in its own dtype on a device, in evaluation mode.
 
-    kind: AutoModelForCausalLM or another of the family. path: a folder, or org/name[@revision].
-    Raises CheckpointError, and EngineError where the memory is too small.
+    Args:
+        kind: AutoModelForCausalLM or another class of that family.
+        path: A folder, or a hub id: org/name[@revision].
+        device: The device that the weights are moved to.
+        trust_remote_code: True if code that comes with the model may run.
+
+    Raises:
+        CheckpointError: transformers cannot load the model, or the model lacks weights.
+        EngineError: The memory of the device is too small.
     """
-    with _explained(kind, path, trust_remote_code):
-        where, how = _source(path, trust_remote_code)
-        model, info = kind.from_pretrained(where, dtype="auto", output_loading_info=True, **how)
+    with _explain_errors(kind, path, trust_remote_code):
+        name, options = _source(path, trust_remote_code)
+        model, info = kind.from_pretrained(name, dtype="auto", output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        more = f" and {len(missing) - SHOWN_WEIGHTS} more" if len(missing) > SHOWN_WEIGHTS else ""
         raise CheckpointError(
-            f"{path}: as {kind.__name__} it lacks {', '.join(missing[:3])}{more}, which would be random numbers; "
-            "is it a model of this kind?"
+            f"{path}: as {kind.__name__} it lacks {', '.join(missing[:SHOWN_WEIGHTS])}{more}, which would be random "
+            "numbers; is it a model of this kind?"
         )
     try:
         return model.to(device).eval()
@@ -59,34 +73,36 @@ def load_model(kind: Any, path: str, device: torch.device, trust_remote_code: bo
 
 
 def _source(path: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
-    """Return what transformers takes as a model's name, and its options."""
+    """Return a model's name for transformers, and the options that go with it."""
     hub_id = None if os.path.exists(path) else parse_hub_id(path)
-    where, revision = (path, "main") if hub_id is None else (hub_id.repo, hub_id.revision or "main")
-    return where, {"revision": revision, "trust_remote_code": trust_remote_code}
+    name, revision = (path, "main") if hub_id is None else (hub_id.repo, hub_id.revision or "main")
+    return name, {"revision": revision, "trust_remote_code": trust_remote_code}
 
 
 @contextlib.contextmanager
-def _explained(kind: Any, path: str, trust_remote_code: bool) -> Iterator[None]:
+def _explain_errors(kind: Any, path: str, trust_remote_code: bool) -> Iterator[None]:
+    """Turn every error of a load into a CheckpointError that names the model."""
     try:
         yield
-    except Exception as error:  # transformers raises all kinds, custom code any
-        raise CheckpointError(_cannot(kind, path, error, trust_remote_code)) from error
+    except Exception as error:  # transformers raises errors of many types, and a model's own code may raise any
+        raise CheckpointError(_explain_error(kind, path, error, trust_remote_code)) from error
 
 
-def _cannot(kind: Any, path: str, error: Exception, trusted: bool) -> str:
-    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if "trust_remote_code" in str(error) and not trusted:
-        return f"{path}: it comes with code of its own; --trust-remote-code runs that, if you trust its authors"
-    return f"{path}: transformers cannot load it as {kind.__name__}: {said}"
+def _explain_error(kind: Any, path: str, error: Exception, trust_remote_code: bool) -> str:
+    """Return the message for a load that failed."""
+    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "trust_remote_code" in str(error) and not trust_remote_code:
+        return f"{path}: the model comes with its own code; --trust-remote-code runs it, if you trust its authors"
+    return f"{path}: transformers cannot load it as {kind.__name__}: {first_line}"
 
 
 @contextlib.contextmanager
-def memory_explained(smaller: str) -> Iterator[None]:
-    """Turns a GPU's lack of memory into an EngineError that says what to make smaller."""
+def explain_gpu_memory_errors(remedy: str) -> Iterator[None]:
+    """Turn a GPU's out-of-memory error into an EngineError whose message proposes the remedy."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise EngineError(
-            f"the GPU's memory is too small: {str(error).splitlines()[0]}; try a smaller {smaller}, "
-            "what is done is kept"
+            f"the GPU's memory is too small: {str(error).splitlines()[0]}; try a smaller {remedy}. All replies so far "
+            "are kept"
         ) from error

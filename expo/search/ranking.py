@@ -1,7 +1,7 @@
-"""What a search found: means with their errors, which alpha is best and how sure that is, and what has broken down.
+"""Rank the alphas of a search: mean rewards with their errors, the best alpha, and signs that an alpha is too large.
 
-Every alpha replied to the same prompts, so alphas are compared reply by reply: a prompt that is easy for one is easy
-for the other, and the difference is known better than either mean.
+Every alpha has a reply to the same prompts, so alphas are compared prompt by prompt. A prompt that is easy for one
+alpha is easy for the other too, so the mean difference has a smaller error than either mean.
 """
 
 from __future__ import annotations
@@ -14,22 +14,32 @@ import numpy as np
 
 from .replies import Reply
 
-RESAMPLES = 10_000
-AT_ONCE = 1 << 21  # numbers drawn at a time
-FEW = 50  # prompts
-LONGER = 2.0  # times baseline's length
-JUMP = 0.1  # of a share
-COLLAPSE = 0.3  # likewise, beyond which no higher alpha is worth its time
-FALL = 0.5  # of the standard deviation of baseline's rewards
-SURE = 2.0  # standard errors of the difference
+RESAMPLES = 10_000  # of a bootstrap
+MOST_DRAWN = 1 << 21  # random numbers that a bootstrap has in memory at a time
+FEW_PROMPTS = 50  # with fewer prompts the intervals are rough
+LONGER = 2.0  # a warning's threshold: the length of replies over the length of the baseline's
+SHARE_RISE = 0.1  # a warning's threshold: how far the share of unfinished or repeated text is above the baseline's
+COLLAPSE_RISE = 0.3  # the same share beyond which no higher alpha is tried
+REWARD_FALL = 0.5  # a warning's threshold, in standard deviations of the baseline's rewards
+SURE = 2.0  # standard errors beyond which a difference counts as more than noise
 
 
 @dataclass(frozen=True)
-class Row:
-    """One alpha. Shares and means are over its replies.
+class AlphaResult:
+    """The result of one alpha. Shares and means are over its replies.
 
-    error: standard error of the reward. gain: mean difference from alpha 0, prompt by prompt, low to high its 95%
-    interval by bootstrap. tokens: new ones of a reply. warnings: signs that alpha is too large.
+    Attributes:
+        alpha: The alpha.
+        replies: The number of replies.
+        reward: The mean reward.
+        error: The standard error of the mean reward.
+        gain: The mean difference from alpha 0, prompt by prompt.
+        low: The lower end of the 95% bootstrap interval of the gain.
+        high: The upper end of it.
+        tokens: The mean number of new tokens of a reply.
+        unfinished: The share of replies without an end token.
+        repetition: The share of repeated 4-grams of tokens.
+        warnings: Signs that the alpha is too large.
     """
 
     alpha: float
@@ -47,23 +57,31 @@ class Row:
 
 @dataclass(frozen=True)
 class Ranking:
-    """best: alpha of the highest mean reward. equals: those whose difference from it is within the noise."""
+    """The results of all alphas, compared.
 
-    rows: tuple[Row, ...]
+    Attributes:
+        rows: One result for each alpha, in ascending order.
+        best: The alpha with the highest mean reward.
+        equals: The alphas whose difference from the best one is within the noise.
+        notes: Sentences for the user's warnings.
+    """
+
+    rows: tuple[AlphaResult, ...]
     best: float
     equals: tuple[float, ...]
     notes: tuple[str, ...]
 
     @property
-    def best_row(self) -> Row:
+    def best_row(self) -> AlphaResult:
+        """The result of the best alpha."""
         return next(row for row in self.rows if row.alpha == self.best)
 
     def verdict(self) -> str:
-        """In words, with how sure it is."""
+        """Return the best alpha in words, with its interval and the alphas that are not distinguishable from it."""
         row = self.best_row
         text = f"best: alpha {self.best:g}, mean reward {row.reward:.4g}"
         if self.best == 0:
-            text += ": no alpha that was tried is better than aligned itself"
+            text += ": no other alpha that was tried is better than aligned itself"
         else:
             text += f", {row.gain:+.3g} over aligned (95% interval {row.low:+.3g} to {row.high:+.3g})"
         if self.equals:
@@ -75,77 +93,80 @@ class Ranking:
         return text
 
 
-def rank(found: Mapping[float, Sequence[Reply]]) -> Ranking:
-    """found: the replies to all prompts, in their order, of every alpha; 0 among them."""
-    rewards = {alpha: np.array([reply.reward for reply in found[alpha]]) for alpha in sorted(found)}
+def rank(replies: Mapping[float, Sequence[Reply]]) -> Ranking:
+    """Return the ranking of alphas, each with its replies to all prompts in their order; alpha 0 is among them."""
+    rewards = {alpha: np.array([reply.reward for reply in replies[alpha]]) for alpha in sorted(replies)}
     means = {alpha: float(values.mean()) for alpha, values in rewards.items()}
     best = max(means, key=lambda alpha: means[alpha])
-    rows = tuple(_row(alpha, found[alpha], found[0.0]) for alpha in rewards)
+    rows = tuple(_result_of(alpha, replies[alpha], replies[0.0]) for alpha in rewards)
     equals = []
     for alpha, values in rewards.items():
-        low, high = interval(rewards[best] - values)
+        low, high = bootstrap_interval(rewards[best] - values)
         if alpha != best and low <= 0 <= high:
             equals.append(alpha)
-    return Ranking(rows, best, tuple(equals), tuple(_notes(rows, best, len(found[0.0]))))
+    return Ranking(rows, best, tuple(equals), tuple(_notes(rows, best, len(replies[0.0]))))
 
 
-def interval(differences: Any) -> tuple[float, float]:
-    """95% bootstrap interval of a mean, the same for the same numbers."""
+def bootstrap_interval(differences: Any) -> tuple[float, float]:
+    """Return the 95% bootstrap interval of a mean; the same numbers give the same interval."""
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)
     random = np.random.default_rng(0)
+    at_once = max(1, MOST_DRAWN // n)
     means = []
-    for start in range(0, RESAMPLES, max(1, AT_ONCE // n)):
-        count = min(max(1, AT_ONCE // n), RESAMPLES - start)
+    for start in range(0, RESAMPLES, at_once):
+        count = min(at_once, RESAMPLES - start)
         means.append(values[random.integers(n, size=(count, n))].mean(axis=1))
     low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
     return float(low), float(high)
 
 
 def standard_error(values: Any) -> float:
-    """Of the mean; 0 of a single value."""
+    """Return the standard error of the mean; it is 0 for a single value."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def errors_from_best(found: Mapping[float, Sequence[Reply]]) -> dict[float, float]:
-    """Standard error of each alpha's paired difference from the best one."""
-    rewards = {alpha: np.array([reply.reward for reply in replies]) for alpha, replies in sorted(found.items())}
+def errors_from_best(replies: Mapping[float, Sequence[Reply]]) -> dict[float, float]:
+    """Return the standard error of each alpha's paired difference from the best alpha."""
+    rewards = {alpha: np.array([reply.reward for reply in each]) for alpha, each in sorted(replies.items())}
     best = max(rewards.values(), key=lambda values: float(values.mean()))
     return {alpha: standard_error(best - values) for alpha, values in rewards.items()}
 
 
-def warnings_of(replies: Sequence[Reply], base: Sequence[Reply]) -> tuple[str, ...]:
-    """Signs that an alpha is too large, against the replies of alpha 0."""
-    found = []
-    tokens, normal = _mean(replies, "new_tokens"), _mean(base, "new_tokens")
-    if tokens > LONGER * normal and _sure(replies, base, "new_tokens"):
-        found.append(
-            f"replies are {tokens / normal:.1f} times as long as aligned's ({tokens:.0f} tokens, {normal:.0f})"
+def find_warnings(replies: Sequence[Reply], base: Sequence[Reply]) -> tuple[str, ...]:
+    """Return the signs that an alpha is too large, by its replies and those of alpha 0 to the same prompts."""
+    warnings = []
+    tokens, base_tokens = _mean(replies, "new_tokens"), _mean(base, "new_tokens")
+    if tokens > LONGER * base_tokens and _is_sure(replies, base, "new_tokens"):
+        warnings.append(
+            f"replies are {tokens / base_tokens:.1f} times as long as aligned's ({tokens:.0f} tokens, "
+            f"{base_tokens:.0f})"
         )
-    unfinished, usual = 1 - _mean(replies, "finished"), 1 - _mean(base, "finished")
-    if unfinished > usual + JUMP and _sure(replies, base, "finished"):
-        found.append(f"{unfinished:.0%} of the replies do not end, {usual:.0%} of aligned's")
-    again, before = _mean(replies, "repetition"), _mean(base, "repetition")
-    if again > before + JUMP and _sure(replies, base, "repetition"):
-        found.append(f"{again:.0%} of the 4-grams are repeated, {before:.0%} of aligned's")
-    reward, was = _mean(replies, "reward"), _mean(base, "reward")
+    unfinished, base_unfinished = 1 - _mean(replies, "finished"), 1 - _mean(base, "finished")
+    if unfinished > base_unfinished + SHARE_RISE and _is_sure(replies, base, "finished"):
+        warnings.append(f"{unfinished:.0%} of the replies do not end, {base_unfinished:.0%} of aligned's")
+    repeated, base_repeated = _mean(replies, "repetition"), _mean(base, "repetition")
+    if repeated > base_repeated + SHARE_RISE and _is_sure(replies, base, "repetition"):
+        warnings.append(f"{repeated:.0%} of the 4-grams are repeated, {base_repeated:.0%} of aligned's")
+    reward, base_reward = _mean(replies, "reward"), _mean(base, "reward")
     spread = float(np.std([reply.reward for reply in base]))
-    if reward < was - FALL * spread and _sure(replies, base, "reward"):
-        found.append(f"the mean reward falls to {reward:.4g}, from aligned's {was:.4g}")
-    return tuple(found)
+    if reward < base_reward - REWARD_FALL * spread and _is_sure(replies, base, "reward"):
+        warnings.append(f"the mean reward falls to {reward:.4g}, from aligned's {base_reward:.4g}")
+    return tuple(warnings)
 
 
-def collapsed(replies: Sequence[Reply], base: Sequence[Reply]) -> bool:
-    """Whether so many more replies than alpha 0's do not end, or repeat themselves, that it can only get worse."""
-    unending = _mean(base, "finished") - _mean(replies, "finished")
-    return max(unending, _mean(replies, "repetition") - _mean(base, "repetition")) > COLLAPSE
+def has_collapsed(replies: Sequence[Reply], base: Sequence[Reply]) -> bool:
+    """Return True if so many replies lack an end, or repeat themselves, that no higher alpha can be better."""
+    unfinished_rise = _mean(base, "finished") - _mean(replies, "finished")
+    repetition_rise = _mean(replies, "repetition") - _mean(base, "repetition")
+    return max(unfinished_rise, repetition_rise) > COLLAPSE_RISE
 
 
-def _row(alpha: float, replies: Sequence[Reply], base: Sequence[Reply]) -> Row:
+def _result_of(alpha: float, replies: Sequence[Reply], base: Sequence[Reply]) -> AlphaResult:
     rewards = np.array([reply.reward for reply in replies])
     gains = rewards - [reply.reward for reply in base]
-    low, high = interval(gains) if alpha else (0.0, 0.0)
-    return Row(
+    low, high = bootstrap_interval(gains) if alpha else (0.0, 0.0)
+    return AlphaResult(
         alpha=alpha,
         replies=len(replies),
         reward=float(rewards.mean()),
@@ -156,22 +177,24 @@ def _row(alpha: float, replies: Sequence[Reply], base: Sequence[Reply]) -> Row:
         tokens=_mean(replies, "new_tokens"),
         unfinished=1 - _mean(replies, "finished"),
         repetition=_mean(replies, "repetition"),
-        warnings=warnings_of(replies, base) if alpha else (),
+        warnings=find_warnings(replies, base) if alpha else (),
     )
 
 
-def _mean(replies: Sequence[Reply], what: str) -> float:
-    return float(np.mean([getattr(reply, what) for reply in replies]))
+def _mean(replies: Sequence[Reply], field: str) -> float:
+    """Return the mean of one field of the replies."""
+    return float(np.mean([getattr(reply, field) for reply in replies]))
 
 
-def _sure(replies: Sequence[Reply], base: Sequence[Reply], what: str) -> bool:
-    """Whether a difference is beyond the noise."""
+def _is_sure(replies: Sequence[Reply], base: Sequence[Reply], field: str) -> bool:
+    """Return True if the mean paired difference of a field is more than noise."""
     pairs = zip(replies, base, strict=True)
-    differences = [float(getattr(one, what)) - float(getattr(other, what)) for one, other in pairs]
+    differences = [float(getattr(one, field)) - float(getattr(other, field)) for one, other in pairs]
     return abs(float(np.mean(differences))) > SURE * standard_error(differences)
 
 
-def _notes(rows: Sequence[Row], best: float, prompts: int) -> list[str]:
+def _notes(rows: Sequence[AlphaResult], best: float, prompts: int) -> list[str]:
+    """Return the warnings of all alphas, and those about the search as a whole."""
     notes = [f"alpha {row.alpha:g}: {warning}" for row in rows for warning in row.warnings]
     base = next(row for row in rows if row.alpha == 0)
     if base.unfinished > 0.5:
@@ -181,6 +204,6 @@ def _notes(rows: Sequence[Row], best: float, prompts: int) -> list[str]:
         )
     if best == rows[-1].alpha and best > 0:
         notes.append(f"the best alpha, {best:g}, is the largest that was tried: a larger one may be better")
-    if prompts < FEW:
+    if prompts < FEW_PROMPTS:
         notes.append(f"{prompts} prompts are few: the intervals are rough, and the paper used 1000")
     return notes

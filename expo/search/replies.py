@@ -1,6 +1,7 @@
-"""The folder of a search: every reply is a line of replies.jsonl as soon as it is scored, and a search goes on there.
+"""Store the replies of a search in a folder, so that a search that was stopped can continue.
 
-settings.json says what the replies were made with. Both are plain text for other programs to read.
+Every reply is a line of replies.jsonl as soon as it is scored, and settings.json has the settings that the replies were
+made with. Both files are plain text that other programs can read.
 """
 
 from __future__ import annotations
@@ -19,14 +20,22 @@ from ..inputs.resolve import StrPath
 
 SETTINGS = "settings.json"
 REPLIES = "replies.jsonl"
+MOST_SHOWN = 80  # characters of a setting that a message shows
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One model's reply to one prompt, and what it is worth.
+    """One model's reply to one prompt, with its reward.
 
-    index: the prompt's, from 0. new_tokens: generated ones, with the one that ends it. finished: it has that one.
-    repetition: share of its 4-grams of tokens that occurred in it before.
+    Attributes:
+        alpha: The alpha of the model.
+        index: The number of the prompt, from 0.
+        prompt: The prompt.
+        reply: The text of the reply.
+        reward: The reward.
+        new_tokens: The number of generated tokens, the end token included.
+        finished: True if the reply has an end token.
+        repetition: The share of its 4-grams of tokens that occurred earlier in the reply.
     """
 
     alpha: float
@@ -42,60 +51,68 @@ class Reply:
 FIELDS = tuple(field.name for field in fields(Reply))
 
 
-class Replies:
-    """The replies in a folder, by (alpha, index of the prompt)."""
+class ReplyStore:
+    """The replies in a folder, by alpha and by the number of the prompt. One process at a time may open a folder."""
 
     def __init__(self, folder: StrPath, settings: Mapping[str, Any]) -> None:
-        """Make the folder, or go on in it. Raises OutputError where it holds something else, or is in use."""
+        """Create the folder, or continue with the replies in it.
+
+        Raises:
+            OutputError: The folder has other files or replies made with other settings, or another search uses it.
+        """
         self.folder = os.fspath(folder)
-        self._lines: BinaryIO | None = None
-        self._all: dict[tuple[float, int], Reply] = {}
-        with _explained(self.folder):
+        self._file: BinaryIO | None = None
+        self._replies: dict[tuple[float, int], Reply] = {}
+        with _explain_errors(self.folder):
             os.makedirs(self.folder, exist_ok=True)
-            self._check(dict(settings))
-            self._lines = open(os.path.join(self.folder, REPLIES), "a+b")  # noqa: SIM115
+            self._check_settings(dict(settings))
+            self._file = open(os.path.join(self.folder, REPLIES), "a+b")  # noqa: SIM115
             try:
-                self._lock(self._lines)
-                self._read(self._lines)
+                self._lock(self._file)
+                self._read(self._file)
             except BaseException:
                 self.close()
                 raise
 
-    def _check(self, settings: dict[str, Any]) -> None:
-        """That the folder is empty or holds replies made with the same settings."""
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        """Raise OutputError unless the folder is empty or has replies made with the same settings."""
         path = os.path.join(self.folder, SETTINGS)
         try:
             with open(path, encoding="utf-8") as file:
-                before = json.load(file)
+                earlier = json.load(file)
         except FileNotFoundError:
             others = sorted(os.listdir(self.folder))
             if others:
                 raise OutputError(
-                    f"{self.folder}: there is {others[0]} in it but no {SETTINGS}, so it is no search to go on with; "
-                    "choose another --out"
+                    f"{self.folder}: the folder has {others[0]} but no {SETTINGS}, so it is not the folder of a "
+                    "search; choose another --out"
                 ) from None
-            _write(path, settings)
+            _write_json(path, settings)
             return
         except ValueError as error:
             raise OutputError(f"{path}: not JSON ({error}); choose another --out") from error
-        if not isinstance(before, dict):
-            raise OutputError(f"{path}: not an object; choose another --out")
+        if not isinstance(earlier, dict):
+            raise OutputError(f"{path}: not a JSON object; choose another --out")
         now = json.loads(json.dumps(settings))
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if keys and not self._empty():
-            differ = "; ".join(f"{key} was {_short(before.get(key))} and is now {_short(now.get(key))}" for key in keys)
-            raise OutputError(
-                f"{self.folder} holds replies of another search: {differ}. Choose another --out, or the same settings"
+        changed = [key for key in {**earlier, **now} if earlier.get(key) != now.get(key)]
+        if changed and not self._is_empty():
+            changes = "; ".join(
+                f"{key} was {_shorten(earlier.get(key))} and is now {_shorten(now.get(key))}" for key in changed
             )
-        if keys:
-            _write(path, settings)
+            raise OutputError(
+                f"{self.folder} has the replies of another search: {changes}. Choose another --out, or the same "
+                "settings"
+            )
+        if changed:
+            _write_json(path, settings)
 
-    def _empty(self) -> bool:
-        """Whether no reply was written before the search ended."""
+    def _is_empty(self) -> bool:
+        """Return True if the earlier search ended before it wrote a reply."""
         path = os.path.join(self.folder, REPLIES)
         return not os.path.exists(path) or not os.path.getsize(path)
 
     def _lock(self, file: BinaryIO) -> None:
+        """Raise OutputError if another process has the folder open."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -103,71 +120,74 @@ class Replies:
                 f"{self.folder}: another search is writing to it; wait, or choose another --out"
             ) from None
         except OSError:
-            pass  # a filesystem without locks
+            pass  # some filesystems have no locks
 
     def _read(self, file: BinaryIO) -> None:
-        """Take in what is there; a last line that a kill cut short is dropped."""
+        """Read the replies of earlier searches, and drop a last line that is incomplete because a kill cut it short."""
         file.seek(0)
-        good = 0
+        complete = 0
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
-                file.truncate(good)
+                file.truncate(complete)
                 return
-            reply = _parsed(line)
+            reply = _parse_reply(line)
             if reply is None:
                 raise OutputError(f"{file.name}, line {number}: not a reply; delete the line, or choose another --out")
-            self._all.setdefault((reply.alpha, reply.index), reply)
-            good += len(line)
+            self._replies.setdefault((reply.alpha, reply.index), reply)
+            complete += len(line)
 
     def add(self, replies: Iterable[Reply]) -> None:
-        """Append replies to the file at once. Raises OutputError."""
-        if self._lines is None:
+        """Append the replies that are new to the file, in one write. Raises OutputError."""
+        if self._file is None:
             raise OutputError(f"{self.folder} is closed")
         new = {(reply.alpha, reply.index): reply for reply in replies}
-        new = {key: reply for key, reply in new.items() if key not in self._all}
+        new = {key: reply for key, reply in new.items() if key not in self._replies}
         lines = [json.dumps(asdict(reply), ensure_ascii=False) + "\n" for reply in new.values()]
-        with _explained(self.folder):
-            self._lines.write("".join(lines).encode())
-            self._lines.flush()
-        self._all.update(new)
+        with _explain_errors(self.folder):
+            self._file.write("".join(lines).encode())
+            self._file.flush()
+        self._replies.update(new)
 
-    def of(self, alpha: float, count: int) -> list[Reply] | None:
-        """The replies to all prompts, in their order; None while some are missing."""
-        found = [self._all.get((alpha, index)) for index in range(count)]
-        complete = [reply for reply in found if reply is not None]
-        return complete if len(complete) == count else None
+    def replies_to_all(self, alpha: float, prompts: int) -> list[Reply] | None:
+        """Return an alpha's replies to the first `prompts` prompts, in their order; None while some are missing."""
+        replies = [self._replies.get((alpha, index)) for index in range(prompts)]
+        complete = [reply for reply in replies if reply is not None]
+        return complete if len(complete) == prompts else None
 
-    def has(self, alpha: float, indices: Iterable[int]) -> bool:
-        return all((alpha, index) in self._all for index in indices)
+    def has_all(self, alpha: float, indices: Iterable[int]) -> bool:
+        """Return True if no reply of this alpha to the prompts of these numbers is missing."""
+        return all((alpha, index) in self._replies for index in indices)
 
     @property
     def alphas(self) -> list[float]:
-        """Those with a reply at least, in ascending order."""
-        return sorted({alpha for alpha, _ in self._all})
+        """The alphas with at least one reply, in ascending order."""
+        return sorted({alpha for alpha, _ in self._replies})
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self._replies)
 
-    def write(self, name: str, value: Any) -> str:
-        """Write a JSON file beside the replies, whole or not at all, and return its path. Raises OutputError."""
+    def write_json(self, name: str, value: Any) -> str:
+        """Write a JSON file beside the replies, in one step, and return its path. Raises OutputError."""
         path = os.path.join(self.folder, name)
-        with _explained(self.folder):
-            _write(path, value)
+        with _explain_errors(self.folder):
+            _write_json(path, value)
         return path
 
     def close(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
-            self._lines = None
+        """Close the file, which ends the lock of the folder."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
-    def __enter__(self) -> Replies:
+    def __enter__(self) -> ReplyStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
 
-def _parsed(line: bytes) -> Reply | None:
+def _parse_reply(line: bytes) -> Reply | None:
+    """Return the reply of a line of the file, or None if the line has no reply."""
     try:
         value = json.loads(line)
         values = {name: value[name] for name in FIELDS}
@@ -179,7 +199,8 @@ def _parsed(line: bytes) -> Reply | None:
     return Reply(**values)
 
 
-def _write(path: str, value: Any) -> None:
+def _write_json(path: str, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
     beside = f"{path}.new"
     with open(beside, "w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False, indent=1)
@@ -187,17 +208,19 @@ def _write(path: str, value: Any) -> None:
     os.replace(beside, path)
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
+    """Return a setting as JSON, cut to the length that a message shows."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
 
 
 @contextlib.contextmanager
-def _explained(folder: str) -> Iterator[None]:
+def _explain_errors(folder: str) -> Iterator[None]:
+    """Turn an error of the filesystem into an OutputError that names the file."""
     try:
         yield
     except OSError as error:
-        where = error.filename or folder
         raise OutputError(
-            f"{where}: {error.strerror or error}; make room or choose another --out, what is written there is kept"
+            f"{error.filename or folder}: {error.strerror or error}; free some space or choose another --out. All "
+            "replies that are written are kept"
         ) from error

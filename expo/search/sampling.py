@@ -1,11 +1,13 @@
-"""Replies sampled as the paper samples them, each from a random stream of its own.
+"""Sample replies with the paper's settings, each from a random stream of its own.
 
-Temperature 0.7, top-k 50, top-p 0.9, presence and frequency penalty 0.1 over what was generated, one turn of the user
-through the tokenizer's chat template. What is drawn at a step is a function of the seed, the prompt's index, the step
-and the token: neither the batch nor what was done before matters, and every alpha meets the same chances, so that two
-models differ in their replies no more than they must. What remains is rounding: another batch pads otherwise and sums
-in another order, and where two tokens are nearly as likely that may tip a draw. The same batches on the same machine
-give the same replies.
+The settings are temperature 0.7, top-k 50, top-p 0.9, and a presence and a frequency penalty of 0.1 over the generated
+tokens; a prompt is one turn of the user in the tokenizer's chat template.
+
+The random number of a token is a function of the seed, the number of the prompt, the step and the token. It depends
+neither on the batch nor on earlier replies, and it is the same for every alpha, so the replies of two models differ
+only because of the models. Rounding remains: in another batch a row has other padding and its sums another order, so
+where two tokens are nearly equally likely, another one may be drawn. The same batches on the same machine give the same
+replies.
 """
 
 from __future__ import annotations
@@ -18,17 +20,25 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..errors import UsageError
-from .models import memory_explained
+from .models import explain_gpu_memory_errors
 from .settings import Sampling
 
 GRAM = 4  # tokens of the pieces whose repetition is counted
-_GOLDEN, _FIRST, _SECOND = (
+# The constants of SplitMix64 (Steele, Lea and Flood, 2014), as signed numbers of 64 bits.
+GOLDEN_GAMMA, FIRST_FACTOR, SECOND_FACTOR = (
     constant - (1 << 64) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
 
 
-class Sampled(NamedTuple):
-    """A reply: its text, its tokens with the one that ends it, whether it has that one, repeated 4-grams."""
+class SampledReply(NamedTuple):
+    """A reply of a model.
+
+    Attributes:
+        text: The text, without special tokens.
+        tokens: The generated tokens, the end token included.
+        finished: True if the reply has an end token.
+        repetition: The share of repeated 4-grams.
+    """
 
     text: str
     tokens: tuple[int, ...]
@@ -36,71 +46,82 @@ class Sampled(NamedTuple):
     repetition: float
 
 
-class Penalties(LogitsProcessor):
-    """Presence and frequency penalties as OpenAI and vLLM define them: on generated tokens, not on the prompt's.
+class PenaltyProcessor(LogitsProcessor):
+    """Apply presence and frequency penalties as OpenAI and vLLM define them: to generated tokens, not to the prompt.
 
     logits -= presence * (count > 0) + frequency * count
     """
 
     def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:
-        """prompt_length: columns of the prompts, padding included."""
+        """Take the number of columns of the prompts, padding included, and both penalties."""
         self._start, self._presence, self._frequency = prompt_length, presence, frequency
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return the logits [rows, vocabulary] after the penalties."""
         generated = input_ids[:, self._start :]
         counts = torch.zeros_like(scores).scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
         return scores - self._presence * (counts > 0) - self._frequency * counts
 
 
-class Draw(LogitsProcessor):
-    """Draw a token after temperature, top-k and top-p, in this order, and leave it alone: the others get -inf."""
+class DrawProcessor(LogitsProcessor):
+    """Draw one token after temperature, top-k and top-p, in this order, and set all other logits to -inf."""
 
     def __init__(self, prompt_length: int, streams: torch.Tensor, sampling: Sampling) -> None:
-        """streams: the number of each row's random stream, int64."""
+        """Take the columns of the prompts, the number of each row's random stream (int64), and the settings."""
         self._start, self._streams, self._sampling = prompt_length, streams, sampling
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return logits [rows, vocabulary] that are 0 for the drawn token of a row and -inf for the others."""
         step = input_ids.shape[1] - self._start
         logits, tokens = (scores / self._sampling.temperature).topk(min(self._sampling.top_k, scores.shape[1]))
-        chances = logits.softmax(1)
-        beyond = chances.cumsum(1) - chances >= self._sampling.top_p  # those before it are enough
-        noise = gumbel(self._streams[:, None], step, tokens)
-        best = (logits.double() + noise).masked_fill(beyond, float("-inf")).argmax(1, keepdim=True)
-        return torch.full_like(scores, float("-inf")).scatter_(1, tokens.gather(1, best), 0.0)
+        probabilities = logits.softmax(1)
+        # A token is excluded if the more likely tokens reach top_p without it.
+        excluded = probabilities.cumsum(1) - probabilities >= self._sampling.top_p
+        noise = gumbel_noise(self._streams[:, None], step, tokens)
+        drawn = (logits.double() + noise).masked_fill(excluded, float("-inf")).argmax(1, keepdim=True)
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens.gather(1, drawn), 0.0)
 
 
-def gumbel(streams: torch.Tensor, step: int, tokens: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise: of logits plus it, the largest is a draw from their softmax. A function of the arguments alone."""
-    bits = _mixed(_mixed(streams ^ step) + tokens * _GOLDEN)
-    uniform = (_shifted(bits, 12).double() + 0.5) / 2**52
+def gumbel_noise(streams: torch.Tensor, step: int, tokens: torch.Tensor) -> torch.Tensor:
+    """Return Gumbel noise in fp64, as a function of the arguments alone.
+
+    The largest of logits plus Gumbel noise is a draw from the softmax of the logits (the Gumbel-max trick).
+
+    Args:
+        streams: The numbers of random streams, int64, [rows, 1].
+        step: The number of the generated token.
+        tokens: Token ids, int64, [rows, candidates].
+    """
+    bits = _mix(_mix(streams ^ step) + tokens * GOLDEN_GAMMA)
+    uniform = (_shift_right(bits, 12).double() + 0.5) / 2**52
     return -torch.log(-torch.log(uniform))
 
 
-def _mixed(bits: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser."""
-    bits = (bits ^ _shifted(bits, 30)) * _FIRST
-    bits = (bits ^ _shifted(bits, 27)) * _SECOND
-    return bits ^ _shifted(bits, 31)
+def _mix(bits: torch.Tensor) -> torch.Tensor:
+    """Return the result of SplitMix64's finaliser."""
+    bits = (bits ^ _shift_right(bits, 30)) * FIRST_FACTOR
+    bits = (bits ^ _shift_right(bits, 27)) * SECOND_FACTOR
+    return bits ^ _shift_right(bits, 31)
 
 
-def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
-    """Shifted to the right as an unsigned number."""
+def _shift_right(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """Return int64 numbers shifted to the right as if they were unsigned."""
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 
-def stream_of(seed: int, index: int) -> int:
-    """The number of a prompt's random stream."""
+def stream_number(seed: int, index: int) -> int:
+    """Return the number of a prompt's random stream."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "little", signed=True)
 
 
-def repetition(tokens: Sequence[int]) -> float:
-    """Share of the 4-grams that occurred before; 0 of fewer than 4 tokens."""
+def repetition_share(tokens: Sequence[int]) -> float:
+    """Return the share of the 4-grams that occurred earlier in the tokens; 0 for fewer than 4 tokens."""
     grams = [tuple(tokens[at : at + GRAM]) for at in range(len(tokens) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt as the model takes it: one turn of the user, where the tokenizer has a chat template."""
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the tokens of a prompt: one turn of the user if the tokenizer has a chat template, else the plain text."""
     if getattr(tokenizer, "chat_template", None) is None:
         tokens: list[int] = tokenizer(prompt)["input_ids"]
         return tokens
@@ -111,9 +132,11 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
 
 
 class Sampler:
-    """Samples replies to given prompts, in batches that depend on the prompts and on nothing else.
+    """Samples the replies of a model to a list of prompts, in batches that depend on the prompts alone.
 
-    batches: lists of indices of prompts. notes: what the user should know.
+    Attributes:
+        batches: Lists of numbers of prompts; together they have every prompt once.
+        notes: Sentences for the user.
     """
 
     def __init__(
@@ -125,83 +148,85 @@ class Sampler:
         seed: int = 0,
         batch_size: int = 16,
     ) -> None:
-        """Raises UsageError where a prompt leaves no room for a reply."""
+        """Encode the prompts and form the batches. Raises UsageError if a prompt fills the model's whole context."""
         self._model, self._tokenizer, self._sampling, self._seed = model, tokenizer, sampling, seed
         self.notes: list[str] = []
-        self._prompts = self._encoded(prompts)
-        self._room = [self._room_of(index) for index in range(len(prompts))]
-        short = sum(room < sampling.max_new_tokens for room in self._room)
+        self._prompts = self._encode(prompts)
+        self._limits = [self._reply_limit(index) for index in range(len(prompts))]
+        short = [limit for limit in self._limits if limit < sampling.max_new_tokens]
         if short:
             self.notes.append(
-                f"the model's context of {self._context} tokens leaves {short} of {len(prompts)} prompts "
-                f"{min(self._room)} to {max(room for room in self._room if room < sampling.max_new_tokens)} new tokens"
+                f"the model's context of {self._context} tokens leaves {min(short)} to {max(short)} new tokens for the "
+                f"replies to {len(short)} of {len(prompts)} prompts"
             )
-        self.batches = list(_batches(self._room, [len(prompt) for prompt in self._prompts], batch_size))
-        self._ends = _end_tokens(model, tokenizer)
-        self._pad = next(token for token in (tokenizer.pad_token_id, *sorted(self._ends), 0) if token is not None)
-        # What the checkpoint says of sampling must not join in: generate() takes from here whatever it is not told.
-        model.generation_config = _plain(sorted(self._ends), self._pad)
+        self.batches = list(_make_batches(self._limits, [len(prompt) for prompt in self._prompts], batch_size))
+        self._end_tokens = _find_end_tokens(model, tokenizer)
+        candidates = (tokenizer.pad_token_id, *sorted(self._end_tokens), 0)
+        self._pad = next(token for token in candidates if token is not None)
+        # generate() reads every setting that it is not given from here, and the checkpoint's own settings for the
+        # sampling must not take part.
+        model.generation_config = _greedy_config(sorted(self._end_tokens), self._pad)
 
-    def _encoded(self, prompts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of every prompt. Raises UsageError if the chat template fails."""
         if getattr(self._tokenizer, "chat_template", None) is None:
-            self.notes.append("the tokenizer has no chat template: prompts are given to the model as they are")
+            self.notes.append("the tokenizer has no chat template: the model gets the prompts as they are")
         encoded = []
         for index, prompt in enumerate(prompts):
             try:
-                encoded.append(encode(self._tokenizer, prompt))
-            except Exception as error:  # a template is a program
+                encoded.append(encode_prompt(self._tokenizer, prompt))
+            except Exception as error:  # a template is a program, which may raise any error
                 raise UsageError(f"prompt {index}: the tokenizer's chat template fails: {error}") from error
         return encoded
 
     @property
     def _context(self) -> int | None:
+        """The model's context in tokens, None if its config names none."""
         return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
-    def _room_of(self, index: int) -> int:
-        """New tokens that the context has room for after a prompt."""
+    def _reply_limit(self, index: int) -> int:
+        """Return the number of new tokens that fit into the context after a prompt, max_new_tokens at most."""
         length = len(self._prompts[index])
-        room = self._sampling.max_new_tokens if self._context is None else self._context - length
-        if room < 1 or not length:
+        limit = self._sampling.max_new_tokens if self._context is None else self._context - length
+        if limit < 1 or not length:
             raise UsageError(
                 f"prompt {index} is {length} tokens long, of a context of {self._context}: leave it out or shorten it"
             )
-        return min(room, self._sampling.max_new_tokens)
+        return min(limit, self._sampling.max_new_tokens)
 
-    def __call__(self, indices: Sequence[int]) -> list[Sampled]:
-        """Replies to a batch of prompts, by their indices. Raises EngineError where the memory is too small."""
+    def __call__(self, indices: Sequence[int]) -> list[SampledReply]:
+        """Return the replies to a batch of prompts, by their numbers. Raises EngineError if a GPU's memory is full."""
         width = max(len(self._prompts[index]) for index in indices)
         rows = [self._prompts[index] for index in indices]
         device = self._model.device
         tokens = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        streams = torch.tensor([stream_of(self._seed, index) for index in indices], device=device)
+        streams = torch.tensor([stream_number(self._seed, index) for index in indices], device=device)
         sampling = self._sampling
-        with memory_explained("--batch-size, or --keep host"):
-            made = self._model.generate(
+        penalties = PenaltyProcessor(width, sampling.presence_penalty, sampling.frequency_penalty)
+        with explain_gpu_memory_errors("--batch-size, or --keep host"):
+            generated = self._model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
-                max_new_tokens=min(self._room[index] for index in indices),
-                logits_processor=LogitsProcessorList(
-                    [
-                        Penalties(width, sampling.presence_penalty, sampling.frequency_penalty),
-                        Draw(width, streams, sampling),
-                    ]
-                ),
+                max_new_tokens=min(self._limits[index] for index in indices),
+                logits_processor=LogitsProcessorList([penalties, DrawProcessor(width, streams, sampling)]),
             )
-        return [self._reply(row) for row in made[:, width:].tolist()]
+        return [self._make_reply(row) for row in generated[:, width:].tolist()]
 
-    def _reply(self, tokens: list[int]) -> Sampled:
-        length = next((at for at, token in enumerate(tokens) if token in self._ends), len(tokens))
+    def _make_reply(self, tokens: list[int]) -> SampledReply:
+        """Return the reply of a row of generated tokens, which may have padding after its end token."""
+        length = next((at for at, token in enumerate(tokens) if token in self._end_tokens), len(tokens))
         finished = length < len(tokens)
         text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        return Sampled(text, tuple(tokens[: length + finished]), finished, round(repetition(tokens[:length]), 6))
+        repetition = round(repetition_share(tokens[:length]), 6)
+        return SampledReply(text, tuple(tokens[: length + finished]), finished, repetition)
 
 
-def _batches(rooms: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterable[list[int]]:
-    """Indices of prompts of about one length and of one room, the longest replies first."""
+def _make_batches(limits: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterable[list[int]]:
+    """Yield batches of prompts with the same reply limit and about the same length, the longest ones first."""
     batch: list[int] = []
-    for index in sorted(range(len(rooms)), key=lambda at: (-rooms[at], -lengths[at], at)):
-        if batch and (len(batch) == batch_size or rooms[index] != rooms[batch[0]]):
+    for index in sorted(range(len(limits)), key=lambda at: (-limits[at], -lengths[at], at)):
+        if batch and (len(batch) == batch_size or limits[index] != limits[batch[0]]):
             yield batch
             batch = []
         batch.append(index)
@@ -209,19 +234,19 @@ def _batches(rooms: Sequence[int], lengths: Sequence[int], batch_size: int) -> I
         yield batch
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that the model, its generation config or its tokenizer says ends a reply."""
-    said = (
+def _find_end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return every token that ends a reply by the model's config, its generation config or its tokenizer."""
+    values = (
         getattr(model.generation_config, "eos_token_id", None),
         getattr(model.config.get_text_config(), "eos_token_id", None),
         tokenizer.eos_token_id,
     )
     return frozenset(
-        token for each in said if each is not None for token in (each if isinstance(each, list) else [each])
+        token for value in values if value is not None for token in (value if isinstance(value, list) else [value])
     )
 
 
-def _plain(ends: list[int], pad: int) -> Any:
-    """Greedy, as Draw has left one token, and nothing else that changes logits."""
+def _greedy_config(end_tokens: list[int], pad: int) -> Any:
+    """Return settings under which generate() takes the one token that DrawProcessor leaves, and changes no logits."""
     make: Callable[..., Any] = GenerationConfig
-    return make(do_sample=False, num_beams=1, eos_token_id=ends or None, pad_token_id=pad)
+    return make(do_sample=False, num_beams=1, eos_token_id=end_tokens or None, pad_token_id=pad)

@@ -1,4 +1,4 @@
-"""What a search is asked for, checked: prompts, alphas, how replies are sampled, and the rest."""
+"""The arguments of a search, checked: prompts, alphas, the settings of the sampling, and all other options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..inputs.resolve import alphas_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: the paper's settings."""
+    """The settings with which tokens are sampled; the defaults are the paper's."""
 
     temperature: float = 0.7
     top_p: float = 0.9
@@ -23,8 +23,8 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Options:
-    """See search_alpha()."""
+class SearchOptions:
+    """The options of search_alpha(), which explains each of them."""
 
     batch_size: int
     seed: int
@@ -38,40 +38,44 @@ class Options:
     quiet: bool
 
     def check(self) -> None:
-        """Raise UsageError for what makes no sense."""
+        """Raise UsageError if an option has a value that makes no sense."""
         for name in ("batch_size", "budget"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def sampling_of(max_new_tokens: int, given: Mapping[str, float] | None) -> Sampling:
-    """The paper's settings, but for those that are given. Raises UsageError."""
+def make_sampling(max_new_tokens: int, overrides: Mapping[str, float] | None) -> Sampling:
+    """Return the paper's settings with a reply length and with the overrides of the caller.
+
+    Raises:
+        UsageError: An override has an unknown name, or a value makes no sense.
+    """
     try:
-        sampling = Sampling(max_new_tokens=max_new_tokens, **dict(given or {}))  # type: ignore[arg-type]
+        sampling = Sampling(max_new_tokens=max_new_tokens, **dict(overrides or {}))  # type: ignore[arg-type]
     except TypeError as error:
         raise UsageError(f"sampling: {str(error).partition(') ')[2] or error}") from error
     if sampling.max_new_tokens < 1 or sampling.top_k < 1 or sampling.temperature <= 0 or not 0 < sampling.top_p <= 1:
         raise UsageError(
-            "max_new_tokens and top_k must be at least 1, temperature above 0, top_p above 0 and at most 1, "
-            f"got {sampling}"
+            "max_new_tokens and top_k must be at least 1, temperature must be above 0, and top_p must be above 0 and "
+            f"at most 1, got {sampling}"
         )
     return sampling
 
 
-def texts_of(prompts: Sequence[str]) -> list[str]:
-    """The prompts as a list. Raises UsageError."""
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """Return the prompts as a list. Raises UsageError if there is none or if one is not a string."""
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"prompts must be one text at least, and nothing but texts, got {texts!r:.80}")
+        raise UsageError(f"prompts must be a list of at least one string, got {texts!r:.80}")
     return texts
 
 
-def ascending(given: Iterable[float] | str) -> list[float]:
-    """0 and these, each once, in ascending order of size. Raises UsageError."""
-    if isinstance(given, str):
-        raise UsageError(f'alphas must be numbers or "auto", got {given!r}')
-    values = alphas_of(given)
-    wrong = [value for value in values if not math.isfinite(value)]
-    if wrong:
-        raise UsageError(f"alpha must be finite, got {wrong[0]}")
+def sort_alphas(alphas: Iterable[float] | str) -> list[float]:
+    """Return 0 and the given alphas, each once, in ascending order of magnitude. Raises UsageError."""
+    if isinstance(alphas, str):
+        raise UsageError(f'alphas must be numbers or "auto", got {alphas!r}')
+    values = alphas_of(alphas)
+    infinite = [value for value in values if not math.isfinite(value)]
+    if infinite:
+        raise UsageError(f"alpha must be finite, got {infinite[0]}")
     return sorted({0.0, *(value + 0.0 for value in values)}, key=lambda alpha: (abs(alpha), alpha))
