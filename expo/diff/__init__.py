@@ -1,16 +1,16 @@
-"""What training changed between two checkpoints: python -m expo.diff, and compare() in Python.
+"""Show what training changed between two checkpoints: python -m expo.diff, and compare() in Python.
 
-__main__.py   the command line
-comparing.py  compare(): from two checkpoints to a Comparison
-measuring.py    a merge's pass over both that measures, by
-distance.py       the arithmetic, in NumPy
-places.py       which layer and which kind of module a tensor is, by its name
-records.py      the result: Comparison, Part, Tensor
-suspicions.py   its warnings: swapped, unrelated, partly trained, not finite
-table.py      the lines for a terminal
-report.py     the file: all numbers as JSON, or
-heatmap.py      the picture, by matplotlib
-wording.py      numbers and names in both
+__main__.py       the command line
+comparison.py     compare(): from two checkpoints to a Comparison
+measurement.py    the pass over both checkpoints
+distance.py       its arithmetic, in NumPy
+places.py         the layer of a tensor, and the kind of its module
+records.py        the result: Comparison, Part, Tensor
+pair_warnings.py  its warnings: swapped, unrelated, partly trained, not finite
+table.py          the lines for a terminal
+report.py         the file: all numbers as JSON, or
+heatmap.py        the picture, by matplotlib
+formatting.py     numbers and names in both
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 from .records import Comparison, Part, Tensor
 
 if TYPE_CHECKING:
-    from .comparing import compare
+    from .comparison import compare
 
 __all__ = ["Comparison", "Part", "Tensor", "compare"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compare":  # with NumPy
-        from .comparing import compare
+    if name == "compare":  # its module imports NumPy, which --help does not need
+        from .comparison import compare
 
         return compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """The command line: python -m expo.diff --sft A --aligned B [--out report.png|report.json]
 
-Arguments to compare() to a table, and nothing else: results on stdout, progress and messages on stderr.
+This module turns arguments into a call of compare(), and the result into a table. Results go to stdout, and progress
+and messages to stderr.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from .. import __version__
+from .._version import __version__
 from ..cli import Bar, as_json, run, show, warn
 from ..options import ON_MISMATCH, ON_UNPAIRED
 from ..text import size_text
-from .report import check_report, write
-from .table import table
+from .report import check_report, write_report
+from .table import make_table
 
 EPILOG = """\
-relative norm: |aligned - sft| / |aligned|; 1-cos: 1 - cosine similarity of sft and aligned
+relative norm: |aligned - sft| / |aligned|; 1-cos: 1 - the cosine similarity of sft and aligned
 exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be compared; 4 the report could not be written;
 130 interrupted
 """
@@ -33,31 +34,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    """Compare, write the report, and print the result."""
     if options.out is not None:
         check_report(options.out, (options.sft, options.aligned))
-    from .comparing import compare
+    from .comparison import compare
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     bar = None if options.quiet else Bar()
     try:
-        found = compare(
+        comparison = compare(
             options.sft, options.aligned, recipe=options.recipe, on_unpaired=options.on_unpaired,
             on_mismatch=options.on_mismatch, progress=bar, quiet=options.quiet,
         )  # fmt: skip
     finally:
         if bar is not None:
             bar.close()
-    seconds = time.perf_counter() - began
-    warn(found.warnings)
+    seconds = time.perf_counter() - start
+    warn(comparison.warnings)
     if options.out is not None:
-        write(found, options.out)
+        write_report(comparison, options.out)
     if options.json:
-        show(as_json(asdict(found)))
+        show(as_json(asdict(comparison)))
     elif not options.quiet:
-        lines = list(table(found, shutil.get_terminal_size().columns))
-        lines.append(
-            f"{size_text(found.bytes_read)} read in {seconds:.2f} s, {size_text(found.bytes_read / seconds)}/s"
-        )
+        lines = list(make_table(comparison, shutil.get_terminal_size().columns))
+        size, speed = size_text(comparison.bytes_read), size_text(comparison.bytes_read / seconds)
+        lines.append(f"{size} read in {seconds:.2f} s, {speed}/s")
         show("\n".join([*lines, *([f"-> {options.out}"] if options.out else [])]))
     return 0
 
@@ -71,17 +72,24 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--sft", metavar="A", help="the earlier checkpoint: a folder, a .safetensors or .bin file, or a hub id")
-    add("--aligned", metavar="B", help="the checkpoint trained from it: likewise, or a LoRA adapter folder over sft")
-    add("--recipe", metavar="NAME", help="a published pair: gives --sft and --aligned where they are left out")
+    add("--sft", metavar="A", help="the sft checkpoint: a folder, a .safetensors or .bin file, or a hub id")
+    add(
+        "--aligned", metavar="B",
+        help="the checkpoint that was trained from sft: the same, or the folder of a LoRA adapter for sft",
+    )  # fmt: skip
+    add("--recipe", metavar="NAME", help="a published pair, which gives --sft and --aligned if they are left out")
     add("--out", metavar="FILE", help="a heat map as .png, .svg or .pdf (needs matplotlib), or all numbers as .json")
-    add("--on-unpaired", choices=ON_UNPAIRED, default="aligned", help="a tensor in one input only: refuse, or list it")
+    add(
+        "--on-unpaired", choices=ON_UNPAIRED, default="aligned",
+        help="what to do with a tensor that one checkpoint alone has: refuse, or list it (default: %(default)s)",
+    )  # fmt: skip
     add(
         "--on-mismatch", choices=ON_MISMATCH, default="rows",
-        help="a tensor of two shapes: refuse, compare the rows that both have, or list it",
+        help="what to do with a tensor of two shapes: refuse, compare the rows that both have, or list it "
+        "(default: %(default)s)",
     )  # fmt: skip
     add("--json", action="store_true", help="print all numbers as one JSON object")
-    add("--quiet", action="store_true", help="no progress and no table")
+    add("--quiet", action="store_true", help="print neither progress nor table")
     add("--version", action="version", version=f"expo {__version__}")
     return parser
 

@@ -1,4 +1,4 @@
-"""A comparison as a file: a picture, or all its numbers."""
+"""Write a comparison to a file: a picture, or all its numbers."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from ..cli import as_json
 from ..errors import OutputError, UsageError
 from ..inputs.resolve import StrPath
 from ..output.os_errors import output_errors
-from .heatmap import INSTALL, heat_map
+from .heatmap import INSTALL, draw_heat_map
 from .records import Comparison
 
-PICTURES, DATA = (".png", ".svg", ".pdf"), (".json",)
+PICTURES, DATA = (".png", ".svg", ".pdf"), (".json",)  # suffixes
 
 
-def write(found: Comparison, path: StrPath) -> None:
-    """Write a report: a heat map as .png, .svg or .pdf, all numbers as .json; an old file is replaced.
+def write_report(comparison: Comparison, path: StrPath) -> None:
+    """Write a heat map (.png, .svg, .pdf) or all numbers (.json) in one step; an old file is replaced.
 
-    Raises UsageError, OutputError.
+    Raises:
+        UsageError: The suffix is unknown, or matplotlib is missing.
+        OutputError: The file could not be written.
     """
     path = os.fspath(path)
     check_report(path)
     if path.lower().endswith(DATA):
-        data = f"{as_json(asdict(found), indent=1)}\n".encode()
+        data = f"{as_json(asdict(comparison), indent=1)}\n".encode()
     else:
-        data = heat_map(found, os.path.splitext(path)[1][1:].lower())
+        data = draw_heat_map(comparison, os.path.splitext(path)[1][1:].lower())
     staged = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}")
     with output_errors(path):
         try:
@@ -42,7 +44,12 @@ def write(found: Comparison, path: StrPath) -> None:
 
 
 def check_report(path: str, inputs: Sequence[StrPath | None] = ()) -> None:
-    """Raise UsageError or OutputError where no report can be written to `path`, as far as that can be seen before."""
+    """Check, before the comparison, that a report can be written to `path` and replaces none of the inputs.
+
+    Raises:
+        UsageError: The suffix is unknown, or matplotlib is missing.
+        OutputError: The path is a folder, is in no folder, or is in an input.
+    """
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in (*PICTURES, *DATA):
         raise UsageError(f"--out takes a file that ends in {', '.join((*PICTURES, *DATA))}, got {path!r}")
@@ -50,13 +57,13 @@ def check_report(path: str, inputs: Sequence[StrPath | None] = ()) -> None:
         raise UsageError(INSTALL)
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise OutputError(f"{path}: there is no folder {folder}; make it, or choose another --out")
+        raise OutputError(f"{path}: there is no folder {folder}; create it, or choose another --out")
     if os.path.isdir(path):
-        raise OutputError(f"{path}: a folder; choose another --out")
+        raise OutputError(f"{path} is a folder; choose another --out")
     for source in inputs:
         if source is not None and os.path.exists(source):
-            real, place = os.path.realpath(source), os.path.realpath(path)
-            if os.path.commonpath((real, place)) == real:
+            real_source, real_path = os.path.realpath(source), os.path.realpath(path)
+            if os.path.commonpath((real_source, real_path)) == real_source:
                 raise OutputError(f"{path} is, or lies inside, the input {os.fspath(source)}; choose another --out")
 
 
