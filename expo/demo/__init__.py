@@ -1,4 +1,4 @@
-"""A tiny aligned/SFT checkpoint pair that ships with the package, and a demonstration that uses it."""
+"""A tiny pair of checkpoints that comes with the package, and a demonstration that merges it."""
 
 from pathlib import Path
 

@@ -1,11 +1,11 @@
-"""The preference that the demo's aligned model was trained towards."""
+"""Score a text by the preference that the demo's aligned model was trained towards."""
 
 
 def plain_words(text: str) -> float:
-    """Share of the words of `text` that are short (at most 4 letters), purely alphabetic and not repeated.
+    """Return the share of the words of a text that are short (at most 4 letters), alphabetic and not repeated.
 
-    It rewards brief, everyday wording. Repetition does not help, since a word counts once however often it
-    occurs; nor does stopping early, since a text is never taken to be shorter than 8 words.
+    The score rewards short everyday words. Repetition does not raise it, because a word counts once. A text of fewer
+    than 8 words counts as one of 8 words, so stopping early does not raise it either.
     """
     words = [word.strip(".,;:").lower() for word in text.split()]
     plain = {word for word in words if word.isalpha() and len(word) <= 4}

@@ -1,14 +1,13 @@
-"""Train the demo pair from scratch: `python -m expo.demo.train --out DIR` (some minutes on one CPU core).
+"""Train the demo pair from scratch: python -m expo.demo.train --out DIR (some minutes on one CPU core).
 
-The text is the English prose that ships with CPython: the language reference topics behind `help()` and the
-docstrings of the standard library. The SFT checkpoint is a small Llama trained to write such paragraphs. The
-aligned checkpoint is that model after a short round of DPO on its own samples, ranked by
-`expo.demo.score.plain_words`, and stopped long before the preference is exhausted: a partially aligned model
-is what extrapolation is meant for.
+The text is the English prose that comes with CPython: the topics of the language reference behind `help()`, and the
+docstrings of the standard library. The sft checkpoint is a small Llama that was trained to write such paragraphs. The
+aligned checkpoint is that model after a short round of DPO on its own samples, ranked by `expo.demo.score.plain_words`.
+The round is so short that the model is only partly aligned, which is the case that extrapolation is meant for.
 
-Seeds are fixed and one thread is used, so a repeated run with the same CPython, torch, transformers and
-tokenizers on the same kind of CPU gives the same weights. Other versions bring other text or other rounding,
-and so a different pair of about the same behaviour.
+The seeds are fixed, and one thread is used. A repeated run gives the same weights if CPython, torch, transformers and
+tokenizers have the same versions and the CPU is of the same kind. Other versions have another text or another rounding,
+and give a different pair of about the same behaviour.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# torch and transformers are imported where they are used, and their objects are typed as Any: both packages
-# leave many of the methods called here without annotations.
-Pair = tuple[list[int], list[int], list[int]]  # prompt, better and worse continuation, as tokens
+# torch and transformers are imported in the functions that use them. Their objects have the type Any, because many of
+# their methods have no annotations.
+PreferencePair = tuple[list[int], list[int], list[int]]  # tokens of the prompt, the better and the worse continuation
 
-THREADS = 1  # sums are split by thread, so another number gives slightly other weights
-VOCAB = 1536
+THREADS = 1  # every thread has sums of its own, so another number of threads gives slightly other weights
+VOCABULARY = 1536  # tokens
 BOS, EOS, PAD = 0, 1, 2
-SPECIAL = ["<s>", "</s>", "<pad>"]
+SPECIAL_TOKENS = ["<s>", "</s>", "<pad>"]
 
 SFT_STEPS, SFT_BATCH, SFT_LENGTH, SFT_LR = 2200, 16, 128, 4e-3
 
-TEMPERATURE = 0.8  # a model this small wanders off at 1.0
+TEMPERATURE = 0.8  # at 1.0 a model of this size writes too much nonsense
 DPO_PROMPTS, DPO_CANDIDATES, DPO_NEW_TOKENS = 1024, 4, 32
 DPO_STEPS, DPO_BATCH, DPO_LR, DPO_BETA = 32, 32, 2e-4, 0.1
 
@@ -44,7 +43,7 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__py
 
 
 def docstrings() -> Iterator[str]:
-    """Every docstring of the standard library, read from its source without importing it."""
+    """Yield every docstring of the standard library, from its source files, without importing them."""
     root = Path(os.__file__).parent
     for path in sorted(root.rglob("*.py")):
         if SKIPPED_FOLDERS.intersection(path.relative_to(root).parts):
@@ -59,14 +58,14 @@ def docstrings() -> Iterator[str]:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph reads as English sentences rather than as code, a table or a heading."""
+    """Return True if a paragraph consists of English sentences, not of code, a table or a heading."""
     words = paragraph.split()
     plain = sum(word.strip(".,;:()\"'").isalpha() for word in words)
     return len(words) >= 6 and paragraph[0].isupper() and paragraph[-1] in ".:" and plain > 0.75 * len(words)
 
 
-def corpus() -> list[str]:
-    """The distinct prose paragraphs that ship with this CPython, in a fixed order."""
+def collect_paragraphs() -> list[str]:
+    """Return the distinct paragraphs of prose that come with this CPython, in a fixed order."""
     from pydoc_data.topics import topics
 
     texts = [*topics.values(), *docstrings()]
@@ -75,7 +74,7 @@ def corpus() -> list[str]:
 
 
 def build_tokenizer(texts: list[str]) -> Any:
-    """A byte-level BPE tokenizer that puts the beginning-of-text token before every prompt."""
+    """Return a byte-level BPE tokenizer that puts the beginning-of-text token before every prompt."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -85,7 +84,9 @@ def build_tokenizer(texts: list[str]) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     make: Any = PreTrainedTokenizerFast
@@ -94,18 +95,18 @@ def build_tokenizer(texts: list[str]) -> Any:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        padding_side="left",  # prompts of one batch must end together for generation
+        padding_side="left",  # the prompts of a batch must end at the same column
         model_max_length=256,
         clean_up_tokenization_spaces=False,
     )
 
 
 def build_model() -> Any:
-    """An untrained Llama of about a million parameters."""
+    """Return an untrained Llama with about a million parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=352,
         num_hidden_layers=4,
@@ -121,8 +122,8 @@ def build_model() -> Any:
     return LlamaForCausalLM(config)
 
 
-def set_rates(optimizer: Any, peak: float, step: int, steps: int, warmup: int) -> None:
-    """Linear warm-up to the peak learning rate, then a cosine down to nothing."""
+def set_learning_rate(optimizer: Any, peak: float, step: int, steps: int, warmup: int) -> None:
+    """Set the learning rate of a step: a linear warm-up to the peak, then a cosine down to 0."""
     rest = (step - warmup) / max(1, steps - warmup)
     scale = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * rest))
     for group in optimizer.param_groups:
@@ -130,22 +131,22 @@ def set_rates(optimizer: Any, peak: float, step: int, steps: int, warmup: int) -
 
 
 def train_sft(model: Any, tokenizer: Any, texts: list[str]) -> None:
-    """Ordinary next-token training on the paragraphs, shuffled and laid end to end."""
+    """Train to predict the next token of the paragraphs, shuffled and joined to one sequence."""
     import torch
 
     encoded = [[*tokenizer(text)["input_ids"], EOS] for text in texts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LR, betas=(0.9, 0.95), weight_decay=0.1)
     order = random.Random(0)
     queue: list[int] = []
-    need = SFT_BATCH * SFT_LENGTH
+    batch_tokens = SFT_BATCH * SFT_LENGTH
     started = time.monotonic()
     for step in range(1, SFT_STEPS + 1):
-        while len(queue) < need:
+        while len(queue) < batch_tokens:
             order.shuffle(encoded)
             queue.extend(token for paragraph in encoded for token in paragraph)
-        batch = torch.tensor(queue[:need]).view(SFT_BATCH, SFT_LENGTH)
-        del queue[:need]
-        set_rates(optimizer, SFT_LR, step, SFT_STEPS, warmup=100)
+        batch = torch.tensor(queue[:batch_tokens]).view(SFT_BATCH, SFT_LENGTH)
+        del queue[:batch_tokens]
+        set_learning_rate(optimizer, SFT_LR, step, SFT_STEPS, warmup=100)
         loss = model(input_ids=batch, labels=batch).loss
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -156,8 +157,8 @@ def train_sft(model: Any, tokenizer: Any, texts: list[str]) -> None:
             print(f"sft step {step}/{SFT_STEPS}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
 
 
-def sample_pairs(model: Any, tokenizer: Any, texts: list[str]) -> list[Pair]:
-    """(prompt, better, worse) token lists: the extremes, by score, of several samples for each prompt."""
+def sample_pairs(model: Any, tokenizer: Any, texts: list[str]) -> list[PreferencePair]:
+    """Return a pair for each prompt: the samples with the highest and the lowest score."""
     import torch
 
     plain_words = load_score()
@@ -184,8 +185,8 @@ def sample_pairs(model: Any, tokenizer: Any, texts: list[str]) -> list[Pair]:
     return pairs
 
 
-def continuation_logps(model: Any, prompts: list[list[int]], tails: list[list[int]]) -> Any:
-    """Log-probability of each continuation given its prompt, summed over its tokens."""
+def log_probabilities(model: Any, prompts: list[list[int]], tails: list[list[int]]) -> Any:
+    """Return the log-probability of each continuation after its prompt, summed over its tokens."""
     import torch
 
     rows = [torch.tensor(prompt + tail) for prompt, tail in zip(prompts, tails, strict=True)]
@@ -193,24 +194,24 @@ def continuation_logps(model: Any, prompts: list[list[int]], tails: list[list[in
     scored = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, (prompt, tail) in enumerate(zip(prompts, tails, strict=True)):
         scored[row, len(prompt) : len(prompt) + len(tail)] = True
-    # Padding stands on the right, where causal attention never lets a scored token see it.
+    # The padding is on the right, so causal attention hides it from every scored token.
     logps = torch.log_softmax(model(input_ids=tokens[:, :-1]).logits.float(), dim=-1)
     chosen = logps.gather(-1, tokens[:, 1:, None]).squeeze(-1)
     return (chosen * scored[:, 1:]).sum(dim=-1)
 
 
-def train_dpo(model: Any, reference: Any, pairs: list[Pair]) -> None:
-    """Direct preference optimisation, for a fixed small number of steps."""
+def train_dpo(model: Any, reference: Any, pairs: list[PreferencePair]) -> None:
+    """Train a model by direct preference optimisation for a small, fixed number of steps."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=DPO_LR, betas=(0.9, 0.95), weight_decay=0.0)
     draw = random.Random(2)
     for step in range(1, DPO_STEPS + 1):
         prompts, better, worse = map(list, zip(*draw.sample(pairs, DPO_BATCH), strict=True))
-        set_rates(optimizer, DPO_LR, step, DPO_STEPS, warmup=10)
+        set_learning_rate(optimizer, DPO_LR, step, DPO_STEPS, warmup=10)
         with torch.no_grad():
-            base = continuation_logps(reference, prompts + prompts, better + worse)
-        gain = continuation_logps(model, prompts + prompts, better + worse) - base
+            base = log_probabilities(reference, prompts + prompts, better + worse)
+        gain = log_probabilities(model, prompts + prompts, better + worse) - base
         margin = gain[:DPO_BATCH] - gain[DPO_BATCH:]
         loss = -torch.nn.functional.logsigmoid(DPO_BETA * margin).mean()
         torch.autograd.backward(loss)
@@ -223,7 +224,7 @@ def train_dpo(model: Any, reference: Any, pairs: list[Pair]) -> None:
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a bfloat16 checkpoint in two shards, readable by everyone."""
+    """Write a bf16 checkpoint in two shards, which every user of the system may read."""
     import torch
     from transformers import GenerationConfig
 
@@ -236,7 +237,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     half = sum(weight.numel() * weight.element_size() for weight in copy.parameters()) * 11 // 20
     copy.save_pretrained(folder, max_shard_size=half)
     tokenizer.save_pretrained(folder)
-    # transformers 5 writes its own new name of the class; the old one is understood by 4 and 5.
+    # transformers 5 writes a new name of the class. Both 4 and 5 read the old name.
     config = folder / "tokenizer_config.json"
     config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     for path in folder.iterdir():
@@ -244,7 +245,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def load_score() -> Any:
-    """The score function, also when this file is run as a plain script from a source tree."""
+    """Return the score function, also if this file runs as a plain script from a source tree."""
     root = str(Path(__file__).resolve().parents[2])
     if not __package__ and root not in sys.path:
         sys.path.insert(0, root)
@@ -254,7 +255,7 @@ def load_score() -> Any:
 
 
 def load(folder: Path) -> Any:
-    """A stored checkpoint in single precision, the precision that training goes on in."""
+    """Return a stored checkpoint in fp32, in which it is trained further."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -263,8 +264,8 @@ def load(folder: Path) -> Any:
 
 def main() -> None:
     """Train both checkpoints into OUT/sft and OUT/aligned."""
-    parser = argparse.ArgumentParser(description="train the demo pair from scratch")
-    parser.add_argument("--out", type=Path, required=True, help="folder for sft/ and aligned/")
+    parser = argparse.ArgumentParser(description="Train the demo pair from scratch.")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for sft/ and aligned/")
     out: Path = parser.parse_args().out
     import torch
     import transformers
@@ -274,16 +275,16 @@ def main() -> None:
     log.disable_progress_bar()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
-    texts = corpus()
+    texts = collect_paragraphs()
     print(f"{len(texts)} paragraphs, {sum(map(len, texts))} characters", flush=True)
     tokenizer = build_tokenizer(texts)
-    if not (out / "sft" / "config.json").exists():  # a finished first stage is not repeated
+    if not (out / "sft" / "config.json").exists():  # a first stage that is complete is not repeated
         torch.manual_seed(0)
         model = build_model()
         print(f"{sum(weight.numel() for weight in model.parameters())} parameters", flush=True)
         train_sft(model, tokenizer, texts)
         save(model, tokenizer, out / "sft")
-    # Both sides of the preference training start from the rounded weights that are stored and merged.
+    # The policy and its reference start from the rounded weights, which are those that are stored and merged.
     reference, policy = load(out / "sft").eval(), load(out / "sft").eval()
     torch.manual_seed(1)
     pairs = sample_pairs(reference, tokenizer, texts)

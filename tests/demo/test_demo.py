@@ -1,4 +1,4 @@
-"""The embedded pair: what it is, that it loads, and that the demo shows what it promises."""
+"""The embedded pair is small and loads, and the demonstration shows a higher score after the merge."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_pair_is_small_and_loads(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
     assert len(list(folder.glob("*.safetensors"))) == 2
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert {key: list(value) for key, value in found.items() if value} == {}
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert {key: list(value) for key, value in info.items() if value} == {}
     assert 0.9e6 < model.num_parameters() < 1.1e6
 
 
