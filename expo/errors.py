@@ -14,9 +14,21 @@ A message says what, where (file and tensor), both values, and the fix.
 
 
 class ExpoError(Exception):
-    """Base of every expected error; `str(error)` is a message for a person."""
+    """Base of every expected error; `str(error)` is a message for a person.
+
+    Attributes:
+        hints: Sentences that the caller of the code that failed added: what is left, and how to go on.
+    """
 
     exit_code = 1
+    hints: tuple[str, ...] = ()
+
+    def add_hints(self, *hints: str) -> None:
+        """Add sentences to the message."""
+        self.hints = (*self.hints, *hints)
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (super().__str__(), *self.hints)))
 
 
 class UsageError(ExpoError, ValueError):

@@ -96,7 +96,7 @@ class Coordinator:
             self.worker.close()
 
     def _keep(self, error: BaseException) -> None:
-        """Record what is done, leave the staging folders, and raise the error again with the way to continue."""
+        """Record what is done, leave the staging folders, and add to the error what is left and how to continue."""
         # The disk may be full or gone, or an input may have changed: what the journal has already still counts.
         with contextlib.suppress(CheckpointError, OutputError):
             self.worker.record()
@@ -108,13 +108,15 @@ class Coordinator:
             with contextlib.suppress(OutputError):
                 self._journal.move_into_staging(staging.folder)
         done = [staging.out for staging in self._stagings.values() if staging.committed]
-        notes = [f"already in place: {', '.join(done)}"] if done else []
+        hints = [f"already in place: {', '.join(done)}"] if done else []
         if left:
             kept = ", ".join(staging.folder for staging in left)
             command = "--resume without --check puts it in place as it is" if _is_unloadable(error) else RESUME
-            notes.append(f"what is done is kept in {kept}: {command}")
-        if isinstance(error, ExpoError | KeyboardInterrupt) and notes:
-            raise type(error)("; ".join([str(error), *notes] if str(error) else notes)) from error
+            hints.append(f"what is done is kept in {kept}: {command}")
+        if isinstance(error, ExpoError):
+            error.add_hints(*hints)
+        elif isinstance(error, KeyboardInterrupt):
+            error.args = ("; ".join(filter(None, [str(error), *hints])),)
 
     def create(self) -> None:
         """Create the shards that do not exist yet, so that all ranks may fill them. Raises OutputError."""

@@ -107,7 +107,8 @@ def _load_sft(model: Any, sft: Checkpoint, comparison: StepComparison, options: 
         reason = f"sft cannot be loaded as a model, which might help: {error}"
         raise PlanError(_refusal(comparison, reason)) from error
     except EngineError as error:
-        raise EngineError(f"{error}, or --keep host or disk, with which sft is loaded on the CPU") from error
+        error.add_hints("or --keep host or disk, with which sft is loaded on the CPU")
+        raise
 
 
 def _refusal(comparison: StepComparison, reason: str) -> str:
