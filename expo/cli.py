@@ -1,4 +1,4 @@
-"""What the command lines share: exit codes, signals, and what is printed where."""
+"""Helpers that all command lines share: exit codes, signals, printing, JSON and the progress bar."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from typing import Any, TextIO
 from .errors import ExpoError
 from .text import size_text
 
-INTERRUPTED = 130
-WIDTH = 30  # characters of the bar
-LOG_EVERY = 10.0  # seconds between lines where stderr is no terminal
+INTERRUPTED = 130  # the exit code after Ctrl-C, SIGTERM or SIGHUP
+MAX_BAR_WIDTH = 30  # characters
+LOG_INTERVAL = 10.0  # seconds between two lines of progress if stderr is no terminal
 
 
-def run(work: Callable[[], int], left: str = "nothing was left behind") -> int:
-    """The exit code of a command: work's own, or that of its error, which is explained on stderr.
+def run(command: Callable[[], int], left: str = "nothing was left behind") -> int:
+    """Run a command and return its exit code; after an error, print the message and return the error's exit code.
 
-    left: what an interrupt leaves, where the interrupt does not say so itself.
+    Args:
+        command: Does the work and returns an exit code.
+        left: The text about files that an interrupt leaves, unless the interrupt has a text of its own.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text, and a terminal no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every path is text, and not every terminal uses UTF-8
     try:
         with signals():
-            return work()
+            return command()
     except ExpoError as error:
         print(f"expo: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -42,13 +44,13 @@ def run(work: Callable[[], int], left: str = "nothing was left behind") -> int:
 
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the work as Ctrl-C does: what is done is kept to go on from, exit code 130."""
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    # nohup has SIGHUP ignored, and it stays so
-    before = {number: signal.getsignal(number) for number in stops if signal.getsignal(number) is not signal.SIG_IGN}
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that they keep the finished part as Ctrl-C does."""
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # A signal that is ignored stays ignored, such as SIGHUP under nohup.
+    before = {number: signal.getsignal(number) for number in stopping if signal.getsignal(number) is not signal.SIG_IGN}
 
     def interrupt(*_: object) -> None:
-        # For good: a second Ctrl-C must not cut short the writing down of what is done, nor change the exit code.
+        # The handlers are not restored: a second Ctrl-C must neither interrupt the journal nor change the exit code.
         for number in before:
             signal.signal(number, signal.SIG_IGN)
         before.clear()
@@ -67,7 +69,9 @@ def show(text: str) -> None:
     """Print a result to stdout."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # ... | head: nobody is left to read the rest
+    except (
+        BrokenPipeError
+    ):  # the reader of a pipe, such as head, has ended; Python must not fail when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -84,11 +88,12 @@ def warn(warnings: Iterable[str]) -> None:
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """JSON has no inf and no NaN: null stands for them."""
+    """Return a value as JSON, with null for inf and NaN, which JSON does not have."""
     return json.dumps(_finite(value), allow_nan=False, indent=indent)
 
 
 def _finite(value: Any) -> Any:
+    """Return the value with None in the place of every inf and NaN, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -97,24 +102,27 @@ def _finite(value: Any) -> Any:
 
 
 class Bar:
-    """Call it with (done, total) in bytes; `close` ends the line."""
+    """A progress bar on a terminal, or a line of progress every LOG_INTERVAL seconds elsewhere."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
+        """Write to the stream; None for stderr."""
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
+        self._is_terminal = self._stream.isatty()
         self._began = self._drawn = time.monotonic()
         self._open = False
 
     def __call__(self, done: int, total: int) -> None:
+        """Show the progress, in bytes."""
         now = time.monotonic()
-        if self._live:
+        if self._is_terminal:
             text = self._text(done, total, now)
-            width = max(0, min(WIDTH, shutil.get_terminal_size().columns - len(text) - 2))  # a wrapped line piles up
+            # A line that wraps could not be overwritten by the next one.
+            width = max(0, min(MAX_BAR_WIDTH, shutil.get_terminal_size().columns - len(text) - 2))
             filled = width * done // total if total else width
             self._stream.write(f"\r{'█' * filled}{'░' * (width - filled)} {text}\x1b[K")
             self._stream.flush()
             self._open = True
-        elif now - self._drawn >= LOG_EVERY:
+        elif now - self._drawn >= LOG_INTERVAL:
             self._drawn = now
             print(self._text(done, total, now), file=self._stream, flush=True)
 
@@ -125,6 +133,7 @@ class Bar:
         return f"{share:4.0%}  {size_text(done)} of {size_text(total)}, {size_text(rate)}/s, {left}"
 
     def close(self) -> None:
+        """Erase the bar."""
         if self._open:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

@@ -1,15 +1,15 @@
-"""The errors a user can cause, and nothing else; anything outside this tree is a bug.
+"""The errors that a user can cause or meet. Every other exception is a bug.
 
     ExpoError
     ├── UsageError       an argument that makes no sense: a wrong alpha, rule or engine name       (exit code 2)
-    ├── EngineError      an engine asked for by name that cannot run here                          (exit code 2)
+    ├── EngineError      an engine that was asked for by name and cannot run here                  (exit code 2)
     ├── CheckpointError  an input that is missing, damaged or of a kind that cannot be read        (exit code 3)
     ├── PlanError        two readable inputs that cannot be merged                                 (exit code 3)
     ├── OutputError      an output that could not be written                                       (exit code 4)
     ├── RankError        another process of the same merge that failed, died, or sees other inputs  (exit code 4)
-    └── Cancelled        the caller asked to stop; nothing stands at the output's path              (exit code 130)
+    └── Cancelled        a request of the caller to stop; the output's path stays as it was        (exit code 130)
 
-A message says what, where (file and tensor), both values, and the fix.
+A message names the problem, the place (file and tensor), both values, and the fix.
 """
 
 
@@ -32,37 +32,41 @@ class ExpoError(Exception):
 
 
 class UsageError(ExpoError, ValueError):
-    """An argument that makes no sense."""
+    """An error for an argument that makes no sense."""
 
     exit_code = 2
 
 
 class EngineError(ExpoError, RuntimeError):
-    """An engine asked for by name that cannot run on this machine or on these tensors."""
+    """An error for an engine that was asked for by name and cannot run on this machine or on these tensors."""
 
     exit_code = 2
 
 
 class CheckpointError(ExpoError):
-    """An input that is missing, damaged, or of a kind that cannot be read."""
+    """An error for an input that is missing, damaged, or of a kind that cannot be read."""
 
     exit_code = 3
 
 
 class PlanError(ExpoError):
-    """Two readable inputs that cannot be merged; the message lists every reason at once."""
+    """An error for two readable inputs that cannot be merged; the message lists every reason at once."""
 
     exit_code = 3
 
 
 class OutputError(ExpoError):
-    """An output that could not be written; the inputs are untouched and nothing stands at the output's path."""
+    """An error for an output that could not be written; the inputs and the output's path stay as they were."""
 
     exit_code = 4
 
 
 class RankError(ExpoError):
-    """Another process of the same merge failed, died, or sees other inputs; kind: the name of its exception."""
+    """An error for another process of the same merge that failed, died, or sees other inputs.
+
+    Attributes:
+        kind: The name of the other process's exception; "" if it is not known.
+    """
 
     exit_code = 4
 
@@ -72,6 +76,6 @@ class RankError(ExpoError):
 
 
 class Cancelled(ExpoError):
-    """The caller's `cancel` event was set; what is done is kept for a merge that resumes."""
+    """An error for a merge that the caller's `cancel` event has stopped; `resume` continues from the finished part."""
 
     exit_code = 130

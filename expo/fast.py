@@ -152,8 +152,8 @@ def _list_recipes(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from .merging.launcher import join
     from .merging.merge import merge_pair
-    from .merging.process_group import join
 
     with join() as ranks, ranks.together():
         bar = None if options.quiet or ranks.rank else Bar()
@@ -207,8 +207,8 @@ def _some(lines: Sequence[str]) -> Iterator[str]:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from .merging.launcher import launched_rank
     from .merging.merge import preview
-    from .merging.process_group import launched_rank
 
     if launched_rank():
         return 0  # rank 0 prints the plan

@@ -1,9 +1,9 @@
-"""torch.ops.expo.extrapolate: the formula as an operator, which torch.compile and torch.export take as one node.
+"""torch.ops.expo.extrapolate: the formula as an operator that torch.compile and torch.export treat as one node.
 
-`import expo.op` registers it; so does `import expo` where torch has been imported before.
+`import expo.op` registers the operator. `import expo` registers it too if torch has been imported before.
 """
 
-# No `from __future__ import annotations`: torch before 2.5 reads a schema from annotations, not from their text.
+# This module has no `from __future__ import annotations`, because torch before 2.5 cannot read a schema from strings.
 
 from typing import Any
 
@@ -15,18 +15,21 @@ from .tensors.arrays import extrapolate as _extrapolate
 
 @torch.library.custom_op("expo::extrapolate", mutates_args=())
 def extrapolate(sft: torch.Tensor, aligned: torch.Tensor, alpha: float) -> torch.Tensor:
-    """As `expo.extrapolate(sft, aligned, alpha)`: by the CPU's engine, or on a GPU by the Triton kernel.
+    """Return `expo.extrapolate(sft, aligned, alpha)`, computed by the CPU's engine or by the Triton kernel on a GPU.
 
-    Unlike that one, differentiable: the gradients are (1 + alpha) and -alpha times the output's.
+    Unlike `expo.extrapolate`, this operator is differentiable: the gradient of aligned is (1 + alpha) times the
+    output's gradient, and that of sft is -alpha times the output's gradient.
     """
     return _extrapolate(sft, aligned, alpha)
 
 
 def _save(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor, float], output: torch.Tensor) -> None:
+    """Save the values that the gradients need."""
     ctx.sft_dtype, ctx.alpha = inputs[0].dtype, inputs[2]
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Return the gradients of sft, aligned and alpha."""
     return (gradient * -ctx.alpha).to(ctx.sft_dtype), gradient * (1 + ctx.alpha), None
 
 
@@ -41,7 +44,7 @@ def _(sft: torch.Tensor, aligned: torch.Tensor, alpha: float) -> torch.Tensor:
 
 @torch.library.custom_op("expo::extrapolate_", mutates_args=("out",))
 def extrapolate_(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Tensor) -> None:
-    """As `expo.extrapolate(sft, aligned, alpha, out=out)`; out may not be one of the inputs, by torch's rules."""
+    """Compute `expo.extrapolate(sft, aligned, alpha, out=out)`; torch does not allow `out` to be one of the inputs."""
     _extrapolate(sft, aligned, alpha, out=out)
 
 
@@ -52,6 +55,7 @@ def _(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Tensor)
 
 
 def _check(first: torch.Tensor, second: torch.Tensor) -> None:
+    """Raise UsageError if the shapes or the devices differ."""
     if first.shape != second.shape or first.device != second.device:
         raise UsageError(
             f"shapes and devices must be equal, got {tuple(first.shape)} on {first.device} and "

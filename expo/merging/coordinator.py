@@ -1,4 +1,4 @@
-"""Rank 0 of a merge: it stages the outputs, lets all ranks fill them, completes them, and commits or keeps them."""
+"""The work of rank 0: stage the outputs, complete them after all ranks have filled them, and commit or keep them."""
 
 from __future__ import annotations
 
@@ -25,31 +25,34 @@ from .job import MergeJob
 from .rank_worker import Corrupt, RankWorker
 from .result import Tally
 
-RESUME = "the same command with --resume goes on"
+RESUME = "repeat the command with --resume to continue"
 
 
 class Coordinator:
-    """The staging folders of a merge's outputs; after an error they stay for `--resume`.
+    """The owner of a merge's staging folders, which stay for `--resume` after an error.
 
     Attributes:
-        worker: Computes this rank's part.
+        worker: The worker of this rank.
         tally: The statistics of the chunks that are done.
     """
 
     def __init__(self, job: MergeJob, stagings: Mapping[int, Staging], journal: Journal) -> None:
-        """Continue with what the journal says is done, or begin anew. Raises OutputError.
+        """Continue with the chunks that the journal has, or start anew.
 
         Args:
             job: The merge.
-            stagings: The staging folders of the outputs still to be made, by the output's number.
+            stagings: The staging folders of the outputs that are still to be made, by the output's number.
             journal: The journal of all outputs.
+
+        Raises:
+            OutputError: A staging folder or the journal cannot be read or written.
         """
         self._job, self._stagings, self._journal = job, stagings, journal
         self._chunk_bytes = job.chunk_bytes
         self._done: DoneChunks = {}
         self.tally = Tally(len(job.outs))
-        begun = journal.resume(job.options.overwrite) if job.options.resume else None
-        continues = begun is not None and self._adopt(begun.chunk_size, begun.done)
+        earlier = journal.resume(job.options.overwrite) if job.options.resume else None
+        continues = earlier is not None and self._adopt(earlier.chunk_size, earlier.done)
         for staging in stagings.values():
             with output_errors(staging.folder):
                 staging.clear(keep={JOURNAL, *(name for name, _ in self._done)} if continues else ())
@@ -58,7 +61,7 @@ class Coordinator:
         self.worker = RankWorker(job, journal, self.tally, self._chunk_bytes, self._done)
 
     def _adopt(self, chunk_bytes: int, done: DoneChunks) -> bool:
-        """Take over what an interrupted merge has done; return False where its journal does not fit the plan."""
+        """Take over the chunks of an interrupted merge; return False if they do not fit the plan."""
         tally = Tally(len(self._job.outs))
         if chunk_bytes % PAGE or chunk_bytes > CHUNK or not self._add(tally, chunk_bytes, done):
             return False
@@ -66,24 +69,24 @@ class Coordinator:
         return True
 
     def _add(self, tally: Tally, chunk_bytes: int, done: DoneChunks) -> bool:
-        """Add the statistics of these chunks to the tally; return False where they are no chunks of the plan."""
-        left = len(done)
+        """Add the statistics of these chunks to the tally; return False if one of them is no chunk of the plan."""
+        remaining = len(done)
         for chunk in cut(self._job.plan.shards, chunk_bytes):
-            if not left:
+            if not remaining:
                 break
-            stop, measured = done.get((chunk.shard.name, chunk.start), (None, {}))
+            stop, statistics = done.get((chunk.shard.name, chunk.start), (None, {}))
             if stop is None:
                 continue
-            if stop != chunk.stop or not tally.add_chunk(chunk, measured):
+            if stop != chunk.stop or not tally.add_chunk(chunk, statistics):
                 return False
-            left -= 1
-        return left == 0
+            remaining -= 1
+        return remaining == 0
 
     def __enter__(self) -> Coordinator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        cause = self._job.ranks.cause(error)
+        cause = self._job.ranks.find_cause(error)
         try:
             if isinstance(cause, Corrupt) or (isinstance(cause, RankError) and cause.kind == Corrupt.__name__):
                 for staging in self._stagings.values():
@@ -96,21 +99,21 @@ class Coordinator:
             self.worker.close()
 
     def _keep(self, error: BaseException) -> None:
-        """Record what is done, leave the staging folders, and add to the error what is left and how to continue."""
-        # The disk may be full or gone, or an input may have changed: what the journal has already still counts.
+        """Record the finished chunks, keep the staging folders, and add to the error how to continue."""
+        # The chunks that the journal already has stay valid if the disk fails now or an input has changed.
         with contextlib.suppress(CheckpointError, OutputError):
             self.worker.record()
-        left = [staging for staging in self._stagings.values() if not staging.committed]
-        if not left:
+        uncommitted = [staging for staging in self._stagings.values() if not staging.committed]
+        if not uncommitted:
             self._journal.remove()
-        for staging in left:
+        for staging in uncommitted:
             staging.keep()
             with contextlib.suppress(OutputError):
                 self._journal.move_into_staging(staging.folder)
-        done = [staging.out for staging in self._stagings.values() if staging.committed]
-        hints = [f"already in place: {', '.join(done)}"] if done else []
-        if left:
-            kept = ", ".join(staging.folder for staging in left)
+        committed = [staging.out for staging in self._stagings.values() if staging.committed]
+        hints = [f"already in place: {', '.join(committed)}"] if committed else []
+        if uncommitted:
+            kept = ", ".join(staging.folder for staging in uncommitted)
             command = "--resume without --check puts it in place as it is" if _is_unloadable(error) else RESUME
             hints.append(f"what is done is kept in {kept}: {command}")
         if isinstance(error, ExpoError):
@@ -119,41 +122,44 @@ class Coordinator:
             error.args = ("; ".join(filter(None, [str(error), *hints])),)
 
     def create(self) -> None:
-        """Create the shards that do not exist yet, so that all ranks may fill them. Raises OutputError."""
+        """Create the shards that do not exist yet, so that all ranks can write into them. Raises OutputError."""
         durable: Counter[str] = Counter()
         for (name, start), (stop, _) in self._done.items():
             durable[name] += stop - start
         for staging in self._stagings.values():
             for shard in self._job.plan.shards:
                 create_shard(staging.path(shard.name), shard.size, durable[shard.name])
-            with output_errors(staging.folder):  # the journal will name these files, so their names must be durable
+            with output_errors(
+                staging.folder
+            ):  # the journal will name the files, so their directory entries are synced first
                 sync_folder(staging.folder)
                 sync_folder(staging.parent)
 
     @property
-    def begun(self) -> tuple[int, dict[ChunkKey, int]]:
-        """The size of chunks and the chunks that are done, from which the other ranks divide the rest as this one does.
+    def division(self) -> tuple[int, dict[ChunkKey, int]]:
+        """The size of a chunk in bytes, and the end in its shard of each chunk that an interrupted merge has done.
 
-        They do not read the journal for this: this rank may have written more into it by then.
+        All ranks divide the remaining chunks by these values. The other ranks cannot read them in the journal, because
+        this rank may have added chunks to it by then.
         """
         return self._chunk_bytes, {key: stop for key, (stop, _) in self._done.items()}
 
     def collect(self) -> None:
-        """Take over what the other ranks have done, after all ranks are done. Raises OutputError."""
+        """Add the statistics of the other ranks, after all ranks have finished. Raises OutputError."""
         written = self.worker.resumed + sum(self.worker.shares.values())
-        sound = True
+        valid = True
         for done in self._journal.collect(self._chunk_bytes):
             written += sum(stop - start for (_, start), (stop, _) in done.items()) * len(self._job.outs)
-            sound = sound and self._add(self.tally, self._chunk_bytes, done)
-        if not sound or written != self._job.plan.output_bytes:
+            valid = valid and self._add(self.tally, self._chunk_bytes, done)
+        if not valid or written != self._job.plan.output_bytes:
             folders = ", ".join(staging.folder for staging in self._stagings.values())
-            raise OutputError(f"{folders}: a rank's journal cannot be read, or not all of it")
+            raise OutputError(f"{folders}: a rank's journal cannot be read completely")
 
     def complete(self, card_of: Callable[[int], bytes]) -> None:
-        """Add aligned's other files, the model card, the index, and the digests where they are asked for.
+        """Add aligned's other files, the model card, the index, and the digests if the options want them.
 
         Args:
-            card_of: Returns the model card of an output, by its number.
+            card_of: Returns the model card of an output, whose number it takes.
 
         Raises:
             CheckpointError: A file of aligned cannot be read.
@@ -183,7 +189,7 @@ class Coordinator:
             staging.put_digest(_digests(staging, [(names[0], os.path.basename(staging.out))]))
 
     def check(self, loader: Any) -> None:
-        """Load each output, in its staging folder, with this class of transformers. Raises Unloadable."""
+        """Load each output from its staging folder with this class of transformers. Raises Unloadable."""
         from .load_check import check_output
 
         for staging in self._stagings.values():
@@ -198,20 +204,20 @@ class Coordinator:
             warnings += staging.commit()
         return warnings
 
-    def forget(self) -> list[str]:
-        """Remove the journal, after every rank knows that the outputs are in place, and return warnings."""
+    def remove_journal(self) -> list[str]:
+        """Remove the journal after every rank has learnt that the outputs are in place, and return warnings."""
         return self._journal.remove()
 
 
 def _is_unloadable(error: BaseException) -> bool:
-    """Return True if `--check` failed; it would fail again."""
+    """Return True if `--check` failed, because a merge that resumes would fail in the same way."""
     from .load_check import Unloadable
 
     return isinstance(error, Unloadable)
 
 
 def _parts(path: str) -> Iterator[bytes]:
-    """Yield a file of aligned's, one MiB at a time. Raises CheckpointError."""
+    """Yield the bytes of a file of aligned, one MiB at a time. Raises CheckpointError."""
     try:
         with open(path, "rb") as file:
             while part := file.read(MIB):
@@ -221,19 +227,19 @@ def _parts(path: str) -> Iterator[bytes]:
 
 
 def _digests(staging: Staging, names: Sequence[tuple[str, str]]) -> Iterator[bytes]:
-    """Yield lines as sha256sum writes them, for files that are read back from the disk.
+    """Yield a line for each file in the format of sha256sum, with the digest of the bytes on the disk.
 
     Args:
         staging: The folder of the files.
-        names: (name in the folder, name to write) of each file.
+        names: (name in the folder, name to write into the line) of each file.
     """
     buffer = page_aligned(CHUNK)
     for staged, name in names:
         path = staging.path(staged)
-        digest, at = hashlib.sha256(), 0
-        while count := read_back(path, at, buffer):
+        digest, position = hashlib.sha256(), 0
+        while count := read_back(path, position, buffer):
             digest.update(buffer[:count])
-            at += count
+            position += count
         escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
-        mark = "\\" if escaped != name else ""  # sha256sum's mark for a name with escapes
+        mark = "\\" if escaped != name else ""  # sha256sum marks a line with an escaped name so
         yield os.fsencode(f"{mark}{digest.hexdigest()}  {escaped}\n")

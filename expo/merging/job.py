@@ -1,4 +1,4 @@
-"""One merge as a value: the inputs, the options, the plan, where outputs go, what computes, and what identifies it."""
+"""One merge as a value: its inputs, options, plan, output paths, engines and identity."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from ..planning.plan import Plan, plan_output
 from .output_paths import check_places, check_template, fill_in, free_bytes, output_paths
 from .process_group import SingleProcess
 
-BASE_MEMORY = 25_000_000  # bytes: the interpreter with what a CPU merge imports
-TORCH_MEMORY = 500_000_000  # bytes that torch and triton take once imported; a GPU's driver takes more
+BASE_MEMORY = 25_000_000  # bytes of the interpreter with the modules that a CPU merge imports
+TORCH_MEMORY = 500_000_000  # bytes of the modules torch and triton, without the memory of a GPU's driver
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,15 @@ class MergeJob:
     Attributes:
         pair: The two inputs as the user named them.
         options: The options of the merge.
-        sft, aligned: The opened checkpoints.
+        sft: The opened checkpoint sft.
+        aligned: The opened checkpoint aligned.
         plan: The plan of all outputs.
         outs: One path for each alpha.
-        committed: Those of `outs` that an interrupted merge has put in place.
+        committed: The paths of `outs` that an interrupted merge has put in place.
         engines: One engine for each worker of this process.
         ranks: The processes that make the merge together.
-        notes: Sentences about what a user should know.
-        error: The error that `merge` raises for this job; None where the job can be done.
+        notes: Sentences that `merge` returns as warnings.
+        error: The error that `merge` raises for this job; None if the job can be done.
     """
 
     pair: PairRequest
@@ -76,22 +77,23 @@ class MergeJob:
 
     @property
     def journalled(self) -> list[str]:
-        """The staging folders of the outputs that have a journal, or will have one."""
+        """The staging folders of the outputs that have a journal or will get one."""
         folders = [(path, staging_folder(path)) for path in self.outs]
         return [folder for path, folder in folders if path not in self.committed or has_journal(folder)]
 
     @property
     def chunk_bytes(self) -> int:
+        """The size of a chunk in bytes."""
         return chunk_size(len(self.engines), len(self.outs))
 
     @property
     def free(self) -> int:
-        """Bytes that may still be written to the outputs' disk, or to the fullest of several disks."""
+        """Free bytes on the disk of the outputs, or on the fullest of several disks."""
         return min(map(free_bytes, self.outs))
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that the merge takes: buffers, the pages mapped at a time, and the interpreter."""
+        """Bytes of memory that the merge takes: buffers, the pages that are mapped at a time, and the interpreter."""
         slots = sum(1 if engine.gpu is None else 1 + RING_SLOTS for engine in self.engines)
         on_gpu = any(engine.name == "triton" for engine in self.engines)
         converts = any(not step.plain for step in self.plan.steps)
@@ -102,14 +104,14 @@ class MergeJob:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a merge to continue with another merge's bytes, as JSON."""
+        """The values that two merges must share so that one can continue the other, as a JSON object."""
         rules = [[pattern, float(alpha)] for pattern, alpha in self.options.alpha_for.items()]
         adapter = self.aligned.adapter
         return {
             "version": __version__,
             "--alpha": self.plan.alphas,
             **self.options.content(),
-            "--alpha-for": rules,  # a list, as the last match wins
+            "--alpha-for": rules,  # a list, because the order of the rules counts
             "tie_word_embeddings of sft and aligned": [tie_flag(each.config) for each in (self.sft, self.aligned)],
             "sft": _fingerprint(self.sft),
             "aligned": _fingerprint(self.aligned),
@@ -131,14 +133,17 @@ def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
 def open_job(
     pair: PairRequest, out: StrPath | None, options: MergeOptions, ranks: SingleProcess, headers_only: bool = False
 ) -> Iterator[MergeJob]:
-    """Open both checkpoints, plan, and find out whether the plan can be carried out.
+    """Open both checkpoints, make the plan, and yield the job, with an error if the plan cannot be carried out.
 
     Args:
         pair: The two inputs as the user named them.
         out: The template of the outputs' paths; None for the default.
         options: The options of the merge, with its alphas.
         ranks: The processes that make the merge together.
-        headers_only: True to fetch no more than headers of weights on the hub.
+        headers_only: True to fetch only the headers of weight files from the hub.
+
+    Raises:
+        ExpoError: There is no plan at all; see `preview` in merge.py.
     """
     assert options.alphas is not None
     device = options.device
@@ -152,8 +157,8 @@ def open_job(
     with open_inputs(pair.sft, pair.aligned, options.quiet, headers_only, options.carry) as (sft, aligned):
         code = find_code(aligned.files)
         plan = plan_output(aligned, match_tensors(sft, aligned, options), options, code)
-        about = (tokenizer.difference(sft, aligned), tokenizer.missing(sft, aligned), missing_modules(plan.left_out))
-        notes = (*plan.notes, *filter(None, about), *code.notes, *filter(None, [engines[0].note]))
+        others = (tokenizer.difference(sft, aligned), tokenizer.missing(sft, aligned), missing_modules(plan.left_out))
+        notes = (*plan.notes, *filter(None, others), *code.notes, *filter(None, [engines[0].note]))
         outs = output_paths(out, aligned, options.alphas)
         committed = _committed(outs) if options.resume else frozenset()
         error = _obstacle(plan, [path for path in outs if path not in committed], (sft, aligned), options.overwrite)
@@ -163,7 +168,14 @@ def open_job(
 def _obstacle(
     plan: Plan, missing: list[str], inputs: tuple[Checkpoint, Checkpoint], overwrite: bool
 ) -> ExpoError | None:
-    """Return why the plan cannot be carried out; missing: the paths of the outputs that are still to be made."""
+    """Return the error that prevents the plan; None if there is none.
+
+    Args:
+        plan: The plan of all outputs.
+        missing: The paths of the outputs that are still to be made.
+        inputs: sft and aligned.
+        overwrite: True if outputs that exist are to be replaced.
+    """
     try:
         plan.check()
         check_places(missing, plan.output_bytes // len(plan.alphas), inputs)
@@ -175,10 +187,11 @@ def _obstacle(
 
 
 def _committed(outs: tuple[str, ...]) -> frozenset[str]:
-    """Return the outputs that an interrupted merge has put in place: their journals still lie beside them.
+    """Return the outputs that an interrupted merge has put in place, which are those with a journal beside them.
 
-    A merge removes its journals when all outputs are in place: where one is left and nothing is staged, all are.
+    A merge starts to remove its journals when all outputs are in place. So if one journal is left, and every output
+    exists and none is staged, then all outputs are in place.
     """
     unstaged = [out for out in outs if os.path.exists(out) and not os.path.isdir(staging_folder(out))]
-    done = frozenset(out for out in unstaged if has_journal(staging_folder(out)))
-    return frozenset(outs) if done and len(unstaged) == len(outs) else done
+    committed = frozenset(out for out in unstaged if has_journal(staging_folder(out)))
+    return frozenset(outs) if committed and len(unstaged) == len(outs) else committed

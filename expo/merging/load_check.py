@@ -1,7 +1,8 @@
-"""--check: whether transformers loads an output with every weight in its place.
+"""The check of `--check`: transformers loads an output, and every weight must fit.
 
-transformers' own loading decides, so that its renames, conversions and ties count; it gets the names and shapes that
-the files hold, on torch's meta device, and no data. No custom code is run. transformers is imported here, when asked.
+transformers' own loader decides, because it renames, converts and ties weights. The loader gets the names and shapes in
+the files, as tensors on torch's meta device, and no data. No custom code runs. Only this module and its callers import
+transformers, and only if the check is asked for.
 """
 
 from __future__ import annotations
@@ -18,53 +19,54 @@ from ..checkpoints.safetensors_header import TensorInfo
 from ..dtypes import TABLE
 from ..errors import OutputError, UsageError
 
-SHOWN = 36  # findings that a message lists; with its other lines it stays within 40
-BLOCK = 1 << 20  # bytes of two tensors that are compared at a time
+MAX_LISTED = 36  # problems in a message, which then has at most 40 lines
+COMPARED_BYTES = 1 << 20  # of each of two tensors at a time
 LEAVE_OUT = "leave --check out"
 
 
 class Unloadable(OutputError):
-    """An output that transformers does not load as it should; what was computed is sound."""
+    """An output that transformers does not load completely, although its bytes are computed as planned."""
 
 
 def model_class(aligned: Checkpoint) -> Any:
-    """Return the class of transformers that an output is to be loaded with: the one that the config names.
+    """Return the class of transformers that loads the output: the class that aligned's config names.
 
-    Raises UsageError where there is none, before a merge has done its work.
+    Raises:
+        UsageError: There is no such class. A merge calls this function before it computes.
     """
     if aligned.folder is None or CONFIG not in aligned.files:
-        lack = "is one bare file" if aligned.folder is None else f"has no {CONFIG}"
-        raise UsageError(f"--check loads a folder with a {CONFIG}, but aligned {aligned.path} {lack}; {LEAVE_OUT}")
+        reason = "is one bare file" if aligned.folder is None else f"has no {CONFIG}"
+        raise UsageError(f"--check loads a folder with a {CONFIG}, but aligned {aligned.path} {reason}; {LEAVE_OUT}")
     library = _library()
     config = aligned.config
     architectures, kind = config.get("architectures"), config.get("model_type")
     if isinstance(architectures, list) and architectures:
-        what, found = f"class {architectures[0]}", getattr(library, str(architectures[0]), None)
+        name, loader = f"class {architectures[0]}", getattr(library, str(architectures[0]), None)
     else:
         known = kind in library.CONFIG_MAPPING
-        what = f"model_type {kind!r}"
-        found = library.MODEL_MAPPING.get(library.CONFIG_MAPPING[kind], None) if known else None
-    if hasattr(found, "from_pretrained") and hasattr(found, "config_class"):
-        return found
+        name = f"model_type {kind!r}"
+        loader = library.MODEL_MAPPING.get(library.CONFIG_MAPPING[kind], None) if known else None
+    if hasattr(loader, "from_pretrained") and hasattr(loader, "config_class"):
+        return loader
     if config.get("auto_map"):
         raise UsageError(
-            f"--check cannot check this model: its {what} is custom code (auto_map in aligned's {CONFIG}), which is "
+            f"--check cannot check this model: its {name} is custom code (auto_map in aligned's {CONFIG}), which is "
             f"not run; {LEAVE_OUT}"
         )
     raise UsageError(
-        f"--check cannot check this model: transformers {library.__version__} does not know the {what} of "
+        f"--check cannot check this model: transformers {library.__version__} does not know the {name} of "
         f"aligned's {CONFIG}; install a version that does, or {LEAVE_OUT}"
     )
 
 
 def _library() -> Any:
-    """Return transformers. Raises UsageError where it cannot do what is wanted of it."""
+    """Return the module transformers. Raises UsageError if it or accelerate is missing or broken."""
     try:
         import transformers
 
         library: Any = transformers
         complete = library.utils.is_accelerate_available()
-    except Exception as error:  # an installation may be broken in many ways
+    except Exception as error:  # the import of a broken installation may raise any exception
         raise UsageError(f"--check needs transformers, which cannot be imported ({error}); {LEAVE_OUT}") from error
     if not complete:
         raise UsageError(f"--check needs accelerate, which transformers loads with: install it, or {LEAVE_OUT}")
@@ -72,43 +74,44 @@ def _library() -> Any:
 
 
 def check_output(loader: Any, folder: str, out: str) -> None:
-    """Load an output without its data, and compare what the model has with what the files hold.
+    """Load an output without its data, and compare the model's weights with those in the files.
 
     Args:
-        loader: A class of transformers, of `model_class`.
-        folder: Where the output is, complete.
-        out: What messages call it.
+        loader: The class of transformers that `model_class` returned.
+        folder: The folder of the complete output.
+        out: The output's path in messages.
 
     Raises:
         Unloadable: Weights are missing, unexpected or of another shape, or are tied and stored apart.
     """
-    with closing(open_checkpoint(folder)) as held:
-        model, found = _load(loader, folder, out, held.tensors)
-        problems = [f"missing: {name}" for name in sorted(found["missing_keys"])]
-        problems += [f"unexpected: {name}" for name in sorted(found["unexpected_keys"])]
+    with closing(open_checkpoint(folder)) as output:
+        model, info = _load(loader, folder, out, output.tensors)
+        problems = [f"missing: {name}" for name in sorted(info["missing_keys"])]
+        problems += [f"unexpected: {name}" for name in sorted(info["unexpected_keys"])]
         problems += [
-            f"mismatched: {name}: {list(here)} in the files, {list(there)} in the model"
-            for name, here, there in sorted(found["mismatched_keys"])
+            f"mismatched: {name}: {list(in_files)} in the files, {list(in_model)} in the model"
+            for name, in_files, in_model in sorted(info["mismatched_keys"])
         ]
-        problems += [str(text) for text in found.get("error_msgs") or ()]
+        problems += [str(text) for text in info.get("error_msgs") or ()]
         problems += [
             f"tied by the config, but stored apart with other values: {target} and {source}"
-            for target, source in _stored_ties(model, held.tensors)
-            if not _equal(held, target, source)
+            for target, source in _stored_ties(model, output.tensors)
+            if not _are_equal(output, target, source)
         ]
     if problems:
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise Unloadable("\n  ".join([_verdict(loader, out), *problems[:SHOWN], *more]))
+        more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+        raise Unloadable("\n  ".join([_heading(loader, out), *problems[:MAX_LISTED], *more]))
 
 
-def _verdict(loader: Any, out: str) -> str:
+def _heading(loader: Any, out: str) -> str:
+    """Return the first line of a message about an output that cannot be loaded."""
     import transformers
 
-    return f"{out}: transformers {transformers.__version__} does not load it whole as {loader.__name__}:"
+    return f"{out}: transformers {transformers.__version__} does not load it completely as {loader.__name__}:"
 
 
 def _load(loader: Any, folder: str, out: str, tensors: Mapping[str, TensorInfo]) -> tuple[Any, dict[str, Any]]:
-    """Return the model, on the meta device, and transformers' lists of what did not fit."""
+    """Return the model on the meta device, and transformers' lists of weights that do not fit. Raises Unloadable."""
     import torch
 
     state = {
@@ -116,21 +119,21 @@ def _load(loader: Any, folder: str, out: str, tensors: Mapping[str, TensorInfo])
         for name, tensor in tensors.items()
     }
     try:
-        with _quiet():
+        with _silent_transformers():
             config = loader.config_class.from_pretrained(folder, local_files_only=True)
-            model, found = loader.from_pretrained(
+            model, info = loader.from_pretrained(
                 None, config=config, state_dict=state, device_map="meta", output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()][:SHOWN]
-        raise Unloadable("\n  ".join([_verdict(loader, out), f"{type(error).__name__}:", *lines])) from error
-    return model, found
+        lines = [line for line in str(error).splitlines() if line.strip()][:MAX_LISTED]
+        raise Unloadable("\n  ".join([_heading(loader, out), f"{type(error).__name__}:", *lines])) from error
+    return model, info
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' reports and bars, and put its settings back."""
+def _silent_transformers() -> Iterator[None]:
+    """Turn off transformers' reports and progress bars, and restore its settings at the end."""
     logging: Any = importlib.import_module("transformers.utils.logging")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
@@ -144,7 +147,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _stored_ties(model: Any, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
-    """Yield the pairs of stored tensors that the model has as one: those that its config ties."""
+    """Yield pairs of tensors that are stored apart, although the model's config ties them."""
     for target, source in _ties(model).items():
         stored = _stored(target, tensors), _stored(source, tensors)
         if stored[0] is not None and stored[1] is not None and stored[0] != stored[1]:
@@ -152,11 +155,11 @@ def _stored_ties(model: Any, tensors: Mapping[str, TensorInfo]) -> Iterator[tupl
 
 
 def _ties(model: Any) -> dict[str, str]:
-    """Return the model's tied parameters, each with the one that it is tied to."""
+    """Return the name of each tied parameter with the name of the parameter that it is tied to."""
     ties = getattr(model, "all_tied_weights_keys", None)
     if isinstance(ties, dict):
         return ties
-    # Before transformers 5 only a head says what it is tied to.
+    # Models of transformers before version 5 lack this attribute, but their head and embedding show the tie.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embedding is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return {}
@@ -165,25 +168,25 @@ def _ties(model: Any) -> dict[str, str]:
 
 
 def _stored(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Return what the files call a head or an embedding of the model; None where it is not in them."""
+    """Return the name in the files of the model's head or embedding; None if the files do not have it."""
     if name in tensors:
         return name
-    kind = next((each for each in (HEAD, EMBEDDING) if each.search(name)), None)
-    found = [other for other in tensors if kind is not None and kind.search(other)]
-    return found[0] if len(found) == 1 else None
+    pattern = next((pattern for pattern in (HEAD, EMBEDDING) if pattern.search(name)), None)
+    matches = [other for other in tensors if pattern is not None and pattern.search(other)]
+    return matches[0] if len(matches) == 1 else None
 
 
-def _equal(held: Checkpoint, first: str, second: str) -> bool:
-    """Return whether two tensors are of one dtype and shape and have the same bytes."""
-    one, other = held.tensors[first], held.tensors[second]
+def _are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Return True if two tensors of a checkpoint have the same dtype, shape and bytes."""
+    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     length = one.stop - one.start
-    buffers = bytearray(BLOCK), bytearray(BLOCK)
-    for at in range(0, length, BLOCK):
-        parts = [memoryview(buffer)[: min(BLOCK, length - at)] for buffer in buffers]
+    buffers = bytearray(COMPARED_BYTES), bytearray(COMPARED_BYTES)
+    for offset in range(0, length, COMPARED_BYTES):
+        parts = [memoryview(buffer)[: min(COMPARED_BYTES, length - offset)] for buffer in buffers]
         for part, tensor in zip(parts, (one, other), strict=True):
-            held.reader(tensor.name).read(tensor.start + at, part)
+            checkpoint.reader(tensor.name).read(tensor.start + offset, part)
         if parts[0] != parts[1]:
             return False
     return True

@@ -1,4 +1,4 @@
-"""merge(): two checkpoints to a third, from files to files; preview(): what merge() would do."""
+"""Merge two checkpoints into a third, from files to files (`merge`), or plan that without a write (`preview`)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from .process_group import SingleProcess
 from .rank_worker import RankWorker
 from .result import Merged, Tally
 
-MAX_CARD = 1 << 20  # characters of aligned's own card that are read
-Shares = tuple[dict[str, int], bool, list[str]]  # bytes by engine, whether all was direct, and notes about GPUs
+MAX_CARD_CHARACTERS = 1 << 20  # that are read of aligned's own card
+Shares = tuple[dict[str, int], bool, list[str]]  # bytes by engine, True if all used O_DIRECT, and notes about GPUs
 
 
 def merge(
@@ -61,9 +61,9 @@ def merge(
 ) -> Merged:
     """Write aligned + alpha * (aligned - sft), the formula of ExPO (arXiv 2404.16792), as a new checkpoint.
 
-    Nothing stands at `out` until the whole output is durable. An exception leaves what was done in a hidden folder
-    beside `out`, from which `resume` continues, and the message says so. merge() works in any thread, installs no
-    signal handler, and releases the GIL while it computes and writes.
+    No file appears at `out` until the whole output is durable. After an exception the finished part stays in a hidden
+    folder beside `out`, which the message names, and `resume` continues from there. merge() works in any thread,
+    installs no signal handler, and releases the GIL while it computes and writes.
 
     Args:
         sft: A folder as transformers saves it, of .safetensors or .bin files; one file of either kind; or a hub id
@@ -72,31 +72,36 @@ def merge(
             the files that aligned is loaded with and a model card; a file gives a file. Tensors of dtype BF16, F16, F32
             and F64, in any mix, are extrapolated in fp32 (in fp64 where one is F64) and rounded once to aligned's
             dtype; integers are copied from aligned.
-        alpha: One number, or several: then the inputs are read once, and each alpha has an output of its own.
+        alpha: One number, or several: merge() then reads the inputs once and writes one output for each alpha.
         out: The output's path, which contains "{alpha}" for several alphas. The default is
             "<aligned's name>-expo-{alpha}" in the current folder.
-        recipe: The name of a published pair, which gives sft, aligned and alpha where they are left out.
-        alpha_for: Regular expressions on tensor names, each with the alpha of the tensors that match; the last match
-            wins, and 0 keeps aligned's tensor.
-        on_unpaired: "error", or "aligned" to keep aligned's tensor where sft has none.
-        on_mismatch: "error"; "aligned" to keep aligned's tensor where sft's has another shape; or "rows" to extrapolate
-            the rows that both have.
+        recipe: The name of a published pair, which gives sft, aligned and alpha unless they are passed.
+        alpha_for: Regular expressions on tensor names, each with the alpha of the tensors that match. If several match,
+            the last one counts; alpha 0 keeps aligned's tensor.
+        on_unpaired: "error", or "aligned" to keep a tensor of aligned that sft does not have.
+        on_mismatch: "error"; "aligned" to keep a tensor of aligned that has another shape in sft; or "rows" to
+            extrapolate the rows that both have.
         dtype: The output's dtype, "bf16", "fp16" or "fp32"; None for aligned's own dtypes.
         max_shard_size: The largest size of a file, in bytes or as "5GB"; None for aligned's own files.
-        carry: Patterns (fnmatch, of paths in aligned's folder) of files that the output gets beside those that a model
-            is loaded with, such as ["*.png"].
-        engine, device: See `expo.execution.engines.engines_for`.
+        carry: Patterns (fnmatch, of paths in aligned's folder) of further files that the output gets, such as
+            ["*.png"]. The files that a model is loaded with need no pattern.
+        engine: See `expo.execution.engines.engines_for`.
+        device: See `expo.execution.engines.engines_for`.
         overwrite: Replace an output that exists.
-        resume: Continue with what an interrupted merge of the same inputs and options has left.
+        resume: Continue from the finished part of an interrupted merge of the same inputs and options.
         verify: Read the output back and compare it with a second computation before it is put in place.
         digest: Write SHA256SUMS too.
-        check: Have transformers load each output, without its data, before it is put in place: weights that are
-            missing, unexpected, of another shape, or tied and stored apart are an OutputError. No custom code is run.
+        check: Have transformers load each output, without its data, before it is put in place. Weights that are
+            missing, unexpected, of another shape, or tied by the config but stored apart are an OutputError. No custom
+            code is run.
         quiet: Download without progress bars.
         progress: Called in this thread with (bytes of output done, bytes of output in all).
         cancel: Stops the merge when any thread sets it.
         ranks: The processes of `expo.ranks.join()` that make the merge together. All call merge() with the same
-            arguments; each fills its part, and all return the same result after rank 0 has put the output in place.
+            arguments, each computes its part, and all return the same result after rank 0 has put the output in place.
+
+    Returns:
+        The paths of the outputs, and what was measured and counted.
 
     Raises:
         ExpoError: One of UsageError, EngineError, CheckpointError, PlanError, OutputError, RankError and Cancelled.
@@ -119,13 +124,13 @@ def merge_pair(
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
 ) -> Merged:
-    """Do what `merge` does, with its options in one object; the caller is inside `ranks.together`."""
+    """Merge as `merge` does, with the options in one object. The caller has entered `ranks.together`."""
     began = time.perf_counter()
     with open_job(pair, out, options, ranks) as job, ExitStack() as stack:
         if job.error is not None:
             raise job.error
         loader = _loader(job.aligned) if options.check and not ranks.rank else None
-        _agree(ranks, {**job.identity, "--out": job.outs, "what is in place": sorted(job.committed)})
+        _check_agreement(ranks, {**job.identity, "--out": job.outs, "outputs in place": sorted(job.committed)})
         fill = partial(_fill, job, progress=progress, cancel=cancel)
         if ranks.rank:
             return _follow(job, fill)
@@ -136,7 +141,7 @@ def merge_pair(
         }
         with Coordinator(job, stagings, Journal(job.journalled, job.identity)) as coordinator:
             coordinator.create()
-            ranks.gather(coordinator.begun)
+            ranks.gather(coordinator.division)
             shares, direct, gpu_notes = fill(coordinator.worker)
             coordinator.collect()
             coordinator.complete(lambda k: _card(job, coordinator.tally, k))
@@ -147,18 +152,20 @@ def merge_pair(
         merged = _merged(job, coordinator, shares, direct, time.perf_counter() - began, warnings)
         try:
             ranks.gather(merged)
-        except (RankError, KeyboardInterrupt):  # the output is in place all the same
-            if ranks.restarts:  # its journal says so to the processes that the launcher starts again
+        except (RankError, KeyboardInterrupt):
+            # The output is in place, so a rank that is lost now is no error. A launcher that restarts the processes
+            # needs the journal, in which they read that the merge is done.
+            if ranks.restarts:
                 return merged
-        return replace(merged, warnings=merged.warnings + tuple(coordinator.forget()))
+        return replace(merged, warnings=merged.warnings + tuple(coordinator.remove_journal()))
 
 
 def preview(pair: PairRequest, out: StrPath | None, options: MergeOptions) -> MergeJob:
-    """Return the job of a merge, from headers alone; this writes nothing but the hub's cache.
+    """Return the job of a merge without a write to the disk, except for headers in the hub's cache.
 
     Raises:
         ExpoError: There is no plan at all: UsageError, EngineError, CheckpointError, and OutputError for an `out` that
-            is a mount point. What else merge() would raise is the job's `error`.
+            is a mount point. The job's `error` has every other error that merge() would raise.
     """
     with open_job(pair, out, options, SingleProcess(), headers_only=True) as job:
         return job
@@ -195,28 +202,28 @@ def _merged(
 
 
 def _loader(aligned: Checkpoint) -> Any:
-    """Return the class that `--check` loads outputs with. Raises UsageError."""
+    """Return the class of transformers that `--check` loads outputs with. Raises UsageError."""
     from .load_check import model_class
 
     return model_class(aligned)
 
 
 def _fill(job: MergeJob, worker: RankWorker, progress: Progress | None, cancel: threading.Event | None) -> Shares:
-    """Compute, sync and verify the parts of all ranks, and return what all ranks report."""
+    """Compute, sync and verify this rank's part, wait for the other ranks, and return the shares of all ranks."""
     passes = 1 + job.options.verify
-    worker.compute(_part(progress, 0, passes), cancel)
+    worker.compute(_progress_of_pass(progress, 0, passes), cancel)
     reports = job.ranks.gather((worker.shares, worker.direct))
     if job.options.verify:
-        worker.verify(_part(progress, 1, passes), cancel)
-    notes = [note for each in job.ranks.gather(list(worker.notes)) for note in each]
+        worker.verify(_progress_of_pass(progress, 1, passes), cancel)
+    notes = [note for notes_of_rank in job.ranks.gather(list(worker.notes)) for note in notes_of_rank]
     shares = Counter[str]()
-    for each, _ in reports:
-        shares.update(each)
+    for shares_of_rank, _ in reports:
+        shares.update(shares_of_rank)
     return dict(shares), all(direct for _, direct in reports), list(dict.fromkeys(notes))
 
 
 def _follow(job: MergeJob, fill: Callable[[RankWorker], Shares]) -> Merged:
-    """Do the part of a rank other than 0, which stages, completes and commits the outputs."""
+    """Do the work of a rank other than 0: compute a part, and return the result that rank 0 sends."""
     chunk_bytes, stops = job.ranks.gather(None)[0]
     with closing(Journal(job.journalled, job.identity, job.ranks.rank)) as journal:
         journal.join(chunk_bytes)
@@ -225,15 +232,20 @@ def _follow(job: MergeJob, fill: Callable[[RankWorker], Shares]) -> Merged:
             try:
                 fill(worker)
             except BaseException:
-                with suppress(CheckpointError, OutputError):  # what the journal has already still counts
+                with suppress(CheckpointError, OutputError):  # the chunks that the journal already has stay valid
                     worker.record()
                 raise
     merged: Merged = job.ranks.gather(None)[0]
     return merged
 
 
-def _agree(ranks: SingleProcess, merge: Mapping[str, Any]) -> None:
-    """Raise RankError where the ranks do not see the same merge."""
+def _check_agreement(ranks: SingleProcess, merge: Mapping[str, Any]) -> None:
+    """Raise RankError if the ranks do not see the same merge.
+
+    Args:
+        ranks: The processes of the merge.
+        merge: The values that must be equal on all ranks, as a JSON object.
+    """
     own = json.loads(json.dumps(merge))
     for rank, other in enumerate(ranks.gather(own)):
         if other != own:
@@ -241,8 +253,14 @@ def _agree(ranks: SingleProcess, merge: Mapping[str, Any]) -> None:
             raise RankError(f"ranks {rank} and {ranks.rank} do not see the same merge: for {rank}, {differing}")
 
 
-def _part(progress: Progress | None, before: int, passes: int) -> Progress:
-    """Return the progress of one pass as progress of all passes: each counts for its share of the bytes."""
+def _progress_of_pass(progress: Progress | None, before: int, passes: int) -> Progress:
+    """Return a callback that scales the progress of one pass over the output to that of all passes.
+
+    Args:
+        progress: The callback for all passes.
+        before: The number of passes that are done.
+        passes: The number of all passes.
+    """
 
     def report(done: int, total: int) -> None:
         if progress is not None:
@@ -252,7 +270,7 @@ def _part(progress: Progress | None, before: int, passes: int) -> Progress:
 
 
 def _card(job: MergeJob, tally: Tally, k: int) -> bytes:
-    """Return README.md of output k."""
+    """Return the bytes of README.md, the model card, of output k."""
     from .model_card import CardFacts, card_text
 
     alpha, plan, aligned = job.plan.alphas[k], job.plan, job.aligned
@@ -263,9 +281,9 @@ def _card(job: MergeJob, tally: Tally, k: int) -> bytes:
         alpha=alpha,
         rules=job.options.alpha_for,
         options=job.options.changed(),
-        command=_command(job, alpha),
+        command=_command_line(job, alpha),
         name=f"{aligned.name}-expo-{alpha_text(alpha)}",
-        readme=None if readme is None else _text_of(readme),
+        readme=None if readme is None else _read_text(readme),
         output=tally.output(k, job.outs[k], alpha),
         relative_distance=tally.relative_distance,
         max_abs_difference=tally.max_abs_d,
@@ -279,23 +297,27 @@ def _card(job: MergeJob, tally: Tally, k: int) -> bytes:
     return card_text(facts).encode()
 
 
-def _text_of(path: str) -> str:
+def _read_text(path: str) -> str:
+    """Return the first MAX_CARD_CHARACTERS characters of a file. Raises CheckpointError."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(MAX_CARD)
+            return file.read(MAX_CARD_CHARACTERS)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
-def _command(job: MergeJob, alpha: float) -> str:
-    """Return the command line that makes an output again, without its path: the same model has the same card."""
-    words = ["python", "-m", "expo.fast", "--sft", _shown(job.pair.sft, job.sft)]
-    words += ["--aligned", _shown(job.pair.aligned, job.aligned)]
+def _command_line(job: MergeJob, alpha: float) -> str:
+    """Return the command line that reproduces an output, without the output path.
+
+    A model has the same card wherever it is written.
+    """
+    words = ["python", "-m", "expo.fast", "--sft", _public_name(job.pair.sft, job.sft)]
+    words += ["--aligned", _public_name(job.pair.aligned, job.aligned)]
     return shlex.join([*words, *job.options.to_argv(alpha)])
 
 
-def _shown(name: StrPath, checkpoint: Checkpoint) -> str:
-    """Return a hub id as the user gave it, and the last part of a local path: nobody else needs the rest."""
+def _public_name(name: StrPath, checkpoint: Checkpoint) -> str:
+    """Return a hub id as the user gave it, or the last part of a local path, because the rest may be private."""
     name = os.fspath(name)
     if name != checkpoint.path:
         return name

@@ -1,7 +1,8 @@
-"""The model card of an output: README.md with the front matter that the Hub wants, from names and numbers alone.
+"""The model card of an output: the text of README.md, with the front matter that the Hub reads.
 
-Pure: no file is read, no network asked, no clock looked at; the same arguments give the same bytes. Names come from
-folders and from other people's cards, so none of them is trusted to be Markdown, YAML or even text.
+The functions use neither files nor the network nor the clock, so the same arguments give the same bytes. Names come
+from folders and from other people's cards. They are escaped, because they may contain Markdown, YAML, or bytes that are
+not text.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Origin
     from .result import Output
 
-SHOWN = 8  # copied or dropped tensors that are named one by one
-MAX_ID = 96  # characters of each part of a model id, as the Hub has it
-MAX_MATTER, MAX_DEPTH = 1 << 18, 16  # characters, and lists in lists, of a front matter that is parsed
-MAX_FIELD = 500  # characters of a string that is taken over from aligned's card
+MAX_LISTED = 8  # copied or dropped tensors that the card names; it counts the rest
+MAX_ID = 96  # characters of each part of a model id on the Hub
+MAX_MATTER, MAX_DEPTH = 1 << 18, 16  # characters and nested collections of a front matter that is parsed
+MAX_FIELD = 500  # characters of a value that is taken over from aligned's card
 PAPER = "[*Model Extrapolation Expedites Alignment*, arXiv 2404.16792](https://arxiv.org/abs/2404.16792)"
 _MATTER = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\r|\n|$)", re.DOTALL)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -29,24 +30,27 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says.
+    """The names and numbers that a model card contains.
 
     Attributes:
-        sft, aligned: The origins of both inputs.
+        sft: The origin of sft.
+        aligned: The origin of aligned.
         alpha: The alpha of this output.
-        rules: Alphas by regular expression, as `--alpha-for` has them.
-        options: The values of the other options that are not at their defaults, by name.
-        command: The command line that makes the output again.
+        rules: The alphas of `--alpha-for`, by regular expression.
+        options: The values of the other options that differ from their defaults, by name.
+        command: The command line that reproduces the output.
         name: The name of the output's folder.
-        readme: Aligned's own README.md, whose licence, languages and task the card takes over; None without one.
+        readme: The text of aligned's own README.md, whose licence, languages and task the card takes over; None if
+            aligned has none.
         output: The measurements of this output.
-        relative_distance: The norm of aligned - sft over that of aligned.
+        relative_distance: The 2-norm of aligned - sft over that of aligned.
         max_abs_difference: The largest element of |aligned - sft|.
         extrapolated: The number of tensors that are extrapolated.
-        copied, dropped: (tensor, reason) of the others.
+        copied: (tensor, reason) of each tensor that is copied from aligned.
+        dropped: (tensor, reason) of each tensor that only sft has.
         dtype: The dtypes of the weights.
-        tokenizer: True if a tokenizer comes with the output.
-        code: True if Python files come with the output.
+        tokenizer: True if the output has a tokenizer.
+        code: True if the output has Python files.
     """
 
     sft: Origin
@@ -70,16 +74,16 @@ class CardFacts:
 
 def card_text(facts: CardFacts) -> str:
     """Return the text of README.md for one output."""
-    measured = _measured(facts) if facts.extrapolated else []
+    measurements = _measurements(facts) if facts.extrapolated else []
     parts = [
         f"---\n{_front_matter(facts.sft, facts.aligned, facts.readme)}---",
         f"# {_text(facts.name)}",
         _introduction(facts.sft, facts.aligned, facts.alpha),
         "## How it was made",
-        _items(_settings(facts)),
+        _bullets(_settings(facts)),
         _fence(f"$ {facts.command}", "console"),
-        "## How far it moved",
-        _items([*measured, *_tensors(facts)]),
+        "## How much the weights changed",
+        _bullets([*measurements, *_tensor_counts(facts)]),
         "## How to use it",
         _fence(_usage(facts.name, facts.tokenizer), "python"),
         *_remarks(facts.tokenizer, facts.code),
@@ -90,15 +94,17 @@ def card_text(facts: CardFacts) -> str:
 
 
 def _introduction(sft: Origin, aligned: Origin, alpha: float) -> str:
+    """Return the first paragraphs: the models and the formula."""
     return (
-        f"A language model made without training, by going on from {_code(sft.name)} through {_code(aligned.name)}: "
-        "the weights of the second, which was trained from the first, and a further step the same way.\n\n"
+        f"This language model was computed without training from two models: {_code(sft.name)} (sft), and "
+        f"{_code(aligned.name)} (aligned), which was trained from sft. It extrapolates the change of the weights:\n\n"
         f"    out = aligned + alpha * (aligned - sft), alpha = {_number(alpha)}\n\n"
-        "It was computed in fp32 (fp64 where an input is) and rounded once."
+        "Each weight was computed in fp32, or in fp64 if an input has fp64, and was rounded once."
     )
 
 
 def _settings(facts: CardFacts) -> list[str]:
+    """Return the list items about the inputs and the options."""
     return [
         f"aligned: {_origin(facts.aligned)}",
         f"sft: {_origin(facts.sft)}",
@@ -110,7 +116,8 @@ def _settings(facts: CardFacts) -> list[str]:
     ]
 
 
-def _measured(facts: CardFacts) -> list[str]:
+def _measurements(facts: CardFacts) -> list[str]:
+    """Return the list items about the change of the weights."""
     return [
         f"elements changed: {facts.output.changed:.2%}",
         f"norm of the change, relative to aligned's: {facts.output.relative_change:.4g}",
@@ -120,17 +127,19 @@ def _measured(facts: CardFacts) -> list[str]:
     ]
 
 
-def _tensors(facts: CardFacts) -> list[str]:
+def _tensor_counts(facts: CardFacts) -> list[str]:
+    """Return the list items about tensors that were extrapolated, copied and dropped."""
     copied, dropped = facts.copied, facts.dropped
     counts = f"tensors: {facts.extrapolated} extrapolated, {len(copied)} copied, {len(dropped)} dropped"
-    return [counts, *_some("copied", copied), *_some("dropped", dropped)]
+    return [counts, *_first_few("copied", copied), *_first_few("dropped", dropped)]
 
 
 def _usage(name: str, tokenizer: bool) -> str:
+    """Return the Python code that loads the model."""
     lines = [
         f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * tokenizer}",
         "",
-        f"name = {name!r}  # this folder, or the id under which it was uploaded",
+        f"name = {name!r}  # the path of this folder, or the id of the uploaded model",
         *["tokenizer = AutoTokenizer.from_pretrained(name)"] * tokenizer,
         'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")',
     ]
@@ -138,48 +147,56 @@ def _usage(name: str, tokenizer: bool) -> str:
 
 
 def _remarks(tokenizer: bool, code: bool) -> list[str]:
-    """What the lines of `_usage` do not say."""
+    """Return sentences about a missing tokenizer and about custom code, which the lines of `_usage` do not show."""
     remarks = []
     if not tokenizer:
-        remarks.append("No tokenizer is here, as aligned came without one: use the one that aligned was trained with.")
+        remarks.append(
+            "This folder has no tokenizer, because aligned has none. Use the tokenizer that aligned was trained with."
+        )
     if code:
         calls = "both calls" if tokenizer else "the call"
-        remarks.append(f"Python files of aligned's come with this model: pass `trust_remote_code=True` to {calls}.")
+        remarks.append(
+            f"This folder has Python files of aligned that the model needs. Pass `trust_remote_code=True` to {calls}."
+        )
     return remarks
 
 
 def _front_matter(sft: Origin, aligned: Origin, readme: str | None) -> str:
+    """Return the YAML lines of the front matter."""
     import yaml  # type: ignore[import-untyped]
 
     fields: dict[str, Any] = {
         "base_model": list(dict.fromkeys((_model_id(aligned.name), _model_id(sft.name)))),
         "base_model_relation": "merge",
         "library_name": "transformers",
-        **_inherited(_load(readme or "")),
+        **_inherited(_parse_front_matter(readme or "")),
         "tags": ["merge", "expo"],
     }
-    # a line that were folded could begin with anything
+    # The width prevents folded lines, because the rest of a folded line could look like the end of the front matter.
     return str(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=2**31))
 
 
-def _load(readme: str) -> dict[Any, Any]:
-    """A card's own front matter; {} where there is none, or none that can be read."""
+def _parse_front_matter(readme: str) -> dict[Any, Any]:
+    """Return the fields of a card's own front matter; {} if the card has none or it cannot be parsed."""
     import yaml
 
-    found = _MATTER.match(readme.removeprefix("\ufeff")[:MAX_MATTER])
-    if found is None:
+    matter = _MATTER.match(readme.removeprefix("\ufeff")[:MAX_MATTER])
+    if matter is None:
         return {}
     try:
-        if not _harmless(yaml.parse(found[1], Loader=yaml.SafeLoader)):
+        if not _is_safe_to_load(yaml.parse(matter[1], Loader=yaml.SafeLoader)):
             return {}
-        fields = yaml.safe_load(found[1])
-    except Exception:  # a tag with the wrong content raises whatever its constructor meets, not YAMLError alone
+        fields = yaml.safe_load(matter[1])
+    except Exception:  # the constructor of a tag may raise any exception, not only YAMLError
         return {}
     return fields if isinstance(fields, dict) else {}
 
 
-def _harmless(events: Iterable[Any]) -> bool:
-    """No aliases, as aliases of aliases grow without bound, and no deep nesting, in which parsing takes for ever."""
+def _is_safe_to_load(events: Iterable[Any]) -> bool:
+    """Return True if YAML has no aliases and no deep nesting.
+
+    Aliases of aliases can grow without bound in memory, and deeply nested collections take very long to parse.
+    """
     import yaml
 
     depth = 0
@@ -190,34 +207,35 @@ def _harmless(events: Iterable[Any]) -> bool:
     return True
 
 
-def _inherited(theirs: Mapping[Any, Any]) -> dict[str, Any]:
-    """Licence, languages and task of aligned's card; only what is plain text."""
-    found: dict[str, Any] = {}
-    licence = _plain(theirs.get("license"))
+def _inherited(original: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the licence, languages and task of aligned's front matter, as far as they are plain text."""
+    fields: dict[str, Any] = {}
+    licence = _plain_text(original.get("license"))
     if licence is not None:
-        found["license"] = licence = _lower(licence)
-        if not all(re.fullmatch(r"[a-z0-9.+-]+", part) for part in _listed(licence)):
-            found |= {"license": "other", "license_name": "-".join(map(_slug, _listed(licence)))}
-        if found["license"] == "other":
-            found |= _strings(theirs, "license_name", "license_link")
-    language = theirs.get("language")  # YAML takes Norwegian's code for False
-    norwegian = ["no" if part is False else part for part in _listed(language)]
-    language = _plain(norwegian if isinstance(language, list) else norwegian[0])
-    return found | ({} if language is None else {"language": language}) | _strings(theirs, "pipeline_tag")
+        fields["license"] = licence = _lower(licence)
+        if not all(re.fullmatch(r"[a-z0-9.+-]+", part) for part in _as_list(licence)):
+            fields |= {"license": "other", "license_name": "-".join(map(_slug, _as_list(licence)))}
+        if fields["license"] == "other":
+            fields |= _strings(original, "license_name", "license_link")
+    language = original.get("language")
+    parts = ["no" if part is False else part for part in _as_list(language)]  # YAML reads Norwegian's code as False
+    language = _plain_text(parts if isinstance(language, list) else parts[0])
+    return fields | ({} if language is None else {"language": language}) | _strings(original, "pipeline_tag")
 
 
-def _strings(theirs: Mapping[Any, Any], *keys: str) -> dict[str, Any]:
-    return {key: theirs[key] for key in keys if isinstance(theirs.get(key), str) and _plain(theirs[key])}
+def _strings(original: Mapping[Any, Any], *keys: str) -> dict[str, Any]:
+    """Return the fields with these keys whose values are strings of plain text."""
+    return {key: original[key] for key in keys if isinstance(original.get(key), str) and _plain_text(original[key])}
 
 
-def _plain(value: Any) -> Any:
-    """The value where it is a string of one printable line, or a list of such strings; else None."""
-    parts = _listed(value)
-    fine = all(isinstance(part, str) and part.strip() and part.isprintable() for part in parts)
-    return value if parts and fine and sum(map(len, parts)) <= MAX_FIELD else None
+def _plain_text(value: Any) -> Any:
+    """Return the value if it is a string of one printable line or a list of such strings; None for any other."""
+    parts = _as_list(value)
+    printable = all(isinstance(part, str) and part.strip() and part.isprintable() for part in parts)
+    return value if parts and printable and sum(map(len, parts)) <= MAX_FIELD else None
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
@@ -226,16 +244,18 @@ def _lower(value: Any) -> Any:
 
 
 def _slug(text: str) -> str:
+    """Return a licence's name in the lower-case letters, digits, dots and hyphens that the Hub wants."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "unnamed"
 
 
 def _model_id(name: str) -> str:
-    """The name as the Hub would take it for a model's id: `org/name` or `name`, whatever it was."""
+    """Return a name as an id that the Hub accepts, `org/name` or `name`; a path gives its last part."""
     parts = name.split("/") if _HUB_ID.fullmatch(name) else [name.rstrip("/").rpartition("/")[2]]
     return "/".join(_id_part(part) for part in parts)
 
 
 def _id_part(text: str) -> str:
+    """Return a text as one part of an id: allowed characters, no double `-` or `.`, at most MAX_ID of them."""
     text = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
     text = re.sub(r"-{2,}|\.{2,}", lambda run: run[0][0], text)
     text = text[:MAX_ID].strip("-.")
@@ -245,6 +265,7 @@ def _id_part(text: str) -> str:
 
 
 def _origin(origin: Origin) -> str:
+    """Return an origin with its commit, as a link if it is a hub id."""
     if origin.commit is None:
         return _code(origin.name)
     commit = _code(origin.commit)
@@ -253,14 +274,14 @@ def _origin(origin: Origin) -> str:
     return f"{_code(origin.name)}, commit {commit}"
 
 
-def _items(lines: Sequence[str]) -> str:
+def _bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _some(what: str, tensors: Sequence[tuple[str, str]]) -> list[str]:
-    """The first of them with their reasons, and how many there are besides."""
-    lines = [f"{what}: {_code(name)} ({_text(reason)})" for name, reason in tensors[:SHOWN]]
-    return lines + ([f"{what}: {len(tensors) - SHOWN} more"] if len(tensors) > SHOWN else [])
+def _first_few(action: str, tensors: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the first tensors with their reasons, and the number of the others."""
+    lines = [f"{action}: {_code(name)} ({_text(reason)})" for name, reason in tensors[:MAX_LISTED]]
+    return lines + ([f"{action}: {len(tensors) - MAX_LISTED} more"] if len(tensors) > MAX_LISTED else [])
 
 
 def _number(value: float) -> str:
@@ -268,28 +289,29 @@ def _number(value: float) -> str:
 
 
 def _line(text: str) -> str:
-    """The text on one line: what cannot be printed as the escape that Python has for it."""
+    """Return the text as one line, with Python's escapes for the characters that cannot be printed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _text(text: str) -> str:
-    """One line of plain text: punctuation that Markdown or HTML could take for its own is escaped."""
+    """Return one line of plain text, in which the punctuation of Markdown and HTML is escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", _line(text)).strip() or "unnamed"
 
 
 def _code(text: str) -> str:
-    """One line of code, between backticks that do not occur in it."""
+    """Return one line of code between more backticks than the code has in a row."""
     text = _line(text) or " "
     ticks = "`" * (_longest_run(text) + 1)
-    room = " " if text.startswith("`") or text.endswith("`") or text != text.strip() else ""
-    return f"{ticks}{room}{text}{room}{ticks}"
+    padding = " " if text.startswith("`") or text.endswith("`") or text != text.strip() else ""
+    return f"{ticks}{padding}{text}{padding}{ticks}"
 
 
 def _fence(text: str, language: str) -> str:
-    """A block of code, between fences longer than any run of backticks in it."""
+    """Return a block of code between fences that are longer than any run of backticks in it."""
     ticks = "`" * max(3, _longest_run(text) + 1)
     return f"{ticks}{language}\n{text}\n{ticks}"
 
 
 def _longest_run(text: str) -> int:
+    """Return the largest number of backticks in a row."""
     return max(map(len, re.findall("`+", text)), default=0)

@@ -1,4 +1,4 @@
-"""The paths of a merge's outputs: one for each alpha, on disks with room for them, and away from the inputs."""
+"""The paths of a merge's outputs, one for each alpha, and checks that they fit on their disks and touch no input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..text import alpha_text, size_text
 
 
 def check_template(out: StrPath | None, alphas: Sequence[float]) -> None:
-    """Raise UsageError where `out` is empty, or several alphas would share one output."""
+    """Raise UsageError if `out` is empty, or if several alphas would share one output."""
     if out is None:
         return
     template = os.fspath(out)
@@ -25,7 +25,7 @@ def check_template(out: StrPath | None, alphas: Sequence[float]) -> None:
 
 
 def output_paths(out: StrPath | None, aligned: Checkpoint, alphas: Sequence[float]) -> tuple[str, ...]:
-    """Return one path for each alpha; without `out` they are named after aligned, in the current folder."""
+    """Return one path for each alpha; without `out`, paths in the current folder that have aligned's name."""
     suffix = ".safetensors" if aligned.folder is None else ""
     return fill_in(f"{aligned.name}-expo-{{alpha}}{suffix}" if out is None else out, alphas)
 
@@ -36,7 +36,7 @@ def fill_in(template: StrPath, alphas: Sequence[float]) -> tuple[str, ...]:
 
 
 def check_places(outs: Sequence[str], output_bytes: int, inputs: Sequence[Checkpoint]) -> None:
-    """Raise OutputError where an output would touch an input, or the outputs do not fit on their disk.
+    """Raise OutputError if an output would touch an input, or if the outputs do not fit on their disks.
 
     Args:
         outs: The paths of the outputs that are still to be made.
@@ -51,7 +51,7 @@ def check_places(outs: Sequence[str], output_bytes: int, inputs: Sequence[Checkp
         disks.setdefault(os.stat(_existing_parent(out)).st_dev, []).append(out)
     for on_disk in disks.values():
         needed, free = output_bytes * len(on_disk), free_bytes(on_disk[0])
-        # A resumed merge continues with what an interrupted one left, or removes it; `Staging` refuses other folders.
+        # A merge reuses or removes the bytes that an interrupted one has staged, so they count as free.
         if free + sum(map(staged_bytes, on_disk)) < needed:
             raise OutputError(
                 f"{on_disk[0]}: {size_text(needed)} are needed, but {size_text(free)} are free; free some space or "
@@ -60,16 +60,17 @@ def check_places(outs: Sequence[str], output_bytes: int, inputs: Sequence[Checkp
 
 
 def _check_apart(out: str, checkpoint: Checkpoint) -> None:
-    place = os.path.realpath(out)
-    # A shard may be a link to a place outside the checkpoint's folder.
+    """Raise OutputError if an output is, contains or lies inside the checkpoint's folder or one of its weight files."""
+    target = os.path.realpath(out)
+    # A shard may be a link to a file outside the checkpoint's folder, so each file is compared too.
     for path in (checkpoint.path, *(file.path for file in checkpoint.weight_files.values())):
         source = os.path.realpath(path)
-        if os.path.commonpath((place, source)) in (place, source):
+        if os.path.commonpath((target, source)) in (target, source):
             raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another --out")
 
 
 def free_bytes(out: str) -> int:
-    """Return the bytes that may still be written to the disk that `out` will be on."""
+    """Return the free bytes on the disk that `out` will be on."""
     return shutil.disk_usage(_existing_parent(out)).free
 
 

@@ -1,8 +1,9 @@
-"""The processes of one merge, its ranks: one alone, or those that a launcher has started, on one host or several.
+"""The processes of one merge, called ranks: one process alone, or several that a launcher started on one or more hosts.
 
-They meet in a store of torch.distributed and exchange what they must agree on through gloo. A thread of each posts a
-beat to the store, so that the others notice when it stops, and brings back why a rank has failed. No other thread uses
-the store: a call to one whose host is silent does not return, and no signal is heard in it.
+The ranks share a key-value store of torch.distributed and exchange values through gloo. In each rank one thread, the
+`HeartbeatWatcher`, writes heartbeats into the store, reads those of other ranks, and reads why a rank has failed. Only
+this thread uses the store, because a call to a store whose host does not answer never returns, and Python handles no
+signal during the call.
 """
 
 from __future__ import annotations
@@ -13,44 +14,49 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..errors import Cancelled, ExpoError, RankError, UsageError
+from ..errors import Cancelled, ExpoError, RankError
 
-BEAT = 0.5  # seconds between two looks at the others
-PATIENCE = 30.0  # seconds without a beat after which a rank counts as dead
-POLL = 0.02  # seconds between two looks at who has arrived, while somebody waits for that
-MEET = 300.0  # seconds in which all ranks must have started
-EXCHANGE = 60.0  # seconds that gloo has, once all have arrived
-LINGER = 2.0  # seconds that a rank that failed stays for the others to read why: the store may be its own
-NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what launchers set
-Exchange = Callable[[Any], "list[Any]"]  # a value to those of all ranks, by rank
+HEARTBEAT_SECONDS = 0.5  # between two heartbeats of a rank
+DEAD_AFTER_SECONDS = 30.0  # without a heartbeat, until a rank counts as dead
+POLL_SECONDS = 0.02  # between two reads of the store while a rank waits for the others
+GRACE_SECONDS = 2.0  # that a failed rank stays, so that the others can read its failure: it may host the store
+Exchange = Callable[[Any], "list[Any]"]  # takes this rank's value and returns the values of all ranks, by rank
 
 
 class SingleProcess:
-    """The one process of an ordinary merge; `Ranks` has the same methods for several, and says what they do."""
+    """The only process of an ordinary merge, with the interface of `ProcessGroup`."""
 
     rank, world, local_rank, local_world, restarts = 0, 1, 0, 1, False
 
     def gather(self, value: Any) -> list[Any]:
+        """Return the value in a list."""
         return [value]
 
-    def report(self, done: int) -> int:
+    def report_progress(self, done: int) -> int:
+        """Return the bytes that this process has done."""
         return done
 
-    def cause(self, error: BaseException | None) -> BaseException | None:
+    def find_cause(self, error: BaseException | None) -> BaseException | None:
+        """Return the error itself."""
         return error
 
     @contextlib.contextmanager
     def together(self, cancel: threading.Event | None = None) -> Iterator[None]:
+        """Run the body of the with statement."""
         yield
 
 
 class ProcessGroup(SingleProcess):
     """One of several processes that make one merge together.
 
-    rank of world: this one, and how many there are; local_rank of local_world: likewise on this host. restarts:
-    whether the launcher starts them again when one has failed.
+    Attributes:
+        rank: The number of this process, from 0.
+        world: The number of all processes.
+        local_rank: The number of this process on its host, from 0.
+        local_world: The number of processes on this host.
+        restarts: True if the launcher starts the processes again after one has failed.
     """
 
     def __init__(
@@ -62,300 +68,226 @@ class ProcessGroup(SingleProcess):
         local_rank: int = 0,
         local_world: int = 1,
         restarts: bool = False,
-        patience: float = PATIENCE,
+        timeout: float = DEAD_AFTER_SECONDS,
     ) -> None:
-        """store: of torch.distributed, with keys of these ranks alone. exchange: called once all have arrived."""
+        """Start to send heartbeats.
+
+        Args:
+            store: A store of torch.distributed in which no other processes write.
+            exchange: Gives a value to all ranks; every rank calls it at the same time.
+            rank, world, local_rank, local_world, restarts: See the attributes.
+            timeout: Seconds without a heartbeat after which a rank counts as dead.
+        """
         self.rank, self.world = rank, world
         self.local_rank, self.local_world, self.restarts = local_rank, local_world, restarts
         self._exchange = exchange
-        self._patience = patience
-        self._phase = 0
+        self._timeout = timeout
+        self._phase = 0  # the number of completed calls of gather()
         self._cancel: threading.Event | None = None
-        self._watch = Watch(store, rank, world, patience)
+        self._watcher = HeartbeatWatcher(store, rank, world, timeout)
 
     def gather(self, value: Any) -> list[Any]:
-        """Wait for all ranks; the values of all, by rank. Raises RankError, and Cancelled as `together` says."""
-        self._watch.arrive(self._phase)
-        while not self._watch.all_arrived(self._phase):
+        """Wait for all ranks and return their values, by rank.
+
+        Raises:
+            RankError: Another rank has failed or does not answer.
+            Cancelled: The event that `together` was given is set.
+        """
+        self._watcher.arrive(self._phase)
+        while not self._watcher.have_all_arrived(self._phase):
             self._check()
             if self._cancel is not None and self._cancel.is_set():
                 raise Cancelled("cancelled")
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
         try:
-            found = self._exchange(value)
-        except RuntimeError as error:  # of gloo: whoever is gone may have said why
-            time.sleep(2 * BEAT)
+            values = self._exchange(value)
+        except RuntimeError as error:
+            # gloo only says that a connection is lost; the rank behind it may still report why.
+            time.sleep(2 * HEARTBEAT_SECONDS)
             self._check()
-            raise RankError(f"{self._name()} has lost the others: {error}") from error
+            raise RankError(f"{self._name()} has lost the connection to the other ranks: {error}") from error
         self._phase += 1
-        self._watch.enter(self._phase)
-        return found
+        self._watcher.begin_phase(self._phase)
+        return values
 
-    def report(self, done: int) -> int:
-        """done: bytes, by this rank, since all were together last; returns those of the ranks that it watches too.
+    def report_progress(self, done: int) -> int:
+        """Send this rank's progress with its next heartbeat, and return the progress of the ranks known here.
 
-        Rank 0 watches all, others watch rank 0. Call it now and then. Raises RankError where a rank has failed.
+        Rank 0 knows the progress of all ranks, another rank that of rank 0 and its own.
+
+        Args:
+            done: Bytes that this rank has done since the last `gather`.
+
+        Raises:
+            RankError: Another rank has failed, so a caller that reports often stops soon.
         """
         self._check()
-        self._watch.done = done
-        return done + sum(self._watch.others.values())
+        self._watcher.done = done
+        return done + sum(self._watcher.others.values())
 
-    def cause(self, error: BaseException | None) -> BaseException | None:
-        """The failure of another rank that lies behind an interrupt: a launcher stops all when one has failed."""
+    def find_cause(self, error: BaseException | None) -> BaseException | None:
+        """Return the other rank's failure that caused an interrupt, or else the error itself.
+
+        A launcher interrupts all ranks when one has failed.
+        """
         if isinstance(error, KeyboardInterrupt):
-            time.sleep(2 * BEAT)
-            if self._watch.failure is not None:
-                return self._error()
+            time.sleep(2 * HEARTBEAT_SECONDS)
+            if self._watcher.failure is not None:
+                return self._error(self._watcher.failure)
         return error
 
     @contextlib.contextmanager
     def together(self, cancel: threading.Event | None = None) -> Iterator[None]:
-        """What is done in it fails on all ranks or on none. cancel: ends a rank's waiting for the others."""
+        """Run the body of the with statement on all ranks: an error in it on one rank stops every rank.
+
+        Args:
+            cancel: Ends this rank's waiting for the others when any thread sets it.
+        """
         self._cancel = cancel
         try:
             yield
         except BaseException as error:
-            self.tell(error)
+            self.report_failure(error)
             if not isinstance(error, KeyboardInterrupt):
                 raise
-            why = "was told to stop, by Ctrl-C or by the launcher, which does so when another rank has died"
-            raise KeyboardInterrupt("; ".join(filter(None, (f"{self._name()} {why}", str(error))))) from None
+            reason = "was stopped by Ctrl-C or by the launcher, which stops every rank when another rank has died"
+            raise KeyboardInterrupt("; ".join(filter(None, (f"{self._name()} {reason}", str(error))))) from None
 
-    def tell(self, error: BaseException) -> None:
-        """Have the others know of this rank's failure, unless it is another's, and stay until they may have read it."""
-        if isinstance(error, RankError) or self._watch.told.is_set():
+    def report_failure(self, error: BaseException) -> None:
+        """Report this rank's error to the other ranks, and wait until they can have read it.
+
+        A RankError is another rank's failure, which is in the store already.
+        """
+        if isinstance(error, RankError) or self._watcher.failure_stored.is_set():
             return
-        what = f"failed: {error}" if isinstance(error, ExpoError) else f"failed: {type(error).__name__}: {error}"
-        what = "was told to stop" if isinstance(error, KeyboardInterrupt) else what
-        with contextlib.suppress(KeyboardInterrupt):  # the error is what counts, and not that it is waited with it
-            self._watch.tell(f"{self._name()} {what}", type(error).__name__)
-            time.sleep(LINGER)
+        if isinstance(error, KeyboardInterrupt):
+            text = "was stopped"
+        else:
+            text = f"failed: {error}" if isinstance(error, ExpoError) else f"failed: {type(error).__name__}: {error}"
+        with contextlib.suppress(KeyboardInterrupt):  # an interrupt of this wait must not replace the error
+            self._watcher.store_failure(Failure(f"{self._name()} {text}", type(error).__name__))
+            time.sleep(GRACE_SECONDS)
 
     def close(self) -> None:
-        """Stop watching the others, and being watched."""
-        self._watch.close()
+        """Stop the heartbeats and the watching of the other ranks."""
+        self._watcher.close()
 
     def _name(self) -> str:
         return f"rank {self.rank} of {self.world} on {os.uname().nodename}"
 
-    def _error(self) -> RankError:
-        assert self._watch.failure is not None
-        what, kind = self._watch.failure
-        return RankError(f"{what}; rank {self.rank} of {self.world} has stopped too", kind)
+    def _error(self, failure: Failure) -> RankError:
+        return RankError(f"{failure.text}; rank {self.rank} of {self.world} has stopped too", failure.kind)
 
     def _check(self) -> None:
-        if self._watch.failure is not None:
-            raise self._error()
-        if time.monotonic() - self._watch.looked > self._patience:
-            raise RankError(f"the store of the ranks has not answered {self._name()} for {self._patience:.0f} s")
+        """Raise RankError if a rank has failed or the store does not answer."""
+        if self._watcher.failure is not None:
+            raise self._error(self._watcher.failure)
+        if time.monotonic() - self._watcher.last_answer > self._timeout:
+            raise RankError(f"the store of the ranks has not answered {self._name()} for {self._timeout:.0f} s")
 
 
-class Watch:
-    """The thread that posts this rank's beats and looks at the others': rank 0 at all, the others at rank 0.
+class Failure(NamedTuple):
+    """The failure of a rank: a message that names the rank, and the name of the exception's class."""
 
-    looked: when it last came back from the store. failure: of any rank, and the name of its exception. others: bytes
-    that the ranks it looks at have reported in this phase. done: this rank's. told: when a failure is in the store.
+    text: str
+    kind: str
+
+
+class HeartbeatWatcher:
+    """The thread that writes this rank's heartbeats and reads those of others: rank 0 of all, another rank of rank 0.
+
+    Attributes:
+        last_answer: The time (`time.monotonic`) of the store's last answer.
+        failure: The failure of any rank; None while all work.
+        failure_stored: Set when a failure is in the store.
+        done: Bytes that this rank has done in this phase.
+        others: Bytes that the watched ranks have done in this phase, by rank.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, patience: float) -> None:
-        self.looked = time.monotonic()
-        self.failure: tuple[str, str] | None = None
-        self.others: dict[int, int] = {}
+    def __init__(self, store: Any, rank: int, world: int, timeout: float) -> None:
+        """Start the thread; see `ProcessGroup` for the arguments."""
+        self.last_answer = time.monotonic()
+        self.failure: Failure | None = None
+        self.failure_stored = threading.Event()
         self.done = 0
-        self.told = threading.Event()
-        self._store, self._rank, self._world, self._patience = store, rank, world, patience
-        self._phase, self._awaited, self._complete = 0, -1, -1
-        self._news: tuple[str, str] | None = None
+        self.others: dict[int, int] = {}
+        self._store, self._rank, self._world, self._timeout = store, rank, world, timeout
+        self._phase, self._own_arrival, self._all_arrived = 0, -1, -1  # the latest phase of each
+        self._own_failure: Failure | None = None
         self._wake, self._closed = threading.Event(), threading.Event()
         watched = range(1, world) if rank == 0 else (0,)
-        self._seen = dict.fromkeys(watched, (b"", self.looked))
+        self._heartbeats = dict.fromkeys(watched, (b"", self.last_answer))  # the latest one and the time of its arrival
         self._thread = threading.Thread(target=self._run, name="expo-ranks", daemon=True)
         self._thread.start()
 
     def arrive(self, phase: int) -> None:
-        """Have it known that this rank waits for the others at the end of a phase."""
-        self._awaited = phase
+        """Announce that this rank waits for the others at the end of a phase."""
+        self._own_arrival = phase
         self._wake.set()
 
-    def all_arrived(self, phase: int) -> bool:
-        return self._complete >= phase
+    def have_all_arrived(self, phase: int) -> bool:
+        """Return True if every rank waits at the end of this phase."""
+        return self._all_arrived >= phase
 
-    def enter(self, phase: int) -> None:
+    def begin_phase(self, phase: int) -> None:
+        """Count progress from 0 again."""
         self._phase, self.done, self.others = phase, 0, {}
 
-    def tell(self, what: str, kind: str) -> None:
-        """Leave a failure in the store, unless there is one; waits for that a little."""
-        self._news = what, kind
+    def store_failure(self, failure: Failure) -> None:
+        """Have the thread write a failure into the store, unless one is there; wait at most GRACE_SECONDS for that."""
+        self._own_failure = failure
         self._wake.set()
-        self.told.wait(LINGER)
+        self.failure_stored.wait(GRACE_SECONDS)
 
     def close(self) -> None:
+        """Stop the thread, but do not wait for a call to a store that does not answer."""
         self._closed.set()
         self._wake.set()
-        self._thread.join(LINGER)  # a store that does not answer holds the thread for good
+        self._thread.join(GRACE_SECONDS)
 
     def _run(self) -> None:
         try:
             self._loop()
-        except Exception as error:  # the store's host is gone, or has other things in it
-            self.failure = f"the store of the ranks cannot be reached: {error}", type(error).__name__
+        except Exception as error:  # the store's host is gone, or another program has written into the store
+            self.failure = Failure(f"the store of the ranks cannot be reached: {error}", type(error).__name__)
 
     def _loop(self) -> None:
-        arrived = -1
-        beats, next_beat = 0, 0.0
+        arrival = -1  # the latest phase that this rank has announced in the store
+        count, next_heartbeat = 0, 0.0
         while not self._closed.is_set():
-            if self._news is not None:
-                self._post(*self._news)
-                self.told.set()
-            if self._awaited > arrived:
-                arrived = self._awaited
-                self._store.add(f"arrived/{arrived}", 1)
-            if self._complete < arrived and self._store.add(f"arrived/{arrived}", 0) >= self._world:
-                self._complete = arrived
-            if time.monotonic() >= next_beat:
-                next_beat, beats = time.monotonic() + BEAT, beats + 1
-                self._store.set(f"beat/{self._rank}", f"{self._phase} {self.done} {beats}")
-                self._look()
-            self.looked = time.monotonic()
-            self._wake.wait(POLL if self._complete < arrived else BEAT)
+            if self._own_failure is not None:
+                self._put_failure(self._own_failure)
+                self.failure_stored.set()
+            if self._own_arrival > arrival:
+                arrival = self._own_arrival
+                self._store.add(f"arrived/{arrival}", 1)
+            if self._all_arrived < arrival and self._store.add(f"arrived/{arrival}", 0) >= self._world:
+                self._all_arrived = arrival
+            if time.monotonic() >= next_heartbeat:
+                next_heartbeat, count = time.monotonic() + HEARTBEAT_SECONDS, count + 1
+                self._store.set(f"beat/{self._rank}", f"{self._phase} {self.done} {count}")
+                self._read_heartbeats()
+            self.last_answer = time.monotonic()
+            self._wake.wait(POLL_SECONDS if self._all_arrived < arrival else HEARTBEAT_SECONDS)
             self._wake.clear()
 
-    def _look(self) -> None:
+    def _read_heartbeats(self) -> None:
         if self._store.check(["failed"]):
-            what, kind = json.loads(self._store.get("failed"))
-            self.failure = str(what), str(kind)
-            self.told.set()
+            text, kind = json.loads(self._store.get("failed"))
+            self.failure = Failure(str(text), str(kind))
+            self.failure_stored.set()
             return
-        for rank, (before, since) in self._seen.items():
+        for rank, (previous, since) in self._heartbeats.items():
             key = f"beat/{rank}"
-            beat = self._store.get(key) if self._store.check([key]) else b""
-            if beat != before:
-                self._seen[rank] = beat, time.monotonic()
-                phase, done, _ = map(int, beat.split())
+            heartbeat = self._store.get(key) if self._store.check([key]) else b""
+            if heartbeat != previous:
+                self._heartbeats[rank] = heartbeat, time.monotonic()
+                phase, done, _ = map(int, heartbeat.split())
                 self.others[rank] = done if phase == self._phase else 0
-            elif time.monotonic() - since > self._patience:
-                self._post(f"rank {rank} of {self._world} has not answered for {self._patience:.0f} s", "")
+            elif time.monotonic() - since > self._timeout:
+                text = f"rank {rank} of {self._world} has not answered for {self._timeout:.0f} s"
+                self._put_failure(Failure(text, ""))
 
-    def _post(self, what: str, kind: str) -> None:
-        self._store.compare_set("failed", "", json.dumps([what, kind]))
-
-
-def launched() -> bool:
-    """Return True if a launcher has started this process as one of several."""
-    return all(name in os.environ for name in NAMES) and os.environ["WORLD_SIZE"] != "1"
-
-
-def launched_rank() -> int:
-    """Return the rank that a launcher gave this process; 0 for a process that none started. Raises UsageError."""
-    return _number("RANK", 0) if launched() else 0
-
-
-@contextlib.contextmanager
-def join() -> Iterator[SingleProcess]:
-    """The ranks that a launcher has started: torchrun, or another that sets `NAMES`.
-
-    A process that no launcher started is a SingleProcess. Raises UsageError, and RankError if the others do not come.
-    """
-    if not launched():
-        yield SingleProcess()
-        return
-    rank, world, local_rank, local_world = (
-        _number(name, default)
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    if not 0 <= rank < world or local_world < 1:
-        raise UsageError(f"RANK={rank} and WORLD_SIZE={world} are not what a launcher sets; unset them to merge alone")
-    restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0) > 0
-    with _met(rank, world) as (store, exchange):
-        ranks = ProcessGroup(store, exchange, rank, world, local_rank, local_world, restarts)
-        try:
-            yield ranks
-        except BaseException as error:
-            ranks.tell(error)
-            raise
-        finally:
-            ranks.close()
-
-
-def _number(name: str, default: int) -> int:
-    try:
-        return int(os.environ.get(name, default))
-    except ValueError as error:
-        raise UsageError(f"{name}={os.environ[name]!r} is not what a launcher sets; unset it to merge alone") from error
-
-
-@contextlib.contextmanager
-def _met(rank: int, world: int) -> Iterator[tuple[Any, Exchange]]:
-    """The store and gloo, once all ranks are there. A process group that the program has is left alone."""
-    from datetime import timedelta
-
-    import torch
-
-    dist: Any = torch.distributed
-    own, timeout = not dist.is_initialized(), timedelta(seconds=EXCHANGE)
-    deadline = time.monotonic() + MEET
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        shared = _store(dist, rank, deadline)
-        store = dist.PrefixStore(f"expo/{_token(shared, rank, world, deadline)}", shared)
-        if own:
-            gloo = dist.PrefixStore("gloo", store)
-            dist.init_process_group("gloo", store=gloo, rank=rank, world_size=world, timeout=timeout)
-        group = None if own else dist.new_group(backend="gloo", timeout=timeout)
-    except (RuntimeError, ValueError) as error:
-        raise RankError(
-            f"rank {rank} of {world} could not meet the others at {where}: {error}; "
-            "to merge alone in a process that a launcher has started, unset WORLD_SIZE"
-        ) from error
-
-    def exchange(value: Any) -> list[Any]:
-        found: list[Any] = [None] * world
-        dist.all_gather_object(found, value, group=group)
-        return found
-
-    try:
-        yield store, exchange
-    finally:
-        dist.destroy_process_group(group)
-
-
-def _store(dist: Any, rank: int, deadline: float) -> Any:
-    """The store at MASTER_ADDR: torchrun's, or rank 0's own. In short tries, between which signals are heard."""
-    from datetime import timedelta
-
-    host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    while True:
-        try:
-            return dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=host,
-                timeout=timedelta(seconds=2), wait_for_workers=False, multi_tenant=True,
-            )  # fmt: skip
-        except RuntimeError:  # nobody listens there yet; a host that cannot listen will not be able to later
-            if host or time.monotonic() > deadline:
-                raise
-            time.sleep(BEAT)
-
-
-def _token(store: Any, rank: int, world: int, deadline: float) -> str:
-    """A word that these ranks share and no earlier ones had: a launcher's store may outlive the processes it restarts.
-
-    Each says hello with a word of its own, and rank 0 answers to that word. Raises RuntimeError where some do not come.
-    """
-    import uuid
-
-    own = uuid.uuid4().hex
-    store.set(f"expo/hello/{rank}", own)
-    while time.monotonic() < deadline:
-        if rank:
-            if store.check([f"expo/welcome/{own}"]):
-                token = store.get(f"expo/welcome/{own}").decode()
-                store.add(f"expo/met/{token}", 1)
-                return str(token)
-        elif store.add(f"expo/met/{own}", 0) == world - 1:
-            return own
-        else:
-            for other in (f"expo/hello/{each}" for each in range(1, world)):
-                if store.check([other]):
-                    store.set(f"expo/welcome/{store.get(other).decode()}", own)
-        time.sleep(POLL)
-    raise RuntimeError(f"not all ranks have come within {MEET:.0f} s")
+    def _put_failure(self, failure: Failure) -> None:
+        """Write a failure into the store, unless it has one: the first failure is the cause of later ones."""
+        self._store.compare_set("failed", "", json.dumps(failure))

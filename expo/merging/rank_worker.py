@@ -1,4 +1,4 @@
-"""One rank's part of a merge's shards: computed, written, journalled, and compared with what the disk has."""
+"""One rank's part of a merge: compute chunks, write them, record them in the journal, and verify them on the disk."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from ..planning.shards import Chunk, Measured, portion
 from .job import MergeJob
 from .result import Tally
 
-Files = Mapping[str, ShardWriter]  # one output's files by the name of the shard
+Files = Mapping[str, ShardWriter]  # the files of one output, by the name of the shard
 
 
 class Corrupt(OutputError):
-    """The bytes on the disk are not those that were written, so a merge cannot resume from them."""
+    """An error for bytes on the disk that differ from the written ones; no merge may resume from them."""
 
 
 class RankWorker:
-    """One rank's part of the shards, which exist in their full size.
+    """The writer of one rank's chunks into shards that exist in their full size.
 
     Attributes:
-        resumed: Bytes of output that an interrupted merge has left.
-        shares: Bytes of output by the name of the engine that computed them.
-        notes: Sentences for warnings about GPUs that failed, each once.
+        resumed: Bytes of output that an interrupted merge has made durable.
+        shares: Bytes of output that each engine has computed, by the engine's name.
+        notes: Sentences for warnings about GPUs that failed; a dict, so that each sentence occurs once, in order.
     """
 
     def __init__(self, job: MergeJob, journal: Journal, tally: Tally, chunk_bytes: int, done: DoneChunks) -> None:
-        """Take over this rank's part.
+        """Prepare this rank's part.
 
         Args:
             job: The merge.
             journal: The journal of this rank.
-            tally: Adds up the statistics of the chunks that are computed here.
-            chunk_bytes: The size of a chunk, the same on all ranks.
+            tally: The statistics to which this rank's chunks are added.
+            chunk_bytes: The size of a chunk in bytes, which is the same on all ranks.
             done: The chunks that an interrupted merge has made durable.
         """
         self._job, self._journal, self._tally = job, journal, tally
@@ -50,7 +50,7 @@ class RankWorker:
         self.resumed = sum(stop - start for (_, start), (stop, _) in done.items()) * len(job.outs)
         self.shares: dict[str, int] = {}
         self.notes = dict.fromkeys(engine.note for engine in job.engines if engine.note)
-        self._local = threading.local()  # each worker that verifies has a buffer
+        self._local = threading.local()  # the buffer of each worker that verifies
 
     @property
     def direct(self) -> bool:
@@ -58,7 +58,15 @@ class RankWorker:
         return all(writer.direct for files in self._files.values() for writer in files.values())
 
     def compute(self, progress: Progress, cancel: threading.Event | None) -> None:
-        """Compute and write every chunk that is not there yet. Raises what `WorkerPool.run` and `record` raise."""
+        """Compute and write this rank's chunks that are not durable yet.
+
+        Args:
+            progress: Called with (bytes of output that the ranks known here have done, bytes of output in all).
+            cancel: Stops the computation when any thread sets it.
+
+        Raises:
+            ExpoError: `WorkerPool.run` or `record` has failed, or another rank.
+        """
         plan = self._job.plan
         missing: Counter[str] = Counter()
         for chunk in self._portion(self._done):
@@ -69,40 +77,49 @@ class RankWorker:
                 name: ShardWriter(os.path.join(folder, name), sizes[name], count) for name, count in missing.items()
             }
 
-        def landed(chunk: Chunk, measured: Measured) -> None:
-            self._tally.add_chunk(chunk, measured)
-            self._journal.add(chunk, measured)
+        def record_chunk(chunk: Chunk, statistics: Measured) -> None:
+            self._tally.add_chunk(chunk, statistics)
+            self._journal.add(chunk, statistics)
 
-        def tick(count: int) -> None:
-            progress(self.resumed + self._job.ranks.report(count), plan.output_bytes)
+        def report(count: int) -> None:
+            progress(self.resumed + self._job.ranks.report_progress(count), plan.output_bytes)
             if self._journal.due:
                 self.record()
 
         make_lane = LaneMaker(plan, self._job.source, self._chunk_bytes, measure=True)
-        pool = WorkerPool(self._job.source, self._job.engines, make_lane, self._write, landed)
-        pool.run(self._portion(self._done), tick, cancel)
+        pool = WorkerPool(self._job.source, self._job.engines, make_lane, self._write, record_chunk)
+        pool.run(self._portion(self._done), report, cancel)
         self.record()
         self._journal.close()
         self.shares = pool.shares
         self.notes |= make_lane.notes
 
     def verify(self, progress: Progress, cancel: threading.Event | None) -> None:
-        """Compute this rank's part again and compare it with what the disk has. Raises Corrupt, RankError."""
+        """Compute this rank's part again and compare it with the bytes on the disk.
+
+        Args:
+            progress: Called with (bytes of output that are compared, bytes of output in all).
+            cancel: Stops the comparison when any thread sets it.
+
+        Raises:
+            Corrupt: A byte on the disk differs; the journal is invalid from then on.
+            ExpoError: `WorkerPool.run` has failed, or another rank.
+        """
         job, total = self._job, self._job.plan.output_bytes
         make_lane = LaneMaker(job.plan, job.source, self._chunk_bytes, measure=False)
         pool = WorkerPool(job.source, job.engines, make_lane, self._compare)
         try:
-            pool.run(self._portion({}), lambda count: progress(job.ranks.report(count), total), cancel)
+            pool.run(self._portion({}), lambda count: progress(job.ranks.report_progress(count), total), cancel)
         except Corrupt:
             self._journal.invalidate()
             raise
         self.notes |= make_lane.notes
 
     def record(self) -> None:
-        """Write the finished chunks into the journal, unless an input was changed: such chunks must not count.
+        """Make the finished chunks durable and write them into the journal.
 
         Raises:
-            CheckpointError: An input was changed.
+            CheckpointError: An input has changed, so the chunks since the last record are not written.
             OutputError: The disk refuses a write or a sync.
         """
         self._job.source.check()
@@ -115,11 +132,12 @@ class RankWorker:
                 writer.close()
 
     def _portion(self, done: DoneChunks) -> Iterator[Chunk]:
+        """Yield this rank's chunks, without those that are done."""
         ranks = self._job.ranks
         return portion(self._job.plan.shards, self._chunk_bytes, done, ranks.rank, ranks.world)
 
     def _write(self, k: int, chunk: Chunk, data: memoryview) -> None:
-        if k in self._files:  # an output that is in place already has none
+        if k in self._files:  # an output that is already in place has no files here
             self._files[k][chunk.shard.name].write(chunk.start, data, chunk.stop - chunk.start)
 
     def _sync(self, shards: set[str]) -> None:
@@ -128,24 +146,25 @@ class RankWorker:
                 files[name].sync()
 
     def _compare(self, k: int, chunk: Chunk, data: memoryview) -> None:
+        """Compare a chunk of output k with the disk. Raises Corrupt."""
         if k not in self._folders:
             return
         path = os.path.join(self._folders[k], chunk.shard.name)
         expected = data[: chunk.stop - chunk.start]
         if not hasattr(self._local, "buffer"):
             self._local.buffer = page_aligned(self._chunk_bytes)
-        found = self._local.buffer[: read_back(path, chunk.start, self._local.buffer)][: len(expected)]
-        if found != expected:
-            at = next((i for i, (x, y) in enumerate(zip(found, expected, strict=False)) if x != y), len(found))
+        actual = self._local.buffer[: read_back(path, chunk.start, self._local.buffer)][: len(expected)]
+        if actual != expected:
+            offset = next((i for i, (x, y) in enumerate(zip(actual, expected, strict=False)) if x != y), len(actual))
             raise Corrupt(
-                f"{path}: byte {chunk.start + at}, {_place_in(chunk, at)}, reads back otherwise than it was written"
+                f"{path}: byte {chunk.start + offset}, {_describe(chunk, offset)}, does not read back as it was written"
             )
 
 
-def _place_in(chunk: Chunk, at: int) -> str:
-    """Return the words for byte `at` of a chunk: the tensor that it belongs to, or the header."""
-    pieces = [piece for piece in chunk.pieces if piece.at <= at]
+def _describe(chunk: Chunk, offset: int) -> str:
+    """Return the part of the file that a byte of a chunk belongs to: the byte of a tensor, or the header."""
+    pieces = [piece for piece in chunk.pieces if piece.at <= offset]
     if not pieces:
         return "in the header"
     step, start, _, first = pieces[-1]
-    return f"byte {start + at - first} of tensor {step.label}"
+    return f"byte {start + offset - first} of tensor {step.label}"

@@ -43,7 +43,7 @@ def refused(inputs: tuple[Path, Path], out: Path) -> list[str]:
     assert staging_folder(out).is_dir()
     lines = str(caught.value).splitlines()
     kept = f"; what is done is kept in {staging_folder(out)}: --resume without --check puts it in place as it is"
-    assert lines[0].startswith(f"{out}: transformers {transformers.__version__} does not load it whole as ")
+    assert lines[0].startswith(f"{out}: transformers {transformers.__version__} does not load it completely as ")
     assert lines[-1].endswith(kept)
     lines[-1] = lines[-1].removesuffix(kept)
     assert len(lines) <= 40
@@ -118,9 +118,9 @@ def test_at_most_forty_lines(tmp_path: Path) -> None:
         return {f"x.{name}": tensor for name, tensor in tensors.items()}
 
     found = refused(pair(tmp_path, all_renamed), tmp_path / "out")
-    assert len(found) == loading.SHOWN + 1
+    assert len(found) == loading.MAX_LISTED + 1
     missing = len(read_folder(DEMO / "aligned")) + 1  # the head too, which nothing is there to tie to
-    assert found[-1] == f"and {missing + missing - 1 - loading.SHOWN} more"
+    assert found[-1] == f"and {missing + missing - 1 - loading.MAX_LISTED} more"
 
 
 def test_a_config_that_transformers_cannot_read(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_config_that_transformers_cannot_read(tmp_path: Path) -> None:
 def test_what_it_advises_puts_the_output_in_place(tmp_path: Path) -> None:
     inputs, out = pair(tmp_path, renamed), tmp_path / "out"
     refused(inputs, out)
-    with pytest.raises(expo.OutputError, match="does not load it whole"):
+    with pytest.raises(expo.OutputError, match="does not load it completely"):
         expo.merge(*inputs, 0.3, out, check=True, resume=True)
     merged = expo.merge(*inputs, 0.3, out, resume=True)
     assert merged.resumed == merged.bytes_written

@@ -999,7 +999,7 @@ def test_verify_names_the_tensor_and_the_byte(
     starts = layout(order)
     for name, at in ((name, start + len(order[name][2]) - 1) for name, start in starts.items() if order[name][2]):
         progress = corrupt(tmp_path / "out0.3", flip(at))
-        message = f"/{SHARD}: byte {at}, byte {at - starts[name]} of tensor {name}, reads back otherwise"
+        message = f"/{SHARD}: byte {at}, byte {at - starts[name]} of tensor {name}, does not read back"
         with pytest.raises(expo.OutputError, match=message):
             expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}", verify=True, progress=progress)
         assert nothing_but(tmp_path, "sft", "aligned")
@@ -1018,8 +1018,8 @@ def layout(tensors: Tensors) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (flip(20), "byte 20, in the header, reads"),
-        (lambda path: os.truncate(path, 5000), r"byte 5000, byte \d+ of tensor .* reads"),
+        (flip(20), "byte 20, in the header, does not read back"),
+        (lambda path: os.truncate(path, 5000), r"byte 5000, byte \d+ of tensor .* does not read back"),
     ],
 )
 def test_verify_sees_the_header_and_a_short_file(

@@ -160,12 +160,12 @@ def test_the_usage_is_of_what_is_there() -> None:
     assert "from transformers import AutoModelForCausalLM, AutoTokenizer\n" in plain
     assert "AutoTokenizer.from_pretrained" in plain
     assert "trust_remote_code" not in plain
-    assert "pass `trust_remote_code=True` to both calls" in body(code=True)
+    assert "Pass `trust_remote_code=True` to both calls" in body(code=True)
     without = body(tokenizer=False)
     assert "from transformers import AutoModelForCausalLM\n" in without
     assert "AutoTokenizer" not in without
-    assert "No tokenizer is here, as aligned came without one" in without
-    assert "pass `trust_remote_code=True` to the call" in body(tokenizer=False, code=True)
+    assert "This folder has no tokenizer, because aligned has none" in without
+    assert "Pass `trust_remote_code=True` to the call" in body(tokenizer=False, code=True)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_no_name_breaks_the_card(name: str) -> None:
     headings = [line for line in _outside_fences(rest) if line.startswith("#")]
     assert [line for line in headings if line.startswith("## ")] == [
         "## How it was made",
-        "## How far it moved",
+        "## How much the weights changed",
         "## How to use it",
         "## Citation",
     ]

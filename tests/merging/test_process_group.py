@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 import expo
 from expo.errors import RankError
 from expo.merging import rank_worker
-from expo.merging.process_group import ProcessGroup, join
+from expo.merging.launcher import join
+from expo.merging.process_group import ProcessGroup
 from expo.merging.rank_worker import Corrupt
 from expo.merging.result import Merged
 from expo.output import journal
@@ -44,9 +45,9 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 8 << 10)
     monkeypatch.setattr(journal, "INTERVAL", 0.0)
     monkeypatch.setattr("expo.execution.worker_pool.TICK", 0.001)
-    monkeypatch.setattr("expo.merging.process_group.BEAT", 0.02)
-    monkeypatch.setattr("expo.merging.process_group.POLL", 0.002)
-    monkeypatch.setattr("expo.merging.process_group.LINGER", 0.1)
+    monkeypatch.setattr("expo.merging.process_group.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("expo.merging.process_group.POLL_SECONDS", 0.002)
+    monkeypatch.setattr("expo.merging.process_group.GRACE_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,9 @@ def test_a_rank_that_fails_stops_the_others_and_any_number_of_ranks_go_on(
             str(found[other]),
         )
     if rank:
-        assert str(found[0]).endswith(f"what is done is kept in {staging(out)}: the same command with --resume goes on")
+        assert str(found[0]).endswith(
+            f"what is done is kept in {staging(out)}: repeat the command with --resume to continue"
+        )
     assert not out.exists()
     assert journals_of_ranks(str(staging(out))) == [f"{JOURNAL}.1", f"{JOURNAL}.2"]
     written = [read_journal(str(staging(out) / name)) for name in (JOURNAL, f"{JOURNAL}.1", f"{JOURNAL}.2")]
@@ -350,7 +353,7 @@ def test_damage_that_a_rank_finds_is_not_gone_on_with_by_whoever_was_not_told(
     with monkeypatch.context() as patch:
         patch.setattr(rank_worker.ShardWriter, "write", damaging)
         patch.setattr(rank_worker.RankWorker, "_compare", comparing)
-        patch.setattr(ProcessGroup, "tell", lambda *_: None)
+        patch.setattr(ProcessGroup, "report_failure", lambda *_: None)
         found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", verify=True, ranks=ranks))
     assert isinstance(found[0], KeyboardInterrupt)
     assert isinstance(found[1], Corrupt)
@@ -415,7 +418,7 @@ def test_a_rank_lost_after_the_commit_takes_nothing_away(
         """Commit, and wait until the other has failed."""
         found = commit(self)
         deadline = time.monotonic() + 10
-        while self._job.ranks._watch.failure is None and time.monotonic() < deadline:
+        while self._job.ranks._watcher.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
         return found
 
@@ -529,12 +532,12 @@ def test_a_store_that_does_not_answer_is_not_waited_for(pair: Pair, tmp_path: Pa
         def __getattr__(self, name: str) -> Any:
             return lambda *_: release.wait(20)
 
-    ranks = ProcessGroup(Silent(), lambda value: [value], 1, 2, patience=0.2)
+    ranks = ProcessGroup(Silent(), lambda value: [value], 1, 2, timeout=0.2)
     try:
         with pytest.raises(RankError, match="the store of the ranks has not answered rank 1 of 2"):
             expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks)
         interrupt = KeyboardInterrupt()
-        assert ranks.cause(interrupt) is interrupt  # nobody has said why
+        assert ranks.find_cause(interrupt) is interrupt  # nobody has said why
     finally:
         release.set()
         ranks.close()
@@ -550,17 +553,17 @@ def test_what_no_launcher_sets_is_refused(monkeypatch: pytest.MonkeyPatch, rank:
 
 @pytest.mark.alone
 def test_ranks_that_do_not_come_are_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expo.merging.process_group.MEET", 0.3)
+    monkeypatch.setattr("expo.merging.launcher.START_TIMEOUT_SECONDS", 0.3)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", **address}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RankError, match=r"not all ranks have come .*to merge alone .* unset WORLD_SIZE"), join():
+    with pytest.raises(RankError, match=r"not all ranks have started .*to merge alone .* unset WORLD_SIZE"), join():
         pass
 
 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_rank_that_does_not_answer_counts_as_dead(pair: Pair, tmp_path: Path, silent: int) -> None:
-    host = Host(3, patience=0.3)
+    host = Host(3, timeout=0.3)
 
     def work(ranks: ProcessGroup) -> Any:
         if ranks.rank == silent:
@@ -592,7 +595,7 @@ def test_an_interrupt_says_who_was_told_to_stop(monkeypatch: pytest.MonkeyPatch,
         found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
     assert isinstance(found[1], KeyboardInterrupt)
     assert str(found[1]) == (
-        "rank 1 of 2 on " + socket.gethostname() + " was told to stop, by Ctrl-C or by the launcher, which does so "
+        "rank 1 of 2 on " + socket.gethostname() + " was stopped by Ctrl-C or by the launcher, which stops every rank "
         "when another rank has died"
     )
     assert isinstance(found[0], RankError)
@@ -717,7 +720,7 @@ def test_a_killed_process_of_four_stops_all_and_resume_goes_on(
     assert done.returncode == 1
     assert (tmp_path / "killed").exists()
     assert "when another rank has died" in done.stderr
-    assert f"what is done is kept in {staging(out)}: the same command with --resume goes on" in done.stderr
+    assert f"what is done is kept in {staging(out)}: repeat the command with --resume to continue" in done.stderr
     assert "Traceback" not in done.stderr.partition("torch/distributed")[0]
     assert not out.exists()
     resumed = run([*four, *slow, *inputs(pair, out), "--resume", "--json"])

@@ -56,7 +56,10 @@ def test_the_same_bytes_and_the_same_report(
 ) -> None:
     out = tmp_path / "out"
     said = interrupted(monkeypatch, chunks, expo.OutputError("the disk is full"), lambda: expo.merge(*pair, 0.3, out))
-    assert said == f"the disk is full; what is done is kept in {staging(out)}: the same command with --resume goes on"
+    assert (
+        said
+        == f"the disk is full; what is done is kept in {staging(out)}: repeat the command with --resume to continue"
+    )
     assert not out.exists()
     found = read_journal(journal_path(str(staging(out))))
     assert found is not None
@@ -348,7 +351,7 @@ def test_a_signal_leaves_what_a_resume_goes_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(rank_worker.RankWorker, "_write", signalling)
         assert main(arguments) == 130
-    note = f"what is done is kept in {staging(out)}: the same command with --resume goes on"
+    note = f"what is done is kept in {staging(out)}: repeat the command with --resume to continue"
     assert capsys.readouterr().err == f"expo: interrupted; {note}\n"
     assert main([*arguments, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["resumed"] > 0
