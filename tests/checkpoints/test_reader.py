@@ -24,7 +24,7 @@ from checkpoint_files import fingerprint, random_tensors, sparse_file, staging_f
 
 import expo
 from expo.checkpoints import reader as module
-from expo.checkpoints.reader import FileReader, Identity, filesystem
+from expo.checkpoints.reader import FileReader, Identity, filesystem_type
 from expo.errors import CheckpointError
 from expo.execution.engines import Engine, choose
 
@@ -183,16 +183,16 @@ def open_files() -> list[str]:
 def test_reading_ahead_changes_no_byte(
     reader: FileReader, monkeypatch: pytest.MonkeyPatch, start: int, stop: int
 ) -> None:
-    reader.ahead(start, stop)
+    reader.read_ahead(start, stop)
     assert take(reader) == CONTENT
 
     def refuse(*_: Any) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(os, "posix_fadvise", refuse)
-    reader.ahead(start, stop)
+    reader.read_ahead(start, stop)
     monkeypatch.delattr(os, "posix_fadvise")
-    reader.ahead(start, stop)
+    reader.read_ahead(start, stop)
     assert take(reader) == CONTENT
 
 
@@ -240,7 +240,7 @@ def by_a_folder(path: Path) -> None:
 
 
 CHANGES = [shrink, grow, replace, touch, overwrite, by_a_folder]
-WAYS: list[Callable[[FileReader], Any]] = [take, peek, lambda reader: reader.ahead(0, 10)]
+WAYS: list[Callable[[FileReader], Any]] = [take, peek, lambda reader: reader.read_ahead(0, 10)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -401,8 +401,8 @@ def refused(code: int) -> Callable[..., int]:
 
 
 REFUSALS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "a network filesystem": lambda patch: patch.setattr(module, "filesystem", lambda _: "nfs4"),
-    "an unknown filesystem": lambda patch: patch.setattr(module, "filesystem", lambda _: ""),
+    "a network filesystem": lambda patch: patch.setattr(module, "filesystem_type", lambda _: "nfs4"),
+    "an unknown filesystem": lambda patch: patch.setattr(module, "filesystem_type", lambda _: ""),
     "a system without leases": lambda patch: patch.delattr(fcntl, "F_SETLEASE"),
     "another user's file": lambda patch: patch.setattr(fcntl, "fcntl", refused(errno.EACCES)),
     "open for writing": lambda patch: patch.setattr(fcntl, "fcntl", refused(errno.EAGAIN)),
@@ -419,7 +419,7 @@ def test_without_a_lease_nothing_is_mapped_and_all_is_read(
         assert peek(reader) is None
         assert str(path) not in Path("/proc/self/maps").read_text()
         assert take(reader) == CONTENT
-        reader.give_way()
+        reader.answer_lease_break()
         reader.check()
         reader.close()
 
@@ -459,14 +459,14 @@ def test_a_file_that_shrinks_just_before_the_lease_is_not_mapped(
 
 
 def test_the_type_of_a_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert filesystem(os.stat("/proc").st_dev) == "proc"
-    assert filesystem(os.makedev(4095, 4095)) == ""
+    assert filesystem_type(os.stat("/proc").st_dev) == "proc"
+    assert filesystem_type(os.makedev(4095, 4095)) == ""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(module, "open", refuse, raising=False)
-    assert filesystem(os.stat("/proc").st_dev) == ""
+    assert filesystem_type(os.stat("/proc").st_dev) == ""
 
 
 # --- somebody who writes ----------------------------------------------------------------------------------------------
@@ -496,7 +496,7 @@ def test_a_writer_waits_until_the_reader_gives_way(leased: FileReader, path: Pat
         with leased.mapped(0, SIZE) as view:
             process = stack.enter_context(writer(code, path))
             assert process.poll() is None
-            leased.give_way()  # not while somebody uses it
+            leased.answer_lease_break()  # not while somebody uses it
             assert view == CONTENT
             assert process.poll() is None
         assert process.wait(10) == 0  # the end of the block gave way
@@ -512,7 +512,7 @@ def test_a_writer_waits_until_the_reader_gives_way(leased: FileReader, path: Pat
 def test_a_mapping_that_is_not_in_use_gives_way_when_it_is_asked_to(leased: FileReader, path: Path, code: str) -> None:
     with writer(code, path) as process:
         assert process.poll() is None
-        leased.give_way()
+        leased.answer_lease_break()
         assert process.wait(10) == 0
     assert str(path) not in Path("/proc/self/maps").read_text()
 
@@ -543,7 +543,7 @@ def test_no_use_begins_while_a_writer_waits_and_the_last_to_end_gives_way(leased
         assert peek(leased) is None
         leave[0].set()
         threads[0].join()
-        leased.give_way()
+        leased.answer_lease_break()
         time.sleep(0.1)
         assert process.poll() is None
         leave[1].set()
@@ -571,13 +571,13 @@ def test_an_error_while_a_mapping_is_in_use_lets_a_writer_go_too(leased: FileRea
 
 def test_close_is_a_no_op_where_nothing_is_open_and_reading_works_again_after_it(reader: FileReader) -> None:
     reader.close()
-    reader.give_way()
+    reader.answer_lease_break()
     for _ in range(2):
         assert take(reader) == CONTENT
         assert peek(reader) in (CONTENT, None)
         reader.close()
         reader.close()
-        reader.give_way()
+        reader.answer_lease_break()
         reader.check()
 
 

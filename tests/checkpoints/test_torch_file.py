@@ -206,7 +206,7 @@ def test_many_threads(tmp_path: Path) -> None:
     assert found == wanted
     with shard.readers["a"].mapped(0, 8) as view:
         assert view is None
-    shard.readers["a"].ahead(0, 8)
+    shard.readers["a"].read_ahead(0, 8)
     shard.reader.close()
 
 
