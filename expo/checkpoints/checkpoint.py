@@ -165,7 +165,7 @@ def _compare_with_index(where: str, weight_map: Mapping[str, str], checkpoint: C
         if found[tensor.name] != name
     ]
     kinds = (
-        (absent, "is in the index and in no shard, so the model goes without it"),
+        (absent, "is in the index and in no shard, so the model lacks it"),
         (unnamed, "is in a shard and not in the index; it counts, as transformers reads whole shards"),
         (superseded, "is in two shards; the one in the shard that the index names counts"),
     )
@@ -188,8 +188,8 @@ def _assemble(
             if tensor.name in tensors and indexed.get(tensor.name) != name:
                 raise CheckpointError(
                     f"{shard.path}: tensor {tensor.name!r} is also in {weight_map[tensor.name]}; transformers takes "
-                    f"the one in {name}, but the index does not name that file for it; if it is the right one, let "
-                    "the index say so"
+                    f"the one in {name}, but the index does not name that file for it; if it is the right one, "
+                    "correct the index"
                 )
             tensors[tensor.name] = tensor
             weight_map[tensor.name] = name

@@ -55,7 +55,7 @@ def _roots(files: Mapping[str, str], notes: list[str]) -> Iterator[str]:
         try:
             references = list(_references(_json(files[config])))
         except (OSError, ValueError, RecursionError) as error:
-            notes.append(f"aligned's {config} cannot be read, so custom code that it may name stays behind: {error}")
+            notes.append(f"aligned's {config} cannot be read, so custom code that it may name is left out: {error}")
             continue
         for reference in references:
             # A class in another repository is written org/name--module.Class.

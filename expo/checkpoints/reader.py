@@ -155,9 +155,8 @@ class FileReader:
 
     def _as_it_was(self) -> str:
         """Return the end of a message about a file that has changed."""
-        return (
-            f"but was {self.identity.size} bytes long and untouched when its header was read: let it be, and try again"
-        )
+        size = self.identity.size
+        return f"but was {size} bytes long and untouched when its header was read: leave the file alone, and try again"
 
     def _open(self) -> int:
         """Return the file's descriptor, and open the file at the first call. Raises CheckpointError."""

@@ -150,9 +150,9 @@ def _barred(path: str) -> str | None:
     if path == DIGESTS:
         return "digests of aligned's files, not of the merge's"
     if base == ADAPTER_CONFIG:
-        return "of an adapter, which the output is not"
+        return "describes an adapter, and the output is a whole model"
     if base in QUANTIZATION_FILES:
-        return "describes quantised weights, which the output has not"
+        return "describes quantised weights, and the output has none"
     return None
 
 
@@ -201,4 +201,4 @@ def _problem(pattern: str, files: Sequence[str], where: str) -> str | None:
     if None in reasons:
         return None
     more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
-    return f"--carry {pattern!r}: {found[0]}{more} cannot come along: {reasons[0]}; leave the pattern out"
+    return f"--carry {pattern!r}: {found[0]}{more} cannot be carried: {reasons[0]}; leave the pattern out"

@@ -239,7 +239,7 @@ class Unpickler:
 
     def _get(self, number: int) -> None:
         if number not in self._memo:
-            raise ValueError(f"it takes up value {number}, which there is not")
+            raise ValueError(f"it reads value {number} of its memo, which has none")
         self._push(self._memo[number])
 
     def _string(self, text: str) -> None:

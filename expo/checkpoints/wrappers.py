@@ -65,7 +65,7 @@ def _suspicion(names: Iterable[str]) -> str | None:
         return None
     return (
         f"all names of aligned begin with {prefix!r}, and so do the output's: if a wrapper around the model added "
-        "that, no model will find them, which --check can tell; take it off the names then"
+        "that, no model finds these tensors, and --check shows it; remove the prefix from the names then"
     )
 
 
