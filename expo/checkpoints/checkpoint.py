@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Origin(NamedTuple):
-    """Where a checkpoint comes from: a hub repository's id and the commit, or a local name and None."""
+    """The place that a checkpoint comes from: the id of a hub repository and the commit, or a local name and None."""
 
     name: str
     commit: str | None = None
@@ -42,17 +42,22 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the headers say: no tensor byte has been read.
+    """A checkpoint as its headers and JSON files describe it.
 
-    path: where it is. folder: None for a bare file. shards: by file name, in the order of the names.
-    tensors: TensorInfo by name. weight_map: the name of each tensor's shard. config: config.json's object, {} if there
-    is none. index: the index file's object, None without shards. files: every other regular file of the folder, by its
-    relative path, sorted, and where it is. strays: those of them that are links out of the folder, and where they lead.
-    origin: None where it is just a path.
-    adapter: what turns these tensors into a checkpoint trained from them, for one that was saved as an adapter alone:
-    then `tensors` are those of the checkpoint below it, but for the ones that the adapter has whole.
-    stored: the name in the file of each tensor that has another name here, without what a wrapper had added.
-    notes: what is odd about the files and does no harm.
+    Attributes:
+        path: Path of the folder or of the file.
+        folder: Path of the folder; None for a file without one.
+        shards: The shards by file name, in the order of the names.
+        tensors: The tensors by name. With an adapter these are the base's, but for those that were trained as a whole.
+        weight_map: The file name of each tensor's shard.
+        config: The object in config.json; {} if there is no such file.
+        index: The object in the index file; None without an index.
+        files: The path of every other regular file of the folder, sorted by the path inside the folder.
+        strays: The place that a link leads to, for each of these files that is a link out of the folder.
+        origin: The place that the checkpoint comes from; None if that is the path alone.
+        adapter: The adapter that makes the trained checkpoint of these tensors; None for a checkpoint saved as a whole.
+        stored: The name in the file of each tensor whose name there has parts that a wrapper added.
+        notes: Sentences about what is odd in the files and does no harm.
     """
 
     path: str
@@ -71,34 +76,37 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The last part of its hub id or path, without the suffix of a file: what an output is named after."""
+        """Return the last part of the hub id or path, without a file's suffix; outputs are named after it."""
         path = self.origin.name if self.origin else os.path.abspath(self.path)
         name, suffix = os.path.splitext(os.path.basename(path))
         return name if self.folder is None and suffix in (".safetensors", *PICKLED) else name + suffix
 
     @property
     def weight_files(self) -> dict[str, Shard]:
-        """Every file whose tensors are read, by name."""
+        """Return all shards by file name, that of the adapter too."""
         own = {os.path.basename(self.adapter.shard.path): self.adapter.shard} if self.adapter else {}
         return {**self.shards, **own}
 
     def reader(self, tensor: str) -> ByteReader:
-        """Return the reader of the bytes [start, stop) of the tensor's TensorInfo."""
+        """Return the reader of the bytes [start, stop) of a tensor's TensorInfo, by the tensor's name."""
         if self.adapter is not None and tensor in self.adapter.full:
             return self.adapter.shard.reader_of(self.tensors[tensor].name)
         return self.shards[self.weight_map[tensor]].reader_of(self.stored.get(tensor, tensor))
 
     def close(self) -> None:
-        for file in self.weight_files.values():
-            file.reader.close()
+        """Close all files."""
+        for shard in self.weight_files.values():
+            shard.reader.close()
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers of a checkpoint: a weight file, or a folder as transformers saves it.
 
-    Where a folder has several forms of the weights, the one counts that transformers would take: .safetensors before
-    .bin, and a single file before an index.
-    Raises CheckpointError naming file, tensor and values.
+    If a folder has the weights in several forms, the form counts that transformers takes: .safetensors before .bin, and
+    a single file before an index.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read. The message names file, tensor and values.
     """
     path = os.fspath(path)
     if not os.path.isdir(path):
@@ -115,6 +123,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _open_sharded(folder: str, config: dict[str, Any], index_name: str) -> Checkpoint:
+    """Open a folder with an index. Raises CheckpointError."""
     where = os.path.join(folder, index_name)
     index = load_json(where)
     weight_map = index.get("weight_map")
@@ -135,10 +144,10 @@ def _open_sharded(folder: str, config: dict[str, Any], index_name: str) -> Check
 
 
 def _compare_with_index(where: str, weight_map: Mapping[str, str], checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return what is odd about an index but does no harm, as transformers reads all tensors of all shards.
+    """Return notes about an index that does not fit its shards: transformers reads all tensors of all shards.
 
     Raises:
-        CheckpointError: The index gives a tensor to another shard than the one that has it.
+        CheckpointError: The index names another shard for a tensor than the one that has it.
     """
     found = checkpoint.weight_map
     absent = [tensor for tensor in weight_map if tensor not in found]
@@ -156,7 +165,7 @@ def _compare_with_index(where: str, weight_map: Mapping[str, str], checkpoint: C
         if found[tensor.name] != name
     ]
     kinds = (
-        (absent, "is in the index and in no shard, so the model goes without it"),
+        (absent, "is in the index and in no shard, so the model lacks it"),
         (unnamed, "is in a shard and not in the index; it counts, as transformers reads whole shards"),
         (superseded, "is in two shards; the one in the shard that the index names counts"),
     )
@@ -170,17 +179,17 @@ def _compare_with_index(where: str, weight_map: Mapping[str, str], checkpoint: C
 def _assemble(
     path: str, folder: str | None, shards: dict[str, Shard], config: dict[str, Any], index: dict[str, Any] | None
 ) -> Checkpoint:
-    """Put the tensors of all shards together; of a tensor in two shards the later counts, if the index says so too."""
+    """Make a checkpoint of its shards. If two shards have a tensor, the later counts, and the index must name it."""
     tensors: dict[str, TensorInfo] = {}
     weight_map: dict[str, str] = {}
-    said = index["weight_map"] if index else {}
+    indexed = index["weight_map"] if index else {}
     for name, shard in shards.items():
         for tensor in shard.header.tensors:
-            if tensor.name in tensors and said.get(tensor.name) != name:
+            if tensor.name in tensors and indexed.get(tensor.name) != name:
                 raise CheckpointError(
                     f"{shard.path}: tensor {tensor.name!r} is also in {weight_map[tensor.name]}; transformers takes "
-                    f"the one in {name}, but the index does not name that file for it; if it is the right one, let "
-                    "the index say so"
+                    f"the one in {name}, but the index does not name that file for it; if it is the right one, "
+                    "correct the index"
                 )
             tensors[tensor.name] = tensor
             weight_map[tensor.name] = name
@@ -192,6 +201,7 @@ def _assemble(
 
 
 def _missing(path: str) -> str:
+    """Return why a path does not exist."""
     try:
         os.stat(path)
     except PermissionError as error:
@@ -202,6 +212,7 @@ def _missing(path: str) -> str:
 
 
 def _nothing_to_read(folder: str) -> str:
+    """Return the message about a folder without the weights of a whole model, and the way out."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:

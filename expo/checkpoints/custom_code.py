@@ -1,4 +1,4 @@
-"""The code that comes with a model: the Python files that its configs name, and what those files name in turn.
+"""The code that comes with a model: the Python files that its configs name, and the files that these name in turn.
 
 Code is parsed, and never run.
 """
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     import ast
 
 CONFIGS = ("config.json", "tokenizer_config.json", *sorted(PROCESSORS), "modules.json")
-GENERATE = "custom_generate/generate.py"  # named by its place alone
+GENERATE = "custom_generate/generate.py"  # no config names it: transformers finds it by its path
 REQUIREMENTS = "custom_generate/requirements.txt"
-MAX_CONFIG, MAX_CODE = 100_000_000, 10_000_000  # bytes that are read
+MAX_CONFIG, MAX_CODE = 100_000_000, 10_000_000  # most bytes of a file that is read
 PARSER_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 def find_code(files: Mapping[str, str]) -> Code:
-    """Find the code that configs name, what it imports relatively, and the files that it names in full.
+    """Find the code that configs name, the modules that it imports relatively, and the files whose paths it has.
 
     Args:
-        files: Where each file of the folder is, by its relative path. A file that is not there yet is not read.
+        files: The path of each file of the folder, by the path inside the folder. A file that is not there yet is not
+            read.
     """
     notes: list[str] = []
     waiting = [name for name in _roots(files, notes) if name in files]
@@ -47,14 +48,14 @@ def find_code(files: Mapping[str, str]) -> Code:
 
 
 def _roots(files: Mapping[str, str], notes: list[str]) -> Iterator[str]:
-    """Yield the files that the configs name, there or not."""
+    """Yield the files that the configs name, whether or not the folder has them."""
     for config in CONFIGS:
         if config not in files:
             continue
         try:
             references = list(_references(_json(files[config])))
         except (OSError, ValueError, RecursionError) as error:
-            notes.append(f"aligned's {config} cannot be read, so custom code that it may name stays behind: {error}")
+            notes.append(f"aligned's {config} cannot be read, so custom code that it may name is left out: {error}")
             continue
         for reference in references:
             # A class in another repository is written org/name--module.Class.
@@ -65,7 +66,7 @@ def _roots(files: Mapping[str, str], notes: list[str]) -> Iterator[str]:
 
 
 def _json(path: str) -> Any:
-    """Return a file's JSON value; None where the file is not there."""
+    """Return a file's JSON value; None if there is no such file."""
     try:
         return json.loads(_read(path, MAX_CONFIG))
     except FileNotFoundError:
@@ -73,7 +74,7 @@ def _json(path: str) -> Any:
 
 
 def _read(path: str, most: int) -> bytes:
-    """Return a file's bytes. Raises OSError, and ValueError where there are more than `most`."""
+    """Return a file's bytes. Raises OSError, and ValueError if there are more than `most`."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -82,7 +83,7 @@ def _read(path: str, most: int) -> bytes:
 
 
 def _references(value: Any) -> Iterator[str]:
-    """Yield what `auto_map`, a custom pipeline's `impl` and a module's `type` name, at any depth of a config."""
+    """Yield the names in `auto_map`, in a pipeline's `impl` and in a module's `type`, at any depth of a config."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -106,13 +107,13 @@ def _module(path: str) -> Iterator[str]:
 
 
 def _parsed(name: str, path: str, notes: list[str]) -> ast.AST | None:
-    """Return the syntax tree of a file, None for one that is not there or is not Python of this version."""
+    """Return the syntax tree of a file; None if there is no such file, or if it is not Python of this version."""
     import ast
 
     try:
         text = _read(path, MAX_CODE)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the code's own escapes
+            warnings.simplefilter("ignore")  # such as those about escapes in the code
             return ast.parse(text, name)
     except FileNotFoundError:
         return None

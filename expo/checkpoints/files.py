@@ -20,6 +20,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 CONFIG = "config.json"
 # A folder with one of these files has a whole model; transformers takes the first of them that it finds.
 WHOLE_MODELS = (SINGLE, INDEX, SINGLE_BIN, INDEX_BIN)
+# A quantised model may have one of these files, which is of this scheme.
+QUANTIZATION_FILES = {
+    "quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt",
+    "quanto_qmap.json": "optimum-quanto",
+}  # fmt: skip
 MAX_JSON = 100_000_000  # most bytes of an index or a config
 
 

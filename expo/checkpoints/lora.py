@@ -191,7 +191,7 @@ def _is_transposed(path: str, config: Mapping[str, Any], target: _Target, shown:
     alike = shown.get(_last_part(target.pair), set())
     if len(alike) != 1:
         raise CheckpointError(
-            f"{path}: {target.tensor.name!r} is square, and nothing tells whether it is stored as [in, out] or [out, "
+            f"{path}: {target.tensor.name!r} is square, and nothing shows whether it is stored as [in, out] or [out, "
             f"in]: fan_in_fan_out is {said}, but not for all modules; {MERGE}"
         )
     return next(iter(alike))

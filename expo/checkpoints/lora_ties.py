@@ -1,8 +1,8 @@
-"""An adapter over a base whose head is its embedding may train the two apart; this module tells whether it did.
+"""Adapters over a base whose head is its embedding: an adapter may make two tensors of them.
 
-PEFT trains copies. With `modules_to_save=["embed_tokens"]` it trains a copy of the embedding, and the head goes on with
-the base's; LoRA on either of the two changes that one alone. Then the trained model has a head of its own, though its
-files were tied. `ensure_weight_tying` in the adapter's config makes PEFT keep the two one. Source:
+PEFT trains copies. With `modules_to_save=["embed_tokens"]` it trains a copy of the embedding, and the head stays the
+base's; LoRA on one of the two changes that one alone. Then the trained model has a head of its own, though its files
+were tied. `ensure_weight_tying` in the adapter's config makes PEFT train both as one. Source:
 github.com/huggingface/peft, tuners/tuners_utils.py and utils/other.py.
 """
 
@@ -22,7 +22,7 @@ from .lora_file import names_without_wrappers
 from .model_parts import HEAD, generates, is_embedding, tie_flag
 from .safetensors_header import TensorInfo
 
-# The head's name in a model whose embedding has this name. The others' models have no head, or one of several parts.
+# The head's name in a model whose embedding has this name. Other models have no head, or one of several parts.
 _HEADS = (
     (re.compile(r"^(model|transformer|model\.decoder|model\.language_model)\.(embed_tokens|wte|word_embeddings)\.weight$"),
      "lm_head.weight"),
@@ -34,7 +34,13 @@ Change = TypeVar("Change", TensorInfo, LowRank)
 
 
 class Tie(NamedTuple):
-    """The tied matrix of a base, under both names. stored: whether the head stands in a file too."""
+    """The tie of a base: one matrix under two names.
+
+    Attributes:
+        embedding: The name of the embedding.
+        head: The name of the head.
+        stored: True if a file of the base has the head too.
+    """
 
     embedding: str
     head: str
@@ -42,7 +48,7 @@ class Tie(NamedTuple):
 
 
 def tie_of(base: Checkpoint) -> Tie | None:
-    """Return the tie of a base whose head is its embedding; None for a base with a head of its own, or without one."""
+    """Return the tie of a base whose head is its embedding; None if it has a head of its own, or no head."""
     if not generates(base.config):
         return None
     heads = [name for name in base.tensors if HEAD.search(name)]
@@ -56,7 +62,7 @@ def tie_of(base: Checkpoint) -> Tie | None:
 
 
 def with_head(base: Checkpoint, tie: Tie | None) -> Checkpoint:
-    """Return the base with the head under a name of its own, where its bytes are the embedding's."""
+    """Return the base with the head as a tensor of its own, which has the embedding's bytes."""
     if tie is None or tie.stored:
         return base
     return replace(
@@ -71,10 +77,10 @@ def settled(adapter: Adapter, tie: Tie | None, base: Checkpoint, has_data: bool)
     """Return the adapter with both tied tensors changed alike, or marked as one that unties them.
 
     Args:
-        adapter: The adapter over the base that `with_head` gives.
-        tie: The base's tie, None where it has none.
-        base: The base, as it is in its files.
-        has_data: False where zeros stand for the adapter's data, so that the config alone must tell.
+        adapter: The adapter over the base that `with_head` returns.
+        tie: The base's tie; None if it has none.
+        base: The base as it is in its files.
+        has_data: False if zeros take the place of the adapter's data, so that the config alone must decide.
 
     Raises:
         CheckpointError: The adapter trains an embedding that is tied to tensors whose names are not known here.
@@ -93,21 +99,21 @@ def settled(adapter: Adapter, tie: Tie | None, base: Checkpoint, has_data: bool)
 def _stay_tied(adapter: Adapter, tie: Tie, changes: Mapping[str, TensorInfo | LowRank | None], has_data: bool) -> bool:
     """Return True if the embedding and the head are the same matrix in the trained model.
 
-    Where PEFT ties what it trains, it saves both. `ensure_weight_tying` alone tells nothing: PEFT ties no modules but
-    those that are called embed_tokens and lm_head.
+    If PEFT ties the two modules that it trains, it saves both. `ensure_weight_tying` alone does not show a tie: PEFT
+    ties only modules with the names embed_tokens and lm_head.
     """
     embedding, head = changes[tie.embedding], changes[tie.head]
     if embedding is not None and head is not None:
         if not has_data:
             return bool(adapter.config.get("ensure_weight_tying")) or not _is_trained_copy(adapter, embedding)
         return type(embedding) is type(head) and are_equal(adapter.shard, embedding, head)
-    # PEFT saves an embedding that was resized, or that the user trained as a whole, without a copy: it is still tied.
+    # For an embedding that was resized, or that the user trained as a whole, PEFT saves no copy: it is still tied.
     change = embedding if embedding is not None else head
     return not isinstance(change, LowRank) and not _is_trained_copy(adapter, change)
 
 
 def _is_trained_copy(adapter: Adapter, change: TensorInfo | LowRank | None) -> bool:
-    """Return True if a whole tensor's module is one of `modules_to_save`, of which PEFT trains copies.
+    """Return True if a whole tensor belongs to one of `modules_to_save`: PEFT trains copies of these.
 
     PEFT compares the ends of the module's name in the model that it trains, as `str.endswith` does.
     """
@@ -118,7 +124,7 @@ def _is_trained_copy(adapter: Adapter, change: TensorInfo | LowRank | None) -> b
 
 
 def _tied_again(adapter: Adapter, tie: Tie) -> Adapter:
-    """Return the adapter with the embedding's change for both, or for the one of the two that the base stores."""
+    """Return the adapter with the embedding's change for both tensors, or for the one that the base stores."""
     copies = {name: tensor for name, tensor in adapter.copies.items() if name != tie.head}
     return replace(
         adapter, full=_shared(adapter.full, tie), low_rank=_shared(adapter.low_rank, tie), copies=copies
@@ -126,7 +132,7 @@ def _tied_again(adapter: Adapter, tie: Tie) -> Adapter:
 
 
 def _shared(changes: Mapping[str, Change], tie: Tie) -> dict[str, Change]:
-    """Return the changes with the embedding's, or else the head's, for both tensors as far as the base stores them."""
+    """Return the changes with one change for both tensors, as far as the base stores them: the embedding's, if any."""
     found = dict(changes)
     head = found.pop(tie.head, None)
     change = found.get(tie.embedding, head)
@@ -136,6 +142,7 @@ def _shared(changes: Mapping[str, Change], tie: Tie) -> dict[str, Change]:
 
 
 def _note(tie: Tie, changes: Mapping[str, TensorInfo | LowRank | None]) -> str:
+    """Return the sentence about an adapter that unties head and embedding."""
     trained = " and ".join(repr(name) for name, change in changes.items() if change is not None)
     lora = any(isinstance(change, LowRank) for change in changes.values())
     peft = (
@@ -148,7 +155,7 @@ def _note(tie: Tie, changes: Mapping[str, TensorInfo | LowRank | None]) -> str:
 
 
 def _refuse_unknown_tie(adapter: Adapter, base: Checkpoint) -> None:
-    """Raise CheckpointError where a trained copy of an embedding would change a head that is not known here."""
+    """Raise CheckpointError if a trained copy of an embedding changes a head whose name is not known here."""
     if tie_flag(base.config) is not True or any(map(HEAD.search, base.tensors)) or not generates(base.config):
         return
     for name in (*adapter.low_rank, *adapter.full):

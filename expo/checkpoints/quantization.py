@@ -1,7 +1,7 @@
-"""Quantised checkpoints: how one is recognised, which scheme it has, and what the user can do. Pure.
+"""Quantised checkpoints: how one is recognised, which scheme it has, and what the user can do.
 
-A scheme announces itself in config.json, by a file of its own, or by the names of its tensors. Where none of them is
-known here, the tensors still tell: a weight that holds integers, or integers beside a scale, are codes.
+config.json, a file of the scheme's own, or the names of the tensors show the scheme. If all of them are unknown here,
+the tensors still show codes: a weight of integers, or integers beside a scale. This module reads no file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..dtypes import INTEGERS, ITEMSIZE
+from .files import QUANTIZATION_FILES
 from .model_parts import is_buffer
 from .model_tensors import ModelTensors
 from .naming import any_number
@@ -24,11 +25,7 @@ WAYS_OUT = {
     "mxfp4": f"{ORIGINAL}, or {LOADED.format('Mxfp4Config')}",
     "bitsandbytes": f"{ORIGINAL}, or load it with transformers, model.dequantize() and save_pretrained() it",
 }
-FILES = {
-    "quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt",
-    "quanto_qmap.json": "optimum-quanto",
-}  # fmt: skip
-# Companions of a weight that is stored as codes, by scheme.
+# Names of a weight's companions, and the scheme that has them beside codes.
 TENSORS = (
     (re.compile(r"\.weight_scale_inv$"), "fp8"),
     (re.compile(r"\.weight_(packed|scale)$"), "compressed-tensors"),
@@ -40,16 +37,15 @@ TENSORS = (
 )
 SCALE = re.compile(r"\.weight_scale(_inv)?$")
 CODE_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32"}  # position ids and indices are I64, masks are BOOL
-# The last part of a name that says "codes", and words that say "what turns codes into numbers".
+# The last part of a name that codes have, and the words in names of the numbers that decode them.
 CODES = re.compile(r"(^|[._])(q_?weight|w_q|weight_q|weight_packed|q_?data|int_data|qidxs)$", re.IGNORECASE)
 CODES_OF_ANY_DTYPE = re.compile(r"\.W_q$")  # HQQ may store its bytes as if they were floats
 _WORDS = r"q?scales?|scales?_inv|q?zeros?|zero_?points?|zp|absmax|codebooks?|centroids|quant_map|g_idx|scb|biases"
 COMPANION = re.compile(rf"_?(?:{_WORDS})", re.IGNORECASE)
 WEIGHT_OR_COMPANION = re.compile(rf"weight$|(^|[._])(?:{_WORDS})$", re.IGNORECASE)  # at the end of a tensor's name
-SHARE = 0.2  # of all bytes: where the layers hold so many integers, these are codes, whatever they are called
+SHARE = 0.2  # if so much of all bytes are integers in layers, these are codes, whatever their names are
 
-
-# The scheme of a checkpoint that has codes and tensors of such a name, where no rule above has named it.
+# The scheme of a checkpoint with codes and tensors of such a name, if no rule above names the scheme.
 CODED = (
     (re.compile(r"\.biases$"), "MLX"),
     (CODES_OF_ANY_DTYPE, "hqq"),
@@ -59,7 +55,12 @@ CODED = (
 
 
 class Codes(NamedTuple):
-    """A tensor that holds codes and not numbers; beside: the tensor that shows it, None where its own name does."""
+    """A tensor that has codes in place of numbers.
+
+    Attributes:
+        tensor: The tensor.
+        beside: The name of the tensor that shows that these are codes; None if the tensor itself does.
+    """
 
     tensor: TensorInfo
     beside: str | None
@@ -70,13 +71,13 @@ class Codes(NamedTuple):
 
 
 def scheme(checkpoint: ModelTensors) -> str | None:
-    """Return the name of the quantisation scheme, None for a checkpoint of plain numbers."""
+    """Return the name of the quantisation scheme; None for a checkpoint of plain numbers."""
     config: Any = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     if config:
         return str((config.get("quant_method") or "unknown") if isinstance(config, dict) else config)
     if isinstance(checkpoint.config.get("quantization"), dict):
         return "MLX"
-    for name, found in FILES.items():
+    for name, found in QUANTIZATION_FILES.items():
         if name in checkpoint.files:
             return found
     tensors = checkpoint.tensors
@@ -89,7 +90,7 @@ def scheme(checkpoint: ModelTensors) -> str | None:
 
 
 def _is_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return True if a tensor of such a name comes with codes: a scale beside plain numbers is a weight itself."""
+    """Return True if a tensor of such a name belongs to codes: a scale beside plain numbers is a weight itself."""
     if name.endswith("_blocks"):
         return tensors[name].dtype == "U8" and f"{name.removesuffix('_blocks')}_scales" in tensors
     weight = tensors.get(SCALE.sub(".weight", name)) if SCALE.search(name) else None
@@ -97,11 +98,11 @@ def _is_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def find_codes(tensors: Mapping[str, TensorInfo]) -> Codes | None:
-    """Return a tensor of integers that stands for numbers, whatever the scheme; None where there is none.
+    """Return a tensor of codes, whatever the scheme; None if the model has none.
 
-    A matrix of integers holds codes if it is called a weight or by a name for codes, if other layers have numbers under
-    its name, or if its module has a companion, such as scales. So does a companion of integers itself, beside a weight
-    of the same module.
+    A matrix of integers has codes if its name is that of a weight or of codes, if other layers have numbers under this
+    name, or if its module has a companion, such as scales. A companion of integers has codes beside a weight of the
+    same module.
     """
     integers = [tensor for tensor in tensors.values() if _may_be_codes(tensor)]
     if not integers:
@@ -114,7 +115,7 @@ def find_codes(tensors: Mapping[str, TensorInfo]) -> Codes | None:
     for tensor in integers:
         near = [other for module in _modules(tensor.name) for other in modules[module] if other != tensor.name]
         companion = next((other for other in near if _is_named_for(other, tensor.name)), None)
-        if _stands_for_numbers(tensor, companion, any_number(tensor.name) in numbers):
+        if _has_codes(tensor, companion, any_number(tensor.name) in numbers):
             return Codes(tensor, companion)
         weight = next((other for other in near if other.endswith("weight")), None)
         if weight is not None and _is_named_for(tensor.name, weight):
@@ -126,20 +127,21 @@ def find_codes(tensors: Mapping[str, TensorInfo]) -> Codes | None:
 
 
 def _may_be_codes(tensor: TensorInfo) -> bool:
+    """Return True for integers that are no buffer, and for names that codes of any dtype have."""
     integers = tensor.dtype in INTEGERS and not is_buffer(tensor)
     return integers or CODES_OF_ANY_DTYPE.search(tensor.name) is not None
 
 
 def _is_named_for(companion: str, tensor: str) -> bool:
-    """Return True if a name says that it goes with another of its module: `scales`, `up_proj_scale` for `up_proj`."""
+    """Return True for the name of another tensor's companion: `scales`, or `up_proj_scale` beside `up_proj`."""
     leaf, other = companion.rpartition(".")[2], tensor.rpartition(".")[2]
     for stem in (f"{other}_", "weight_"):
         leaf = leaf.removeprefix(stem)
     return COMPANION.fullmatch(leaf) is not None
 
 
-def _stands_for_numbers(tensor: TensorInfo, companion: str | None, in_other_layers: bool) -> bool:
-    """Return True if a tensor holds codes by its own name, by its twins' dtypes, or by its companion."""
+def _has_codes(tensor: TensorInfo, companion: str | None, in_other_layers: bool) -> bool:
+    """Return True if its own name, the dtypes in other layers, or a companion show that a tensor has codes."""
     leaf = tensor.name.rpartition(".")[2]
     if tensor.dtype not in INTEGERS or (leaf == "weight" and tensor.shape):
         return True
@@ -165,7 +167,7 @@ def _modules(name: str) -> Iterator[str]:
 
 
 def problem(role: str, checkpoint: ModelTensors) -> str | None:
-    """Return why a quantised checkpoint cannot be extrapolated, and the way out; None where it is not quantised."""
+    """Return why a quantised checkpoint cannot be extrapolated, and the way out; None for one that is not quantised."""
     found = scheme(checkpoint)
     if found is None:
         return None

@@ -1,11 +1,11 @@
-"""An input file's bytes while others may change it: mapped where that is safe, read with pread elsewhere.
+"""Reading the bytes of an input file that other processes may change: mapped where that is safe, else with pread.
 
-A mapping was 1.2 to 1.3 times as fast as pread from the page cache, but a file that shrinks under one ends the process
-with SIGBUS, and no check of its size before can rule that out. A read lease can: while it is held the system makes
-whoever wants to write to the file, or to truncate it, wait (45 seconds at most) and lets the holder know. So a file is
-mapped where its filesystem is a local one and grants a lease (which it does to the owner of a file that nobody has open
-for writing), and given back at the first sign of a writer; all others, those on network filesystems among them, are
-read with pread, which a file that shrinks cannot harm.
+A mapping was 1.2 to 1.3 times as fast as pread from the page cache. But a file that gets shorter while it is mapped
+ends the process with SIGBUS, and no earlier check of its size can prevent that. A read lease can: as long as this
+process has one, the system makes every process wait that opens the file for writing or truncates it (45 seconds at
+most), and reports the request here. So a file is mapped if its filesystem is a local one and grants a lease, which it
+does to the owner of a file that no process has open for writing. The lease ends at the first request. All other files,
+such as those on network filesystems, are read with pread, which a shorter file cannot harm.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from ..errors import CheckpointError
 
-# Filesystems on which nothing shrinks a file but through this kernel, which knows of the lease.
+# A file on these filesystems gets shorter only through this machine's kernel, which knows of the lease.
 LOCAL = {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs"}
 
-# Bytes that a page fault can map at once: a large folio. Pages of neighbours who have been let go come back with it
-# and have to go again, or some 16 MB for each GB of a model stay; at 4 KiB to 2 MiB a merge was equally fast.
-AROUND = 1 << 21
+# A page fault can map a large folio of this many bytes at once, so pages that were released come back with a neighbour
+# and have to be released again; otherwise some 16 MB stay for each GB of a model. A merge took the same time with 4 KiB
+# to 2 MiB.
+FOLIO = 1 << 21
 
 
 class Identity(NamedTuple):
-    """What stays the same as long as nobody writes to a file or puts another in its place."""
+    """A file's numbers that stay the same as long as no process writes to it or puts another file in its place."""
 
     device: int
     inode: int
@@ -42,23 +43,27 @@ class Identity(NamedTuple):
 
     @classmethod
     def of(cls, fd: int) -> Identity:
+        """Return the identity of an open file, by its descriptor."""
         found = os.fstat(fd)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 class ByteReader(Protocol):
-    """What a tensor is read from, as if it lay in one piece."""
+    """A reader of bytes that are numbered as if they were contiguous: those of a file, or those of one tensor."""
 
-    def read(self, start: int, into: Any) -> None: ...
+    def read(self, start: int, into: Any) -> None:
+        """Fill a buffer with the bytes from `start` on. Raises CheckpointError."""
 
-    def mapped(self, start: int, stop: int) -> AbstractContextManager[memoryview | None]: ...
+    def mapped(self, start: int, stop: int) -> AbstractContextManager[memoryview | None]:
+        """Give bytes [start, stop) in mapped memory, or None if only `read` can give them."""
 
-    def ahead(self, start: int, stop: int) -> None: ...
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Ask the system to start reading bytes [start, stop) from the disk."""
 
 
 @contextlib.contextmanager
 def open_regular_file(path: str) -> Iterator[BinaryIO]:
-    """A regular file, open. Raises OSError, and CheckpointError for a FIFO, which would wait for a writer."""
+    """Open a regular file. Raises OSError, and CheckpointError for another kind: a FIFO would wait for a writer."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise CheckpointError(f"{path}: not a regular file")
@@ -66,17 +71,17 @@ def open_regular_file(path: str) -> Iterator[BinaryIO]:
 
 
 class FileReader:
-    """One file, opened when its bytes are first asked for; safe for any number of threads."""
+    """A reader of one file, which it opens at the first read. Any number of threads may use it."""
 
     def __init__(self, path: str, identity: Identity) -> None:
-        """identity: the file's when its header was read."""
+        """Set the path, and the identity that the file had when its header was read."""
         self.path = path
         self.identity = identity
         self._lock = threading.Lock()
         self._fd = -1
         self._map: mmap.mmap | None = None
-        self._users = 0  # of the mapping, at this moment
-        self._wanted = False  # by somebody who writes
+        self._users = 0  # callers that use the mapping at this moment
+        self._lease_broken = False  # a writer waits for the end of the lease
 
     def read(self, start: int, into: Any) -> None:
         """Fill a buffer with the file's bytes from `start` on. Raises CheckpointError."""
@@ -88,15 +93,15 @@ class FileReader:
             except OSError as error:
                 raise CheckpointError(f"{self.path}: {error.strerror} at byte {start + done}") from error
             if not count:
-                raise CheckpointError(f"{self.path}: it ends at byte {start + done} now, {self._was()}")
+                raise CheckpointError(f"{self.path}: it ends at byte {start + done} now, {self._as_it_was()}")
             done += count
 
     @contextlib.contextmanager
     def mapped(self, start: int, stop: int) -> Iterator[memoryview | None]:
-        """Bytes [start, stop) as they are mapped, or None where only `read` will do; the pages are let go then."""
+        """Give bytes [start, stop) in mapped memory, and release their pages afterwards; None if only `read` works."""
         self._open()
         with self._lock:
-            mapping = self._usable()
+            mapping = self._usable_mapping()
             self._users += mapping is not None
         if mapping is None:
             yield None
@@ -106,41 +111,41 @@ class FileReader:
             yield view
             view.release()
             if start < stop:
-                first, last = start // AROUND * AROUND, min(-(-stop // AROUND) * AROUND, len(mapping))
+                first, last = start // FOLIO * FOLIO, min(-(-stop // FOLIO) * FOLIO, len(mapping))
                 with contextlib.suppress(OSError):
                     mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
         finally:
             with self._lock:
                 self._users -= 1
-            self.give_way()
+            self.answer_lease_break()
 
-    def ahead(self, start: int, stop: int) -> None:
+    def read_ahead(self, start: int, stop: int) -> None:
         """Ask the system to start reading bytes [start, stop) from the disk."""
         if hasattr(os, "posix_fadvise") and start < stop:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self._open(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
-    def give_way(self) -> None:
-        """Unmap the file and end the lease if somebody waits to write to it; call it now and then."""
+    def answer_lease_break(self) -> None:
+        """Unmap the file and end the lease if a process waits to write to the file; call this now and then."""
         with self._lock:
-            self._usable()
+            self._usable_mapping()
 
-    def _usable(self) -> mmap.mmap | None:
-        """The mapping, unless somebody waits for it to go: then it goes as soon as nobody uses it."""
+    def _usable_mapping(self) -> mmap.mmap | None:
+        """Return the mapping unless a writer waits for its end; then unmap as soon as no caller uses it."""
         if self._map is None:
             return None
-        self._wanted = self._wanted or fcntl.fcntl(self._fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
-        if self._wanted and not self._users:
+        self._lease_broken = self._lease_broken or fcntl.fcntl(self._fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
+        if self._lease_broken and not self._users:
             self._unmap()
-        return None if self._wanted else self._map
+        return None if self._lease_broken else self._map
 
     def check(self) -> None:
-        """Raise CheckpointError if the file is not what it was when its header was read."""
+        """Raise CheckpointError if the file has changed since its header was read."""
         if self._fd >= 0 and Identity.of(self._fd) != self.identity:
-            raise CheckpointError(f"{self.path}: it was changed while it was read, {self._was()}")
+            raise CheckpointError(f"{self.path}: it was changed while it was read, {self._as_it_was()}")
 
     def close(self) -> None:
-        """Unmap and close; a no-op when nothing is open."""
+        """Unmap and close the file, if it is open."""
         with self._lock:
             if self._map is not None:
                 self._unmap()
@@ -148,34 +153,37 @@ class FileReader:
                 os.close(self._fd)
                 self._fd = -1
 
-    def _was(self) -> str:
-        return (
-            f"but was {self.identity.size} bytes long and untouched when its header was read: let it be, and try again"
-        )
+    def _as_it_was(self) -> str:
+        """Return the end of a message about a file that has changed."""
+        size = self.identity.size
+        return f"but was {size} bytes long and untouched when its header was read: leave the file alone, and try again"
 
     def _open(self) -> int:
+        """Return the file's descriptor, and open the file at the first call. Raises CheckpointError."""
         with self._lock:
             if self._fd < 0:
-                try:  # O_NONBLOCK: a FIFO in the file's place would wait for a writer
+                try:  # without O_NONBLOCK, a FIFO in the file's place would wait for a writer
                     fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
                 except OSError as error:
                     raise CheckpointError(f"{self.path}: {error.strerror}") from error
                 found = Identity.of(fd)
                 if found != self.identity:
                     os.close(fd)
-                    raise CheckpointError(f"{self.path}: {found.size} bytes now; it is being changed, {self._was()}")
+                    raise CheckpointError(
+                        f"{self.path}: {found.size} bytes now; it is being changed, {self._as_it_was()}"
+                    )
                 self._fd = fd
-                self._map = self._guarded(fd)
+                self._map = self._map_with_lease(fd)
             return self._fd
 
-    def _guarded(self, fd: int) -> mmap.mmap | None:
-        """A mapping that a lease guards, or None."""
-        if not hasattr(fcntl, "F_SETLEASE") or filesystem(self.identity.device) not in LOCAL:
+    def _map_with_lease(self, fd: int) -> mmap.mmap | None:
+        """Take a read lease and return a mapping of the file; None if the filesystem grants no lease."""
+        if not hasattr(fcntl, "F_SETLEASE") or filesystem_type(self.identity.device) not in LOCAL:
             return None
         try:
             fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # ignored by default; SIGIO would end the process
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        except OSError:  # somebody else's file, or one that is open for writing
+        except OSError:  # another user's file, or one that is open for writing
             return None
         try:
             if os.fstat(fd).st_size != self.identity.size:
@@ -186,16 +194,17 @@ class FileReader:
             return None
 
     def _unmap(self) -> None:
+        """Unmap the file and end the lease."""
         assert self._map is not None
-        with contextlib.suppress(BufferError):  # held by the traceback of an error, which must not be hidden
+        with contextlib.suppress(BufferError):  # an error's traceback still has a view, and the error must be seen
             self._map.close()
         self._map = None
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
-def filesystem(device: int) -> str:
-    """The type of the filesystem with this device number, "" where the system does not say."""
+def filesystem_type(device: int) -> str:
+    """Return the type of the filesystem with this device number; "" if the system does not say."""
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:

@@ -1,8 +1,9 @@
-"""The safetensors header, parsed strictly and emitted.
+"""The header of a safetensors file: a strict parser, and a writer.
 
-A file is: 8 bytes little-endian header length, the header (a JSON object), the data. Each tensor's entry gives its
-dtype, its shape, and data_offsets [begin, end) relative to the data. Sorted by offset the tensors cover the data
-exactly, from its first byte to its last. Source: github.com/huggingface/safetensors, README, "Format".
+A file has 8 bytes with the length of the header in little-endian order, then the header, which is a JSON object, then
+the data. Each tensor's entry gives its dtype, its shape, and data_offsets [begin, end) relative to the data. Sorted by
+offset the tensors cover the data exactly, from its first byte to its last. Source:
+github.com/huggingface/safetensors, README, "Format".
 """
 
 from __future__ import annotations
@@ -15,14 +16,22 @@ from typing import Any, NamedTuple
 from ..dtypes import BITS
 from ..errors import CheckpointError
 
-MAX_HEADER = 100_000_000  # bytes; the reference implementation's limit
-ALIGNMENT = 4096  # our data start here, so that a file can be cut and written in whole blocks
+MAX_HEADER = 100_000_000  # most bytes of a header, as in the reference implementation
+ALIGNMENT = 4096  # the data of an output start at a multiple of this, so that whole blocks are written
 
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a file: its bytes are [start, stop) of the file itself, header included."""
+    """One tensor of a file.
+
+    Attributes:
+        name: The tensor's name.
+        dtype: The safetensors name of its dtype.
+        shape: The number of elements along each dimension; () for a scalar.
+        start: The byte of the file, counted from the file's first byte, that the tensor starts at.
+        stop: The byte after the tensor's last one.
+    """
 
     name: str
     dtype: str
@@ -32,18 +41,28 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Return the tensor's size in bytes."""
         return self.stop - self.start
 
 
 class Header(NamedTuple):
-    """A parsed header: tensors in the order of their data, and the file's own metadata."""
+    """A parsed header: the tensors in the order of their data, and the file's own metadata."""
 
     tensors: tuple[TensorInfo, ...]
     metadata: dict[str, str]
 
 
 def header_length(path: str, first: bytes, size: int) -> int:
-    """The JSON's length in bytes, from the file's first 8 bytes and its size; CheckpointError if it cannot be."""
+    """Return the length of the header's JSON in bytes.
+
+    Args:
+        path: The file, for messages.
+        first: The first bytes of the file, at least 8 if it has so many.
+        size: The size of the file in bytes.
+
+    Raises:
+        CheckpointError: No header of this length fits into the file.
+    """
     if len(first) < 8:
         raise CheckpointError(f"{path}: {size} bytes, but a safetensors file has at least 8; download it again")
     length = int.from_bytes(first[:8], "little")
@@ -63,8 +82,13 @@ def header_length(path: str, first: bytes, size: int) -> int:
 def parse(path: str, text: bytes, size: int) -> Header:
     """Check every rule of the format and return the tensors.
 
-    path names the file in messages; text is the header's JSON; size is the whole file's, in bytes.
-    Raises CheckpointError naming the file, the tensor and the two values that disagree.
+    Args:
+        path: The file, for messages.
+        text: The header's JSON.
+        size: The size of the whole file in bytes.
+
+    Raises:
+        CheckpointError: A rule is broken. The message names the file, the tensor and the two values that disagree.
     """
     entries = _load(path, text)
     metadata = entries.pop("__metadata__", {})
@@ -89,6 +113,8 @@ def parse(path: str, text: bytes, size: int) -> Header:
 
 
 def _load(path: str, text: bytes) -> dict[str, Any]:
+    """Return the JSON object of a header. Raises CheckpointError, also for a key that occurs twice."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -106,6 +132,8 @@ def _load(path: str, text: bytes) -> dict[str, Any]:
 
 
 def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """Return the tensor of an entry after its dtype, shape and offsets are checked. Raises CheckpointError."""
+
     def fail(what: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r}: {what}")
 
@@ -132,13 +160,14 @@ def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorInfo:
 
 
 def _whole(digits: str) -> int:
+    """Return the number that JSON's digits mean. Raises ValueError for -0."""
     if digits == "-0":  # a float to the reference implementation
         raise ValueError("-0 is no whole number")
     return int(digits)
 
 
 def is_unicode(*texts: str) -> bool:
-    """Whether UTF-8 can hold them: JSON can escape half of a surrogate pair, which then could not be written."""
+    """Return True if UTF-8 can encode the texts: JSON can escape half of a surrogate pair, which UTF-8 cannot."""
     try:
         "".join(texts).encode("utf-8")
     except UnicodeEncodeError:
@@ -147,16 +176,24 @@ def is_unicode(*texts: str) -> bool:
 
 
 def _naturals(value: Any) -> bool:
+    """Return True for a list of whole numbers from 0 to 2^63 - 1."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def emit(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """The first bytes of a new file, and where each (name, dtype, shape) goes in it.
+    """Return the first bytes of a new file and the place of each tensor in it.
 
-    The order is safetensors' own, widest dtype first and then by name; the header is padded with spaces so that the
-    data start at a multiple of 4096. The dict is in the order of the data.
+    The order is safetensors' own: the widest dtype first, then by name. Spaces after the header make the data start at
+    a multiple of 4096.
+
+    Args:
+        tensors: The name, the dtype and the shape of each tensor.
+        metadata: The file's own metadata.
+
+    Returns:
+        The length and the header as bytes, and the tensors by name in the order of their data.
     """
     ordered = sorted(tensors, key=lambda tensor: (-_RANK[tensor[1]], tensor[0]))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -180,7 +217,7 @@ def describe(tensor: TensorInfo) -> str:
 
 
 def element_count(shape: tuple[int, ...]) -> int:
-    """Elements of a tensor of this shape; 1 for a scalar's ()."""
+    """Return the number of elements of a tensor of this shape; 1 for the shape () of a scalar."""
     count = 1
     for length in shape:
         count *= length

@@ -1,8 +1,8 @@
-"""The files beside aligned's weights: which of them come along into an output, and why the others stay behind.
+"""The files beside aligned's weights: those that are copied into an output, and why the others are left out.
 
-Only files that a model is loaded, used or licensed with come along: people upload outputs, and a training folder holds
-scripts, logs and dumps beside the model. The names below are those of transformers' own constants, written down here
-because a merge must not import transformers; tests/checkpoints/test_sidecars.py compares both.
+Only files that a model is loaded, used or licensed with are copied: people upload outputs, and a training folder has
+scripts, logs and dumps beside the model. The names below are those of transformers' own constants. They are repeated
+here because a merge must not import transformers; tests/checkpoints/test_sidecars.py compares both.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from .files import ADAPTER_CONFIG, CONFIG
-from .quantization import FILES as QUANTISED
+from .files import ADAPTER_CONFIG, CONFIG, QUANTIZATION_FILES
 
 CARD = "README.md"
 DIGESTS = "SHA256SUMS"
@@ -24,7 +23,7 @@ OTHER_WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
 )  # fmt: skip
 
-# One of these files holds the tokens of a tokenizer: every name in transformers' vocab_files_names that does.
+# Each of these files has the tokens of a tokenizer: all such names in transformers' vocab_files_names.
 VOCABULARIES = {
     "bpe.codes", "byte_maps.json", "dict.txt", "entity_vocab.json", "prophetnet.tokenizer", "sentencepiece.bpe.model",
     "sentencepiece.model", "source.spm", "spiece.model", "spm.model", "spm_char.model", "target.spm",
@@ -55,7 +54,7 @@ SENTENCE_TRANSFORMERS = re.compile(
 )
 MODULE = re.compile(r"\d+_\w+/(?:model\.safetensors|pytorch_model\.bin)")
 _TERMS = r"(?:licen[cs]es?|notices?|copying|copyright|patents|us(?:e|age)[-_]policy|terms[-_]of[-_]use)"
-# A licence's own name may follow: LICENSE-APACHE-2.0, LICENSE.llama3, COPYING.LESSER. Words in lower case may not.
+# The name of the licence may follow: LICENSE-APACHE-2.0, LICENSE.llama3, COPYING.LESSER. Words in lower case may not.
 _WHICH = (
     r"(?:[-_. ](?:[A-Z][A-Z0-9]*|\d[\w.]*|(?i:mit|apache|bsd|gpl|lgpl|agpl|cc|llama|gemma|model|code|weights)[\d.]*))*"
 )
@@ -68,9 +67,11 @@ TRAINING = {
 
 
 class Code(NamedTuple):
-    """Custom code that the configs name, and the files that it names; see `custom_code.find_code`.
+    """The custom code of a model, as `custom_code.find_code` finds it.
 
-    notes: what could not be found out, in words.
+    Attributes:
+        files: The Python files that the configs name, and the files that these name.
+        notes: Sentences about files that could not be read or parsed.
     """
 
     files: frozenset[str] = frozenset()
@@ -78,9 +79,12 @@ class Code(NamedTuple):
 
 
 class Sidecars(NamedTuple):
-    """The fate of every file beside the weights: carried, or left out as (file, reason).
+    """The fate of every file beside the weights.
 
-    problems: patterns of `carry` that cannot be followed, in words.
+    Attributes:
+        carried: The files that are copied into an output.
+        left_out: The file and the reason, for each of the others.
+        problems: Messages about patterns of `carry` that carry nothing.
     """
 
     carried: tuple[str, ...]
@@ -91,20 +95,20 @@ class Sidecars(NamedTuple):
 def sort_files(
     files: Sequence[str], code: Code | None = None, carry: Iterable[str] = (), where: str = "aligned"
 ) -> Sidecars:
-    """Decide which files come along.
+    """Decide which files are copied into an output.
 
     Args:
-        files: Paths relative to the folder, without the weights.
-        code: The custom code among them.
-        carry: Patterns, as fnmatch has them, of further files to carry.
+        files: Paths inside the folder, without the weights.
+        code: The custom code among these files.
+        carry: Patterns, in the form of fnmatch, of further files to copy.
         where: The folder, for messages.
     """
-    named = code.files if code else frozenset()
+    code_files = code.files if code else frozenset()
     patterns = tuple(carry)
     carried, left_out = [], []
     for path in files:
         reason = _barred(path)
-        if reason is None and not _belongs(path, named) and not any(fnmatchcase(path, pattern) for pattern in patterns):
+        if reason is None and not (_belongs(path, code_files) or any(fnmatchcase(path, each) for each in patterns)):
             reason = _unknown(path)
         if reason is None:
             carried.append(path)
@@ -115,7 +119,7 @@ def sort_files(
 
 
 def has_tokenizer(files: Iterable[str]) -> bool:
-    """Return whether a tokenizer is among these files; some, of bytes, have no vocabulary but a config."""
+    """Return True if a tokenizer is among these files; a tokenizer of bytes has a config and no vocabulary."""
     return any(
         name in VOCABULARIES or name == "tokenizer_config.json" or VOCABULARY.fullmatch(name) is not None
         for name in files
@@ -123,7 +127,7 @@ def has_tokenizer(files: Iterable[str]) -> bool:
 
 
 def missing_modules(left_out: Iterable[tuple[str, str]]) -> str | None:
-    """Return a warning where weights of sentence-transformers' own modules, which no merge reads, were left out."""
+    """Return a warning if weights of sentence-transformers' own modules, which no merge reads, were left out."""
     found = [path for path, _ in left_out if MODULE.fullmatch(path)]
     if not found:
         return None
@@ -135,7 +139,7 @@ def missing_modules(left_out: Iterable[tuple[str, str]]) -> str | None:
 
 
 def _barred(path: str) -> str | None:
-    """Return why a file cannot come along, whatever the user asks for; None for any other file."""
+    """Return why a file is never copied, whatever the user asks for; None for any other file."""
     base = os.path.basename(path)
     if any(part.startswith(".") for part in path.split("/")):
         return "hidden"
@@ -146,14 +150,14 @@ def _barred(path: str) -> str | None:
     if path == DIGESTS:
         return "digests of aligned's files, not of the merge's"
     if base == ADAPTER_CONFIG:
-        return "of an adapter, which the output is not"
-    if base in QUANTISED:
-        return "describes quantised weights, which the output has not"
+        return "describes an adapter, and the output is a whole model"
+    if base in QUANTIZATION_FILES:
+        return "describes quantised weights, and the output has none"
     return None
 
 
 def _belongs(path: str, code: frozenset[str]) -> bool:
-    """Return whether a model is loaded, used or licensed with this file."""
+    """Return True if a model is loaded, used or licensed with this file."""
     folder, base = os.path.split(path)
     if path in code or SENTENCE_TRANSFORMERS.fullmatch(path):
         return True
@@ -170,13 +174,14 @@ def _belongs(path: str, code: frozenset[str]) -> bool:
 
 
 def _licence(base: str) -> bool:
+    """Return True for the name of a licence or of other terms."""
     suffix = os.path.splitext(base)[1]
     text = suffix in TEXT or suffix.isupper() or suffix[1:].isdigit()  # COPYING.LESSER, LICENSE-2.0
     return text and LICENCE.fullmatch(base) is not None
 
 
 def _unknown(path: str) -> str:
-    """Return why a file that nobody asked for stays behind."""
+    """Return why a file that no pattern asks for is left out."""
     base = os.path.basename(path)
     if base in TRAINING:
         return "state of aligned's training"
@@ -188,7 +193,7 @@ def _unknown(path: str) -> str:
 
 
 def _problem(pattern: str, files: Sequence[str], where: str) -> str | None:
-    """Return why a pattern of `carry` carries nothing; None where it does."""
+    """Return why a pattern of `carry` carries nothing; None for a pattern that carries a file."""
     found = [path for path in files if fnmatchcase(path, pattern)]
     if not found:
         return f"--carry {pattern!r} matches no file beside the weights of {where}"
@@ -196,4 +201,4 @@ def _problem(pattern: str, files: Sequence[str], where: str) -> str | None:
     if None in reasons:
         return None
     more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
-    return f"--carry {pattern!r}: {found[0]}{more} cannot come along: {reasons[0]}; leave the pattern out"
+    return f"--carry {pattern!r}: {found[0]}{more} cannot be carried: {reasons[0]}; leave the pattern out"

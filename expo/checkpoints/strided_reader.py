@@ -55,7 +55,7 @@ class StridedReader:
         """Give None: no bytes in a row are mapped, so the caller has to read."""
         yield None
 
-    def ahead(self, start: int, stop: int) -> None:
+    def read_ahead(self, start: int, stop: int) -> None:
         """Do nothing: the elements are spread over the file."""
 
     def _element(self, number: int) -> bytearray:

@@ -1,7 +1,7 @@
-"""Whether two checkpoints mean the same tokens by the same ids: embedding rows are paired by id.
+"""Warnings about two tokenizers: rows of embeddings are paired by token id, so both checkpoints need the same ids.
 
-tokenizer.json as the tokenizers library writes it: model.vocab is an object of ids (BPE, WordPiece, WordLevel) or a
-list of [token, score] (Unigram), and added_tokens is a list of objects with id and content.
+The tokenizers library writes tokenizer.json: model.vocab is an object with the id of each token (BPE, WordPiece,
+WordLevel) or a list of [token, score] (Unigram), and added_tokens is a list of objects with id and content.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from .model_parts import is_embedding
 from .sidecars import has_tokenizer
 
 TOKENIZER = "tokenizer.json"
-SHOWN = 3  # ids that differ, named one by one
+SHOWN = 3  # ids that a warning names one by one
 
 
 def difference(sft: Checkpoint, aligned: Checkpoint) -> str | None:
-    """In which ids the tokenizers differ, as a warning; None where they agree or one of them has no tokenizer.json."""
+    """Return a warning about ids that differ; None if the tokenizers agree or one of them has no tokenizer.json."""
     paths = [checkpoint.files.get(TOKENIZER) for checkpoint in (sft, aligned)]
     if paths[0] is None or paths[1] is None or paths[0] == paths[1]:
         return None
     try:
         if filecmp.cmp(paths[0], paths[1], shallow=False):
             return None
-        weak, strong = (ids(load_json(path)) for path in paths if path is not None)
+        theirs, ours = (ids(load_json(path)) for path in paths if path is not None)
     except (CheckpointError, OSError) as error:
         return f"token ids were not compared: {error}"
-    others = sorted(at for at in {*weak, *strong} if weak.get(at) != strong.get(at))
-    if not others:
+    differing = sorted(at for at in {*theirs, *ours} if theirs.get(at) != ours.get(at))
+    if not differing:
         return None
-    both = [at for at in others if at in weak and at in strong]
-    named = [f"{at} is {weak[at]!r} in sft and {strong[at]!r} in aligned" for at in both[:SHOWN]]
-    for role, here, there in (("sft", weak, strong), ("aligned", strong, weak)):
-        alone = [at for at in others if at in here and at not in there]
+    both = [at for at in differing if at in theirs and at in ours]
+    named = [f"{at} is {theirs[at]!r} in sft and {ours[at]!r} in aligned" for at in both[:SHOWN]]
+    for role, here, there in (("sft", theirs, ours), ("aligned", ours, theirs)):
+        alone = [at for at in differing if at in here and at not in there]
         if alone:
             named.append(f"{len(alone)} in {role} alone, the first of them {alone[0]} {here[alone[0]]!r}")
     return (
-        f"the tokenizers differ in {len(others)} token id{'s' * (len(others) > 1)} ({'; '.join(named)}): rows of the "
-        f"embeddings are extrapolated by id{_way_out(aligned)}"
+        f"the tokenizers differ in {len(differing)} token id{'s' * (len(differing) > 1)} ({'; '.join(named)}): rows of "
+        f"the embeddings are extrapolated by id{_way_out(aligned)}"
     )
 
 
 def _way_out(aligned: Checkpoint) -> str:
-    """Return the option that keeps aligned's embeddings, by their names; "" where none is known by its name."""
+    """Return the option that keeps aligned's embeddings as they are; "" if no tensor has the name of an embedding."""
     names = [re.escape(name.removesuffix(".weight")) for name in aligned.tensors if is_embedding(name)]
     if not names:
         return ""
@@ -55,14 +55,14 @@ def _way_out(aligned: Checkpoint) -> str:
 
 
 def missing(sft: Checkpoint, aligned: Checkpoint) -> str | None:
-    """Return a warning where sft has a tokenizer and aligned, whose files come along, has none."""
+    """Return a warning if sft has a tokenizer and aligned, whose files are copied into the output, has none."""
     if aligned.folder is None or has_tokenizer(aligned.files) or not has_tokenizer(sft.files):
         return None
     return "aligned has no tokenizer, so the output has none; sft has one: copy it if aligned was trained with it"
 
 
 def ids(tokenizer: dict[str, Any]) -> dict[int, str]:
-    """Token by id; whatever is not as the format has it is passed over."""
+    """Return the token of each id; entries that break the format are skipped."""
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     found: dict[int, str] = {}

@@ -127,7 +127,7 @@ def _content_start(path: str, file: BinaryIO, size: int, entry: zipfile.ZipInfo)
     """
     where = f"{path}: zip entry {entry.filename!r}"
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-        raise CheckpointError(f"{where} is compressed or encrypted, as torch.save leaves none; unzip and zip -0 it")
+        raise CheckpointError(f"{where} is compressed or encrypted, and torch.save never does so; unzip and zip -0 it")
     at = entry.header_offset
     local = os.pread(file.fileno(), 30, at) if 0 <= at < size else b""
     if len(local) < 30 or not local.startswith(b"PK\x03\x04"):

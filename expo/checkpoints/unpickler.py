@@ -1,7 +1,7 @@
 """An unpickler that runs nothing: it reads what a pickle of PyTorch's says about tensors, without torch.
 
 The author of a pickle decides what is run when it is loaded, so no pickle is loaded here. The unpickler carries out the
-few instructions that tensors need, on values that stand for what the pickle would build. A name in the pickle is
+few instructions that tensors need, and builds descriptions of tensors in place of the tensors. A name in the pickle is
 compared with a list and never looked up. Source: github.com/pytorch/pytorch, torch/serialization.py and
 torch/storage.py (_dtype_to_storage_type_map).
 """
@@ -56,7 +56,7 @@ class Reference(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of a function: it stands for the result."""
+    """A call of a function, in place of its result."""
 
     function: str
     arguments: tuple[Any, ...]
@@ -117,7 +117,7 @@ _CODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcode
 
 
 class Unpickler:
-    """Carries out the instructions of one pickle, on values that stand for what the pickle would build.
+    """Carries out the instructions of one pickle, with descriptions in place of tensors, storages and functions.
 
     Only strings among these values are ever hashed or compared, and no value is walked through: a pickle can nest
     values a million deep, or make a few that are larger than any memory once they are written out. A dict keeps the
@@ -239,7 +239,7 @@ class Unpickler:
 
     def _get(self, number: int) -> None:
         if number not in self._memo:
-            raise ValueError(f"it takes up value {number}, which there is not")
+            raise ValueError(f"it reads value {number} of its memo, which has none")
         self._push(self._memo[number])
 
     def _string(self, text: str) -> None:
@@ -265,7 +265,7 @@ class Unpickler:
         self._push(Reference(f"{module} {name}"))
 
     def _reduce(self, _: Any) -> None:
-        """Push what stands for the result of a call."""
+        """Push the description of a call, or the dict or tuple that it returns."""
         arguments, function = self._stack.pop(), self._stack.pop()
         if type(function) is not Reference or type(arguments) is not tuple:
             raise ValueError(f"REDUCE of {kind_of(function)} and {kind_of(arguments)}")

@@ -13,9 +13,10 @@ from dataclasses import replace
 from .checkpoint import Checkpoint
 from .naming import INNER_WRAPPER, OUTER_WRAPPER, common_prefix
 
-# PEFT's `base_model.model.` before a model without its head, or `base_model.` before names that begin with `model.`
+# PEFT puts `base_model.model.` before the names of a model without its head, and `base_model.` before names that begin
+# with `model.`; this expression finds both.
 _BODY = re.compile(r"(^|\.)base_model\.model\.\w+\.\d+\.")
-# A trainer's own module may hold the model as `self.model`: the model's names begin again after it with one of these.
+# A trainer's own module may have the model as `self.model`; after that, the model's names begin with one of these.
 _BEGINNINGS = ("model", "transformer", "gpt_neox", "bert", "roberta", "rwkv", "language_model", "lm_head", "embed_out")
 _NEVER_INSIDE = ("transformer", "gpt_neox", "bert", "roberta", "rwkv", "lm_head", "embed_out")  # model.bert is none
 
@@ -28,7 +29,7 @@ def without_wrapper(aligned: Checkpoint, sft: Checkpoint) -> Checkpoint:
         sft: The checkpoint that may show the names without the wrapper. It may be aligned itself.
 
     Returns:
-        aligned itself where no wrapper is found, or where two of the shorter names would be the same.
+        aligned itself if no wrapper is found, or if two of the shorter names would be the same.
     """
     shorter = _model_names(aligned, sft)
     if all(name == new for name, new in shorter.items()) or len(set(shorter.values())) < len(shorter):
@@ -44,7 +45,7 @@ def without_wrapper(aligned: Checkpoint, sft: Checkpoint) -> Checkpoint:
 
 
 def _note(shorter: Mapping[str, str]) -> str:
-    """Return the sentence that tells of a wrapper's names in aligned."""
+    """Return the sentence about a wrapper's names in aligned."""
     longer = [name for name, new in shorter.items() if new != name]
     more = f", and so on for {len(longer)} names" if len(longer) > 1 else ""
     return (
@@ -54,7 +55,7 @@ def _note(shorter: Mapping[str, str]) -> str:
 
 
 def _suspicion(names: Iterable[str]) -> str | None:
-    """Return a warning if all names begin with what may be a wrapper's, though nothing shows that it is one."""
+    """Return a warning if all names begin with a prefix that may be a wrapper's, though no other name shows it."""
     names = list(names)
     prefix = common_prefix(names)
     parts = prefix.split(".")[:-1]
@@ -64,7 +65,7 @@ def _suspicion(names: Iterable[str]) -> str | None:
         return None
     return (
         f"all names of aligned begin with {prefix!r}, and so do the output's: if a wrapper around the model added "
-        "that, no model will find them, which --check can tell; take it off the names then"
+        "that, no model finds these tensors, and --check shows it; remove the prefix from the names then"
     )
 
 
@@ -81,18 +82,18 @@ def _model_names(aligned: Checkpoint, sft: Checkpoint) -> dict[str, str]:
 
 
 def _without_holder(names: dict[str, str], theirs: set[str], is_transformers_own: bool) -> dict[str, str]:
-    """Return the names without the `model.` of a trainer's module, where all begin with it and the model's own follow.
+    """Return the names without the `model.` of a trainer's module, if all begin with it and the model's own follow.
 
     `model.layers.0` beside sft's `layers.0` is no wrapper: sft was saved without its head.
     """
     if any(not inner.startswith("model.") for inner in names.values()):
         return names
-    held = {name: inner.removeprefix("model.") for name, inner in names.items()}
-    beginnings = {inner.partition(".")[0] for inner in held.values()}
-    is_whole = not any(re.match(r"\w+\.\d+\.", inner) for inner in held.values())
-    if is_whole and _has_names(held, names, theirs):
-        return held
-    return held if is_transformers_own and beginnings & set(_NEVER_INSIDE) else names
+    inner_names = {name: inner.removeprefix("model.") for name, inner in names.items()}
+    beginnings = {inner.partition(".")[0] for inner in inner_names.values()}
+    is_whole = not any(re.match(r"\w+\.\d+\.", inner) for inner in inner_names.values())
+    if is_whole and _has_names(inner_names, names, theirs):
+        return inner_names
+    return inner_names if is_transformers_own and beginnings & set(_NEVER_INSIDE) else names
 
 
 def _has_names(shorter: Mapping[str, str], names: Mapping[str, str], theirs: set[str]) -> bool:
@@ -103,6 +104,7 @@ def _has_names(shorter: Mapping[str, str], names: Mapping[str, str], theirs: set
 
 
 def _all_differ(shorter: Mapping[str, str], names: Mapping[str, str]) -> bool:
+    """Return True if every name gets shorter."""
     return all(shorter[name] != names[name] for name in names)
 
 

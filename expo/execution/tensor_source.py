@@ -54,12 +54,12 @@ class TensorSource:
     def read_ahead(self, piece: Piece) -> None:
         """Ask the system to start reading what a piece will need."""
         for span in self.spans(piece.step, piece.start, piece.stop):
-            span.reader.ahead(span.start, span.stop)
+            span.reader.read_ahead(span.start, span.stop)
 
     def yield_to_writers(self) -> None:
         """Let go of inputs that somebody wants to write to; call it now and then."""
         for reader in self._readers():
-            reader.give_way()
+            reader.answer_lease_break()
 
     def check(self) -> None:
         """Raise CheckpointError if an input is not what it was when its header was read."""

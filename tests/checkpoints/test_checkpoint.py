@@ -1,4 +1,4 @@
-"""Opening checkpoints: a file, a folder with one file, shards with an index; what is refused and in which words."""
+"""Opening checkpoints: a file, a folder with one file, shards with an index, and the messages of those refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 
 
 def contents(checkpoint: Checkpoint) -> Tensors:
-    """Every tensor as (dtype, shape, bytes), through the readers of the shards."""
+    """Return every tensor as (dtype, shape, bytes), through the readers of the shards."""
     found = {}
     for name, info in checkpoint.tensors.items():
         memory = bytearray(info.nbytes)
@@ -48,7 +48,7 @@ def refusal(path: str | os.PathLike[str]) -> str:
 
 
 def soon(action: Callable[[], Any], fifo: Path | None = None) -> Any:
-    """What the action returns, or the exception it raises; a failure where it is not done within seconds."""
+    """Return the result of the action, or the exception that it raises; fail if it is not done within seconds."""
     results: list[Any] = []
 
     def run() -> None:
@@ -61,11 +61,11 @@ def soon(action: Callable[[], Any], fifo: Path | None = None) -> Any:
     thread.start()
     thread.join(3)
     hangs = thread.is_alive()
-    if hangs and fifo is not None:  # let the reader go, so that no thread stays behind
+    if hangs and fifo is not None:  # a writer that closes the FIFO ends the thread
         with contextlib.suppress(OSError):
             os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
         thread.join(3)
-    assert not hangs, "it waits for ever"
+    assert not hangs, "the action does not end"
     return results[0]
 
 
@@ -85,7 +85,7 @@ def single(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "single", TENSORS)
 
 
-# What can be opened.
+# Checkpoints that can be opened.
 
 
 @pytest.mark.parametrize("pad", [0, 1, 3, 4096])
@@ -142,7 +142,7 @@ def test_single_file_wins_over_an_index_and_absent_shards(sharded: Path) -> None
     checkpoint = open_checkpoint(sharded)
     assert contents(checkpoint) == other
     assert checkpoint.index is None
-    assert (*checkpoint.files,) == ("config.json", SECOND), "what is left of the other form is a file like any other"
+    assert (*checkpoint.files,) == ("config.json", SECOND), "files of the other form are like any others"
     checkpoint.close()
 
 
@@ -152,7 +152,7 @@ def test_folder_without_config(single: Path) -> None:
 
 
 def test_links_to_files_and_folders_are_followed(single: Path, tmp_path: Path) -> None:
-    """A hub cache is a folder of links to blobs."""
+    """The snapshot folders of a hub's cache have links to blobs."""
     (tmp_path / "blobs").mkdir()
     (single / SINGLE).rename(tmp_path / "blobs" / "4d7a")
     (single / SINGLE).symlink_to("../blobs/4d7a")
@@ -182,7 +182,7 @@ def test_opening_reads_no_tensor_and_keeps_no_file_open(sharded: Path, monkeypat
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# The other files.
+# The files beside the weights.
 
 
 def test_files_are_sorted_relative_and_without_hidden_folders(sharded: Path) -> None:
@@ -217,7 +217,7 @@ def test_files_leave_out_what_is_no_regular_file(single: Path) -> None:
     assert (*checkpoint.files,) == ("config.json", "linked.txt")
 
 
-# The bytes; what happens to files that change is in test_reader.py.
+# The bytes. The tests of files that change are in test_reader.py.
 
 
 @pytest.mark.parametrize("name", [SINGLE, FIRST])
@@ -257,7 +257,7 @@ def test_a_shard_that_changes_after_its_header_was_read(single: Path, change: in
     assert f"was {size} bytes long" in message
 
 
-# What cannot be opened.
+# Files and folders that cannot be opened.
 
 
 @pytest.mark.parametrize("path", ["absent", "absent/model.safetensors", "", "nul\0byte", "x" * 5000, "org/name"])
@@ -370,7 +370,7 @@ def test_tensor_that_is_not_in_the_index(sharded: Path) -> None:
 
 
 def test_tensor_in_two_shards(sharded: Path) -> None:
-    """Transformers takes the one in the later file; the index must agree."""
+    """transformers takes the tensor of the later file, and the index must name that file."""
     twice = {name: TENSORS[name] for name in ("embed", "layer.0", "scale", "mask")}
     (sharded / SECOND).write_bytes(safetensors_bytes(twice))
     message = refusal(sharded)
@@ -456,7 +456,7 @@ def test_json_of_absurd_size(sharded: Path, file: str) -> None:
     assert str(MAX_JSON) in message
 
 
-# Things that are not files.
+# Paths that are no regular files.
 
 
 @pytest.mark.parametrize("file", [SINGLE, INDEX, "config.json"])
@@ -469,7 +469,7 @@ def test_folder_in_the_place_of_a_file(tmp_path: Path, file: str) -> None:
 
 @pytest.mark.parametrize("file", [SINGLE, INDEX, "config.json", FIRST])
 def test_fifo_in_the_place_of_a_file(sharded: Path, file: str) -> None:
-    """Opening a FIFO waits for a writer, which never comes."""
+    """open() of a FIFO waits for a writer, and there is none."""
     (sharded / file).unlink(missing_ok=True)
     os.mkfifo(sharded / file)
     error = soon(lambda: open_checkpoint(sharded), sharded / file)
@@ -517,7 +517,7 @@ def test_folders_that_link_in_a_circle(single: Path) -> None:
 @pytest.mark.parametrize("file", [SINGLE, "config.json"])
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
 def test_unreadable_file(single: Path, monkeypatch: pytest.MonkeyPatch, file: str, code: int) -> None:
-    """Injected: whoever runs the tests as root may read everything."""
+    """The error is injected, as root may read every file."""
     real_open, real_os_open = builtins.open, os.open
 
     def refuse(path: Any) -> None:

@@ -1,4 +1,4 @@
-"""Custom code: what configs name, what the code imports and names in turn, and that none of it is run."""
+"""Custom code: the files that configs name, and those that the code imports and names; none of them is run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL = {"auto_map": {"AutoModel": "modeling_own.Own"}}
 
 
 def found(folder: Path, files: dict[str, Any]) -> Code:
-    """The code among these files: text, or an object for a JSON file."""
+    """Return the code that is found among these files; their contents are text, or an object for a JSON file."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         data = (
@@ -118,7 +118,7 @@ def test_a_config_that_is_not_json(tmp_path: Path, text: Any) -> None:
     code, (note,) = found(tmp_path, {"tokenizer_config.json": text, "one.py": ""})
     assert code == frozenset()
     assert note.startswith(
-        "aligned's tokenizer_config.json cannot be read, so custom code that it may name stays behind: "
+        "aligned's tokenizer_config.json cannot be read, so custom code that it may name is left out: "
     )
 
 

@@ -1,6 +1,7 @@
-"""Hostile files: whatever a header, an index, a config or a journal says, nothing but an ExpoError comes out.
+"""Hostile headers, indexes, configs and journals: each is read correctly, or refused with an ExpoError.
 
-No crash, no hang, no memory in proportion to a lying number, no file read or written outside the folders named.
+No process crashes or hangs, no false number makes it allocate memory, and no file outside the named folders is read or
+written.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FIRST = "model-00001-of-00002.safetensors"
 SHAPES = {"a": ("BF16", (40, 11)), "b": ("F32", (7,)), "c": ("I64", (3,))}
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MANY = settings(FEW, max_examples=5000)
-MEMORY = 30_000_000  # bytes that a refusal may take at most
+MEMORY = 30_000_000  # most bytes of memory that a refusal may take
 
 Anything = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20)
@@ -49,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def attempt(place: Path, work: Callable[[], object]) -> None:
-    """Do it: it works or is refused, within a second and little memory, and nothing outside out is touched."""
+    """Assert that the action works or is refused, in a second and little memory, and writes in `out` alone."""
     before = fingerprint(place / "s", place / "a")
     tracemalloc.start()
     began = time.perf_counter()
@@ -66,7 +67,7 @@ def attempt(place: Path, work: Callable[[], object]) -> None:
 
 
 def merge_over(place: Path, file: str, data: bytes, **more: Any) -> None:
-    """A merge whose aligned folder has this file, with other contents for the moment."""
+    """Return a merge whose aligned folder has this file with other contents."""
     path = place / "a" / file
     kept = path.read_bytes() if path.exists() else None
     path.write_bytes(data)
@@ -155,7 +156,7 @@ journals = st.binary(max_size=100) | st.lists(records, max_size=4)
 
 
 def good_head(place: Path) -> Any:
-    """The first line of the journal of an interrupted merge."""
+    """Return the first line of the journal of an interrupted merge."""
     out = place / "out"
     stop = RuntimeError("stop")
 
@@ -170,7 +171,7 @@ def good_head(place: Path) -> Any:
 
 
 def fuzz_journal(place: Path, lines: Any) -> None:
-    """Whatever follows a good first line, the merge that resumes gives the right bytes or refuses."""
+    """The merge that resumes gives the right bytes or refuses, whatever follows a good first line."""
     head = good_head(place)
     data = lines if isinstance(lines, bytes) else b"".join(encode(line) for line in lines)
     (place / ".out.expo-staging" / JOURNAL).write_bytes(encode(head) + data)
@@ -195,7 +196,7 @@ def test_first_line_of_a_journal(place: Path, head: Any) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 4095, 1 << 40])
 def test_chunk_size_of_a_journal(place: Path, chunk: int) -> None:
-    """A number that would cut elements in two, or take all memory, is not taken over."""
+    """A number that would cut elements in two, or allocate all memory, is ignored."""
     head = good_head(place)
     (place / ".out.expo-staging" / JOURNAL).write_bytes(encode({**head, "chunk": chunk}))
     attempt(place, lambda: expo.merge(place / "s", place / "a", 0.5, place / "out", overwrite=True, resume=True))
@@ -249,7 +250,7 @@ def test_a_link_in_the_place_of_staging_is_not_followed(tmp_path: Path, options:
 
 @pytest.mark.parametrize("name", [FIRST, "config.json"])
 def test_links_inside_staging_are_not_followed(tmp_path: Path, name: str) -> None:
-    """They were planted in what an interrupted merge has left: a shard is refused, anything else replaced."""
+    """Links in the staging folder of an interrupted merge: one in a shard's place is refused, any other is replaced."""
     sft, aligned = pair(tmp_path)
     good_head_in(tmp_path, sft, aligned)
     (tmp_path / "precious").write_text("...")
@@ -297,7 +298,7 @@ def test_a_name_that_climbs_out_of_the_index(tmp_path: Path) -> None:
 
 
 def test_the_fuzz_would_notice(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that is no ExpoError, and a refusal that takes memory, both fail the harness."""
+    """`attempt` fails for an error that is no ExpoError, and for a refusal that takes memory."""
     with pytest.raises(ZeroDivisionError):
         attempt(place, lambda: 1 // 0)
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""Adapters as PEFT saves them: the deltas found are those of PEFT's own merge; what is no plain LoRA is refused."""
+"""Adapters as PEFT saves them: the deltas are those of PEFT's own merge, and other adapters than LoRA are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GPT2 = {
 
 
 class Made:
-    """A base and an adapter in their folders, and what PEFT makes of the two."""
+    """A base and an adapter in their folders, and the tensors that PEFT merges the two into."""
 
     def __init__(self, base: Path, folder: Path, merged: Values) -> None:
         self.base_shard = open_safetensors(str(base / "model.safetensors"))
@@ -50,7 +50,7 @@ class Made:
         return np.frombuffer(data, np.float32).reshape(tensor.shape)
 
     def result(self, adapter: Adapter) -> Values:
-        """Every tensor of the checkpoint that the adapter stands for."""
+        """Return every tensor of the trained checkpoint, computed from the base and the adapter."""
         found = {}
         for name, tensor in self.base.items():
             if name in adapter.full:
@@ -70,7 +70,7 @@ class Made:
 
 
 class Maker:
-    """Makes adapters with PEFT over a model that it saves once per kind."""
+    """Makes adapters with PEFT over a model; each kind of model is saved once."""
 
     def __init__(self, place: Path) -> None:
         import peft
@@ -85,13 +85,16 @@ class Maker:
             return self.transformers.LlamaForCausalLM(self.transformers.LlamaConfig(**{**LLAMA, **options}))
         if kind == "gpt2":
             return self.transformers.GPT2LMHeadModel(self.transformers.GPT2Config(**{**GPT2, **options}))
-        # As AutoModel loads it.
+        # The base as AutoModel loads it.
         return self.transformers.LlamaModel(self.transformers.LlamaConfig(**{**LLAMA, **options}))
 
     def __call__(
         self, kind: str = "llama", base_kind: str = "", save: Any = None, name: str = "default", **options: Any
     ) -> Made:
-        """base_kind: the class that the base is saved from, if another. name: of the adapter, as PEFT calls it."""
+        """Save an adapter and its base.
+
+        `base_kind` is the class that the base is saved from, if it is another one; `name` is PEFT's for the adapter.
+        """
         self.count += 1
         base, folder = self.place / f"base-{self.count}", self.place / f"adapter-{self.count}"
         shape = options.pop("shape", {})
@@ -112,7 +115,7 @@ class Maker:
         return Made(base, folder if name == "default" else folder / name, merged)
 
     def train(self, model: Any) -> None:
-        """Some other value for whatever would be trained."""
+        """Give every trainable parameter another value."""
         generator = self.torch.Generator().manual_seed(11)
         with self.torch.no_grad():
             for parameter in model.parameters():
@@ -128,7 +131,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Maker:
 
 
 def check(made: Made) -> Adapter:
-    """Every tensor of PEFT's merge is the one that the adapter was read to stand for."""
+    """Assert that the adapter as it was read gives every tensor of PEFT's merge."""
     adapter = made.open()
     result = made.result(adapter)
     assert set(result) <= set(made.merged)
@@ -199,7 +202,7 @@ class TestAsPeftMergesIt:
         names = {tensor.name for tensor in made.open().shard.header.tensors}
         assert "base_model.model.lm_head.original_module.weight" in names  # so this is that case
         made.open()
-        os.close(os.open(made.folder / "adapter_model.safetensors", os.O_WRONLY | os.O_NONBLOCK))  # nothing is held
+        os.close(os.open(made.folder / "adapter_model.safetensors", os.O_WRONLY | os.O_NONBLOCK))  # no file stays open
         assert set(check(made).full) == {"lm_head.weight", "model.embed_tokens.weight"}
 
     def test_saved_embeddings_of_a_tied_model(self, make: Maker) -> None:
@@ -213,7 +216,7 @@ class TestAsPeftMergesIt:
         "targets", [["c_attn"], ["c_attn", "c_proj", "c_fc"], ["c_attn", "c_proj", "lm_head"], ["wte", "c_fc"]]
     )
     def test_gpt2_stores_its_weights_transposed(self, make: Maker, targets: list[str]) -> None:
-        """With lm_head, the config says fan_in_fan_out false, and attn.c_proj is square."""
+        """The config says fan_in_fan_out false because of lm_head, and attn.c_proj is square."""
         adapter = check(make("gpt2", target_modules=targets))
         for name, one in adapter.low_rank.items():
             assert one.left_transposed == one.right_transposed == (not name.startswith("lm_head"))
@@ -254,7 +257,7 @@ class TestAsPeftMergesIt:
             open_adapter(str(tmp_path), {})
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **dict.fromkeys(options)}))
-        if {"use_dora", "lora_bias", "trainable_token_indices"} & set(options):  # the keys tell it too
+        if {"use_dora", "lora_bias", "trainable_token_indices"} & set(options):  # the names of the tensors show it too
             with pytest.raises(CheckpointError, match=r"'base_model\.model\.model\..*which is not read; merge"):
                 open_adapter(str(tmp_path), {})
 

@@ -1,4 +1,4 @@
-"""Adapters that are refused: whoever does with PEFT what the message says gets the trained model, and can merge it."""
+"""Adapters that are refused: the steps with PEFT that the message names give the trained model, which can be merged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REFUSED: dict[str, tuple[Any, Any]] = {
 
 
 def made(config: Any, folder: Path) -> Any:
-    """Save a base, and return it as it is loaded."""
+    """Save a base, and return the model that is loaded from its folder."""
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return LOAD(folder, dtype=torch.float32)
@@ -70,14 +70,14 @@ def test_a_model_that_peft_has_merged_takes_the_adapters_place(kind: str, tmp_pa
         wrapped.merge_and_unload().save_pretrained(tmp_path / "whole")
     expo.merge(tmp_path / "base", tmp_path / "whole", 0.0, tmp_path / "out")
     assert torch.allclose(logits(tmp_path / "out"), want, atol=1e-4)
-    assert (logits(tmp_path / "base") - want).abs().max() > 1e-3, "the training shows"
+    assert (logits(tmp_path / "base") - want).abs().max() > 1e-3, "the training changed the model"
 
 
 def test_an_adapter_that_changed_its_base_is_converted_as_the_message_says(tmp_path: Path) -> None:
     with quiet(), torch.no_grad():
         model = made(LLAMA, tmp_path / "base")
         wrapped = peft.get_peft_model(model, peft.LoraConfig(**LORA, init_lora_weights="pissa"))
-        wrapped.peft_config["default"].init_lora_weights = True  # as PEFT wants it saved before the training
+        wrapped.peft_config["default"].init_lora_weights = True  # PEFT needs this before the training
         wrapped.save_pretrained(tmp_path / "before")
         wrapped.peft_config["default"].init_lora_weights = "pissa"
         shake(wrapped)

@@ -25,7 +25,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 
-# What PEFT trains, and whether the trained model has a head of its own.
+# The modules that PEFT trains, and True if the trained model has a head of its own.
 KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "embedding": ({"modules_to_save": ["embed_tokens"]}, True),
     "embedding, tied": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
@@ -97,11 +97,11 @@ def test_the_output_computes_what_the_trained_model_computes(
     adapter, want = train(settings)
     merged = expo.merge(base, adapter, 0.0, tmp_path / "out")
     assert torch.allclose(logits(tmp_path / "out"), want, atol=1e-5), kind
-    assert not settings or (logits(base) - want).abs().max() > 0.01, "the training shows"
+    assert not settings or (logits(base) - want).abs().max() > 0.01, "the training changed the model"
     assert (HEAD in read_folder(tmp_path / "out")) is apart
     assert says_tied(tmp_path / "out") is not apart
     assert [HEAD in warning for warning in merged.warnings] == [True] * apart
-    # what is extrapolated is what was trained, and what was not trained stays the base's
+    # the trained tensors are extrapolated, and the others stay the base's
     expo.merge(base, adapter, 0.5, tmp_path / "further")
     for name in (EMBED, HEAD)[: 1 + apart]:
         trained, begun = floats(tmp_path / "out", name), floats(base, EMBED)
@@ -151,7 +151,7 @@ def test_a_base_in_shards_of_bin_files(base: Path, train: Train, tmp_path: Path)
     adapter, want = train({"modules_to_save": ["embed_tokens"]})
     folder = Path(shutil.copytree(base, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors")))
     tensors = {name: floats(base, name) for name in read_folder(base)}
-    tensors[EMBED] = tensors[EMBED].t().contiguous().t()  # strides that the reader of pickles undoes
+    tensors[EMBED] = tensors[EMBED].t().contiguous().t()  # a matrix that is stored transposed
     torch.save(tensors, folder / "pytorch_model.bin")
     expo.merge(folder, adapter, 0.0, tmp_path / "out")
     assert torch.allclose(logits(tmp_path / "out"), want, atol=1e-5)
@@ -189,7 +189,7 @@ TARGETS = {"OPT": ["q_proj"], "GPT-2": ["c_attn"], "BLOOM": ["query_key_value"],
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["embedding", "head", "embedding, said to be tied", "LoRA, said to be tied"])
 def test_other_families(family: str, kind: str, train: Train, tmp_path: Path) -> None:
-    """PEFT ties no modules but those called embed_tokens and lm_head, whatever `ensure_weight_tying` says."""
+    """PEFT ties only modules with the names embed_tokens and lm_head, whatever `ensure_weight_tying` says."""
     config, module = FAMILIES[family]
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
@@ -202,7 +202,7 @@ def test_other_families(family: str, kind: str, train: Train, tmp_path: Path) ->
     adapter, want = train(settings, over=tmp_path / "base")
     expo.merge(tmp_path / "base", adapter, 0.0, tmp_path / "out")
     assert torch.allclose(logits(tmp_path / "out"), want, atol=1e-4)
-    assert (logits(tmp_path / "base") - want).abs().max() > 0.01, "the training shows"
+    assert (logits(tmp_path / "base") - want).abs().max() > 0.01, "the training changed the model"
 
 
 @pytest.mark.parametrize("modules", [["head"], ["tokens"], ["model.embed_tokens"]], ids=str)
@@ -263,7 +263,7 @@ def test_a_tie_that_is_not_known_here_is_refused_and_the_advice_is_right(tmp_pat
     whole.save_pretrained(tmp_path / "whole")
     with quiet(), torch.no_grad():
         alone = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
-        assert torch.allclose(alone(input_ids=ids, decoder_input_ids=ids).logits, want, atol=1e-5), "as it asks for"
+        assert torch.allclose(alone(input_ids=ids, decoder_input_ids=ids).logits, want, atol=1e-5), "a tie is asked for"
     expo.merge(tmp_path / "base", tmp_path / "whole", 0.0, tmp_path / "out")
     with quiet(), torch.no_grad():
         made = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()

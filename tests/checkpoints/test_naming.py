@@ -80,7 +80,7 @@ def test_the_output_loads_and_is_the_same(
 @pytest.mark.parametrize("wrapped", ["aligned", "both"])
 @pytest.mark.parametrize("prefix", ["base_model.", "base_model.model."])
 def test_two_wrappers_whose_names_look_alike(wrapped: str, prefix: str, tmp_path: Path) -> None:
-    """Without a head, `base_model.model.layers` may be either; the model's names begin with `model.` all the same."""
+    """Without a head, `base_model.model.layers` may come from either wrapper; the model's names begin with `model.`."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": True}))
     given = dict(zip(("sft", "aligned"), pair_of(model, tmp_path), strict=True))
@@ -154,7 +154,7 @@ CLASSES = {"T5": transformers.AutoModelForSeq2SeqLM, "BERT": transformers.AutoMo
 @pytest.mark.parametrize("family", TRAINED)
 @pytest.mark.parametrize("prefix", ["model.", "_forward_module.model.", "actor.model.", "module."])
 def test_a_trainers_module_around_other_families(family: str, prefix: str, tmp_path: Path) -> None:
-    """Their own names begin with something else than `model.`."""
+    """The names of these families do not begin with `model.`."""
     kind = CLASSES.get(family, transformers.AutoModelForCausalLM)
     torch.manual_seed(0)
     sft, aligned = pair_of(kind.from_config(TRAINED[family]), tmp_path)
@@ -241,7 +241,7 @@ def test_a_peft_models_whole_state_dict_is_named(plain: tuple[Path, Path, Path],
     torch.save(model.state_dict(), whole / "pytorch_model.bin")
     with pytest.raises(expo.PlanError, match=r"PEFT model: merge_and_unload\(\) it with PEFT"):
         expo.merge(whole, aligned, 0.3, tmp_path / "out")
-    model.merge_and_unload().save_pretrained(tmp_path / "advised")  # lora_B is zero: the base itself
+    model.merge_and_unload().save_pretrained(tmp_path / "advised")  # lora_B is zero, so the trained model is the base
     expo.merge(tmp_path / "advised", aligned, 0.3, tmp_path / "out")
     assert_same(tmp_path / "out", merged)
 

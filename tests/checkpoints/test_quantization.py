@@ -116,7 +116,7 @@ def test_every_scheme_is_named_with_role_path_and_way_out(quantised: Checkpoint,
         first, *rest = make_plan(sft, aligned, [ALPHA], on_unpaired="aligned", on_mismatch="aligned").problems
         assert first.startswith(f"{role} /models/quantised is quantised (quant_method {name})")
         assert ORIGINAL in first
-        assert not [text for text in rest if "is quantised (" in text], "said once"
+        assert not [text for text in rest if "is quantised (" in text], "the message names it once"
         assert first.count("\n") == 0
 
 
@@ -208,7 +208,7 @@ def test_from_the_disk(tmp_path: Path) -> None:
     assert scheme(open_checkpoint(tmp_path / "model")) == "gptq"
 
 
-# The ways out of transformers' own schemes, taken.
+# The ways out for transformers' own schemes: these tests follow them.
 
 
 def test_fp8_blocks_are_dequantised_by_the_advice(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading an input that others may change: every byte or an error that names the file, never a signal."""
+"""Reading an input that other processes change: all bytes, or an error that names the file, and never a signal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from checkpoint_files import fingerprint, random_tensors, sparse_file, staging_f
 
 import expo
 from expo.checkpoints import reader as module
-from expo.checkpoints.reader import FileReader, Identity, filesystem
+from expo.checkpoints.reader import FileReader, Identity, filesystem_type
 from expo.errors import CheckpointError
 from expo.execution.engines import Engine, choose
 
@@ -40,10 +40,10 @@ RANGES = [
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_open(frozen_heap: None, tmp_path: Path) -> Iterator[None]:
-    """No descriptor and no mapping outlives its reader, whatever happened to the file."""
+    """Assert after each test that no descriptor and no mapping outlives its reader."""
     before = len(os.listdir("/proc/self/fd"))
     yield
-    gc.collect()  # what an exception still holds goes with it
+    gc.collect()  # objects that an exception refers to are freed with it
     assert len(os.listdir("/proc/self/fd")) == before
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
@@ -56,14 +56,14 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reader(path: Path) -> Iterator[FileReader]:
-    """Of a file that is not open yet."""
+    """Return a reader whose file is not open yet."""
     with contextlib.closing(FileReader(str(path), identity(path))) as made:
         yield made
 
 
 @pytest.fixture
 def leased(reader: FileReader) -> FileReader:
-    """A reader that has its file mapped; skips where the system grants no lease."""
+    """Return a reader that has its file mapped; skip the test if the system grants no lease."""
     with reader.mapped(0, 1) as view:
         if view is None:
             pytest.skip("this filesystem grants no read lease")
@@ -72,7 +72,7 @@ def leased(reader: FileReader) -> FileReader:
 
 @pytest.fixture
 def unmapped(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> FileReader:
-    """A reader as on a network filesystem."""
+    """Return a reader that does not map its file, as on a network filesystem."""
     monkeypatch.setattr(module, "LOCAL", set())
     return reader
 
@@ -86,14 +86,14 @@ def identity(path: Path) -> Identity:
 
 
 def take(reader: FileReader, start: int = 0, stop: int = SIZE) -> bytes:
-    """Bytes [start, stop), with `read`."""
+    """Return bytes [start, stop) by `read`."""
     into = bytearray(stop - start)
     reader.read(start, into)
     return bytes(into)
 
 
 def peek(reader: FileReader, start: int = 0, stop: int = SIZE) -> bytes | None:
-    """Bytes [start, stop) of the mapping, None where there is none."""
+    """Return bytes [start, stop) of the mapping; None if there is no mapping."""
     with reader.mapped(start, stop) as view:
         return None if view is None else bytes(view)
 
@@ -121,7 +121,7 @@ def test_a_short_read_is_carried_on(reader: FileReader, monkeypatch: pytest.Monk
 
 
 def test_a_read_that_signals_interrupt_is_carried_on(reader: FileReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The handler runs between any two reads and in them; Python repeats a call that a signal cut short."""
+    """A signal handler runs in a read and between two; Python repeats a call that a signal interrupts."""
     real, heard = os.preadv, []
 
     def interrupted(fd: int, views: Any, at: int) -> int:
@@ -183,21 +183,21 @@ def open_files() -> list[str]:
 def test_reading_ahead_changes_no_byte(
     reader: FileReader, monkeypatch: pytest.MonkeyPatch, start: int, stop: int
 ) -> None:
-    reader.ahead(start, stop)
+    reader.read_ahead(start, stop)
     assert take(reader) == CONTENT
 
     def refuse(*_: Any) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(os, "posix_fadvise", refuse)
-    reader.ahead(start, stop)
+    reader.read_ahead(start, stop)
     monkeypatch.delattr(os, "posix_fadvise")
-    reader.ahead(start, stop)
+    reader.read_ahead(start, stop)
     assert take(reader) == CONTENT
 
 
 def seconds(action: Callable[[], Any]) -> float:
-    """How long it takes: 45 where it is a write that waits for a lease in vain."""
+    """Return how many seconds the action takes: 45 for a write that waits for a lease that does not end."""
     began = time.monotonic()
     action()
     return time.monotonic() - began
@@ -216,7 +216,7 @@ def grow(path: Path) -> None:
 
 
 def replace(path: Path) -> None:
-    """With the same bytes and times, as a tool that downloads again would do it."""
+    """Put a copy with the same bytes and times in the file's place, as a second download does."""
     times = path.stat()
     path.with_name("other").write_bytes(CONTENT)
     os.utime(path.with_name("other"), ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -228,7 +228,7 @@ def touch(path: Path) -> None:
 
 
 def overwrite(path: Path) -> None:
-    """In place, with as many bytes."""
+    """Write other bytes into the file, as many as before."""
     with path.open("r+b") as file:
         file.write(b"other bytes")
     touch(path)
@@ -240,7 +240,7 @@ def by_a_folder(path: Path) -> None:
 
 
 CHANGES = [shrink, grow, replace, touch, overwrite, by_a_folder]
-WAYS: list[Callable[[FileReader], Any]] = [take, peek, lambda reader: reader.ahead(0, 10)]
+WAYS: list[Callable[[FileReader], Any]] = [take, peek, lambda reader: reader.read_ahead(0, 10)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -254,7 +254,7 @@ def test_a_file_that_changes_before_it_is_read(
         way(reader)
     assert str(caught.value) == (
         f"{path}: {size} bytes now; it is being changed, but was {SIZE} bytes long and untouched when its header was "
-        "read: let it be, and try again"
+        "read: leave the file alone, and try again"
     )
 
 
@@ -281,10 +281,10 @@ def test_a_fifo_in_the_place_of_the_file_is_not_waited_for(reader: FileReader, p
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     thread.join(3)
-    if thread.is_alive():  # let it go, so that no thread stays behind
+    if thread.is_alive():  # a writer that closes the FIFO ends the thread
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
         thread.join()
-        pytest.fail("it waits for ever")
+        pytest.fail("the read does not end")
     assert str(path) in str(found[0])
 
 
@@ -292,7 +292,7 @@ def test_a_fifo_in_the_place_of_the_file_is_not_waited_for(reader: FileReader, p
 
 
 def test_a_file_that_nobody_changes_passes_the_check(reader: FileReader) -> None:
-    reader.check()  # it is not open yet
+    reader.check()  # the file is not open yet
     take(reader)
     reader.check()
 
@@ -300,10 +300,10 @@ def test_a_file_that_nobody_changes_passes_the_check(reader: FileReader) -> None
 def test_a_file_that_shrinks_between_two_reads(unmapped: FileReader, path: Path) -> None:
     assert take(unmapped) == CONTENT
     shrink(path)
-    assert take(unmapped, 0, PAGE) == CONTENT[:PAGE]  # what is there is read, and `check` tells
+    assert take(unmapped, 0, PAGE) == CONTENT[:PAGE]  # the bytes of now are read, and `check` reports the change
     with pytest.raises(CheckpointError) as caught:
         take(unmapped, 10)
-    was = f"but was {SIZE} bytes long and untouched when its header was read: let it be, and try again"
+    was = f"but was {SIZE} bytes long and untouched when its header was read: leave the file alone, and try again"
     assert str(caught.value) == f"{path}: it ends at byte {PAGE + 1} now, {was}"
     with pytest.raises(CheckpointError, match=f"^{path}: it was changed while it was read, {was}$"):
         unmapped.check()
@@ -325,7 +325,7 @@ def test_a_file_that_is_changed_between_two_reads_fails_the_check(
 def test_a_file_that_is_open_may_be_replaced_or_removed(
     reader: FileReader, path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], mapped: bool
 ) -> None:
-    """The bytes are still those of the file whose header was read."""
+    """The reader gives the bytes of the file whose header was read."""
     if not mapped:
         monkeypatch.setattr(module, "LOCAL", set())
     take(reader)
@@ -340,7 +340,7 @@ def test_a_file_that_is_open_may_be_replaced_or_removed(
 
 @pytest.mark.parametrize(("start", "stop"), RANGES)
 def test_a_mapping_has_the_bytes_of_a_read(leased: FileReader, start: int, stop: int) -> None:
-    for _ in range(2):  # the pages that were let go come back
+    for _ in range(2):  # pages that were released are mapped again
         assert peek(leased, start, stop) == take(leased, start, stop) == CONTENT[start:stop]
         assert peek(leased) == CONTENT
 
@@ -367,7 +367,7 @@ def test_pages_are_let_go_after_use(leased: FileReader, path: Path) -> None:
 
 
 def test_a_long_file_in_pieces_leaves_nothing_in_memory(tmp_path: Path) -> None:
-    """A fault maps pages around the one that is asked for: of a piece that was let go, too."""
+    """A page fault maps neighbours of the page too, also those of a piece that was released."""
     path = tmp_path / "long"
     piece, pieces = (1 << 20) + PAGE, 64
     with open(path, "wb") as file:
@@ -382,14 +382,14 @@ def test_a_long_file_in_pieces_leaves_nothing_in_memory(tmp_path: Path) -> None:
 
 
 def resident(path: Path) -> int:
-    """Bytes of the file's mapping that count as this process's memory."""
+    """Return the bytes of the file's mapping that count as this process's memory."""
     lines = Path("/proc/self/smaps").read_text().splitlines()
     starts = [i for i, line in enumerate(lines) if line.endswith(str(path))]
     return sum(int(next(line for line in lines[i:] if line.startswith("Rss:")).split()[1]) * 1024 for i in starts)
 
 
 def refused(code: int) -> Callable[..., int]:
-    """fcntl() as it is where no lease can be had."""
+    """Raise the error of fcntl() on a filesystem without leases."""
     real = fcntl.fcntl
 
     def fake(fd: int, command: int, *rest: Any) -> Any:
@@ -401,8 +401,8 @@ def refused(code: int) -> Callable[..., int]:
 
 
 REFUSALS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "a network filesystem": lambda patch: patch.setattr(module, "filesystem", lambda _: "nfs4"),
-    "an unknown filesystem": lambda patch: patch.setattr(module, "filesystem", lambda _: ""),
+    "a network filesystem": lambda patch: patch.setattr(module, "filesystem_type", lambda _: "nfs4"),
+    "an unknown filesystem": lambda patch: patch.setattr(module, "filesystem_type", lambda _: ""),
     "a system without leases": lambda patch: patch.delattr(fcntl, "F_SETLEASE"),
     "another user's file": lambda patch: patch.setattr(fcntl, "fcntl", refused(errno.EACCES)),
     "open for writing": lambda patch: patch.setattr(fcntl, "fcntl", refused(errno.EAGAIN)),
@@ -419,7 +419,7 @@ def test_without_a_lease_nothing_is_mapped_and_all_is_read(
         assert peek(reader) is None
         assert str(path) not in Path("/proc/self/maps").read_text()
         assert take(reader) == CONTENT
-        reader.give_way()
+        reader.answer_lease_break()
         reader.check()
         reader.close()
 
@@ -459,17 +459,17 @@ def test_a_file_that_shrinks_just_before_the_lease_is_not_mapped(
 
 
 def test_the_type_of_a_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert filesystem(os.stat("/proc").st_dev) == "proc"
-    assert filesystem(os.makedev(4095, 4095)) == ""
+    assert filesystem_type(os.stat("/proc").st_dev) == "proc"
+    assert filesystem_type(os.makedev(4095, 4095)) == ""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(module, "open", refuse, raising=False)
-    assert filesystem(os.stat("/proc").st_dev) == ""
+    assert filesystem_type(os.stat("/proc").st_dev) == ""
 
 
-# --- somebody who writes ----------------------------------------------------------------------------------------------
+# --- a process that writes --------------------------------------------------------------------------------------------
 
 TRUNCATES = "import os, sys; os.truncate(sys.argv[1], 10)"
 WRITES = "import sys; open(sys.argv[1], 'r+b').write(b'other bytes')"
@@ -478,7 +478,7 @@ APPENDS = "import sys; open(sys.argv[1], 'ab').write(b'x')"
 
 @contextlib.contextmanager
 def writer(code: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Another process that changes the file, and by now waits for the lease; whether it comes to that is the test."""
+    """Start a process that changes the file, and yield after 0.2 s, when it may wait for the end of the lease."""
     process = subprocess.Popen([sys.executable, "-c", f"import sys; print(flush=True); {code}", str(path)], stdout=-1)
     try:
         assert process.stdout is not None
@@ -491,15 +491,15 @@ def writer(code: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.parametrize("code", [TRUNCATES, WRITES, APPENDS])
-def test_a_writer_waits_until_the_reader_gives_way(leased: FileReader, path: Path, code: str) -> None:
+def test_a_writer_waits_until_the_reader_ends_the_lease(leased: FileReader, path: Path, code: str) -> None:
     with contextlib.ExitStack() as stack:
         with leased.mapped(0, SIZE) as view:
             process = stack.enter_context(writer(code, path))
             assert process.poll() is None
-            leased.give_way()  # not while somebody uses it
+            leased.answer_lease_break()  # a view is still in use
             assert view == CONTENT
             assert process.poll() is None
-        assert process.wait(10) == 0  # the end of the block gave way
+        assert process.wait(10) == 0  # the end of the block ended the lease
     assert peek(leased) is None
     if code == TRUNCATES:
         with pytest.raises(CheckpointError, match=f"{path}: it ends at byte 10 now"):
@@ -509,23 +509,23 @@ def test_a_writer_waits_until_the_reader_gives_way(leased: FileReader, path: Pat
 
 
 @pytest.mark.parametrize("code", [TRUNCATES, WRITES])
-def test_a_mapping_that_is_not_in_use_gives_way_when_it_is_asked_to(leased: FileReader, path: Path, code: str) -> None:
+def test_a_mapping_that_is_not_in_use_ends_when_it_is_asked_to(leased: FileReader, path: Path, code: str) -> None:
     with writer(code, path) as process:
         assert process.poll() is None
-        leased.give_way()
+        leased.answer_lease_break()
         assert process.wait(10) == 0
     assert str(path) not in Path("/proc/self/maps").read_text()
 
 
-def test_a_mapping_that_is_not_in_use_gives_way_when_it_is_used(leased: FileReader, path: Path) -> None:
+def test_a_mapping_that_is_not_in_use_ends_at_its_next_use(leased: FileReader, path: Path) -> None:
     with writer(APPENDS, path) as process:
         assert process.poll() is None
         assert peek(leased) is None
         assert process.wait(10) == 0
 
 
-def test_no_use_begins_while_a_writer_waits_and_the_last_to_end_gives_way(leased: FileReader, path: Path) -> None:
-    """Two threads have the mapping in use when the writer comes."""
+def test_no_use_begins_while_a_writer_waits_and_the_last_to_end_unmaps(leased: FileReader, path: Path) -> None:
+    """Two threads use the mapping when the writer opens the file."""
     inside, leave = threading.Barrier(3), [threading.Event(), threading.Event()]
     found: list[bool] = []
 
@@ -543,7 +543,7 @@ def test_no_use_begins_while_a_writer_waits_and_the_last_to_end_gives_way(leased
         assert peek(leased) is None
         leave[0].set()
         threads[0].join()
-        leased.give_way()
+        leased.answer_lease_break()
         time.sleep(0.1)
         assert process.poll() is None
         leave[1].set()
@@ -552,8 +552,8 @@ def test_no_use_begins_while_a_writer_waits_and_the_last_to_end_gives_way(leased
     assert found == [True, True]
 
 
-def test_an_error_while_a_mapping_is_in_use_lets_a_writer_go_too(leased: FileReader, path: Path) -> None:
-    """Though the traceback holds a view of the mapping for as long as it lives."""
+def test_an_error_while_a_mapping_is_in_use_ends_the_lease_too(leased: FileReader, path: Path) -> None:
+    """The traceback refers to a view of the mapping as long as it exists."""
     with writer(TRUNCATES, path) as process:
 
         def fail() -> None:
@@ -571,18 +571,18 @@ def test_an_error_while_a_mapping_is_in_use_lets_a_writer_go_too(leased: FileRea
 
 def test_close_is_a_no_op_where_nothing_is_open_and_reading_works_again_after_it(reader: FileReader) -> None:
     reader.close()
-    reader.give_way()
+    reader.answer_lease_break()
     for _ in range(2):
         assert take(reader) == CONTENT
         assert peek(reader) in (CONTENT, None)
         reader.close()
         reader.close()
-        reader.give_way()
+        reader.answer_lease_break()
         reader.check()
 
 
-def test_close_while_a_view_is_held_hides_no_other_error(leased: FileReader, path: Path) -> None:
-    """The traceback of a failure inside the arithmetic holds views when `closing` ends."""
+def test_close_while_there_is_a_view_hides_no_other_error(leased: FileReader, path: Path) -> None:
+    """The traceback of an error in the arithmetic refers to views when `closing` ends."""
 
     def fail() -> None:
         with contextlib.closing(leased), leased.mapped(8, 16) as view:
@@ -598,7 +598,7 @@ def test_close_while_a_view_is_held_hides_no_other_error(leased: FileReader, pat
 
 # --- a whole merge ----------------------------------------------------------------------------------------------------
 
-# A merge that says on stderr when it is in the middle, and takes its time from then on.
+# A merge that reports on stderr when it is half done, and is slow from then on.
 MERGE = """
 import sys, time
 import expo.merging.merge, expo.checkpoints.reader
@@ -645,12 +645,12 @@ def test_an_input_that_another_process_changes_in_the_middle_of_a_merge(
     waited = seconds(lambda: subprocess.run([sys.executable, "-c", code, str(changed)], check=True))
     printed, said = process.communicate(timeout=60)
     left = [path.name for path in tmp_path.iterdir() if path not in pair]
-    shutil.rmtree(staging_folder(out), ignore_errors=True)  # it is as large as the output
+    shutil.rmtree(staging_folder(out), ignore_errors=True)  # the file is as large as the output
     assert (process.returncode, printed) == (3, "")
     assert said.startswith(f"expo: error: {changed}: it ")
     assert said.count("\n") == 1
     assert left == [staging_folder(out).name]
-    assert waited < 5  # the merge gave way, long before the system would have made it
+    assert waited < 5  # the merge ended the lease long before the system would have ended it
 
 
 def test_a_writer_to_an_input_that_is_read_already_does_not_wait_for_the_merge_to_end(
@@ -686,11 +686,11 @@ def test_a_writer_to_an_input_that_is_read_already_does_not_wait_for_the_merge_t
 def test_a_merge_gives_the_same_bytes_and_numbers_unmapped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool
 ) -> None:
-    """In more than one block to a tensor, and where only one of the two can be mapped."""
+    """Tensors have more than one block, and in some cases only one of the two inputs is mapped."""
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {"a": ("BF16", (700, 301)), "b": ("F32", (500, 301))}
-    twins: dict[str, tuple[str, tuple[int, ...]]] = {"a": ("F64", (700, 301)), "b": ("F16", (500, 301))}
+    sft_shapes: dict[str, tuple[str, tuple[int, ...]]] = {"a": ("F64", (700, 301)), "b": ("F16", (500, 301))}
     pair = (
-        write_folder(tmp_path / "sft", random_tensors(twins, 1), pad=3),
+        write_folder(tmp_path / "sft", random_tensors(sft_shapes, 1), pad=3),
         write_folder(tmp_path / "aligned", random_tensors(shapes, 2), pad=1),
     )
     plain = expo.merge(*pair, [0.3, 0.0], tmp_path / "plain{alpha}")

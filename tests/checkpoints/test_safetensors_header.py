@@ -1,4 +1,4 @@
-"""The safetensors header: every rule of the format, what emit() lays out, and agreement with safetensors itself."""
+"""The safetensors header: every rule of the format, the layout of emit(), and agreement with safetensors itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[
 
 
 def whole_file(header: Any, data: int | bytes = b"") -> bytes:
-    """A file with this header, an object or its JSON itself, and these data, or that many bytes of them."""
+    """Return a file with a header, given as an object or as JSON, and with data, given as bytes or as their number."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + (data if isinstance(data, bytes) else bytes(data))
 
@@ -68,7 +68,7 @@ def library_accepts(file: bytes) -> bool:
     return True
 
 
-# Accepted.
+# Headers that are accepted.
 
 
 def test_tensors_come_in_the_order_of_their_data() -> None:
@@ -121,7 +121,7 @@ def test_accepted_as_by_the_library(header: Any, size: int) -> None:
     assert found == {name: parts[:2] for name, parts in library_tensors(file).items()}
 
 
-# Refused: the file, the tensor and both values are in the message.
+# Headers that are refused: the message has the file, the tensor and both values.
 
 
 @pytest.mark.parametrize("size", range(8))
@@ -248,7 +248,7 @@ def test_metadata_not_strings(metadata: Any) -> None:
 
 @pytest.mark.parametrize("metadata", [{"k": "\ud800"}, {"\udfff": "v"}])
 def test_metadata_with_a_lone_surrogate(metadata: dict[str, str]) -> None:
-    """It could never be written again: not UTF-8."""
+    """Such metadata could not be written again, as UTF-8 has no lone surrogates."""
     message = refusal(whole_file({"__metadata__": metadata, "a": entry()}, 4))
     assert message.startswith(FILE)
     assert "__metadata__" in message
@@ -296,7 +296,7 @@ def test_shape_of_anything_but_whole_numbers(shape: Any) -> None:
 @pytest.mark.parametrize("number", [b"1e0", b"1.0", b"NaN", b"Infinity", b"-0"])
 @pytest.mark.parametrize("field", ["shape", "data_offsets"])
 def test_number_not_written_as_a_whole_number(number: bytes, field: str) -> None:
-    """As strict as the library, which reads -0 as a float."""
+    """The parser is as strict as the library, which reads -0 as a float."""
     good = {"shape": b"[1, 0]", "data_offsets": b"[0, 0]"}
     parts = {**good, field: good[field].replace(b"0", number, 1)}
     text = b'{"a": {"dtype": "F32", "shape": %b, "data_offsets": %b}}' % (parts["shape"], parts["data_offsets"])
@@ -387,7 +387,7 @@ def test_bytes_after_the_end(entries: Any, last: str) -> None:
     assert "belong to no tensor" in message
 
 
-# Where the library is laxer, on purpose: ambiguous or never written by anybody.
+# The library accepts these headers. They are ambiguous, or no program writes them, so the parser refuses them.
 STRICTER = {
     "duplicate name": b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, '
     b'"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
@@ -404,14 +404,14 @@ STRICTER = {
 def test_stricter_than_the_library(kind: str) -> None:
     file = whole_file(STRICTER[kind])
     assert refusal(file).startswith(FILE)
-    assert library_accepts(file), "the library refuses it too now: no longer a difference"
+    assert library_accepts(file), "the library refuses it too now, so this is no difference any more"
 
 
 # emit().
 
 
 def shapes_of(dtype: str) -> st.SearchStrategy[tuple[int, ...]]:
-    """Shapes of whole bytes, scalars and empty ones among them."""
+    """Draw shapes whose tensors have whole bytes, with scalars and empty tensors among them."""
     shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
     whole = {4: 2, 6: 4}.get(BITS[dtype])
     return shapes if whole is None else shapes.map(lambda shape: (*shape, whole))
@@ -447,7 +447,7 @@ def test_emit_then_parse_is_the_identity(tensors: list[Tensor], metadata: dict[s
     assert {tensor.name: tensor for tensor in header.tensors} == placed
     assert sorted((tensor.name, tensor.dtype, tensor.shape) for tensor in header.tensors) == sorted(tensors)
     starts = [tensor.start for tensor in placed.values()]
-    assert starts == sorted(starts), "the dict is in the order of the data"
+    assert starts == sorted(starts), "the order of the dict is that of the data"
 
 
 @given(TENSORS, METADATA)
@@ -494,7 +494,7 @@ def test_emitted_header_is_padded_by_less_than_a_block(size: int) -> None:
     assert 0 <= len(text) - len(text.rstrip(b" ")) < ALIGNMENT
 
 
-# The names that the library's serializer gives the dtypes; it cannot write F6.
+# The names of the dtypes in the library's serializer, which cannot write F6.
 SERIALIZER_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
     "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "I16": "int16",
@@ -504,7 +504,7 @@ SERIALIZER_NAMES = {
 
 
 def library_order(tensors: Sequence[Tensor]) -> list[tuple[str, str]]:
-    """(name, dtype) in the order of the data in a file that the library writes."""
+    """Return (name, dtype) in the order of the data in a file that the library writes."""
     spec = getattr(safetensors, "TensorSpec", None)
     if spec is None:
         pytest.skip("this version of safetensors has no TensorSpec")
@@ -544,7 +544,7 @@ def test_element_count(shape: tuple[int, ...], count: int) -> None:
     assert element_count(shape) == count
 
 
-# Whatever the bytes: a CheckpointError or a header, and never a header that the library refuses.
+# All bytes give a CheckpointError or a header, and never a header that the library refuses.
 
 SEED_HEADERS: list[Any] = [
     {"a": entry()},
@@ -577,13 +577,13 @@ def mutated(file: bytes, chance: random.Random) -> bytes:
         else:
             start = chance.randrange(len(data) + 1)
             data[at:at] = data[start : start + chance.randrange(20)]
-    if chance.random() < 0.8 and len(data) >= 8:  # a header length that fits, so that the JSON is what is tested
+    if chance.random() < 0.8 and len(data) >= 8:  # the length of the header is right, so that the JSON is tested
         data[:8] = max(len(data) - 8 - chance.choice((0, 4, 9, 12)), 0).to_bytes(8, "little")
     return bytes(data)
 
 
 def verdict(file: bytes) -> Header | str:
-    """The header, or the message of the one error allowed."""
+    """Return the header, or the message of the only error that is allowed."""
     try:
         return read(file)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Which files beside the weights come along, file by file; and that the names are those of transformers."""
+"""The files beside the weights that are copied into an output; their names are those in transformers' constants."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LEFT_OUT = {
     ),
     "describes aligned": ("README.md",),
     "digests": ("SHA256SUMS",),
-    "of an adapter": ("adapter_config.json", "checkpoint-5/adapter_config.json"),
+    "describes an adapter": ("adapter_config.json", "checkpoint-5/adapter_config.json"),
     "describes quantised weights": ("hf_quant_config.json", "quantize_config.json", "quant_config.json"),
     "training": ("trainer_state.json", "trainer_log.jsonl", "training_args.json", "sub/all_results.json"),
     "code that aligned's configs do not name": ("zero_to_fp32.py", "modeling_own.py", "wandb/run-1/code/train.py"),
@@ -85,7 +85,7 @@ def test_patterns_take_further_files_along() -> None:
         "run.sh",
     )
     assert sort_files(files, carry=["*"]) == (tuple(files), (), ())
-    assert sort_files(files, carry=["config.json"]).problems == (), "it comes along anyway"
+    assert sort_files(files, carry=["config.json"]).problems == (), "no pattern is needed for this file"
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_patterns_take_further_files_along() -> None:
     [
         ("*.pdf", "--carry '*.pdf' matches no file beside the weights of /m/aligned"),
         ("RUN.sh", "--carry 'RUN.sh' matches no file beside the weights of /m/aligned"),
-        ("*.bin", "a.bin (and 1 more like it) cannot come along: weights in another form, or training state"),
-        (".git*", ".gitattributes cannot come along: hidden"),
-        ("SHA256SUMS", "SHA256SUMS cannot come along: digests of aligned's files"),
-        ("README.md", "README.md cannot come along: describes aligned"),
-        ("adapter_*.json", "adapter_config.json cannot come along: of an adapter"),
-        ("hf_*", "hf_quant_config.json cannot come along: describes quantised weights"),
+        ("*.bin", "a.bin (and 1 more like it) cannot be carried: weights in another form, or training state"),
+        (".git*", ".gitattributes cannot be carried: hidden"),
+        ("SHA256SUMS", "SHA256SUMS cannot be carried: digests of aligned's files"),
+        ("README.md", "README.md cannot be carried: describes aligned"),
+        ("adapter_*.json", "adapter_config.json cannot be carried: describes an adapter"),
+        ("hf_*", "hf_quant_config.json cannot be carried: describes quantised weights"),
     ],
 )
 def test_a_pattern_that_carries_nothing_says_why(pattern: str, said: str) -> None:
@@ -140,13 +140,13 @@ def test_whether_there_is_a_tokenizer(files: list[str], found: bool) -> None:
 
 # --- the names, against transformers ----------------------------------------------------------------------------------
 
-# Constants of transformers that name other things than files of a model's folder that it is loaded with.
+# These constants of transformers are no names of files in a model's folder that a model is loaded with.
 OTHERS = {
     "README.md", "modelcard.json", "adapter_config.json", "additional_chat_templates", "checkpoint", "export.json",
     "pytorch_model_fsdp", "transformers_modules",
     "checkpoint-is-incomplete.txt",
 }  # fmt: skip
-# Of vocab_files_names, those that are no tokenizer without others.
+# These files of vocab_files_names are no tokenizer without others.
 COMPANIONS = {
     "emoji.json", "merges.txt", "normalizer.json", "tokenizer_config.json", "word_pronunciation.json",
     "word_shape.json",
@@ -155,7 +155,7 @@ COMPANIONS = {
 
 @pytest.fixture(scope="module")
 def assignments() -> list[tuple[str, ast.expr]]:
-    """Every assignment to one name in the modules of transformers that may say how files are named."""
+    """Return every assignment to one name in the modules of transformers that may define names of files."""
     transformers = pytest.importorskip("transformers")
     found: list[tuple[str, ast.expr]] = []
     for path in sorted(Path(transformers.__file__).parent.rglob("*.py")):
@@ -172,7 +172,7 @@ def assignments() -> list[tuple[str, ast.expr]]:
 
 
 def texts(value: ast.expr) -> set[str]:
-    """The strings of a constant, of a tuple's parts, or of a dictionary's values."""
+    """Return the strings in a constant, in the parts of a tuple, or in the values of a dict."""
     parts = value.values if isinstance(value, ast.Dict) else getattr(value, "elts", [value])
     return {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
 

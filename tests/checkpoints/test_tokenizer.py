@@ -1,4 +1,4 @@
-"""Token ids of two tokenizers: what is the same is no difference, what is not is named, what cannot be read is said."""
+"""Token ids of two tokenizers: a warning names those that differ, or says why they were not compared."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def token(at: Any, content: Any) -> dict[str, Any]:
 
 
 def compare(tmp_path: Path, sft: Any, aligned: Any) -> str | None:
-    """Of two tokenizer.json: objects, raw text, or None for no such file."""
+    """Return the warning about two tokenizer.json, each given as an object, as text, or as None for no such file."""
     opened = []
     for role, content in (("sft", sft), ("aligned", aligned)):
         made = checkpoint({"w": ("BF16", (1,))}, f"/models/{role}")
@@ -43,7 +43,7 @@ def compare(tmp_path: Path, sft: Any, aligned: Any) -> str | None:
     return difference(*opened)
 
 
-# What a tokenizer.json says.
+# The ids in a tokenizer.json.
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_files_of_one_size_and_time_are_read(tmp_path: Path) -> None:
     assert "0 is 'a' in sft and 'b' in aligned" in text
 
 
-# What cannot be compared.
+# Files that cannot be compared.
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_the_option_that_is_offered_keeps_aligneds_embeddings(names: tuple[str, 
     assert {step.name for step in plan.steps if step.action is Action.COPY} == set(names)
 
 
-# A tokenizer that is not there.
+# A checkpoint without a tokenizer.
 
 WARNING = "aligned has no tokenizer, so the output has none; sft has one: copy it if aligned was trained with it"
 
@@ -266,6 +266,6 @@ WARNING = "aligned has no tokenizer, so the output has none; sft has one: copy i
     ],
 )  # fmt: skip
 def test_aligned_without_a_tokenizer(sft: list[str], aligned: list[str], warning: str | None) -> None:
-    weak, strong = (checkpoint({"w": ("BF16", (1,))}, files=files) for files in (sft, aligned))
-    assert missing(weak, dataclasses.replace(strong, folder="/models/aligned")) == warning
-    assert missing(weak, dataclasses.replace(strong, folder=None)) is None, "a bare file comes alone"
+    theirs, ours = (checkpoint({"w": ("BF16", (1,))}, files=files) for files in (sft, aligned))
+    assert missing(theirs, dataclasses.replace(ours, folder="/models/aligned")) == warning
+    assert missing(theirs, dataclasses.replace(ours, folder=None)) is None, "nothing is copied beside a bare file"

@@ -1,4 +1,4 @@
-"""PyTorch's .bin files: every tensor as torch has it, and nothing that a file holds is run or simply believed."""
+"""PyTorch's .bin files: every tensor is the one that torch loads, nothing in a file is run, and lies are noticed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DTYPE_NAMES = {
 }  # fmt: skip
 
 
-# What torch writes
+# Files that torch writes
 
 
 def save(value: Any, path: Path, zipped: bool = True, protocol: int = 2) -> Path:
@@ -48,12 +48,12 @@ def save(value: Any, path: Path, zipped: bool = True, protocol: int = 2) -> Path
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    """A tensor's bytes in C order."""
+    """Return a tensor's bytes in C order."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def read(shard: Shard, cuts: random.Random | None = None) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """All tensors, each read in pieces of random lengths, each through what is meant to read it."""
+    """Return all tensors, each read in pieces of random lengths through its own reader."""
     found = {}
     for tensor in shard.header.tensors:
         source = shard.readers.get(tensor.name, shard.reader)
@@ -68,7 +68,7 @@ def read(shard: Shard, cuts: random.Random | None = None) -> dict[str, tuple[str
 
 
 def check(path: Path, tensors: Mapping[str, torch.Tensor]) -> Shard:
-    """That the file reads as these tensors, wherever it is cut."""
+    """Assert that the file has these tensors, whatever the pieces that are read, and return its shard."""
     shard = open_torch_file(str(path))
     wanted = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape), raw(t)) for name, t in tensors.items()}
     for seed in range(5):
@@ -206,7 +206,7 @@ def test_many_threads(tmp_path: Path) -> None:
     assert found == wanted
     with shard.readers["a"].mapped(0, 8) as view:
         assert view is None
-    shard.readers["a"].ahead(0, 8)
+    shard.readers["a"].read_ahead(0, 8)
     shard.reader.close()
 
 
@@ -285,26 +285,26 @@ assert "torch" not in sys.modules and ("numpy" in sys.modules) == loaded
 
 
 class Ref(NamedTuple):
-    """A GLOBAL."""
+    """The instruction GLOBAL, with its name."""
 
     name: str
 
 
 class Call(NamedTuple):
-    """A REDUCE."""
+    """The instruction REDUCE, with its function and arguments."""
 
     function: Any
     arguments: Any
 
 
 class Persistent(NamedTuple):
-    """A BINPERSID."""
+    """The instruction BINPERSID, with its value."""
 
     value: Any
 
 
 class Code(NamedTuple):
-    """Instructions as they are."""
+    """The bytes of any instructions."""
 
     code: bytes
 
@@ -315,7 +315,7 @@ def text(value: str) -> bytes:
 
 
 def assembled(value: Any) -> bytes:
-    """The instructions that put a value on the stack."""
+    """Return the instructions that put a value on the stack."""
     if isinstance(value, Code):
         return value.code
     if isinstance(value, Ref):
@@ -360,7 +360,7 @@ def zip_file(
     path: Path, pickled: bytes, storages: Mapping[str, bytes], first: Mapping[str, bytes] | None = None, **more: Any
 ) -> Path:
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w", **more) as archive:
-        warnings.simplefilter("ignore")  # of names that stand twice
+        warnings.simplefilter("ignore")  # zipfile warns of names that occur twice
         for name, data in (first or {}).items():
             archive.writestr(name, data)
         archive.writestr("archive/data.pkl", pickled)
@@ -388,7 +388,10 @@ FOUR = struct.pack("<4f", 1, 2, 3, 4)
 def refused(
     tmp_path: Path, pickled: bytes, match: str, storages: Mapping[str, bytes] | None = None, most: int = 4 << 20
 ) -> None:
-    """That both forms of file with this pickle give this error, in little memory: measuring takes its time."""
+    """Assert that both forms of file with this pickle give this error, in little memory.
+
+    `most` is the limit in bytes; 0 leaves out the measurement, which takes time.
+    """
     storages = {"0": FOUR} if storages is None else storages
     (tmp_path / "l.bin").write_bytes(legacy_bytes(pickled, storages))
     for path in (zip_file(tmp_path / "z.bin", pickled, storages), tmp_path / "l.bin"):
@@ -446,7 +449,7 @@ def test_size_as_a_class_of_its_own(tmp_path: Path) -> None:
     )
 
 
-# What is not plain weights
+# Files with more than plain weights
 
 
 @FORMS
@@ -501,7 +504,7 @@ def test_other_tensors_are_refused_by_the_global(tmp_path: Path) -> None:
         open_torch_file(str(path))
 
 
-# What wants to do harm
+# Files that try to do harm
 
 
 class Runs:
@@ -522,7 +525,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, zipped: bool, protocol: int) -
     with pytest.raises(CheckpointError, match=r"it refers to posix\.system, which is not plain weights; nothing in it"):
         open_torch_file(str(path))
     assert not sentinel.exists()
-    torch.load(path, weights_only=False)  # and yet it would
+    torch.load(path, weights_only=False)  # pickle would run it
     assert sentinel.exists()
 
 
@@ -646,7 +649,7 @@ TRICKS: dict[str, tuple[Any, str]] = {
     "a bytearray": (Code(b"\x96" + b"\xff" * 7 + b"\x0f"), "the instruction BYTEARRAY8,"),
     "negative text": (Code(b"T\xff\xff\xff\xff"), "cannot be read at byte"),
     "a frame of exabytes": (Code(b"\x95" + b"\xff" * 8 + b"X"), "cannot be read at byte|a string of"),
-    "a far memo": (Code(b"}r\xff\xff\xff\xffj\xfe\xff\xff\xff"), "it takes up value 4294967294, which there is not"),
+    "a far memo": (Code(b"}r\xff\xff\xff\xffj\xfe\xff\xff\xff"), "it reads value 4294967294 of its memo"),
     "a memo of nothing": (Code(b"(q\x00"), "cannot be read at byte"),
     "text that is not UTF-8": (Code(b"X\x02\x00\x00\x00\xff\xfe"), "cannot be read at byte"),
     "a global that is not UTF-8": (Code(b"c\xff\nb\n"), "cannot be read at byte"),
@@ -668,7 +671,7 @@ def test_tricks(tmp_path: Path, trick: str) -> None:
 
 
 def test_deep_and_wide_values(tmp_path: Path) -> None:
-    """A tuple in a tuple, 30000 deep; as a key, whose hash would overflow the stack; one of 2^30000 elements."""
+    """A tuple in a tuple, 30000 deep; the same as a key, whose hash would overflow the stack; and 2^30000 elements."""
     for one in (b"\x85", b"]\x85", b"}\x86", b"h\x00\x86", b"\x94h\x00\x86"):
         value = Code(b")q\x00" + (b")" if b"\x86" in one else b"") + one * 30_000)
         refused(tmp_path, pickled_as({"x": value}), "entry 'x' is a tuple|cannot be read", most=0)
@@ -779,7 +782,7 @@ def test_a_directory_that_lies(tmp_path: Path) -> None:
 
 
 def test_zip_files_of_over_4_gib(tmp_path: Path) -> None:
-    """A sparse one: torch writes zip64 entries then, and so does zipfile."""
+    """A sparse file of this size has zip64 entries, as torch and zipfile write them."""
     path, count = tmp_path / "a.bin", (1 << 30) + 6
     stored = Persistent(("storage", FLOAT, "0", "cpu", count))
     pickled = pickled_as({"x": tensor(stored, count - 4), "y": tensor(Persistent(("storage", FLOAT, "1", "cpu", 4)))})
@@ -870,7 +873,7 @@ def sample(path: Path, zipped: bool) -> bytes:
 
 
 def try_it(path: Path, data: bytes) -> bool:
-    """Whether it opens; whatever opens can be read."""
+    """Return True if the file opens, after all of its tensors are read."""
     path.write_bytes(data)
     try:
         shard = open_torch_file(str(path))
@@ -904,7 +907,7 @@ def test_damaged_anywhere(tmp_path: Path, zipped: bool) -> None:
 
 @FORMS
 def test_damaged_pickles(tmp_path: Path, zipped: bool) -> None:
-    """As above, with all of the damage where it hurts, and pieces that move, vanish and come twice."""
+    """All of the damage is inside the pickle, and pieces of it are moved, removed and repeated."""
     if zipped:
         sample(tmp_path / "a.bin", True)
         with zipfile.ZipFile(tmp_path / "a.bin") as archive:
@@ -931,8 +934,8 @@ def test_damaged_pickles(tmp_path: Path, zipped: bool) -> None:
             try_it(tmp_path / "b.bin", head[:137] + bytes(bad) + head[137 + len(good) :])
 
 
-def test_gathered_alone_reads_what_numpy_does(tmp_path: Path) -> None:
-    """Random shapes and strides over random bytes."""
+def test_a_strided_reader_reads_what_numpy_does(tmp_path: Path) -> None:
+    """The shapes, strides and bytes are random."""
     import numpy as np
 
     path = tmp_path / "a.bin"

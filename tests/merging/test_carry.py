@@ -77,7 +77,7 @@ def test_the_plan_lists_every_file(aligned: Path, capsys: pytest.CaptureFixture[
         ("*.pdf", "--carry '*.pdf' matches no file beside the weights of "),
         ("SHA*", "matches no file"),
         ("model.safetensors.index.json", "matches no file"),
-        (".*", ".hidden cannot come along: hidden; leave the pattern out"),
+        (".*", ".hidden cannot be carried: hidden; leave the pattern out"),
         ("secret", "is a link out of its folder"),
     ],
 )

@@ -839,7 +839,7 @@ def test_an_input_that_changes_under_the_merge_is_noticed(
             expo.merge(*pair, 0.3, out)
     assert str(caught.value) == (
         f"{file}: {size + change} bytes now; it is being changed, but was {size} bytes long and untouched when its "
-        f"header was read: let it be, and try again; {kept(out)}"
+        f"header was read: leave the file alone, and try again; {kept(out)}"
     )
     file.write_bytes(data)
     what = f"{which}: another size, time of change or header of model.safetensors"
