@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from checkpoint_files import kept, random_tensors, read_folder, sparse_file, staging_folder, write_folder
+from cpu_time import at_most
 
 import expo
 from expo.demo import ALIGNED, SFT
@@ -342,9 +343,8 @@ def test_version() -> None:
 
 
 def test_help_is_quick_and_names_every_option() -> None:
-    began = time.perf_counter()
-    ran = run("--help")
-    assert time.perf_counter() - began < 0.5
+    with at_most(0.5):
+        ran = run("--help")
     assert (ran.code, ran.err) == (0, "")
     options = ("sft", "aligned", "alpha", "out", "alpha-for", "on-unpaired", "on-mismatch", "engine", "device", "plan")
     options += ("json", "overwrite", "resume", "digest", "verify", "quiet", "version", "help")
@@ -392,9 +392,8 @@ def test_plan_of_a_70b_model_is_quick(tmp_path: Path) -> None:
     shapes["model.norm.weight"] = ("BF16", (8192,))
     for role in ("sft", "aligned"):
         sparse_shards(tmp_path / role, shapes, 15)
-    began = time.perf_counter()
-    ran = run("--sft", tmp_path / "sft", "--aligned", tmp_path / "aligned", "--alpha", 0.3, "--plan", cwd=tmp_path)
-    assert time.perf_counter() - began < 3
+    with at_most(3):
+        ran = run("--sft", tmp_path / "sft", "--aligned", tmp_path / "aligned", "--alpha", 0.3, "--plan", cwd=tmp_path)
     assert ran.out.count("extrapolate  ") == 723
     assert "reads 275.91 GB, writes 137.95 GB" in ran.out
     if ran.code:  # this disk is smaller than that
