@@ -31,7 +31,7 @@ import torch
 
 from bench.pairs import scaled_llama
 from expo.kernels import numerics
-from expo.kernels.contract import working_alpha
+from expo.kernels.contract import Operand, extrapolation, tensor_extrapolation, working_alpha
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 extrapolate = pytest.importorskip("expo.kernels.extrapolate")
@@ -113,7 +113,7 @@ def copy(t: Tensors) -> Job:
 
 
 def plain(t: Tensors) -> Job:
-    return _merged(t, lambda: extrapolate.launch(t.sft, t.aligned, ALPHA, t.out[0]))
+    return _merged(t, lambda: extrapolate.launch(*tensor_extrapolation(t.sft, t.aligned, (ALPHA,)), [t.out[0]]))
 
 
 def sweep_of_4(t: Tensors, measure: bool = False) -> Job:
@@ -122,7 +122,7 @@ def sweep_of_4(t: Tensors, measure: bool = False) -> Job:
     extra = sum(each.nbytes for each in partials or ())
 
     def run() -> torch.Tensor:
-        sweep.launch(t.sft, t.aligned, alphas, t.out, partials)
+        sweep.launch(*tensor_extrapolation(t.sft, t.aligned, alphas), t.out, partials)
         return t.out
 
     return Job(run, (2 + K) * t.aligned.nbytes + extra)
@@ -258,7 +258,8 @@ def _check(contestant: Contestant, dtype: str, t: Tensors, job: Job) -> None:
     s, a = (_memory(tensor) for tensor in (t.sft, t.aligned))
     for row, alpha in zip(result, ALPHAS, strict=False):
         truth = torch.empty_like(row, device="cpu")
-        numerics.extrapolate(s, dtype, a, dtype, row.numel(), (_memory(truth),), (alpha,), False)
+        arguments = extrapolation(Operand(s, dtype), Operand(a, dtype), (alpha,))
+        numerics.extrapolate(*arguments, (_memory(truth),), False)
         if contestant is copy:
             assert torch.equal(row, t.aligned)
         elif contestant in OURS:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from expo.kernels import numerics
-from expo.kernels.contract import working_alpha
+from expo.kernels.contract import Address, Operand, extrapolation, working_alpha
 
 N = 16 << 20  # elements of a buffer
 SETS = 4
@@ -52,7 +52,9 @@ def cpu(dtype: str, measure: bool = False) -> Callable[..., None]:
     engine = pytest.importorskip("expo.kernels.cpu", reason="the compiled engine is not built")
 
     def run(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
-        engine.extrapolate(s.data_ptr(), dtype, a.data_ptr(), dtype, N, (o.data_ptr(),), (ALPHA,), measure)
+        places = [Address(tensor.data_ptr(), tensor.nbytes) for tensor in (s, a, o)]
+        arguments = extrapolation(Operand(places[0], dtype), Operand(places[1], dtype), (ALPHA,))
+        engine.extrapolate(*arguments, (places[2],), measure)
 
     return run
 
@@ -63,7 +65,8 @@ def cpu_with_statistics(dtype: str) -> Callable[..., None]:
 
 def numpy(dtype: str) -> Callable[..., None]:
     def run(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
-        numerics.extrapolate(_memory(s), dtype, _memory(a), dtype, N, (_memory(o),), (ALPHA,), False)
+        arguments = extrapolation(Operand(_memory(s), dtype), Operand(_memory(a), dtype), (ALPHA,))
+        numerics.extrapolate(*arguments, (_memory(o),), False)
 
     return run
 
@@ -131,7 +134,7 @@ def _check(contestant: Any, run: Callable[..., None], buffers: Buffers) -> None:
     run(s, a, out.zero_())
     truth = torch.empty_like(a)
     dtype = buffers.dtype
-    numerics.extrapolate(_memory(s), dtype, _memory(a), dtype, N, (_memory(truth),), (ALPHA,), False)
+    numpy(dtype)(s, a, truth)
     if contestant in EXACT:
         assert np.array_equal(_memory(out), _memory(truth))
     else:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from expo.execution.engines import cpu_count
-from expo.tensors.arrays import THREADS, compute_at
+from expo.kernels.contract import Address, Operand
+from expo.tensors.arrays import THREADS, compute_on_cpu
 from expo.tensors.live import Live
 
 SIDE, MATRICES, ROUNDS = 4096, 16, 9
@@ -38,12 +39,15 @@ class Kernel:
         self._threads = min(cpu_count(), THREADS)
         self._share = ELEMENTS // self._threads
         starts = (2 * k * self._share for k in range(self._threads))
-        self._places = [[start + each.data_ptr() for each in self._tensors] for start in starts]
+        self._shares = [
+            [Operand(Address(start + each.data_ptr(), 2 * self._share), "BF16") for each in self._tensors]
+            for start in starts
+        ]
         self._pool = ThreadPoolExecutor(self._threads)
 
     def seconds(self) -> float:
         began = time.perf_counter()
-        list(self._pool.map(lambda place: compute_at(place, ("BF16", "BF16"), self._share, 0.3), self._places))
+        list(self._pool.map(lambda share: compute_on_cpu(share[0], share[1], 0.3, share[2].memory), self._shares))
         return time.perf_counter() - began
 
 

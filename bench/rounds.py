@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from bench.rivals import ALPHA, Rival, Times, expo, shards
 from expo.kernels import numerics
-from expo.kernels.contract import working_alpha
+from expo.kernels.contract import Operand, extrapolation, working_alpha
 
 Check = Callable[[Path], None]
 
@@ -100,7 +100,6 @@ def _tensors(out: Path, alpha: float) -> Iterator[tuple[str, torch.Tensor, torch
         s, a, found = (file.get_tensor(name).flatten() for file in (weak, strong, where[name]))
         truth = torch.empty_like(a)
         memories = [tensor.view(torch.int16).numpy() for tensor in (s, a, truth)]
-        numerics.extrapolate(
-            memories[0], "BF16", memories[1], "BF16", len(a), (memories[2],), (working_alpha(alpha),), False
-        )
+        operands = [Operand(memory, "BF16") for memory in memories[:2]]
+        numerics.extrapolate(*extrapolation(*operands, (working_alpha(alpha),)), (memories[2],), False)
         yield name, found, truth

@@ -74,3 +74,17 @@ def numpy_dtypes() -> dict[str, Any]:
 
     kinds = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
     return {name: np.dtype(kind) for name, kind in kinds.items()}
+
+
+@cache
+def torch_names() -> dict[Any, str]:
+    """Return the safetensors name of every dtype of torch that has one; this imports torch."""
+    import torch
+
+    return {getattr(torch, dtype): name for dtype, name in FROM_TORCH.items() if hasattr(torch, dtype)}
+
+
+@cache
+def numpy_names() -> dict[Any, str]:
+    """Return the safetensors name of NumPy's dtypes, for the dtypes that are extrapolated; this imports ml_dtypes."""
+    return {dtype: name for name, dtype in numpy_dtypes().items()}

@@ -1,11 +1,16 @@
-"""What every engine agrees on: dtype names, the working alpha, and the statistics of a merge.
+"""The contract of every engine: its arguments, the working alpha, and the statistics of a merge.
 
-    al = f32(alpha);  d = f32(aligned) - f32(sft);  p = al * d;  r = f32(aligned) + p
-    out = round-to-nearest-even(r -> dtype of aligned)
+An engine computes, for an anchor o and terms (c_k, x_k, y_k) in the order given:
 
-Each fp32 operation rounds once; no fused multiply-add, no flush of subnormals. If either tensor is F64 the
-same steps run in fp64 with alpha as a double. Alpha 0 is a copy of aligned, bit for bit: callers copy and
-never ask an engine for it. The formula is ExPO's, "Model Extrapolation Expedites Alignment" (arXiv 2404.16792).
+    r = f32(o);  for each k:  d = f32(x_k) - f32(y_k);  p = f32(c_k) * d;  r = r + p
+    out = round-to-nearest-even(r -> dtype of o)
+
+Each fp32 operation rounds once; no engine fuses a multiplication with an addition or flushes subnormal numbers. If one
+of the tensors is F64, the same steps run in fp64 with the coefficients as doubles.
+
+ExPO, "Model Extrapolation Expedites Alignment" (arXiv 2404.16792), is one term with o = x_1 = aligned and y_1 = sft:
+out = aligned + alpha * (aligned - sft). `extrapolation` builds these arguments. Alpha 0 copies aligned bit for bit:
+callers copy, and never ask an engine for it.
 """
 
 from __future__ import annotations
@@ -15,16 +20,97 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from ..dtypes import ITEMSIZE, torch_names
+from ..errors import EngineError
+
+
+class Address(NamedTuple):
+    """Memory of the host at a bare address, for tensors that export no buffer; the caller keeps it alive.
+
+    Attributes:
+        start: The address of the first byte.
+        nbytes: The number of bytes that belong to it.
+    """
+
+    start: int
+    nbytes: int
+
+    def part(self, first: int, nbytes: int) -> Address:
+        """Return the memory of `nbytes` bytes from byte `first` on."""
+        return Address(self.start + first, nbytes)
+
+
+def buffer_of(memory: Any) -> Any:
+    """Return an object that exports the memory as a buffer: the memory itself unless it is an `Address`."""
+    if type(memory) is not Address:
+        return memory
+    import ctypes
+
+    return (ctypes.c_ubyte * memory.nbytes).from_address(memory.start)
+
+
+class Operand(NamedTuple):
+    """One input of an engine: elements of one dtype, one after the other.
+
+    Attributes:
+        memory: A C-contiguous buffer of raw little-endian bytes at any address, or an `Address`; for engines that
+            compute with torch, a contiguous tensor.
+        dtype: The dtype of the elements: "BF16", "F16", "F32" or "F64".
+        scales: The scales of quantised elements. No engine computes with them yet, so all refuse any but None.
+    """
+
+    memory: Any
+    dtype: str
+    scales: Any = None
+
+    @classmethod
+    def of_tensor(cls, tensor: Any) -> Operand:
+        """Return the operand that a contiguous tensor of torch is. Raises KeyError for a dtype without a name."""
+        return cls(tensor, torch_names()[tensor.dtype])
+
+    def part(self, first: int, count: int) -> Operand:
+        """Return elements [first, first + count) of an operand whose memory is an `Address`."""
+        item = ITEMSIZE[self.dtype]
+        return Operand(self.memory.part(first * item, count * item), self.dtype, self.scales)
+
+    @property
+    def elements(self) -> int:
+        """The number of elements in the memory. Raises ValueError if the last one is not whole."""
+        memory, item = self.memory, ITEMSIZE[self.dtype]
+        nbytes: int = memory.nbytes if hasattr(memory, "nbytes") else memoryview(memory).nbytes
+        count, rest = divmod(nbytes, item)
+        if rest:
+            raise ValueError(f"a buffer of {nbytes} bytes has no whole number of {self.dtype} elements")
+        return count
+
+
+class Term(NamedTuple):
+    """One term of the sum: coefficient * (plus - minus).
+
+    Attributes:
+        coefficients: One number for each output, as `working_alpha` gives it; for `sweep.launch`, a tensor of them.
+        plus: The operand x.
+        minus: The operand y.
+    """
+
+    coefficients: Any
+    plus: Operand
+    minus: Operand
+
 
 class Statistics(NamedTuple):
-    """How far a piece of a tensor moved; `d` is aligned - sft in fp32 (fp64 for F64 tensors).
+    """The distance between the inputs of a piece of a tensor, and counts of its outputs.
 
-    d_squared, aligned_squared: sums of d*d and aligned*aligned over the elements whose d is finite, accumulated in
-        fp32 over short runs and in fp64 across them (relative error below 1e-5, as long as the squares of d and a are
-        normal fp32 numbers).
-    max_abs_d: the largest finite |d|.
-    counts: for each alpha (changed, non_finite): outputs that compare unequal to aligned by IEEE's rule (-0 equals
-        +0, NaN equals nothing), and outputs that are inf or NaN.
+    The letter d stands for aligned - sft in fp32, in fp64 for F64 tensors; for a term other than that of ExPO it stands
+    for plus - minus, and the word aligned for the anchor.
+
+    Attributes:
+        d_squared: The sum of d*d over the elements whose d is finite, accumulated in fp32 over short runs and in fp64
+            across them. Its relative error is below 1e-5 as long as the squares are normal fp32 numbers.
+        aligned_squared: The sum of aligned*aligned over the same elements, accumulated alike.
+        max_abs_d: The largest finite |d|.
+        counts: For each output (changed, non_finite). Changed outputs are those that compare unequal to aligned by
+            IEEE's rule: -0 equals +0, and NaN equals nothing. Non-finite outputs are inf or NaN.
     """
 
     d_squared: float
@@ -33,11 +119,66 @@ class Statistics(NamedTuple):
     counts: tuple[tuple[int, int], ...]
 
 
-def total(parts: Iterable[Statistics], alphas: int) -> Statistics:
-    """The statistics of several pieces together; the sums are exact, so that their order does not show."""
+# engine(anchor, terms, outputs, measure) fills the outputs, one for each coefficient of a term, and returns Statistics
+# if `measure`, else None. The anchor has as many elements as the engine computes, and fixes the dtype of the outputs;
+# the other memories may be longer. A single output may be the memory of an input, unless `measure` is set.
+EngineFunction = Callable[[Operand, Sequence[Term], Sequence[Any], bool], "Statistics | None"]
+
+
+def extrapolation(sft: Operand, aligned: Operand, alphas: Any) -> tuple[Operand, tuple[Term]]:
+    """Return the anchor and the terms of ExPO: `engine(*extrapolation(sft, aligned, alphas), outputs, measure)`."""
+    return aligned, (Term(alphas, aligned, sft),)
+
+
+def tensor_extrapolation(sft: Any, aligned: Any, alphas: Any) -> tuple[Operand, tuple[Term]]:
+    """Return the anchor and the terms of ExPO for contiguous tensors of torch."""
+    return extrapolation(Operand.of_tensor(sft), Operand.of_tensor(aligned), alphas)
+
+
+def is_extrapolation(anchor: Operand, terms: Sequence[Term]) -> bool:
+    """Return True if these arguments are those of ExPO, without scales."""
+    if len(terms) != 1:
+        return False
+    _, plus, minus = terms[0]
+    same = plus is anchor or (plus.memory is anchor.memory and plus.dtype == anchor.dtype and plus.scales is None)
+    return same and anchor.scales is None and minus.scales is None
+
+
+def extrapolation_term(engine: str, anchor: Operand, terms: Sequence[Term]) -> Term:
+    """Return the term of ExPO, for an engine that computes nothing else.
+
+    Args:
+        engine: The name of the engine, for the message.
+
+    Raises:
+        EngineError: The arguments are not those of ExPO.
+    """
+    if is_extrapolation(anchor, terms):
+        return terms[0]
+    check_no_scales(anchor, terms)
+    found = "another one" if len(terms) == 1 else f"{len(terms)} terms"
+    raise EngineError(
+        f"the engine {engine} computes the one term alpha * (aligned - sft) from aligned on, and got {found}: use the "
+        "engine numpy, which computes any terms"
+    )
+
+
+def check_no_scales(anchor: Operand, terms: Sequence[Term]) -> None:
+    """Raise EngineError if an operand has scales, which no engine knows yet."""
+    operands = [anchor, *(operand for term in terms for operand in (term.plus, term.minus))]
+    if any(operand.scales is not None for operand in operands):
+        raise EngineError("an operand has scales, and no engine computes with quantised elements yet")
+
+
+def total(parts: Iterable[Statistics], outputs: int) -> Statistics:
+    """Return the statistics of several pieces together; the sums are exact, so the order of the pieces has no effect.
+
+    Args:
+        outputs: The number of outputs, which are as many in each piece.
+    """
     parts = list(parts)
     counts = tuple(
-        (sum(part.counts[k][0] for part in parts), sum(part.counts[k][1] for part in parts)) for k in range(alphas)
+        (sum(part.counts[k][0] for part in parts), sum(part.counts[k][1] for part in parts)) for k in range(outputs)
     )
     d_squared = exact_sum(part.d_squared for part in parts)
     aligned_squared = exact_sum(part.aligned_squared for part in parts)
@@ -45,28 +186,25 @@ def total(parts: Iterable[Statistics], alphas: int) -> Statistics:
 
 
 def exact_sum(values: Iterable[float]) -> float:
-    """Rounded once; inf where it overflows."""
+    """Return the sum, rounded once, and inf where it overflows."""
     try:
         return math.fsum(values)
     except OverflowError:
         return math.inf
 
 
-# engine(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure): n elements, memory as buffers of raw
-# little-endian bytes at any address, one output buffer for each alpha; Statistics where `measure`, else None.
-EngineFunction = Callable[[Any, str, Any, str, int, Sequence[Any], Sequence[float], bool], "Statistics | None"]
-
-
 def working_alpha(alpha: float, *dtypes: str) -> float:
-    """Alpha as the arithmetic of these dtypes uses it: rounded to fp32, or the double itself where one is F64.
+    """Return alpha as the arithmetic of these dtypes uses it: rounded to fp32, or the double itself if one is F64.
 
-    Raises ValueError for an alpha that is not finite in fp32, whatever the dtypes.
+    Raises:
+        ValueError: The alpha is not finite in fp32, whatever the dtypes.
     """
     try:
         (rounded,) = struct.unpack("<f", struct.pack("<f", alpha))
-    except (OverflowError, struct.error):  # too large, or no number
+    except (OverflowError, struct.error):  # The number is too large, or is not a number.
         rounded = math.inf
-    if abs(alpha) < 2.0**-126:  # subnormal in fp32: rounded in doubles, as the thread may flush the conversion's result
+    # A number that is subnormal in fp32 is rounded in doubles: the thread's mode may flush the conversion's result.
+    if abs(alpha) < 2.0**-126:
         rounded = math.copysign(math.ldexp(round(math.ldexp(abs(alpha), 149)), -149), alpha)
     if not math.isfinite(rounded):
         raise ValueError(f"alpha must be finite in float32, got {alpha!r}")

@@ -1,7 +1,7 @@
-"""The compiled CPU engine: `_cpu.c`, found where it was built; F64 tensors go to NumPy.
+"""The compiled CPU engine: `_cpu.c`, on machines where it was built; F64 tensors are left to NumPy.
 
-Same bits as `numerics.py` at memcpy's speed, whatever the thread's floating-point mode; releases the GIL.
-Bytes moved: one read of each input, one write per alpha.
+It gives the bits of `numerics.py` at the speed of memcpy, whatever the floating-point mode of the thread, and releases
+the GIL. Bytes moved: one read of each input and one write for each output.
 """
 
 from __future__ import annotations
@@ -9,26 +9,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..dtypes import ITEMSIZE
 from . import _cpu
-from .contract import Statistics
+from .contract import Address, Operand, Statistics, Term, extrapolation_term
 
-CODE = {"BF16": 0, "F16": 1, "F32": 2}
+CODE = {"BF16": 0, "F16": 1, "F32": 2}  # the numbers that `_cpu.c` gives to dtypes
 
 
-def extrapolate(
-    sft: Any,
-    sft_dtype: str,
-    aligned: Any,
-    aligned_dtype: str,
-    n: int,
-    outs: Sequence[Any],
-    alphas: Sequence[float],
-    measure: bool,
-) -> Statistics | None:
-    """As numerics.extrapolate; a memory may also be an address (int), which the caller vouches for."""
-    if "F64" in (sft_dtype, aligned_dtype):
+def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
+    """Compute the term of ExPO as `numerics.extrapolate` does.
+
+    Raises:
+        EngineError: The terms are others.
+        ValueError: A memory is smaller than the anchor's number of elements needs.
+    """
+    alphas, _, sft = extrapolation_term("cpu", anchor, terms)
+    if "F64" in (sft.dtype, anchor.dtype):
         from . import numerics
 
-        return numerics.extrapolate(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure)
-    moved = _cpu.extrapolate(sft, CODE[sft_dtype], aligned, CODE[aligned_dtype], n, tuple(outs), tuple(alphas), measure)
+        return numerics.extrapolate(anchor, terms, outputs, measure)
+    n = anchor.elements
+    size = n * ITEMSIZE[anchor.dtype]
+    moved = _cpu.extrapolate(
+        _memory(sft.memory, n * ITEMSIZE[sft.dtype]),
+        CODE[sft.dtype],
+        _memory(anchor.memory, size),
+        CODE[anchor.dtype],
+        n,
+        tuple([_memory(output, size) for output in outputs]),
+        tuple(alphas),
+        measure,
+    )
     return Statistics(*moved) if moved else None
+
+
+def _memory(memory: Any, needed: int) -> Any:
+    """Return a memory as `_cpu.c` takes it: a buffer, whose size it checks, or the bare address of `needed` bytes."""
+    if type(memory) is not Address:
+        return memory
+    if memory.nbytes < needed:
+        raise ValueError(f"buffer of {memory.nbytes} bytes where {needed} are needed")
+    return memory.start

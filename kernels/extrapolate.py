@@ -10,10 +10,13 @@ Bytes moved per element: itemsize of sft + 2 * itemsize of aligned; 6 for bf16.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+
+from .contract import Operand, Term, extrapolation_term
 
 BLOCK = 2048  # elements a program: 16 for each of 128 threads, two 128-bit accesses per bf16 operand
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # of every kernel of this project
@@ -77,15 +80,25 @@ def extrapolate(  # type: ignore[no-untyped-def]
     block(sft_ptr + start, aligned_ptr + start, out_ptr + start, n - start, alpha, BLOCK, PTX)
 
 
-def launch(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Tensor) -> None:
-    """Run the kernel over contiguous tensors of one shape on one device; out may be sft or aligned.
+def launch(anchor: Operand, terms: Sequence[Term], outputs: Sequence[torch.Tensor]) -> None:
+    """Run the kernel for the term of ExPO and one output; the memories are contiguous tensors on one device.
 
-    dtypes BF16, F16 and F32 in any mix, out of aligned's; alpha not 0 and finite in fp32; nothing is checked.
+    Args:
+        anchor: The aligned tensor.
+        terms: The term of ExPO, with one coefficient: not 0, and finite in fp32.
+        outputs: One tensor of the anchor's shape and dtype, which may be the anchor's or sft's own.
+
+    The dtypes are BF16, F16 and F32 in any mix. The tensors are not checked.
+
+    Raises:
+        EngineError: The terms are others.
     """
-    n = aligned.numel()
+    (alpha,), _, sft = extrapolation_term("triton", anchor, terms)
+    (out,) = outputs
+    aligned, n = anchor.memory, anchor.elements
     if n:
         with current(aligned):
-            extrapolate[triton.cdiv(n, BLOCK),](sft, aligned, out, n, alpha, BLOCK=BLOCK, PTX=ptx(), **OPTIONS)
+            extrapolate[triton.cdiv(n, BLOCK),](sft.memory, aligned, out, n, alpha, BLOCK=BLOCK, PTX=ptx(), **OPTIONS)
 
 
 def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:

@@ -13,7 +13,7 @@ import torch
 
 from ..dtypes import ITEMSIZE, torch_dtypes
 from . import numerics
-from .contract import Statistics
+from .contract import Operand, Statistics, Term, buffer_of, extrapolation, extrapolation_term
 from .extrapolate import available, interpreted
 from .sweep import Partials, launch, statistics
 
@@ -30,30 +30,32 @@ class HostEngine:
         self.device = torch.empty(0, device="cpu" if interpreted() else device).device
 
     def __call__(
-        self,
-        sft: Any,
-        sft_dtype: str,
-        aligned: Any,
-        aligned_dtype: str,
-        n: int,
-        outs: Sequence[Any],
-        alphas: Sequence[float],
-        measure: bool,
+        self, anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool
     ) -> Statistics | None:
-        """As numerics.extrapolate, which does the tensors of F64: few GPUs are fast at it, and few models have it."""
-        if "F64" in (sft_dtype, aligned_dtype):
-            return numerics.extrapolate(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure)
-        s, a = self._upload(sft, sft_dtype, n), self._upload(aligned, aligned_dtype, n)
-        results = a.new_empty((len(alphas), -(-n // 16) * 16))
+        """Compute the term of ExPO as `numerics.extrapolate` does.
+
+        NumPy computes F64 tensors: few GPUs are fast at fp64, and few models have it.
+
+        Raises:
+            EngineError: The terms are others.
+        """
+        alphas, _, sft = extrapolation_term("triton", anchor, terms)
+        if "F64" in (sft.dtype, anchor.dtype):
+            return numerics.extrapolate(anchor, terms, outputs, measure)
+        n = anchor.elements
+        s, a = self._upload(sft, n), self._upload(anchor, n)
+        results = a.memory.new_empty((len(alphas), -(-n // 16) * 16))
         partials = Partials.empty(n, len(alphas), self.device) if measure else None
-        launch(s, a, torch.tensor(alphas, dtype=torch.float32, device=self.device), results, partials)
-        for result, out in zip(results[:, :n], outs, strict=True):
+        on_device = torch.tensor(alphas, dtype=torch.float32, device=self.device)
+        launch(*extrapolation(s, a, on_device), results, partials)
+        for result, out in zip(results[:, :n], outputs, strict=True):
             bytes_ = result.view(torch.uint8).cpu().numpy()
-            np.frombuffer(out, np.uint8, bytes_.size)[:] = bytes_
+            np.frombuffer(buffer_of(out), np.uint8, bytes_.size)[:] = bytes_
         return statistics(Partials(*(x.cpu() for x in partials))) if partials else None
 
-    def _upload(self, memory: Any, dtype: str, n: int) -> torch.Tensor:
-        size = n * ITEMSIZE[dtype]
+    def _upload(self, operand: Operand, n: int) -> Operand:
+        """Return the first n elements of an operand as a tensor on the device."""
+        size = n * ITEMSIZE[operand.dtype]
         host = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        host.numpy()[:] = np.frombuffer(memory, np.uint8, size)
-        return host.to(self.device).view(torch_dtypes()[dtype])
+        host.numpy()[:] = np.frombuffer(buffer_of(operand.memory), np.uint8, size)
+        return operand._replace(memory=host.to(self.device).view(torch_dtypes()[operand.dtype]))

@@ -1,7 +1,8 @@
-"""The numerics contract in NumPy: the definition every engine is tested against, and the fallback.
+"""The numerics contract in NumPy: the definition that every engine is tested against, and the fallback.
 
-`contract.py` states the formula. bf16 has no NumPy dtype: its bits travel as uint16 and are rounded with integer
-arithmetic. Work goes in blocks that stay in the cache; bytes moved: one read of each input, one write per alpha.
+`contract.py` states the formula. NumPy has no bf16: the bits travel as uint16, and integer arithmetic rounds them. The
+work goes in runs of elements that stay in the cache. Bytes moved: one read of each input, however often the terms name
+it, and one write for each output.
 """
 
 from __future__ import annotations
@@ -12,54 +13,79 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .contract import Statistics
+from ..errors import EngineError
+from .contract import Operand, Statistics, Term, buffer_of, check_no_scales
 
 Array = npt.NDArray[Any]
 
 STORAGE: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-RUN = 1 << 12  # elements summed in fp32 at a time: a longer running sum of like terms would err by more than 1e-5
-BLOCK = 1 << 15  # elements: the block's few fp32 temporaries stay in a 1 MiB cache
+SUM_ELEMENTS = 1 << 12  # summed in fp32 at a time: a longer running sum of like terms would err by more than 1e-5
+CACHE_ELEMENTS = 1 << 15  # computed at a time: their few fp32 temporaries stay in a 1 MiB cache
 
 
-def extrapolate(
-    sft: Any,
-    sft_dtype: str,
-    aligned: Any,
-    aligned_dtype: str,
-    n: int,
-    outs: Sequence[Any],
-    alphas: Sequence[float],
-    measure: bool,
-) -> Statistics | None:
-    """Write round(aligned + alpha * (aligned - sft)) into outs[k] for each alphas[k].
+def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
+    """Fill each output with the anchor plus the sum of all terms, rounded once to the anchor's dtype.
 
-    sft, aligned, outs: C-contiguous buffers of at least n elements of dtype sft_dtype, aligned_dtype and
-    aligned_dtype ("BF16", "F16", "F32", "F64"). With one alpha and measure False the output may be an input's
-    memory. Raises RuntimeError where the thread's floating-point mode would give other bits.
+    Args:
+        anchor: The operand that the sum starts from. It fixes the number of elements and the dtype of the outputs.
+        terms: Any number of terms, added in this order.
+        outputs: Memories of at least as many elements as the anchor has. A single output may be the memory of an
+            input, but for `measure`.
+        measure: True to return the statistics, which only a single term has.
+
+    Raises:
+        EngineError: An operand has scales, or statistics are asked for with another number of terms.
+        RuntimeError: The floating-point mode of this thread would give other bits.
+        ValueError: A memory is too small, or a term has not one coefficient for each output.
     """
+    check_no_scales(anchor, terms)
+    if measure and len(terms) != 1:
+        raise EngineError(f"statistics are defined for one term, and there are {len(terms)}")
+    if any(len(term.coefficients) != len(outputs) for term in terms):
+        raise ValueError(f"each term needs as many coefficients as there are outputs, {len(outputs)}")
     check_floating_point_mode()
-    s = np.frombuffer(sft, STORAGE[sft_dtype], n)
-    a = np.frombuffer(aligned, STORAGE[aligned_dtype], n)
-    os = [np.frombuffer(out, STORAGE[aligned_dtype], n) for out in outs]
-    work = np.float64 if "F64" in (sft_dtype, aligned_dtype) else np.float32
-    als: list[Any] = [work(alpha) for alpha in alphas]
-    totals = [0.0, 0.0, 0.0]
-    counts = np.zeros((len(als), 2), np.int64)
+    n = anchor.elements
+    operands = [anchor, *(operand for term in terms for operand in (term.plus, term.minus))]
+    stored = {_key(operand): _array(operand.memory, operand.dtype, n) for operand in operands}
+    outs = [_array(output, anchor.dtype, n) for output in outputs]
+    work: Any = np.float64 if any(operand.dtype == "F64" for operand in operands) else np.float32
+    rows = [[work(term.coefficients[k]) for term in terms] for k in range(len(outs))]
+    totals, counts = [0.0, 0.0, 0.0], np.zeros((len(outs), 2), np.int64)
     with np.errstate(all="ignore"):
-        for i in range(0, n, BLOCK):
-            x = widen(a[i : i + BLOCK], aligned_dtype).astype(work, copy=False)
-            d = x - widen(s[i : i + BLOCK], sft_dtype)
-            for k, al in enumerate(als):
-                r = al * d
-                r += x
-                narrow(r, aligned_dtype, os[k][i : i + BLOCK])
+        for i in range(0, n, CACHE_ELEMENTS):
+            run = slice(i, i + CACHE_ELEMENTS)
+            wide: dict[Any, Array] = {key: widen(x[run], key[1]).astype(work, copy=False) for key, x in stored.items()}
+            o = wide[_key(anchor)]
+            differences = [wide[_key(term.plus)] - wide[_key(term.minus)] for term in terms]
+            for k, out in enumerate(outs):
+                narrow(_sum(o, rows[k], differences), anchor.dtype, out[run])
                 if measure:
-                    counts[k] += count(x, os[k][i : i + BLOCK], aligned_dtype)
+                    counts[k] += count(o, out[run], anchor.dtype)
             if measure:
-                accumulate(totals, x, d)
+                accumulate(totals, o, differences[0])
     if not measure:
         return None
     return Statistics(totals[0], totals[1], totals[2], tuple((int(c), int(f)) for c, f in counts))
+
+
+def _key(operand: Operand) -> tuple[int, str]:
+    """Return what two operands have in common that share one read."""
+    return id(operand.memory), operand.dtype
+
+
+def _array(memory: Any, dtype: str, n: int) -> Array:
+    """Return the first n elements of a memory as an array, which is writable where the memory is."""
+    return np.frombuffer(buffer_of(memory), STORAGE[dtype], n)
+
+
+def _sum(o: Array, coefficients: Sequence[Any], differences: Sequence[Array]) -> Array:
+    """Return o plus each coefficient times its difference, in order; each operation rounds once."""
+    r = o
+    for c, d in zip(coefficients, differences, strict=True):
+        p = c * d
+        p += r
+        r = p
+    return r
 
 
 def widen(x: Array, dtype: str) -> Array:
@@ -115,9 +141,9 @@ def accumulate(totals: list[float], x: Array, d: Array) -> None:
     finite = np.isfinite(d)
     if not finite.all():
         x, d = x[finite], d[finite]
-    for i in range(0, d.size, RUN):
-        totals[0] += float(np.dot(d[i : i + RUN], d[i : i + RUN]))
-        totals[1] += float(np.dot(x[i : i + RUN], x[i : i + RUN]))
+    for i in range(0, d.size, SUM_ELEMENTS):
+        totals[0] += float(np.dot(d[i : i + SUM_ELEMENTS], d[i : i + SUM_ELEMENTS]))
+        totals[1] += float(np.dot(x[i : i + SUM_ELEMENTS], x[i : i + SUM_ELEMENTS]))
     if d.size:
         totals[2] = max(totals[2], float(np.abs(d).max()))
 

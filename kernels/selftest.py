@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import extrapolate, sweep, whole_model
-from .contract import working_alpha
+from .contract import tensor_extrapolation, working_alpha
 from .extrapolate import current, interpreted
 from .numerics import narrow
 
@@ -63,16 +63,16 @@ def _run(device: torch.device) -> None:
     s, a = sft.to(device), aligned.to(device)
     outs = {name: torch.zeros_like(a) for name in ("extrapolate", "sweep", "sweep without statistics", "whole_model")}
     partials = sweep.Partials.empty(N, 1, a.device)
-    extrapolate.launch(s, a, ALPHA, outs["extrapolate"])
+    extrapolate.launch(*tensor_extrapolation(s, a, (ALPHA,)), [outs["extrapolate"]])
     alphas = torch.tensor([ALPHA], dtype=torch.float32, device=device)
-    sweep.launch(s, a, alphas, outs["sweep"].unsqueeze(0), partials)
-    sweep.launch(s, a, alphas, outs["sweep without statistics"].unsqueeze(0))
+    sweep.launch(*tensor_extrapolation(s, a, alphas), outs["sweep"].unsqueeze(0), partials)
+    sweep.launch(*tensor_extrapolation(s, a, alphas), outs["sweep without statistics"].unsqueeze(0))
     whole_model.Table([s], [a], [outs["whole_model"]]).launch(ALPHA)
     for name, out in outs.items():
         _compare(name, out, expected)
     sft, aligned, expected = elements("F32")
     out = torch.zeros_like(aligned, device=device)
-    extrapolate.launch(sft.to(device), aligned.to(device), ALPHA, out)
+    extrapolate.launch(*tensor_extrapolation(sft.to(device), aligned.to(device), (ALPHA,)), [out])
     _compare("extrapolate for fp32", out, expected)
     found = sweep.statistics(sweep.Partials(*(each.cpu() for each in partials)))
     if found.counts != ((N, 0),) or found.max_abs_d != DIFFERENCE:

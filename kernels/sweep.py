@@ -8,13 +8,14 @@ for every 2048 elements: sums of a part, in fp32, and counts, which `statistics`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .contract import Statistics
+from .contract import Operand, Statistics, Term, extrapolation_term
 from .extrapolate import LANES, OPTIONS, current, ptx, rounded, widen
 
 PART = 2048  # elements at a time: 16 for each of 128 threads
@@ -119,25 +120,29 @@ def partial_rows(n: int) -> int:
     return 2 * -(-n // BLOCK) + (n % BLOCK > 0)
 
 
-def launch(
-    sft: torch.Tensor,
-    aligned: torch.Tensor,
-    alphas: torch.Tensor,
-    outs: torch.Tensor,
-    partials: Partials | None = None,
-) -> None:
-    """Run the kernel over contiguous tensors of n elements on one device.
+def launch(anchor: Operand, terms: Sequence[Term], outputs: torch.Tensor, partials: Partials | None = None) -> None:
+    """Run the kernel for the term of ExPO; the memories are contiguous tensors on one device.
 
-    alphas: fp32 of shape (K,), none 0, all finite; outs: of shape (K, n) and aligned's dtype, rows contiguous and
-    as far apart as the caller likes: a multiple of 16 elements keeps the stores wide. partials: of `Partials.empty`.
-    dtypes BF16, F16 and F32 in any mix; with K = 1 the output may be an input's memory. Nothing is checked.
+    Args:
+        anchor: The aligned tensor, of n elements.
+        terms: The term of ExPO. Its coefficients are a tensor on the same device: fp32 of shape (K,), none 0, all
+            finite.
+        outputs: A tensor of shape (K, n) and the anchor's dtype, with contiguous rows at any distance; a distance of a
+            multiple of 16 elements keeps the stores wide. With K = 1 the output may be the memory of an input.
+        partials: The memory of the statistics, as `Partials.empty` makes it, or None.
+
+    The dtypes are BF16, F16 and F32 in any mix. The tensors are not checked.
+
+    Raises:
+        EngineError: The terms are others.
     """
-    n = aligned.numel()
+    alphas, _, sft = extrapolation_term("triton", anchor, terms)
+    aligned, n = anchor.memory, anchor.elements
     sums, counts = partials or (None, None)
     if n:
         with current(aligned):
             sweep[triton.cdiv(n, BLOCK),](
-                sft, aligned, outs, alphas, sums, counts, n, outs.stride(0),
+                sft.memory, aligned, outputs, alphas, sums, counts, n, outputs.stride(0),
                 K=len(alphas), BLOCK=BLOCK, PTX=ptx(), **OPTIONS,
             )  # fmt: skip
 

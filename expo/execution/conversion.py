@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels import convert
-from ..kernels.contract import Statistics, working_alpha
+from ..kernels.contract import Operand, Statistics, extrapolation, working_alpha
 from ..kernels.numerics import STORAGE, Array, widen
 from ..planning.steps import Step
 from .engines import Engine
@@ -69,8 +69,8 @@ class Block:
                 continue
             assert step.sft is not None
             if self._delta is None or (measure and not sums.aligned_squared):
-                run = (self._sft, step.sft.dtype, self._aligned, self._work, self._n, [result], [alpha])
-                sums = engine.run(*run, measure) or sums
+                sft, aligned = Operand(self._sft, step.sft.dtype), Operand(self._aligned, self._work)
+                sums = engine.run(*extrapolation(sft, aligned, (alpha,)), [result], measure) or sums
             if self._delta is not None:
                 beta = working_alpha(1.0 + alpha, self._work)
                 convert.apply(self._base, self._delta, beta, result)

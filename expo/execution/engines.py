@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..errors import EngineError, ExpoError, UsageError
-from ..kernels.contract import EngineFunction, Statistics
+from ..kernels.contract import EngineFunction, Operand, Statistics, Term, is_extrapolation
 from ..options import ENGINES
 from .gpu_kernels import attempt, error_text, reason_given_up
 
@@ -117,9 +118,9 @@ def _raising_runtime_errors(engine: EngineFunction) -> EngineFunction:
     callers would take for one of the inputs.
     """
 
-    def run(*arguments: Any) -> Statistics | None:
+    def run(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
         try:
-            return engine(*arguments)
+            return engine(anchor, terms, outputs, measure)
         except (ExpoError, RuntimeError):
             raise
         except Exception as error:
@@ -143,10 +144,11 @@ def _triton_or_cpu(device: str) -> Engine:
     if first.gpu is None:  # Triton's interpreter
         return first
 
-    def run(*arguments: Any) -> Statistics | None:
+    def run(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
+        arguments = anchor, terms, outputs, measure
         found: list[Statistics | None] = []
-        no_kernel = "F64" in (arguments[1], arguments[3])
-        if not no_kernel and attempt(first.gpu.device, lambda: found.append(first.run(*arguments))):
+        has_kernel = is_extrapolation(anchor, terms) and "F64" not in (anchor.dtype, terms[0].minus.dtype)
+        if has_kernel and attempt(first.gpu.device, lambda: found.append(first.run(*arguments))):
             return found[0]
         return reserve.run(*arguments)
 

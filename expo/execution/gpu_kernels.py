@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-PART = 1 << 24  # elements that torch computes at a time: its temporaries take 16 bytes for each
+from ..kernels.contract import tensor_extrapolation
 
 _given_up: dict[Any, str] = {}  # the reason, by torch.device
 _ran_out: set[Any] = set()  # torch.devices whose lack of memory a warning has reported
@@ -119,7 +119,7 @@ def compute(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
         def launch() -> None:
             from ..kernels import extrapolate
 
-            extrapolate.launch(sft, aligned, alpha, out)
+            extrapolate.launch(*tensor_extrapolation(sft, aligned, (alpha,)), [out])
 
         if attempt(aligned.device, launch):
             return
@@ -128,10 +128,9 @@ def compute(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
 
 def by_torch(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
     """Compute as `compute` does, in several passes over memory and without a kernel of this project."""
-    from ..kernels.twin import twin
+    from ..kernels import torch_eager
 
-    for s, a, o in zip(*(each.view(-1).split(PART) for each in (sft, aligned, out)), strict=True):
-        o.copy_(twin(s, a, alpha))
+    torch_eager.extrapolate(*tensor_extrapolation(sft, aligned, (alpha,)), [out], False)
 
 
 def table(triples: Iterable[Sequence[Any]]) -> Any:

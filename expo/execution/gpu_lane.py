@@ -16,6 +16,7 @@ import torch
 
 from ..dtypes import BITS, ITEMSIZE, torch_dtypes
 from ..kernels import sweep
+from ..kernels.contract import Operand, extrapolation
 from ..kernels.sweep import Partials
 from ..planning.plan import Plan
 from ..planning.shards import Chunk, Measured, Piece
@@ -49,7 +50,7 @@ class Part(NamedTuple):
     number: int
     step: Step
     inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]
-    operands: tuple[torch.Tensor, torch.Tensor]  # sft and aligned on the GPU, in their dtypes
+    operands: tuple[Operand, Operand]  # sft and aligned on the GPU, in their dtypes
     results: torch.Tensor  # on the GPU: (active outputs, elements)
     outputs: Sequence[tuple[torch.Tensor, torch.Tensor]]
     partials: Partials | None
@@ -99,7 +100,10 @@ class Slot:
             number,
             step,
             inputs=[(self.host.sft[s], self.gpu.sft[s]), (self.host.aligned[a], self.gpu.aligned[a])],
-            operands=(self.gpu.sft[s].view(torch_dtypes()[step.sft.dtype]), self.gpu.aligned[a].view(kind)),
+            operands=(
+                Operand(self.gpu.sft[s].view(torch_dtypes()[step.sft.dtype]), step.sft.dtype),
+                Operand(self.gpu.aligned[a].view(kind), step.aligned.dtype),
+            ),
             results=results.view(kind),
             outputs=[(self.outs[k][a], row) for k, row in zip(step.active, results, strict=True)],
             partials=self.gpu.partials(first, rows, len(results), len(self.outs)) if measure else None,
@@ -182,7 +186,7 @@ class GpuLane:
         def compute() -> None:
             try:
                 for part, constants in zip(parts, alphas, strict=True):
-                    sweep.launch(*part.operands, constants, part.results, part.partials)
+                    sweep.launch(*extrapolation(*part.operands, constants), part.results, part.partials)
             except OSError as error:  # Triton's, whose cache cannot be written to: no input's, as callers would think
                 raise RuntimeError(error_text(error)) from error
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..checkpoints.reader import ByteReader, FileReader
 from ..dtypes import BITS
 from ..errors import EngineError
-from ..kernels.contract import Statistics, total
+from ..kernels.contract import Operand, Statistics, extrapolation, total
 from ..memory import page_aligned
 from ..planning.shards import Piece
 from ..planning.steps import Step
@@ -176,10 +176,10 @@ class Run(NamedTuple):
         """Compute from both inputs' bytes into the outputs' from byte `at` on. Raises EngineError."""
         step = self.step
         assert step.sft is not None
-        n = len(aligned) * 8 // BITS[step.aligned.dtype]
         outs = [out[at : at + len(aligned)] for out in self.outs]
         alphas = [step.alphas[k] for k in self.active]
+        operands = Operand(sft, step.sft.dtype), Operand(aligned, step.aligned.dtype)
         try:
-            return self.engine.run(sft, step.sft.dtype, aligned, step.aligned.dtype, n, outs, alphas, self.measure)
+            return self.engine.run(*extrapolation(*operands, alphas), outs, self.measure)
         except RuntimeError as error:
             raise EngineError(f"--engine {self.engine.name} failed on {step.name}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
-from ..dtypes import ITEMSIZE
+from ..dtypes import ITEMSIZE, numpy_names, torch_names
 from ..errors import EngineError, UsageError
 from ..execution import gpu_kernels as gpu
 from ..execution.engines import Engine, choose, cpu_count
-from ..kernels.contract import working_alpha
+from ..kernels.contract import Address, Operand, extrapolation, working_alpha
 from .memory_checks import check_memory, check_unmasked, first_ones
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def _many(torch: Any, sft: list[Any], aligned: list[Any], alpha: float, out: lis
             continue
         if torch is None or not isinstance(a, torch.Tensor):
             _compute_arrays(s, a, each)
-        elif gpu.on_gpu(a) and _plain(s, a, o) and each.alpha and "F64" not in each.dtypes:
+        elif gpu.on_gpu(a) and each.addresses is not None and "F64" not in each.dtypes:
             together[a.device].append((s.detach(), a.detach(), o.detach()))
         else:
             _compute(s, a, each)
@@ -91,32 +90,24 @@ def _many(torch: Any, sft: list[Any], aligned: list[Any], alpha: float, out: lis
 
 
 class _Checked(NamedTuple):
-    """Arguments that fit together: where the result goes, the dtypes of sft and aligned, the working alpha."""
+    """Arguments that fit together.
+
+    Attributes:
+        out: The array or tensor that takes the result.
+        dtypes: The dtypes of sft and aligned.
+        alpha: The working alpha.
+        addresses: The addresses of sft, aligned and out, if alpha is not 0 and the elements of each are contiguous.
+    """
 
     out: Any
-    dtypes: tuple[Any, Any]
+    dtypes: tuple[str, str]
     alpha: float
+    addresses: tuple[int, ...] | None
 
 
 @cache
 def _cpu_engine() -> Engine:
     return choose("auto", "cpu")
-
-
-@cache
-def _torch_names() -> dict[Any, str]:
-    from ..dtypes import torch_dtypes
-
-    return {dtype: name for name, dtype in torch_dtypes().items()}
-
-
-@cache
-def _numpy_names() -> dict[Any, str]:
-    import ml_dtypes
-    import numpy as np
-
-    kinds = {np.float16: "F16", np.float32: "F32", np.float64: "F64", ml_dtypes.bfloat16: "BF16"}
-    return {np.dtype(kind): name for kind, name in kinds.items()}
 
 
 def _check(sft: Any, aligned: Any, out: Any, kind: Any) -> None:
@@ -133,11 +124,17 @@ def _check(sft: Any, aligned: Any, out: Any, kind: Any) -> None:
         raise UsageError(f"out is {out.dtype}, but the result has aligned's dtype {aligned.dtype}")
 
 
-def _working(alpha: float, sft: Any, aligned: Any, names: tuple[str | None, str | None]) -> float:
-    if names[0] is None or names[1] is None:
+def _dtypes(sft: Any, aligned: Any, names: dict[Any, str]) -> tuple[str, str]:
+    """Return the names of the dtypes of sft and aligned. Raises UsageError for dtypes that are not extrapolated."""
+    found = names.get(sft.dtype, ""), names.get(aligned.dtype, "")
+    if found[0] not in ITEMSIZE or found[1] not in ITEMSIZE:
         raise UsageError(f"dtypes must be bf16, fp16, fp32 or fp64, got sft {sft.dtype} and aligned {aligned.dtype}")
+    return found
+
+
+def _working(alpha: float, dtypes: tuple[str, str]) -> float:
     try:
-        return working_alpha(alpha, names[0], names[1])
+        return working_alpha(alpha, *dtypes)
     except (TypeError, ValueError) as error:
         raise UsageError(f"alpha must be a number that is finite in float32, got {alpha!r}") from error
 
@@ -151,10 +148,9 @@ def _tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
 def _checked(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> _Checked:
     given = aligned if out is None else out
     _check(sft, aligned, given, torch.Tensor)
-    names = _torch_names()
-    dtypes = names.get(sft.dtype), names.get(aligned.dtype)
     _check_layouts(torch, sft, aligned, given)
-    al = _working(alpha, sft, aligned, dtypes)
+    dtypes = _dtypes(sft, aligned, torch_names())
+    al = _working(alpha, dtypes)
     device = aligned.device
     if sft.device != device or given.device != device:
         raise UsageError(f"devices differ: sft {sft.device}, aligned {device}, out {given.device}")
@@ -165,33 +161,36 @@ def _checked(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> _Che
         check_memory(torch, out, "out")  # a FakeTensorMode that is on gives none
     elif out.numel() and any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
         raise UsageError(f"out has elements that share memory: shape {tuple(out.shape)}, strides {out.stride()}")
+    addresses = None
     if al and _plain(sft, aligned, out):
-        _check_overlap((sft.data_ptr(), aligned.data_ptr(), out.data_ptr()), dtypes, aligned.numel())
-    return _Checked(out, dtypes, al)
+        addresses = sft.data_ptr(), aligned.data_ptr(), out.data_ptr()
+        _check_overlap(addresses, dtypes, aligned.numel())
+    return _Checked(out, dtypes, al, addresses)
 
 
-def _plain(*tensors: Any) -> bool:
-    """Whether the elements lie one after the other, as they are."""
-    return all(x.is_contiguous() and not x.is_neg() for x in tensors)
+def _plain(sft: Any, aligned: Any, out: Any) -> bool:
+    """Return True if the memory of each tensor holds its elements one after the other, as they are."""
+    contiguous = sft.is_contiguous() and aligned.is_contiguous() and out.is_contiguous()
+    return contiguous and not (sft.is_neg() or aligned.is_neg() or out.is_neg())
 
 
 def _compute(sft: Any, aligned: Any, checked: _Checked) -> None:
-    out, dtypes, al = checked
+    out, dtypes, al, addresses = checked
     if al == 0:
         source = aligned.detach()
         apart = out is aligned or out.untyped_storage().data_ptr() != aligned.untyped_storage().data_ptr()
         out.detach().copy_(source if apart else source.clone())  # copy_ is wrong where they overlap
-    elif not _plain(sft, aligned, out):
+    elif addresses is None:
         plain = [x.detach().resolve_neg().contiguous() for x in (sft, aligned)]
         out.detach().copy_(extrapolate(plain[0], plain[1], al))
     elif aligned.device.type == "cpu":
-        _on_cpu((sft.data_ptr(), aligned.data_ptr(), out.data_ptr()), dtypes, aligned.numel(), al)
+        _on_cpu(addresses, dtypes, aligned.numel(), al)
     else:
         gpu.compute(sft.detach(), aligned.detach(), al, out.detach())
 
 
 def _check_layouts(torch: Any, sft: Any, aligned: Any, out: Any) -> None:
-    if any(x.layout != torch.strided for x in (sft, aligned, out)):
+    if not sft.layout == aligned.layout == out.layout == torch.strided:
         raise UsageError(f"tensors must be dense, got sft {sft.layout}, aligned {aligned.layout}, out {out.layout}")
 
 
@@ -211,72 +210,54 @@ def _checked_arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> _Checked:
     _check(sft, aligned, out, np.ndarray)
     for role, array in (("sft", sft), ("aligned", aligned), ("out", out)):
         check_unmasked(np, array, role)
-    names = _numpy_names()
-    dtypes = names.get(sft.dtype), names.get(aligned.dtype)
-    al = _working(alpha, sft, aligned, dtypes)
+    dtypes = _dtypes(sft, aligned, numpy_names())
+    al = _working(alpha, dtypes)
     if not out.flags.writeable:
         raise UsageError("out is read-only")
-    if al and _in_order(sft, aligned, out):
-        _check_overlap(_addresses(sft, aligned, out), dtypes, aligned.size)
-    return _Checked(out, dtypes, al)
+    addresses = None
+    if al and all(x.flags.c_contiguous for x in (sft, aligned, out)):
+        addresses = tuple(x.__array_interface__["data"][0] for x in (sft, aligned, out))
+        _check_overlap(addresses, dtypes, aligned.size)
+    return _Checked(out, dtypes, al, addresses)
 
 
 def _compute_arrays(sft: Any, aligned: Any, checked: _Checked) -> None:
     import numpy as np
 
-    out, dtypes, al = checked
+    out, dtypes, al, addresses = checked
     if al == 0:
         out[...] = aligned
-    elif not _in_order(sft, aligned, out):
+    elif addresses is None:
         out[...] = extrapolate(np.ascontiguousarray(sft), np.ascontiguousarray(aligned), al).reshape(out.shape)
     else:
-        _on_cpu(_addresses(sft, aligned, out), dtypes, aligned.size, al)
+        _on_cpu(addresses, dtypes, aligned.size, al)
 
 
-def _in_order(*arrays: Any) -> bool:
-    """Whether the elements of each lie one after the other."""
-    return all(x.flags.c_contiguous for x in arrays)
-
-
-def _addresses(*arrays: Any) -> tuple[int, ...]:
-    return tuple(x.__array_interface__["data"][0] for x in arrays)
-
-
-def _on_cpu(addresses: tuple[int, ...], dtypes: tuple[Any, ...], n: int, alpha: float) -> None:
-    """n contiguous elements at each of the addresses of sft, aligned and out, by as many threads as pay."""
-    items = ITEMSIZE[dtypes[0]], ITEMSIZE[dtypes[1]], ITEMSIZE[dtypes[1]]
+def _on_cpu(addresses: tuple[int, ...], dtypes: tuple[str, str], n: int, alpha: float) -> None:
+    """Compute n contiguous elements at the addresses of sft, aligned and out, by as many threads as pay."""
+    item = ITEMSIZE[dtypes[1]]
+    sft = Operand(Address(addresses[0], n * ITEMSIZE[dtypes[0]]), dtypes[0])
+    aligned = Operand(Address(addresses[1], n * item), dtypes[1])
+    out = Address(addresses[2], n * item)
+    if n < SPLIT:
+        return compute_on_cpu(sft, aligned, alpha, out)
     threads = min(cpu_count(), THREADS, n // SPLIT + 1)
-    if threads == 1:
-        return compute_at(addresses, dtypes, n, alpha)
     share = -(-n // threads)
     with ThreadPoolExecutor(threads) as pool:
-        work = [
-            pool.submit(
-                compute_at,
-                [a + at * item for a, item in zip(addresses, items, strict=True)],
-                dtypes,
-                min(share, n - at),
-                alpha,
-            )
-            for at in range(0, n, share)
-        ]
+        work = []
+        for at in range(0, n, share):
+            some = min(share, n - at)
+            parts = sft.part(at, some), aligned.part(at, some), alpha, out.part(at * item, some * item)
+            work.append(pool.submit(compute_on_cpu, *parts))
         for future in work:
             future.result()
     return None
 
 
-def compute_at(addresses: Sequence[int], dtypes: tuple[Any, ...], n: int, alpha: float) -> None:
-    """n contiguous elements at the addresses of sft, aligned and out; alpha as it works, and not 0."""
-    engine = _cpu_engine()
-    memories: Sequence[Any] = addresses
-    if engine.name != "cpu" or "F64" in dtypes:  # NumPy wants buffers
-        kinds = (*dtypes, dtypes[1])
-        memories = [
-            (ctypes.c_ubyte * (n * ITEMSIZE[kind])).from_address(address)
-            for address, kind in zip(addresses, kinds, strict=True)
-        ]
+def compute_on_cpu(sft: Operand, aligned: Operand, alpha: float, out: Address) -> None:
+    """Compute aligned + alpha * (aligned - sft) into out, in this thread; alpha is the working alpha, and not 0."""
     try:
-        engine.run(memories[0], dtypes[0], memories[1], dtypes[1], n, memories[2:], (alpha,), False)
+        _cpu_engine().run(*extrapolation(sft, aligned, (alpha,)), (out,), False)
     except RuntimeError as error:
         raise EngineError(str(error)) from error
 

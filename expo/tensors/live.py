@@ -27,18 +27,18 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.model_tensors import ModelTensors
-from ..checkpoints.safetensors_header import TensorInfo, element_count
-from ..dtypes import FROM_TORCH, ITEMSIZE, torch_dtypes
+from ..checkpoints.safetensors_header import TensorInfo
+from ..dtypes import FROM_TORCH, torch_dtypes
 from ..errors import EngineError, PlanError, UsageError
 from ..execution import gpu_kernels as gpu
 from ..execution.engines import cpu_count
 from ..inputs.resolve import StrPath, open_one
-from ..kernels.contract import working_alpha
+from ..kernels.contract import Address, Operand, working_alpha
 from ..options import MergeOptions
 from ..planning.matching import Matched, match_tensors
 from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT, Step
 from ..text import size_text
-from .arrays import THREADS, compute_at
+from .arrays import THREADS, compute_on_cpu
 from .memory_checks import check_memory
 
 KEEP = ("device", "host", "disk")
@@ -420,26 +420,28 @@ def available_memory() -> int | None:
 
 
 def _jobs(trio: Trio) -> Iterator[_Job]:
-    """The parts of a tensor on the CPU."""
-    n = element_count(tuple(trio.out.shape))
-    items = [ITEMSIZE[name] for name in (*trio.dtypes, trio.dtypes[1])]
-    pointers = [each.data_ptr() for each in (trio.sft, trio.aligned, trio.out)]
+    """Yield the jobs that compute a tensor on the CPU."""
+    sft, aligned, out = (
+        Operand(Address(tensor.data_ptr(), tensor.nbytes), NAMES[tensor.dtype])
+        for tensor in (trio.sft, trio.aligned, trio.out)
+    )
+    n = aligned.elements
     for start in range(0, n, JOB):
-        places = [place + start * item for place, item in zip(pointers, items, strict=True)]
-        yield _Job(places, trio.dtypes, min(JOB, n - start), trio.alpha)
+        some = min(JOB, n - start)
+        yield _Job(sft.part(start, some), aligned.part(start, some), out.part(start, some).memory, trio.alpha)
 
 
 class _Job(NamedTuple):
-    """Addresses of sft, aligned and out, and the elements there."""
+    """Some elements of one tensor on the CPU: those of sft and aligned, the memory of the weights, and their alpha."""
 
-    places: Sequence[int]
-    dtypes: tuple[str, str]
-    n: int
+    sft: Operand
+    aligned: Operand
+    out: Address
     alpha: float | None
 
     def __call__(self, value: float) -> None:
-        alpha = working_alpha(value if self.alpha is None else self.alpha, *self.dtypes)
+        alpha = working_alpha(value if self.alpha is None else self.alpha, self.sft.dtype, self.aligned.dtype)
         if alpha:
-            compute_at(self.places, self.dtypes, self.n, alpha)
+            compute_on_cpu(self.sft, self.aligned, alpha, self.out)
         else:
-            ctypes.memmove(self.places[2], self.places[1], self.n * ITEMSIZE[self.dtypes[1]])
+            ctypes.memmove(self.out.start, self.aligned.memory.start, self.out.nbytes)

@@ -36,6 +36,8 @@ def _storage(torch: Any, tensor: Any) -> int:
     The tensor's own data_ptr() does not do: a subclass may override it, and a view of freed memory has an offset.
     """
     try:
+        if type(tensor) is torch.Tensor:  # This is no subclass, and takes a fifth of the time.
+            return int(tensor.untyped_storage().data_ptr())
         with torch._C.DisableTorchFunctionSubclass():
             return int(torch.Tensor.untyped_storage(tensor).data_ptr())
     except RuntimeError:  # torch says so by itself for some

@@ -8,10 +8,13 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from expo.kernels.contract import Operand, Term
 
 pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -245,8 +248,10 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         sft, aligned = torch.randn(2, 64).bfloat16()
         return [bench_gpu.Tensors(sft, aligned, aligned.new_zeros(bench_gpu.K, 64), [64])]
 
-    def launch(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Tensor) -> None:
-        out.copy_((aligned.float() + alpha * (aligned.float() - sft.float())).bfloat16())
+    def launch(anchor: Operand, terms: Sequence[Term], outputs: Sequence[torch.Tensor]) -> None:
+        (alpha,), _, sft = terms[0]
+        aligned = anchor.memory.float()
+        outputs[0].copy_((aligned + alpha * (aligned - sft.memory.float())).bfloat16())
 
     monkeypatch.setattr(bench_gpu, "inputs", inputs)
     monkeypatch.setattr(bench_gpu.extrapolate, "launch", launch)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import exact
 import numpy as np
 import torch
+from engine_calls import run_engine
 from executor import Kernel, Range
 from same import assert_same
 
@@ -170,7 +171,7 @@ FAMILIES: dict[str, Callable[[aot.Variant, Case], Laid]] = {
 def reference(kinds: tuple[str, str], case: Case, alphas: int) -> list[Array]:
     outs = [np.empty_like(case.aligned) for _ in range(alphas)]
     used = [working_alpha(alpha) for alpha in case.alphas[:alphas]]
-    numerics.extrapolate(case.sft, kinds[0], case.aligned, kinds[1], len(case.aligned), outs, used, False)
+    run_engine(numerics.extrapolate, case.sft, case.aligned, kinds, outs, used)
     return outs
 
 

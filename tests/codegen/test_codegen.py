@@ -17,6 +17,7 @@ import torch
 from cases import with_plain_product
 
 from expo.kernels import aot, extrapolate, sweep, whole_model
+from expo.kernels.contract import tensor_extrapolation
 
 VARIANTS = aot.variants()
 ASSERTED = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
@@ -239,7 +240,7 @@ class Launches:
 def test_launch(monkeypatch: pytest.MonkeyPatch, n: int, programs: int) -> None:
     launches, tensor = Launches(), torch.zeros(n, dtype=torch.bfloat16)
     monkeypatch.setattr(extrapolate, "extrapolate", launches)
-    extrapolate.launch(tensor, tensor, 0.25, tensor)
+    extrapolate.launch(*tensor_extrapolation(tensor, tensor, (0.25,)), [tensor])
     assert launches.grid == (programs,)
     assert launches.arguments[3:] == (n, 0.25)
     assert launches.options == {"BLOCK": VARIANTS[PAIR].constants["BLOCK"], "PTX": True, **extrapolate.OPTIONS}
@@ -251,7 +252,8 @@ def test_launch_of_a_sweep(monkeypatch: pytest.MonkeyPatch, n: int, programs: in
     launches, tensor = Launches(), torch.zeros(n, dtype=torch.bfloat16)
     monkeypatch.setattr(sweep, "sweep", launches)
     partials = sweep.Partials.empty(n, 2, tensor.device) if measured else None
-    sweep.launch(tensor, tensor, torch.tensor([0.5, 1.0]), torch.zeros(2, n + 5, dtype=torch.bfloat16)[:, :n], partials)
+    arguments = tensor_extrapolation(tensor, tensor, torch.tensor([0.5, 1.0]))
+    sweep.launch(*arguments, torch.zeros(2, n + 5, dtype=torch.bfloat16)[:, :n], partials)
     assert launches.grid == (programs,)
     assert launches.arguments[6:] == (n, n + 5)
     assert (launches.arguments[4] is not None) is measured
@@ -275,8 +277,8 @@ def test_launch_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     launches, tensor = Launches(), torch.zeros(0, dtype=torch.bfloat16)
     for module, name in ((extrapolate, "extrapolate"), (sweep, "sweep"), (whole_model, "whole_model")):
         monkeypatch.setattr(module, name, launches)
-    extrapolate.launch(tensor, tensor, 0.25, tensor)
-    sweep.launch(tensor, tensor, torch.tensor([0.5]), tensor.view(1, 0))
+    extrapolate.launch(*tensor_extrapolation(tensor, tensor, (0.25,)), [tensor])
+    sweep.launch(*tensor_extrapolation(tensor, tensor, torch.tensor([0.5])), tensor.view(1, 0))
     whole_model.Table([tensor], [tensor], [tensor]).launch(0.5)
     whole_model.Table([], [], []).launch(0.5)
     assert launches.grid == ()

@@ -15,6 +15,7 @@ import ptx
 import pytest
 import torch
 from cases import with_plain_product
+from engine_calls import run_engine
 from mutants import package
 from same import assert_same
 from statistics_mutants import MUTANTS, Mutant
@@ -165,7 +166,7 @@ def launch_far(kernel: Compiled, pair: Pair) -> Outcome:
 def reference(pair: Pair, dtypes: tuple[str, str], alphas: Sequence[float]) -> tuple[Array, Statistics]:
     outs = [bytearray(pair[1].nbytes) for _ in alphas]
     used = [working_alpha(alpha) for alpha in alphas]
-    statistics = numerics.extrapolate(pair[0], dtypes[0], pair[1], dtypes[1], len(pair[1]), outs, used, True)
+    statistics = run_engine(numerics.extrapolate, *pair, dtypes, outs, used, True)
     assert statistics is not None
     return np.array([np.frombuffer(out, pair[1].dtype) for out in outs]), statistics
 

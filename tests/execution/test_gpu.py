@@ -16,13 +16,14 @@ import exact
 import numpy as np
 import pytest
 import torch
+from engine_calls import run_engine
 from same import assert_same
 
 import expo
 from expo.demo import ALIGNED, SFT
 from expo.dtypes import torch_dtypes
 from expo.kernels import numerics
-from expo.kernels.contract import Statistics, working_alpha
+from expo.kernels.contract import Statistics, tensor_extrapolation, working_alpha
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
@@ -60,7 +61,7 @@ Launch = Callable[[], None]
 def plain(s: torch.Tensor, a: torch.Tensor, alphas: Sequence[float], outs: torch.Tensor) -> Launch:
     def launch() -> None:
         for alpha, out in zip(alphas, outs, strict=True):
-            extrapolate.launch(s, a, working_alpha(alpha), out)
+            extrapolate.launch(*tensor_extrapolation(s, a, (working_alpha(alpha),)), [out])
 
     return launch
 
@@ -69,7 +70,7 @@ def swept(
     s: torch.Tensor, a: torch.Tensor, alphas: Sequence[float], outs: torch.Tensor, partials: Any = None
 ) -> Launch:
     on_gpu = torch.tensor(alphas, dtype=torch.float32, device=s.device)
-    return lambda: sweep.launch(s, a, on_gpu, outs, partials)
+    return lambda: sweep.launch(*tensor_extrapolation(s, a, on_gpu), outs, partials)
 
 
 def measured(s: torch.Tensor, a: torch.Tensor, alphas: Sequence[float], outs: torch.Tensor) -> Launch:
@@ -113,7 +114,7 @@ def reference(
 ) -> tuple[list[Array], Statistics | None]:
     outs = [np.empty_like(a) for _ in alphas]
     working = [working_alpha(alpha, *pair) for alpha in alphas]
-    return outs, numerics.extrapolate(s, pair[0], a, pair[1], a.size, outs, working, measure)
+    return outs, run_engine(numerics.extrapolate, s, a, pair, outs, working, measure)
 
 
 def upload(bits: Array, dtype: str, shift: int = 0, device: str | None = None) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_calls import run_engine
 
 pytest.importorskip("triton", minversion="3.6", reason="the PTX of an older Triton has what helpers.ptx does not know")
 
@@ -89,7 +90,7 @@ def pair(n: int = 5000) -> tuple[torch.Tensor, torch.Tensor]:
 def expected(sft: torch.Tensor, aligned: torch.Tensor, alpha: float = 0.3) -> torch.Tensor:
     out = torch.empty_like(aligned)
     s, a, o = (each.view(torch.int16).numpy() for each in (sft, aligned, out))
-    numerics.extrapolate(s, "BF16", a, "BF16", a.size, [o], [working_alpha(alpha)], False)
+    run_engine(numerics.extrapolate, s, a, ("BF16", "BF16"), [o], [working_alpha(alpha)])
     return out
 
 
@@ -603,7 +604,7 @@ def test_doubles_are_no_concern_of_the_gpus(software: SoftwareGpu, monkeypatch: 
     s, a, out = np.ones(5), np.full(5, 2.0), np.empty(5)
     before = len(software.launches)
     with pytest.raises(RuntimeError, match="numerics"):
-        engine.run(s.data, "F64", a.data, "F64", 5, [out.data], [0.5], False)
+        run_engine(engine.run, s.data, a.data, ("F64", "F64"), [out.data], [0.5])
     assert (gpu.reason_given_up(CPU), len(software.launches)) == ("", before)
 
 

@@ -6,6 +6,7 @@ Values are fractions; a rounding is Python's exact half-to-even `round`. Slow, s
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from enum import Enum
 from fractions import Fraction
 from typing import NamedTuple
@@ -137,6 +138,26 @@ def extrapolate(sft: int, sft_dtype: str, aligned: int, aligned_dtype: str, alph
     if not fused:
         p = rounded(p, work)
     return encode(rounded(add(a, p), work), aligned_dtype)
+
+
+Stored = tuple[int, str]  # an element: its bit pattern and its dtype
+
+
+def combine(anchor: Stored, terms: Sequence[tuple[float, Stored, Stored]]) -> int:
+    """Return the bit pattern of anchor + coefficient * (plus - minus) + ..., by the contract, in the anchor's dtype.
+
+    Args:
+        anchor: The element that the sum starts from.
+        terms: For each term its coefficient and its two elements, added in this order.
+    """
+    elements = [anchor, *(element for _, *pair in terms for element in pair)]
+    work = "F64" if any(dtype == "F64" for _, dtype in elements) else "F32"
+    r = decode(*anchor)
+    for coefficient, plus, minus in terms:
+        d = rounded(add(decode(*plus), -decode(*minus)), work)
+        p = rounded(multiply(working(coefficient, work), d), work)
+        r = rounded(add(r, p), work)
+    return encode(r, anchor[1])
 
 
 def is_nan(bits: int, dtype: str) -> bool:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from engine_calls import run_engine
 
 from expo.dtypes import torch_dtypes
 from expo.kernels import numerics, sweep
+from expo.kernels.contract import Operand, Term, extrapolation_term
 from expo.kernels.sweep import PART, Partials
 
 POISON = 0x5A  # as fp32 a number, so that statistics made of it are wrong and not an error
@@ -125,19 +127,18 @@ class Late:
             work[1].happened = True
 
 
-def kernel(
-    sft: torch.Tensor, aligned: torch.Tensor, alphas: torch.Tensor, outs: torch.Tensor, partials: Partials | None = None
-) -> None:
-    """Stands in for `sweep.launch`: the NumPy engine on the same memory, a row of statistics for each part."""
-    pair = NAMES[sft.dtype], NAMES[aligned.dtype]
+def kernel(anchor: Operand, terms: Sequence[Term], outs: torch.Tensor, partials: Partials | None = None) -> None:
+    """Compute as `sweep.launch` by the NumPy engine on the same memory, with a row of statistics for each part."""
+    alphas, _, sft = extrapolation_term("a test's", anchor, terms)
+    pair = sft.dtype, anchor.dtype
+    assert pair == (NAMES[sft.memory.dtype], NAMES[anchor.memory.dtype])
     if partials is not None:
-        assert len(partials.sums) == len(partials.counts) == sweep.partial_rows(aligned.numel())
+        assert len(partials.sums) == len(partials.counts) == sweep.partial_rows(anchor.elements)
         partials.sums.zero_()
         partials.counts.zero_()
-    for row, at in enumerate(range(0, aligned.numel(), PART)):
-        s, a, results = (_bytes(x[..., at : at + PART]) for x in (sft, aligned, outs))
-        n = a.size // aligned.element_size()
-        moved = numerics.extrapolate(s, pair[0], a, pair[1], n, list(results), alphas.tolist(), partials is not None)
+    for row, at in enumerate(range(0, anchor.elements, PART)):
+        s, a, results = (_bytes(x[..., at : at + PART]) for x in (sft.memory, anchor.memory, outs))
+        moved = run_engine(numerics.extrapolate, s, a, pair, list(results), alphas.tolist(), partials is not None)
         if partials is not None and moved is not None:
             partials.sums[row] = torch.tensor(moved[:3])
             partials.counts[row] = torch.tensor([changed | wild << 16 for changed, wild in moved.counts])

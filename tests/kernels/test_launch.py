@@ -13,6 +13,7 @@ import exact
 import numpy as np
 import pytest
 import torch
+from engine_calls import run_engine
 from same import assert_same
 
 pytest.importorskip("triton", minversion="3.6", reason="the PTX of an older Triton has what helpers.ptx does not know")
@@ -21,7 +22,7 @@ from software_gpu import SoftwareGpu
 
 from expo.dtypes import torch_dtypes
 from expo.kernels import extrapolate, numerics, sweep, whole_model
-from expo.kernels.contract import working_alpha
+from expo.kernels.contract import tensor_extrapolation, working_alpha
 
 if extrapolate.interpreted():
     pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
@@ -50,12 +51,12 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoftwareGpu]:
 
 def plain(s: torch.Tensor, a: torch.Tensor, outs: torch.Tensor) -> str:
     for alpha, out in zip(ALPHAS, outs, strict=True):
-        extrapolate.launch(s, a, working_alpha(alpha), out)
+        extrapolate.launch(*tensor_extrapolation(s, a, (working_alpha(alpha),)), [out])
     return "extrapolate"
 
 
 def swept(s: torch.Tensor, a: torch.Tensor, outs: torch.Tensor) -> str:
-    sweep.launch(s, a, torch.tensor(ALPHAS), outs)
+    sweep.launch(*tensor_extrapolation(s, a, torch.tensor(ALPHAS)), outs)
     return "sweep"
 
 
@@ -65,7 +66,7 @@ def measured(s: torch.Tensor, a: torch.Tensor, outs: torch.Tensor) -> str:
     partials = sweep.Partials.empty(n, len(ALPHAS), a.device)
     for each in partials:
         each.view(torch.uint8).fill_(POISON)
-    sweep.launch(s, a, torch.tensor(ALPHAS), outs, partials)
+    sweep.launch(*tensor_extrapolation(s, a, torch.tensor(ALPHAS)), outs, partials)
     names = {dtype: name for name, dtype in torch_dtypes().items()}
     _, expected = reference(bits_of(s), bits_of(a), (names[s.dtype], names[a.dtype]))
     found = sweep.statistics(partials)
@@ -87,7 +88,7 @@ every_pair = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 
 def reference(s: Array, a: Array, pair: tuple[str, str]) -> tuple[list[Array], Any]:
     outs, alphas = [np.empty_like(a) for _ in ALPHAS], [working_alpha(alpha) for alpha in ALPHAS]
-    statistics = numerics.extrapolate(s, pair[0], a, pair[1], a.size, outs, alphas, True)
+    statistics = run_engine(numerics.extrapolate, s, a, pair, outs, alphas, True)
     return outs, statistics
 
 

@@ -21,13 +21,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from engine_calls import run_engine
 from float_modes import ROUNDING_MODES, flushing, on_x86, pack, rounding
 from same import differing
 
 from expo.dtypes import ITEMSIZE, torch_dtypes
-from expo.kernels import numerics
-from expo.kernels.contract import EngineFunction, Statistics, working_alpha
-from expo.kernels.twin import twin
+from expo.errors import EngineError
+from expo.kernels import numerics, torch_eager
+from expo.kernels.contract import Address, EngineFunction, Operand, Statistics, Term, extrapolation, working_alpha
 
 NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
@@ -38,27 +39,22 @@ KINDS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64"
 POISON, GUARD = 0xA5, 64  # the byte that fills outputs, and how many of them stand around one
 
 
-def _twin(
-    sft: Any,
-    sft_dtype: str,
-    aligned: Any,
-    aligned_dtype: str,
-    n: int,
-    outs: Sequence[Any],
-    alphas: Sequence[float],
-    measure: bool,
-) -> Statistics | None:
-    """The torch twin behind the contract's signature."""
-    assert not measure
-    s, a = (
-        torch.frombuffer(bytearray(memory), dtype=torch_dtypes()[dtype], count=n)
-        if n
-        else torch.empty(0, dtype=torch_dtypes()[dtype])
-        for memory, dtype in ((sft, sft_dtype), (aligned, aligned_dtype))
-    )
-    for out, alpha in zip(outs, alphas, strict=True):
-        memoryview(out)[: n * ITEMSIZE[aligned_dtype]] = twin(s, a, alpha).view(torch.uint8).numpy().tobytes()
-    return None
+def eager(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
+    """Call the engine of torch's own operations with copies of memory of the host."""
+    n, tensors = anchor.elements, {}
+
+    def uploaded(operand: Operand) -> Operand:
+        if id(operand.memory) not in tensors:
+            data = bytearray(operand.memory) or bytearray(ITEMSIZE[operand.dtype])
+            tensors[id(operand.memory)] = torch.frombuffer(data, dtype=torch_dtypes()[operand.dtype])[:n]
+        return operand._replace(memory=tensors[id(operand.memory)])
+
+    outs = [torch.empty(n, dtype=torch_dtypes()[anchor.dtype]) for _ in outputs]
+    copies = [Term(term.coefficients, uploaded(term.plus), uploaded(term.minus)) for term in terms]
+    statistics = torch_eager.extrapolate(uploaded(anchor), copies, outs, measure)
+    for out, output in zip(outs, outputs, strict=True):
+        memoryview(output)[: out.nbytes] = out.view(torch.uint8).numpy().tobytes()
+    return statistics
 
 
 def engine_function(name: str) -> EngineFunction:
@@ -68,10 +64,10 @@ def engine_function(name: str) -> EngineFunction:
         except ImportError as error:
             pytest.skip(f"the compiled engine is not built: {error}")
         return cpu.extrapolate
-    return {"numerics": numerics.extrapolate, "twin": _twin}[name]
+    return {"numerics": numerics.extrapolate, "torch_eager": eager}[name]
 
 
-@pytest.fixture(params=["numerics", "cpu", "twin"])
+@pytest.fixture(params=["numerics", "cpu", "torch_eager"])
 def engine(request: pytest.FixtureRequest) -> EngineFunction:
     return engine_function(request.param)
 
@@ -91,9 +87,8 @@ def compute(
     run: EngineFunction, sft: bytes, aligned: bytes, pair: tuple[str, str], alphas: Sequence[float]
 ) -> list[Any]:
     """The outputs' bits, one array for each alpha."""
-    n = len(aligned) // ITEMSIZE[pair[1]]
     outs = [bytearray([POISON]) * len(aligned) for _ in alphas]
-    run(sft, pair[0], aligned, pair[1], n, outs, [working_alpha(alpha, *pair) for alpha in alphas], False)
+    run_engine(run, sft, aligned, pair, outs, [working_alpha(alpha, *pair) for alpha in alphas])
     return [np.frombuffer(out, BITS[pair[1]]) for out in outs]
 
 
@@ -316,7 +311,7 @@ def test_subnormal_alpha_in_a_thread_that_flushes(cpu: EngineFunction) -> None:
     rounded = working_alpha(alpha, "F32")
     assert rounded == np.float32(alpha) > 0
     out = bytearray(len(sft))
-    flushing(lambda: cpu(sft, "F32", aligned, "F32", 9, [out], [rounded], False))
+    flushing(lambda: run_engine(cpu, sft, aligned, F, [out], [rounded]))
     assert {hex(bits) for bits in np.frombuffer(out, np.uint32)} == {hex(expected)}
 
 
@@ -345,8 +340,8 @@ def test_cpu_refuses_fp64_in_a_thread_that_flushes(cpu: EngineFunction) -> None:
 def test_cpu_in_a_thread_that_rounds_otherwise(cpu: EngineFunction, pair: tuple[str, str], mode: int) -> None:
     sft, aligned, expected = golden(pair, 0.3)
     out = bytearray(len(aligned))
-    arguments = (sft, pair[0], aligned, pair[1], len(expected), [out], [working_alpha(0.3)], False)
-    rounding(mode, lambda: cpu(*arguments))
+    alpha = working_alpha(0.3)
+    rounding(mode, lambda: run_engine(cpu, sft, aligned, pair, [out], [alpha]))
     assert_same(np.frombuffer(out, BITS[pair[1]]), expected, pair[1], sft, aligned)
 
 
@@ -358,10 +353,10 @@ def test_numerics_refuses_a_thread_that_rounds_otherwise(mode: int) -> None:
     numerics.check_floating_point_mode()
 
 
-# The compiled engine and the twin against NumPy
+# The compiled engine and torch's own operations against NumPy
 
 
-@pytest.mark.parametrize("name", ["cpu", "twin"])
+@pytest.mark.parametrize("name", ["cpu", "torch_eager"])
 @pytest.mark.parametrize("pair", PAIRS + WIDE_PAIRS, ids="-".join)
 def test_agrees_on_random_bits(name: str, pair: tuple[str, str]) -> None:
     rng = np.random.default_rng(len(name))
@@ -372,7 +367,7 @@ def test_agrees_on_random_bits(name: str, pair: tuple[str, str]) -> None:
         assert_same(out, expected, pair[1], sft, aligned)
 
 
-@pytest.mark.parametrize("name", ["cpu", "twin"])
+@pytest.mark.parametrize("name", ["cpu", "torch_eager"])
 @pytest.mark.parametrize("pair", PAIRS + WIDE_PAIRS, ids="-".join)
 def test_agrees_on_special_values(name: str, pair: tuple[str, str]) -> None:
     sft, aligned = crossed_specials(pair)
@@ -424,11 +419,10 @@ class Fenced:
 def run_shifted(
     run: EngineFunction, sft: bytes, aligned: bytes, pair: tuple[str, str], offsets: tuple[int, int, int]
 ) -> Any:
-    n = len(aligned) // ITEMSIZE[pair[1]]
     out = Fenced(len(aligned), offsets[2])
     memories = shifted(sft, offsets[0]), shifted(aligned, offsets[1])
-    run(memories[0], pair[0], memories[1], pair[1], n, [out.memory], [working_alpha(0.3, *pair)], False)
-    assert out.guards_stand(), f"written outside the output of {n} elements at offsets {offsets}"
+    run_engine(run, *memories, pair, [out.memory], [working_alpha(0.3, *pair)])
+    assert out.guards_stand(), f"written outside the output of {len(aligned)} bytes at offsets {offsets}"
     return np.frombuffer(out.memory, BITS[pair[1]])
 
 
@@ -463,11 +457,11 @@ def test_in_place(host_engine: EngineFunction, pair: tuple[str, str], offset: in
     alpha = working_alpha(0.3, *pair)
     (expected,) = compute(numerics.extrapolate, sft, aligned, pair, [0.3])
     memory = shifted(aligned, offset)
-    host_engine(sft, pair[0], memory, pair[1], n, [memory], [alpha], False)
+    run_engine(host_engine, sft, memory, pair, [memory], [alpha])
     assert_same(np.frombuffer(memory, BITS[pair[1]]), expected, pair[1])
     if pair[0] == pair[1]:
         memory = shifted(sft, offset)
-        host_engine(memory, pair[0], aligned, pair[1], n, [memory], [alpha], False)
+        run_engine(host_engine, memory, aligned, pair, [memory], [alpha])
         assert_same(np.frombuffer(memory, BITS[pair[1]]), expected, pair[1])
 
 
@@ -482,27 +476,57 @@ def test_several_alphas(host_engine: EngineFunction, pair: tuple[str, str], meas
     assert len(alphas) == 64  # as many as the compiled engine takes
     outs = [Fenced(len(aligned), k % 4) for k in range(len(alphas))]
     rounded = [working_alpha(alpha, *pair) for alpha in alphas]
-    host_engine(sft, pair[0], aligned, pair[1], n, [out.memory for out in outs], rounded, measure)
+    run_engine(host_engine, sft, aligned, pair, [out.memory for out in outs], rounded, measure)
     assert all(out.guards_stand() for out in outs)
     for alpha, out in zip(alphas, outs, strict=True):
         (expected,) = compute(numerics.extrapolate, sft, aligned, pair, [alpha])
         assert_same(np.frombuffer(out.memory, BITS[pair[1]]), expected, pair[1], sft, aligned)
 
 
-def test_memory_longer_than_asked(host_engine: EngineFunction) -> None:
-    """n says how much is computed, not the buffers."""
+def test_memory_longer_than_the_anchor(host_engine: EngineFunction) -> None:
+    """The anchor alone fixes how much is computed."""
     sft, aligned, out = pack([0x3F80] * 9, "BF16"), pack([0x4000] * 9, "BF16"), bytearray([POISON]) * 18
-    host_engine(sft, "BF16", aligned, "BF16", 5, [out], [0.5], False)
+    run_engine(host_engine, sft, memoryview(aligned)[:10], B, [out], [0.5])
     assert out == pack([0x4020] * 5, "BF16") + bytes([POISON]) * 8
 
 
 @pytest.mark.parametrize("short", ["sft", "aligned", "out"])
-def test_memory_shorter_than_asked(host_engine: EngineFunction, short: str) -> None:
+def test_memory_shorter_than_the_anchor(host_engine: EngineFunction, short: str) -> None:
+    """An anchor whose last element is not whole is refused too."""
     sizes = {name: 15 if name == short else 16 for name in ("sft", "aligned", "out")}
     out = bytearray(sizes["out"])
     with pytest.raises(ValueError, match="buffer"):
-        host_engine(bytes(sizes["sft"]), "BF16", bytes(sizes["aligned"]), "BF16", 8, [out], [0.5], False)
+        run_engine(host_engine, bytes(sizes["sft"]), bytes(sizes["aligned"]), B, [out], [0.5])
     assert not any(out)
+
+
+@pytest.mark.parametrize("pair", [*PAIRS, ("F64", "BF16"), ("F64", "F64")], ids="-".join)
+def test_memory_at_an_address(host_engine: EngineFunction, pair: tuple[str, str]) -> None:
+    """An address and its bytes do as a buffer does, at the start of the memory and in the middle."""
+    rng = np.random.default_rng(15)
+    sft, aligned = random_bits(rng, pair[0], 301), random_bits(rng, pair[1], 301)
+    (expected,) = compute(numerics.extrapolate, sft, aligned, pair, [0.3])
+    out = bytearray([POISON]) * len(aligned)
+    arrays = [np.frombuffer(memory, np.uint8) for memory in (bytearray(sft), bytearray(aligned), out)]
+    s, a, o = (
+        Operand(Address(array.ctypes.data, array.nbytes), dtype)
+        for array, dtype in zip(arrays, (*pair, pair[1]), strict=True)
+    )
+    item = ITEMSIZE[pair[1]]
+    for first, count in ((0, 7), (7, 294)):
+        arguments = extrapolation(s.part(first, count), a.part(first, count), [working_alpha(0.3, *pair)])
+        assert host_engine(*arguments, [o.part(first, count).memory], False) is None
+        assert set(out[(first + count) * item :]) <= {POISON}
+    assert_same(np.frombuffer(out, BITS[pair[1]]), expected, pair[1], sft, aligned)
+
+
+@pytest.mark.parametrize("short", [0, 1, 2])
+def test_memory_at_an_address_shorter_than_the_anchor(host_engine: EngineFunction, short: int) -> None:
+    arrays = [np.zeros(16, np.uint8) for _ in range(3)]
+    s, a, o = (Address(array.ctypes.data, 15 if i == short else 16) for i, array in enumerate(arrays))
+    with pytest.raises(ValueError, match="buffer"):
+        run_engine(host_engine, s, a, B, [o], [0.5])
+    assert not arrays[2].any()
 
 
 # The compiled engine's code for processors without fp16 conversions
@@ -526,8 +550,10 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> EngineFunction:
     spec.loader.exec_module(module)
     codes = {dtype: code for code, dtype in enumerate(NARROW)}
 
-    def run(s: Any, s_dtype: str, a: Any, a_dtype: str, n: int, outs: Any, alphas: Any, measure: bool) -> None:
-        module.extrapolate(s, codes[s_dtype], a, codes[a_dtype], n, tuple(outs), tuple(alphas), measure)
+    def run(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> None:
+        alphas, _, sft = terms[0]
+        operands = sft.memory, codes[sft.dtype], anchor.memory, codes[anchor.dtype]
+        module.extrapolate(*operands, anchor.elements, tuple(outputs), tuple(alphas), measure)
 
     return run
 
@@ -618,7 +644,7 @@ def measured(
 ) -> tuple[Statistics, list[bytearray]]:
     outs = [bytearray([POISON]) * len(case.aligned) for _ in alphas]
     rounded = [working_alpha(alpha, *pair) for alpha in alphas]
-    statistics = run(case.sft, pair[0], case.aligned, pair[1], case.n, outs, rounded, True)
+    statistics = run_engine(run, case.sft, case.aligned, pair, outs, rounded, True)
     assert statistics is not None
     return statistics, outs
 
@@ -676,6 +702,167 @@ def test_engines_measure_the_same(cpu: EngineFunction, pair: tuple[str, str]) ->
         theirs, _ = measured(numerics.extrapolate, case, pair, ALPHAS)
         assert ours.counts == theirs.counts == plain_statistics(case, pair, outs).counts
         assert ours.max_abs_d == theirs.max_abs_d
+
+
+# Several terms
+
+
+class Sum(NamedTuple):
+    """An anchor and terms (coefficients, plus, minus), the numbers of tensors; their dtypes; and the coefficients."""
+
+    why: str
+    dtypes: tuple[str, ...]
+    terms: tuple[tuple[tuple[float, ...], int, int], ...]
+
+
+# Tensor 0 is the anchor.
+SUMS = [
+    Sum("no term", ("BF16",), ()),
+    Sum("one term that is not ExPO's", ("BF16", "BF16", "BF16"), (((0.3, -2.0), 1, 2),)),
+    Sum("two terms from one base", ("BF16", "BF16", "BF16"), (((0.3,), 0, 1), ((-0.7,), 0, 2))),
+    Sum("the same two terms in the other order", ("BF16", "BF16", "BF16"), (((-0.7,), 0, 2), ((0.3,), 0, 1))),
+    Sum("task vectors", ("F16", "BF16", "F32"), (((0.5, 1.0), 1, 0), ((0.25, -1.0), 2, 0))),
+    Sum("a chain of checkpoints", ("BF16", "F32", "F16", "BF16"), (((1.5,), 0, 1), ((0.5,), 1, 2), ((0.1,), 2, 3))),
+    Sum("large coefficients", ("F32", "F32"), (((3e38, 25.0), 0, 1), ((-3e38, -25.0), 0, 1))),
+    Sum("fp64 in a term alone", ("BF16", "F64", "BF16"), (((0.3,), 1, 2), ((-0.7,), 2, 0))),
+    Sum("fp64 in the anchor", ("F64", "BF16", "F16"), (((0.3,), 0, 1), ((0.1,), 0, 2))),
+]
+
+
+def special_columns(dtypes: Sequence[str]) -> list[list[int]]:
+    """Return one list of bit patterns for each dtype: special values, random bits, and values near each other."""
+    rng = random.Random("-".join(dtypes))
+    rows = [[rng.choice(exact.specials(dtype)) for dtype in dtypes] for _ in range(400)]
+    rows += [[rng.getrandbits(exact.FORMATS[dtype].bits) for dtype in dtypes] for _ in range(100)]
+    for _ in range(300):
+        a = rng.gauss(0, 0.02)
+        rows.append([exact.encode(exact.working(a * rng.gauss(1, 0.02), "F64"), dtype) for dtype in dtypes])
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("run", ["numerics", "torch_eager"])
+@pytest.mark.parametrize("case", SUMS, ids=lambda case: case.why)
+def test_several_terms(run: str, case: Sum) -> None:
+    """The sum of any terms, in the order given, has the bits that exact arithmetic gives."""
+    columns = special_columns(case.dtypes)
+    operands = [Operand(pack(bits, dtype), dtype) for bits, dtype in zip(columns, case.dtypes, strict=True)]
+    outputs = len(case.terms[0][0]) if case.terms else 1
+    work = [
+        Term([working_alpha(c, *case.dtypes) for c in coefficients], operands[x], operands[y])
+        for coefficients, x, y in case.terms
+    ]
+    outs = [bytearray([POISON]) * len(operands[0].memory) for _ in range(outputs)]
+    assert engine_function(run)(operands[0], work, outs, False) is None
+    for k, out in enumerate(outs):
+        expected = [
+            exact.combine(
+                (row[0], case.dtypes[0]),
+                [(c[k], (row[x], case.dtypes[x]), (row[y], case.dtypes[y])) for c, x, y in case.terms],
+            )
+            for row in zip(*columns, strict=True)
+        ]
+        found = np.frombuffer(out, BITS[case.dtypes[0]])
+        assert_same(found, np.array(expected, BITS[case.dtypes[0]]), case.dtypes[0])
+
+
+def test_the_order_of_terms_counts() -> None:
+    """Two of the cases above differ in nothing but the order of their terms, and give other bits."""
+    first, second = (next(case for case in SUMS if why in case.why) for why in ("from one base", "the other order"))
+    assert sorted(first.terms) == sorted(second.terms)
+    rows = list(zip(*special_columns(first.dtypes), strict=True))
+    found = [
+        [
+            exact.combine((row[0], "BF16"), [(c[0], (row[x], "BF16"), (row[y], "BF16")) for c, x, y in case.terms])
+            for row in rows
+        ]
+        for case in (first, second)
+    ]
+    assert found[0] != found[1]
+
+
+def test_several_terms_in_place() -> None:
+    """A single output may be the memory of any input."""
+    rng = np.random.default_rng(16)
+    data = [random_bits(rng, "F32", 40_009) for _ in range(3)]
+    out = bytearray(len(data[0]))
+
+    def run(memories: Sequence[Any], output: Any) -> None:
+        o, x, y = (Operand(memory, "F32") for memory in memories)
+        numerics.extrapolate(o, [Term([0.5], o, x), Term([-2.0], y, o)], [output], False)
+
+    run(data, out)
+    for place in range(3):
+        memories = [bytearray(memory) for memory in data]
+        run(memories, memories[place])
+        assert_same(np.frombuffer(memories[place], np.uint32), np.frombuffer(out, np.uint32), "F32")
+
+
+def test_one_memory_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Terms share the read of a tensor that occurs more than once."""
+    reads: list[int] = []
+    widen = numerics.widen
+    monkeypatch.setattr(numerics, "widen", lambda x, dtype: reads.append(x.size) or widen(x, dtype))
+    o, x = (Operand(bytes(20), "BF16") for _ in range(2))
+    numerics.extrapolate(o, [Term([0.5], o, x), Term([0.25], x, o), Term([1.0], x, x)], [bytearray(20)], False)
+    assert reads == [10, 10]
+
+
+def test_statistics_of_a_term_that_is_not_expos() -> None:
+    """The letter d is the term's difference, and the anchor takes aligned's place."""
+    o, x, y = (Operand(pack([bits] * 5, "BF16"), "BF16") for bits in (0x3F80, 0x4040, 0x4000))  # 1, 3, 2
+    statistics = numerics.extrapolate(o, [Term([2.0], x, y)], [bytearray(10)], True)
+    assert statistics == Statistics(5.0, 5.0, 1.0, ((5, 0),))
+
+
+def test_statistics_are_of_one_term() -> None:
+    o = Operand(bytes(4), "BF16")
+    for terms in ((), (Term([1.0], o, o), Term([1.0], o, o))):
+        with pytest.raises(EngineError, match=f"defined for one term, and there are {len(terms)}"):
+            numerics.extrapolate(o, terms, [bytearray(4)], True)
+
+
+def test_as_many_coefficients_as_outputs() -> None:
+    o = Operand(bytes(4), "BF16")
+    with pytest.raises(ValueError, match="as many coefficients as there are outputs, 1"):
+        numerics.extrapolate(o, [Term([1.0, 2.0], o, o)], [bytearray(4)], False)
+
+
+OTHER_COMBINATIONS = {
+    "no term": lambda o, x: (o, []),
+    "two terms": lambda o, x: (o, [Term([1.0], o, x), Term([1.0], o, x)]),
+    "another anchor": lambda o, x: (x, [Term([1.0], o, x)]),
+}
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F64"])
+@pytest.mark.parametrize("combination", OTHER_COMBINATIONS)
+def test_the_compiled_engine_refuses_other_combinations(cpu: EngineFunction, combination: str, dtype: str) -> None:
+    """F64 tensors are no exception, though NumPy computes them for this engine."""
+    o, x = (Operand(bytes(16), dtype) for _ in range(2))
+    out = bytearray([POISON]) * 16
+    with pytest.raises(EngineError, match=r"the engine cpu computes the one term .* use the engine numpy"):
+        cpu(*OTHER_COMBINATIONS[combination](o, x), [out], False)
+    assert set(out) == {POISON}
+
+
+@pytest.mark.parametrize("scaled", ["anchor", "minus"])
+def test_scales_are_refused(engine: EngineFunction, scaled: str) -> None:
+    plain = Operand(bytes(8), "F32")
+    other = plain._replace(scales=bytes(4))
+    out = bytearray([POISON]) * 8
+    with pytest.raises(EngineError, match="an operand has scales"):
+        engine(
+            *extrapolation(plain if scaled == "anchor" else other, other if scaled == "anchor" else plain, [1.0]),
+            [out],
+            False,
+        )
+    assert set(out) == {POISON}
+
+
+def test_torch_has_no_statistics() -> None:
+    o = Operand.of_tensor(torch.zeros(4))
+    with pytest.raises(EngineError, match="no statistics"):
+        torch_eager.extrapolate(*extrapolation(o, o, [1.0]), [torch.zeros(4)], True)
 
 
 # The working alpha

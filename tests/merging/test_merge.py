@@ -33,6 +33,7 @@ from checkpoint_files import (
     staging_folder,
     write_folder,
 )
+from engine_calls import run_engine
 
 import expo
 import expo.execution.worker_pool
@@ -110,13 +111,11 @@ def expected(sft: Tensors, aligned: Tensors, alpha: float) -> dict[str, tuple[st
 def _expected(
     sft: tuple[str, tuple[int, ...], bytes], aligned: tuple[str, tuple[int, ...], bytes], alpha: float
 ) -> bytes:
-    dtype, shape, data = aligned
+    dtype, _, data = aligned
     if dtype not in FLOATS or not alpha or not data:
         return data
     out = bytearray(len(data))
-    numerics.extrapolate(
-        sft[2], sft[0], data, dtype, math.prod(shape), [out], [working_alpha(alpha, dtype, sft[0])], False
-    )
+    run_engine(numerics.extrapolate, sft[2], data, (sft[0], dtype), [out], [working_alpha(alpha, dtype, sft[0])])
     return bytes(out)
 
 

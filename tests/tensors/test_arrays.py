@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from cpu_time import at_most
+from engine_calls import run_engine
 
 import expo
 import expo.tensors.arrays
@@ -60,8 +61,7 @@ def expected(sft: Any, aligned: Any, alpha: float) -> bytes:
     if alpha == 0 or not data:
         return data
     out = bytearray(len(data))
-    n = len(data) // np.dtype(NUMPY[a]).itemsize
-    numerics.extrapolate(raw(sft), s, data, a, n, [out], [working_alpha(alpha, s, a)], False)
+    run_engine(numerics.extrapolate, raw(sft), data, (s, a), [out], [working_alpha(alpha, s, a)])
     return bytes(out)
 
 

@@ -323,7 +323,7 @@ def test_a_failure_in_the_middle_is_not_hidden(monkeypatch: pytest.MonkeyPatch) 
     sft, model = Small(1), Small(2)
     live = Live(model, sft)
     with monkeypatch.context() as patch:
-        patch.setattr(expo.tensors.live, "compute_at", lambda *_: 1 / 0)
+        patch.setattr(expo.tensors.live, "compute_on_cpu", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             live.alpha = 0.5
     assert live.alpha is None, "some parameters may be of the new alpha"

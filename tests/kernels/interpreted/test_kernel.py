@@ -13,13 +13,14 @@ import pytest
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+from engine_calls import run_engine
 from same import assert_same
 
 import expo
 from expo.demo import ALIGNED, SFT
 from expo.dtypes import ITEMSIZE, torch_dtypes
 from expo.kernels import extrapolate, host, numerics, sweep, whole_model
-from expo.kernels.contract import Statistics, working_alpha
+from expo.kernels.contract import Statistics, tensor_extrapolation, working_alpha
 
 NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
@@ -36,8 +37,7 @@ def pack(bits: Sequence[int], dtype: str) -> bytes:
 
 def reference(sft: bytes, aligned: bytes, pair: tuple[str, str], alpha: float) -> Any:
     out = bytearray(len(aligned))
-    n = len(aligned) // ITEMSIZE[pair[1]]
-    numerics.extrapolate(sft, pair[0], aligned, pair[1], n, [out], [alpha], False)
+    run_engine(numerics.extrapolate, sft, aligned, pair, [out], [alpha])
     return np.frombuffer(out, BITS[pair[1]])
 
 
@@ -125,7 +125,7 @@ def launch_fenced(
     out = Fenced.of(bytes([POISON]) * len(aligned), pair[1], shift)
     fence.readable = [extent(s.tensor), extent(a.tensor)]
     fence.writable = [extent(out.tensor)]
-    extrapolate.launch(s.tensor, a.tensor, working_alpha(alpha, *pair), out.tensor)
+    extrapolate.launch(*tensor_extrapolation(s.tensor, a.tensor, (working_alpha(alpha, *pair),)), [out.tensor])
     assert all(each.guards_stand() for each in (s, a, out))
     assert s.tensor.view(torch.uint8).numpy().tobytes() == sft
     assert a.tensor.view(torch.uint8).numpy().tobytes() == aligned
@@ -177,7 +177,7 @@ def test_in_place(pair: tuple[str, str], shift: int) -> None:
     for place in ("aligned", "sft") if pair[0] == pair[1] else ("aligned",):
         s, a = Fenced.of(sft, pair[0], shift), Fenced.of(aligned, pair[1], shift)
         out = a if place == "aligned" else s
-        extrapolate.launch(s.tensor, a.tensor, alpha, out.tensor)
+        extrapolate.launch(*tensor_extrapolation(s.tensor, a.tensor, (alpha,)), [out.tensor])
         assert_same(bits_of(out.tensor, pair[1]), expected, pair[1])
         assert s.guards_stand()
         assert a.guards_stand()
@@ -223,10 +223,10 @@ def test_sweep(fence: Fence, pair: tuple[str, str], measured: bool) -> None:
         for each in partials or ():
             each.view(torch.uint8).fill_(POISON)
         fence.readable, fence.writable = [extent(x) for x in (s.tensor, a.tensor, alphas)], [extent(x) for x in written]
-        sweep.launch(s.tensor, a.tensor, alphas, rows, partials)
+        sweep.launch(*tensor_extrapolation(s.tensor, a.tensor, alphas), rows, partials)
         assert outs.guards_stand()
         expected = [bytearray(len(aligned)) for _ in alphas]
-        moved = numerics.extrapolate(sft, pair[0], aligned, pair[1], n, expected, alphas.tolist(), True)
+        moved = run_engine(numerics.extrapolate, sft, aligned, pair, expected, alphas.tolist(), True)
         for row, right in zip(rows, expected, strict=True):
             assert_same(bits_of(row.contiguous(), pair[1]), np.frombuffer(right, BITS[pair[1]]), pair[1])
         if partials is not None and moved is not None:
@@ -274,8 +274,7 @@ def by_host_engine(
 ) -> tuple[Statistics | None, list[bytearray]]:
     engine = host.HostEngine("cuda")
     outs = [bytearray([POISON]) * len(aligned) for _ in alphas]
-    n = len(aligned) // ITEMSIZE[pair[1]]
-    return engine(sft, pair[0], aligned, pair[1], n, outs, alphas, measure), outs
+    return run_engine(engine, sft, aligned, pair, outs, alphas, measure), outs
 
 
 @pytest.mark.parametrize("n", [0, 1, 1000, BLOCK + 77])
@@ -294,7 +293,7 @@ def test_host_engine(pair: tuple[str, str], n: int) -> None:
     alphas = [working_alpha(alpha, *pair) for alpha in (0.3, 1.0, -0.7)]
     statistics, outs = by_host_engine(sft, aligned, pair, alphas, True)
     expected = [bytearray(len(aligned)) for _ in alphas]
-    plain = numerics.extrapolate(sft, pair[0], aligned, pair[1], n, expected, alphas, True)
+    plain = run_engine(numerics.extrapolate, sft, aligned, pair, expected, alphas, True)
     for out, right in zip(outs, expected, strict=True):
         assert_same(np.frombuffer(out, BITS[pair[1]]), np.frombuffer(right, BITS[pair[1]]), pair[1])
     assert statistics is not None
@@ -310,10 +309,10 @@ def test_host_engine_measures_only_when_asked() -> None:
     assert outs == [bytearray(pack([0x4020], "BF16"))]
 
 
-def test_host_engine_with_memory_longer_than_asked() -> None:
-    """n says how much is computed, not the buffers, as with every engine."""
+def test_host_engine_with_memory_longer_than_the_anchor() -> None:
+    """The anchor alone fixes how much is computed, as with every engine."""
     sft, aligned, out = pack([0x3F80] * 11, "BF16"), pack([0x4000] * 9, "BF16"), bytearray([POISON]) * 18
-    host.HostEngine("cuda")(sft, "BF16", aligned, "BF16", 5, [out], [0.5], False)
+    run_engine(host.HostEngine("cuda"), sft, aligned[:10], ("BF16", "BF16"), [out], [0.5])
     assert out == pack([0x4020] * 5, "BF16") + bytes([POISON]) * 8
 
 
