@@ -126,7 +126,7 @@ def has_tokenizer(files: Iterable[str]) -> bool:
     )
 
 
-def missing_modules(left_out: Iterable[tuple[str, str]]) -> str | None:
+def find_missing_modules(left_out: Iterable[tuple[str, str]]) -> str | None:
     """Return a warning if weights of sentence-transformers' own modules, which no merge reads, were left out."""
     found = [path for path, _ in left_out if MODULE.fullmatch(path)]
     if not found:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..checkpoints.model_parts import EMPTY_HINT, HEAD, generates, is_embedding, tie_flag
 from ..checkpoints.model_tensors import ModelTensors
-from ..checkpoints.naming import any_number, shared_prefix, unwrapped
-from ..checkpoints.quantization import problem
+from ..checkpoints.naming import find_shared_prefix, mask_numbers, unwrap
+from ..checkpoints.quantization import describe_problem
 from ..checkpoints.safetensors_header import TensorInfo, describe, element_count
 from ..dtypes import INTEGERS, ITEMSIZE
 from .pairing import Pairs, mismatched, rows_in_common
@@ -31,7 +31,7 @@ def model_problems(sft: ModelTensors, aligned: ModelTensors) -> list[str]:
     """Return what is wrong with either checkpoint as a whole, or with the two together."""
     roles = (("sft", sft), ("aligned", aligned))
     own = roles[: 1 if aligned.adapter else 2]
-    problems = [text for role, checkpoint in own if (text := problem(role, checkpoint))]
+    problems = [text for role, checkpoint in own if (text := describe_problem(role, checkpoint))]
     problems += [text for role, checkpoint in roles if (text := _empty(role, checkpoint, sft, aligned))]
     kinds = [checkpoint.config.get("model_type") for checkpoint in (sft, aligned)]
     if None not in kinds and kinds[0] != kinds[1]:
@@ -102,7 +102,7 @@ def _unpaired(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str:
 def _unknown_prefix(sft: ModelTensors, aligned: ModelTensors) -> str | None:
     """Return what to say of a side whose names all begin with what the other side's names lack."""
     for role, one, other in (("sft", sft, aligned), ("aligned", aligned, sft)):
-        prefix = shared_prefix(map(unwrapped, one.tensors), map(unwrapped, other.tensors))
+        prefix = find_shared_prefix(map(unwrap, one.tensors), map(unwrap, other.tensors))
         if prefix:
             return (
                 f"all names of {role} {one.path} begin with {prefix!r}, and without it they are names of the other: "
@@ -186,10 +186,10 @@ def _lacks_layers(aligned: ModelTensors, pairs: Pairs) -> bool:
     inner = aligned.config.get("text_config")
     counts = [each.get("num_hidden_layers") for each in (aligned.config, inner if isinstance(inner, dict) else {})]
     layers = next((count for count in counts if isinstance(count, int)), None)
-    known = {any_number(name) for name in aligned.tensors}
+    known = {mask_numbers(name) for name in aligned.tensors}
     for name in pairs.only_in_sft:
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
-        if number and any_number(name) in known and (layers is None or int(number[0]) < layers):
+        if number and mask_numbers(name) in known and (layers is None or int(number[0]) < layers):
             return True
     return False
 
@@ -242,7 +242,7 @@ def _grouped(items: Sequence[tuple[str, str]]) -> list[str]:
         return [f"{name} ({side})" for name, side in items]
     groups: dict[tuple[str, str], list[str]] = {}
     for name, side in items:
-        groups.setdefault((any_number(name), side), []).append(name)
+        groups.setdefault((mask_numbers(name), side), []).append(name)
     return [
         f"{names[0]} ({side})" if len(names) == 1 else f"{pattern} ({side}): {_counted(len(names))}"
         for (pattern, side), names in groups.items()
