@@ -7,19 +7,28 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from typing import Any, TextIO
 
 from .errors import ExpoError
+from .options import MergeOptions
 from .text import size_text
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, SIGTERM or SIGHUP
 MAX_BAR_WIDTH = 30  # characters
 LOG_INTERVAL = 10.0  # seconds between two lines of progress if stderr is no terminal
+# The library's messages name parameters between backticks, as Python has them; the command line prints its options.
+PARAMETERS = {each.name for each in fields(MergeOptions)} | {
+    "aligned", "alpha", "batch_size", "keep", "limit", "max_new_tokens", "out", "recipe", "reward", "sft",
+    "trust_remote_code",
+}  # fmt: skip
+_PARAMETER = re.compile(r"`([a-z_]+)(?:=(?:\{r'([^`]*)': ([^`}]*)\}|\[?'?([^`'\]]*)'?\]?))?`")
 
 
 def run(command: Callable[[], int], left: str = "nothing was left behind") -> int:
@@ -35,10 +44,10 @@ def run(command: Callable[[], int], left: str = "nothing was left behind") -> in
         with signals():
             return command()
     except ExpoError as error:
-        print(f"expo: error: {error}", file=sys.stderr)
+        print(f"expo: error: {with_options(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        print(f"expo: interrupted; {str(interrupt) or left}", file=sys.stderr)
+        print(f"expo: interrupted; {with_options(str(interrupt) or left)}", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -65,26 +74,39 @@ def signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def with_options(text: str) -> str:
+    """Return a message of the library with the command line's names: `--on-mismatch rows` for `on_mismatch='rows'`."""
+
+    def option(found: re.Match[str]) -> str:
+        name, pattern, alpha, value = found.groups()
+        if name not in PARAMETERS:
+            return found[0]
+        if pattern is not None:
+            value = f"'{pattern}={alpha}'"
+        return f"--{name.replace('_', '-')}" + (f" {value}" if value not in (None, "True") else "")
+
+    return _PARAMETER.sub(option, text)
+
+
 def show(text: str) -> None:
     """Print a result to stdout."""
     try:
         print(text, flush=True)
-    except (
-        BrokenPipeError
-    ):  # the reader of a pipe, such as head, has ended; Python must not fail when it flushes at exit
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has ended; Python must not fail when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_message(text: str, quiet: bool = False) -> None:
     """Print a message about the progress to stderr, unless the user wants none."""
     if not quiet:
-        print(f"expo: {text}", file=sys.stderr, flush=True)
+        print(f"expo: {with_options(text)}", file=sys.stderr, flush=True)
 
 
 def warn(warnings: Iterable[str]) -> None:
     """Print warnings to stderr."""
     for warning in warnings:
-        print(f"expo: warning: {warning}", file=sys.stderr)
+        print(f"expo: warning: {with_options(warning)}", file=sys.stderr)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -15,7 +15,7 @@ from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .cli import Bar, as_json, run, show, warn
+from .cli import Bar, as_json, run, show, warn, with_options
 from .dtypes import OUTPUT_DTYPES
 from .errors import UsageError
 from .options import ENGINES, ON_MISMATCH, ON_UNPAIRED, MergeOptions
@@ -247,7 +247,7 @@ def _plan_text(job: MergeJob) -> Iterator[str]:
     yield f"{moved}; {size_text(job.free)} are free"
     yield f"memory about {size_text(job.memory)}; engine {engine.name}, {len(job.engines)} workers ({engine.why})"
     for note in job.notes:
-        yield f"note: {note}"
+        yield f"note: {with_options(note)}"
     for out in job.outs:
         yield f"-> {out}"
 
@@ -266,9 +266,10 @@ def _plan_object(job: MergeJob) -> dict[str, Any]:
         ],
         "dropped": plan.dropped, "rewritten": list(plan.rewritten), "carried": plan.carried,
         "left_out": dict(plan.left_out), "outputs": job.outs, "bytes_read": plan.input_bytes,
-        "bytes_written": plan.output_bytes, "bytes_free": job.free, "notes": job.notes, "memory": job.memory,
+        "bytes_written": plan.output_bytes, "bytes_free": job.free, "memory": job.memory,
+        "notes": list(map(with_options, job.notes)),
         "engine": engine.name, "why": engine.why, "workers": len(job.engines),
-        "problems": [str(job.error)] if job.error and not plan.problems else plan.problems,
+        "problems": list(map(with_options, [str(job.error)] if job.error and not plan.problems else plan.problems)),
     }  # fmt: skip
 
 

@@ -65,9 +65,9 @@ class MergeOptions:
         )
         for option, value, known in choices:
             if value not in known:
-                raise UsageError(f"{option} must be one of {', '.join(known)}, got {value!r}")
+                raise UsageError(f"`{option}` must be one of {', '.join(known)}, got {value!r}")
         if isinstance(self.carry, str) or not all(isinstance(pattern, str) and pattern for pattern in self.carry):
-            raise UsageError(f"carry must be a list of patterns, such as ['*.png'], got {self.carry!r}")
+            raise UsageError(f"`carry` must be a list of patterns, such as ['*.png'], got {self.carry!r}")
         _ = self.alpha_rules, self.shard_bytes  # both are checked here, before anything is downloaded
 
     @cached_property
@@ -80,7 +80,7 @@ class MergeOptions:
                     raise TypeError(f"it is a {type(pattern).__name__}")
                 rules.append(AlphaRule(re.compile(pattern), float(alpha)))
             except (re.error, OverflowError, RecursionError, TypeError) as error:
-                raise UsageError(f"alpha_for {pattern!r} is not a regular expression: {error}") from error
+                raise UsageError(f"`alpha_for` {pattern!r} is not a regular expression: {error}") from error
         return tuple(rules)
 
     @cached_property
@@ -137,5 +137,5 @@ def _bytes_of(text: str | int | None) -> int | None:
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]I?|)B?", str(text).strip().upper())
     size = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if size < 1:
-        raise UsageError(f"max_shard_size takes bytes, or a size such as 5GB or 500MiB, got {text!r}")
+        raise UsageError(f"`max_shard_size` takes bytes, or a size such as 5GB or 500MiB, got {text!r}")
     return size

@@ -221,7 +221,7 @@ def _nothing_to_read(folder: str) -> str:
         if name in names:  # and yet it does not exist
             return f"{os.path.join(folder, name)}: a broken link; download it again"
     if ADAPTER_CONFIG in names:
-        return f"{folder}: a PEFT adapter; only --aligned may be one, over the checkpoint that --sft names"
+        return f"{folder}: a PEFT adapter; only `aligned` may be one, over the checkpoint that `sft` names"
     if any(name.startswith("adapter_model.") for name in names):
         return f"{folder}: a PEFT adapter without its {ADAPTER_CONFIG}; download it again"
     found = next((name for name in names if name.endswith(".gguf")), None)

@@ -119,7 +119,7 @@ def _parsed(name: str, path: str, notes: list[str]) -> ast.AST | None:
         return None
     except (OSError, *PARSER_ERRORS) as error:
         notes.append(
-            f"aligned's {name} cannot be parsed ({error}), so files that it imports may be left out: --carry takes "
+            f"aligned's {name} cannot be parsed ({error}), so files that it imports may be left out: `carry` takes "
             "them along"
         )
         return None

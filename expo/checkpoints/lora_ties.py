@@ -47,7 +47,7 @@ class Tie(NamedTuple):
     stored: bool
 
 
-def tie_of(base: Checkpoint) -> Tie | None:
+def find_tie(base: Checkpoint) -> Tie | None:
     """Return the tie of a base whose head is its embedding; None if it has a head of its own, or no head."""
     if not generates(base.config):
         return None
@@ -61,7 +61,7 @@ def tie_of(base: Checkpoint) -> Tie | None:
     return Tie(*pairs[0], bool(heads))
 
 
-def with_head(base: Checkpoint, tie: Tie | None) -> Checkpoint:
+def add_head(base: Checkpoint, tie: Tie | None) -> Checkpoint:
     """Return the base with the head as a tensor of its own, which has the embedding's bytes."""
     if tie is None or tie.stored:
         return base
@@ -73,11 +73,11 @@ def with_head(base: Checkpoint, tie: Tie | None) -> Checkpoint:
     )
 
 
-def settled(adapter: Adapter, tie: Tie | None, base: Checkpoint, has_data: bool) -> Adapter:
+def settle_tie(adapter: Adapter, tie: Tie | None, base: Checkpoint, has_data: bool) -> Adapter:
     """Return the adapter with both tied tensors changed alike, or marked as one that unties them.
 
     Args:
-        adapter: The adapter over the base that `with_head` returns.
+        adapter: The adapter over the base that `add_head` returns.
         tie: The base's tie; None if it has none.
         base: The base as it is in its files.
         has_data: False if zeros take the place of the adapter's data, so that the config alone must decide.

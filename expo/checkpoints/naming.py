@@ -17,28 +17,28 @@ INNER_WRAPPER = re.compile(
 OUTER_WRAPPER = re.compile(r"^((module|base_model\.model|pretrained_model|policy|actor)\.)+")
 
 
-def unwrapped(name: str) -> str:
+def unwrap(name: str) -> str:
     """Return the name without what known wrappers add: `lm_head.weight` for `module._orig_mod.lm_head.weight`."""
     return OUTER_WRAPPER.sub("", INNER_WRAPPER.sub("", name))
 
 
-def shared_prefix(names: Iterable[str], theirs: Iterable[str]) -> str:
+def find_shared_prefix(names: Iterable[str], theirs: Iterable[str]) -> str:
     """Return the prefix that all names share and without which most of them are among theirs; "" if there is none."""
     names, other = list(names), set(theirs)
     if len(names) < 2:
         return ""
-    cuts = [match.end() for match in re.finditer(r"\.", common_prefix(names))]
+    cuts = [match.end() for match in re.finditer(r"\.", find_common_prefix(names))]
     fits = (names[0][:cut] for cut in cuts if 2 * sum(name[cut:] in other for name in names) > len(names))
     return next(fits, "")
 
 
-def common_prefix(names: Sequence[str]) -> str:
+def find_common_prefix(names: Sequence[str]) -> str:
     """Return the longest beginning that all names share, up to a dot."""
     first, last = min(names), max(names)  # all names between these two begin with what these two share
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[: first.rfind(".", 0, length) + 1]
 
 
-def any_number(name: str) -> str:
+def mask_numbers(name: str) -> str:
     """Return the name with a star for every number in it: the same for all layers, and for all experts."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

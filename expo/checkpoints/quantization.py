@@ -15,7 +15,7 @@ from ..dtypes import INTEGERS, ITEMSIZE
 from .files import QUANTIZATION_FILES
 from .model_parts import is_buffer
 from .model_tensors import ModelTensors
-from .naming import any_number
+from .naming import mask_numbers
 from .safetensors_header import TensorInfo
 
 ORIGINAL = "use the checkpoint that it was quantised from"
@@ -70,7 +70,7 @@ class Codes(NamedTuple):
         return f"{self.tensor.name!r} is {self.tensor.dtype} {list(self.tensor.shape)}{near}"
 
 
-def scheme(checkpoint: ModelTensors) -> str | None:
+def find_scheme(checkpoint: ModelTensors) -> str | None:
     """Return the name of the quantisation scheme; None for a checkpoint of plain numbers."""
     config: Any = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     if config:
@@ -107,7 +107,7 @@ def find_codes(tensors: Mapping[str, TensorInfo]) -> Codes | None:
     integers = [tensor for tensor in tensors.values() if _may_be_codes(tensor)]
     if not integers:
         return None
-    numbers = {any_number(name) for name, tensor in tensors.items() if tensor.dtype in ITEMSIZE}
+    numbers = {mask_numbers(name) for name, tensor in tensors.items() if tensor.dtype in ITEMSIZE}
     modules: dict[str, list[str]] = defaultdict(list)
     for name in filter(WEIGHT_OR_COMPANION.search, tensors):  # a module of thousands of tensors has few of these
         for module in _modules(name):
@@ -115,12 +115,12 @@ def find_codes(tensors: Mapping[str, TensorInfo]) -> Codes | None:
     for tensor in integers:
         near = [other for module in _modules(tensor.name) for other in modules[module] if other != tensor.name]
         companion = next((other for other in near if _is_named_for(other, tensor.name)), None)
-        if _has_codes(tensor, companion, any_number(tensor.name) in numbers):
+        if _has_codes(tensor, companion, mask_numbers(tensor.name) in numbers):
             return Codes(tensor, companion)
         weight = next((other for other in near if other.endswith("weight")), None)
         if weight is not None and _is_named_for(tensor.name, weight):
             return Codes(tensor, weight)
-    coded = [tensor for tensor in integers if any_number(tensor.name) != tensor.name and not _is_table(tensor)]
+    coded = [tensor for tensor in integers if mask_numbers(tensor.name) != tensor.name and not _is_table(tensor)]
     if sum(tensor.nbytes for tensor in coded) > SHARE * sum(tensor.nbytes for tensor in tensors.values()):
         return Codes(max(coded, key=lambda tensor: tensor.nbytes), None)
     return None
@@ -166,9 +166,9 @@ def _modules(name: str) -> Iterator[str]:
         yield module.removesuffix(".weight")
 
 
-def problem(role: str, checkpoint: ModelTensors) -> str | None:
+def describe_problem(role: str, checkpoint: ModelTensors) -> str | None:
     """Return why a quantised checkpoint cannot be extrapolated, and the way out; None for one that is not quantised."""
-    found = scheme(checkpoint)
+    found = find_scheme(checkpoint)
     if found is None:
         return None
     codes = find_codes(checkpoint.tensors)

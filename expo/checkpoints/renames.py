@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from .naming import unwrapped
+from .naming import unwrap
 
 # Two beginnings of one tensor's name. An adapter's names are looked up by them in this order, and the first that the
 # base has counts.
@@ -56,13 +56,13 @@ class NameIndex:
         self._unwrapped: dict[str, set[str]] = {}
         self._renamed: dict[str, set[str]] = {}
         for name in names:
-            self._unwrapped.setdefault(unwrapped(name), set()).add(name)
+            self._unwrapped.setdefault(unwrap(name), set()).add(name)
             for form in _forms(name):
                 self._renamed.setdefault(form, set()).add(name)
 
     def find(self, name: str) -> set[str]:
         """Return the indexed names that may mean the same tensor: one rename away, in either direction."""
-        found = set(self._renamed.get(unwrapped(name), ()))
+        found = set(self._renamed.get(unwrap(name), ()))
         for form in _forms(name):
             found |= self._unwrapped.get(form, set())
         return found
@@ -70,6 +70,6 @@ class NameIndex:
 
 def _forms(name: str) -> set[str]:
     """Return the names that a tensor may have instead: without a wrapper's prefixes, and with at most one rename."""
-    short = unwrapped(name)
+    short = unwrap(name)
     prefixed = (new + short[len(old) :] for old, new in PREFIXES if short.startswith(old))
     return {short, *prefixed, *(pattern.sub(replacement, short) for pattern, replacement in PATTERNS)}

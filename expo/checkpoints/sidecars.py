@@ -126,7 +126,7 @@ def has_tokenizer(files: Iterable[str]) -> bool:
     )
 
 
-def missing_modules(left_out: Iterable[tuple[str, str]]) -> str | None:
+def find_missing_modules(left_out: Iterable[tuple[str, str]]) -> str | None:
     """Return a warning if weights of sentence-transformers' own modules, which no merge reads, were left out."""
     found = [path for path, _ in left_out if MODULE.fullmatch(path)]
     if not found:
@@ -196,9 +196,9 @@ def _problem(pattern: str, files: Sequence[str], where: str) -> str | None:
     """Return why a pattern of `carry` carries nothing; None for a pattern that carries a file."""
     found = [path for path in files if fnmatchcase(path, pattern)]
     if not found:
-        return f"--carry {pattern!r} matches no file beside the weights of {where}"
+        return f"`carry` {pattern!r} matches no file beside the weights of {where}"
     reasons = [_barred(path) for path in found]
     if None in reasons:
         return None
     more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
-    return f"--carry {pattern!r}: {found[0]}{more} cannot be carried: {reasons[0]}; leave the pattern out"
+    return f"`carry` {pattern!r}: {found[0]}{more} cannot be carried: {reasons[0]}; leave the pattern out"

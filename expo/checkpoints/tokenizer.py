@@ -20,7 +20,7 @@ TOKENIZER = "tokenizer.json"
 SHOWN = 3  # ids that a warning names one by one
 
 
-def difference(sft: Checkpoint, aligned: Checkpoint) -> str | None:
+def compare(sft: Checkpoint, aligned: Checkpoint) -> str | None:
     """Return a warning about ids that differ; None if the tokenizers agree or one of them has no tokenizer.json."""
     paths = [checkpoint.files.get(TOKENIZER) for checkpoint in (sft, aligned)]
     if paths[0] is None or paths[1] is None or paths[0] == paths[1]:
@@ -28,7 +28,7 @@ def difference(sft: Checkpoint, aligned: Checkpoint) -> str | None:
     try:
         if filecmp.cmp(paths[0], paths[1], shallow=False):
             return None
-        theirs, ours = (ids(load_json(path)) for path in paths if path is not None)
+        theirs, ours = (read_ids(load_json(path)) for path in paths if path is not None)
     except (CheckpointError, OSError) as error:
         return f"token ids were not compared: {error}"
     differing = sorted(at for at in {*theirs, *ours} if theirs.get(at) != ours.get(at))
@@ -51,17 +51,17 @@ def _way_out(aligned: Checkpoint) -> str:
     names = [re.escape(name.removesuffix(".weight")) for name in aligned.tensors if is_embedding(name)]
     if not names:
         return ""
-    return f"; --alpha-for '^({'|'.join(names)})\\.weight$=0' keeps aligned's"
+    return f"; `alpha_for={{r'^({'|'.join(names)})\\.weight$': 0}}` keeps aligned's"
 
 
-def missing(sft: Checkpoint, aligned: Checkpoint) -> str | None:
+def find_missing(sft: Checkpoint, aligned: Checkpoint) -> str | None:
     """Return a warning if sft has a tokenizer and aligned, whose files are copied into the output, has none."""
     if aligned.folder is None or has_tokenizer(aligned.files) or not has_tokenizer(sft.files):
         return None
     return "aligned has no tokenizer, so the output has none; sft has one: copy it if aligned was trained with it"
 
 
-def ids(tokenizer: dict[str, Any]) -> dict[int, str]:
+def read_ids(tokenizer: dict[str, Any]) -> dict[int, str]:
     """Return the token of each id; entries that break the format are skipped."""
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None

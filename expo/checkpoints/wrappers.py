@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .checkpoint import Checkpoint
-from .naming import INNER_WRAPPER, OUTER_WRAPPER, common_prefix
+from .naming import INNER_WRAPPER, OUTER_WRAPPER, find_common_prefix
 
 # PEFT puts `base_model.model.` before the names of a model without its head, and `base_model.` before names that begin
 # with `model.`; this expression finds both.
@@ -21,7 +21,7 @@ _BEGINNINGS = ("model", "transformer", "gpt_neox", "bert", "roberta", "rwkv", "l
 _NEVER_INSIDE = ("transformer", "gpt_neox", "bert", "roberta", "rwkv", "lm_head", "embed_out")  # model.bert is none
 
 
-def without_wrapper(aligned: Checkpoint, sft: Checkpoint) -> Checkpoint:
+def remove_wrapper(aligned: Checkpoint, sft: Checkpoint) -> Checkpoint:
     """Return aligned with the names that its model has, so that the output loads.
 
     Args:
@@ -57,7 +57,7 @@ def _note(shorter: Mapping[str, str]) -> str:
 def _suspicion(names: Iterable[str]) -> str | None:
     """Return a warning if all names begin with a prefix that may be a wrapper's, though no other name shows it."""
     names = list(names)
-    prefix = common_prefix(names)
+    prefix = find_common_prefix(names)
     parts = prefix.split(".")[:-1]
     follow = {name.removeprefix(prefix).partition(".")[0] for name in names}
     is_unknown = bool(set(parts) - set(_BEGINNINGS) and follow & set(_BEGINNINGS))
@@ -65,7 +65,7 @@ def _suspicion(names: Iterable[str]) -> str | None:
         return None
     return (
         f"all names of aligned begin with {prefix!r}, and so do the output's: if a wrapper around the model added "
-        "that, no model finds these tensors, and --check shows it; remove the prefix from the names then"
+        "that, no model finds these tensors, and `check` shows it; remove the prefix from the names then"
     )
 
 

@@ -124,7 +124,7 @@ def _assemble(names: tuple[str, str], matched: Matched, sums: Mapping[str, Dista
 def _find_warnings(sft: Checkpoint, aligned: Checkpoint, comparison: Comparison) -> tuple[str, ...]:
     """Return all warnings about a pair and its comparison."""
     warnings = [*find_swap_evidence(sft, aligned), *find_warnings(comparison)]
-    note = tokenizer.difference(sft, aligned)
+    note = tokenizer.compare(sft, aligned)
     if note is not None:
         warnings.append(f"{note.partition(': rows of the')[0]}; rows of the embeddings are compared by id")
     return tuple(warnings)

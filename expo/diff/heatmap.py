@@ -18,7 +18,7 @@ from .formatting import format_number, shorten_names
 from .places import kind_rank
 from .records import Comparison
 
-INSTALL = "a picture needs matplotlib: pip install matplotlib; --out report.json needs nothing"
+INSTALL = "a picture needs matplotlib: pip install matplotlib; `out='report.json'` needs nothing"
 # Lengths in inches.
 CELL_HEIGHT = 0.30
 LINE_HEIGHT = 0.30  # of a line of text, the space to the next line included

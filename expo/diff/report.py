@@ -52,19 +52,19 @@ def check_report(path: str, inputs: Sequence[StrPath | None] = ()) -> None:
     """
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in (*PICTURES, *DATA):
-        raise UsageError(f"--out takes a file that ends in {', '.join((*PICTURES, *DATA))}, got {path!r}")
+        raise UsageError(f"`out` takes a file that ends in {', '.join((*PICTURES, *DATA))}, got {path!r}")
     if suffix in PICTURES and not _has_matplotlib():
         raise UsageError(INSTALL)
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise OutputError(f"{path}: there is no folder {folder}; create it, or choose another --out")
+        raise OutputError(f"{path}: there is no folder {folder}; create it, or choose another `out`")
     if os.path.isdir(path):
-        raise OutputError(f"{path} is a folder; choose another --out")
+        raise OutputError(f"{path} is a folder; choose another `out`")
     for source in inputs:
         if source is not None and os.path.exists(source):
             real_source, real_path = os.path.realpath(source), os.path.realpath(path)
             if os.path.commonpath((real_source, real_path)) == real_source:
-                raise OutputError(f"{path} is, or lies inside, the input {os.fspath(source)}; choose another --out")
+                raise OutputError(f"{path} is, or lies inside, the input {os.fspath(source)}; choose another `out`")
 
 
 def _has_matplotlib() -> bool:

@@ -39,7 +39,7 @@ class UnusableGpu(EngineError):
     """A GPU that is there, whose kernels fail; device: a torch.device; reason: the error's text."""
 
     def __init__(self, device: Any, reason: str) -> None:
-        super().__init__(f"--engine triton cannot be used on {device}: {reason}; --engine cpu needs no GPU")
+        super().__init__(f"`engine='triton'` cannot be used on {device}: {reason}; `engine='cpu'` needs no GPU")
         self.device, self.reason = device, reason
 
 
@@ -52,13 +52,13 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
     Raises UsageError for an unknown name, EngineError for an engine asked for by name that cannot run here.
     """
     if engine not in ENGINES:
-        raise UsageError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+        raise UsageError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}")
     check_device(device)
     on_gpu = device.startswith("cuda")
     if on_gpu and engine in ("numpy", "cpu"):
-        raise UsageError(f"--engine {engine} computes on the CPU, but --device is {device}; leave one of them out")
+        raise UsageError(f"`engine={engine!r}` computes on the CPU, but `device` is {device}; leave one of them out")
     if engine == "triton" and device == "cpu":
-        raise UsageError("--engine triton computes on a GPU, but --device is cpu; leave one of them out")
+        raise UsageError("`engine='triton'` computes on a GPU, but `device` is cpu; leave one of them out")
     if engine == "triton":
         return _triton(device)
     if on_gpu:
@@ -71,7 +71,7 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
         if engine == "cpu":
             raise EngineError(
                 f"the compiled engine is not built ({error}): install a C compiler and run pip install again, "
-                "or use --engine numpy"
+                "or use `engine='numpy'`"
             ) from error
         return _numpy("the compiled engine is not built")
     return Engine("cpu", cpu.extrapolate, "asked for" if engine == "cpu" else "compiled, as fast as memory")
@@ -80,7 +80,7 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
 def check_device(device: str) -> None:
     """Raise UsageError where it is no device's name."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"device must be auto, cpu or cuda[:index], got {device!r}")
+        raise UsageError(f"`device` must be auto, cpu or cuda[:index], got {device!r}")
 
 
 def _numpy(why: str) -> Engine:
@@ -94,13 +94,14 @@ def _triton(device: str) -> Engine:
         from ..kernels import device as gpu
         from ..kernels import extrapolate, host, selftest
     except Exception as error:  # a library that cannot be loaded is an OSError
-        raise EngineError(f"--engine triton needs torch and triton, which cannot be imported: {error}") from error
+        raise EngineError(f"`engine='triton'` needs torch and triton, which cannot be imported: {error}") from error
     device = "cuda" if device == "auto" else device
     try:
         stream_to = None if extrapolate.interpreted() else gpu.Cuda(device)
         engine = host.HostEngine(device)
     except Exception as error:
-        raise EngineError(f"--engine triton cannot run here: {error_text(error)}; --engine cpu needs no GPU") from error
+        reason = error_text(error)
+        raise EngineError(f"`engine='triton'` cannot run here: {reason}; `engine='cpu'` needs no GPU") from error
     reason = reason_given_up(engine.device)  # by tensors in this process, for dtypes that the self-test lacks
     if reason:
         raise UnusableGpu(engine.device, reason)
@@ -136,7 +137,7 @@ def _triton_or_cpu(device: str) -> Engine:
         first = _triton(device)
     except UnusableGpu as error:
         note = (
-            f"the Triton kernels are not used on {error.device}; --engine {reserve.name} computes instead, with the "
+            f"the Triton kernels are not used on {error.device}; `engine={reserve.name!r}` computes instead, with the "
             f"same bits. The reason: {error.reason}"
         )
         return reserve._replace(why=f"the kernels fail on {error.device}", note=note)

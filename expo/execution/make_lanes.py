@@ -37,7 +37,7 @@ class LaneMaker:
 
         def report(reason: str) -> None:
             note = (
-                f"{device} failed, and --engine {reserve.name} did its part, with the same bits. The reason: {reason}"
+                f"{device} failed, and `engine={reserve.name!r}` did its part, with the same bits. The reason: {reason}"
             )
             self.notes[note] = None
 

@@ -150,7 +150,7 @@ class TensorSource:
                 block = converting.Block(step, low // item, (high - low) // item, inputs, factors)
                 parts.append(block.compute(engine, views, measure))
             except RuntimeError as error:
-                raise EngineError(f"--engine {engine.name} failed on {step.name}: {error}") from error
+                raise EngineError(f"`engine={engine.name!r}` failed on {step.name}: {error}") from error
         return total([part for part in parts if part is not None], len(step.counted)) if measure else None
 
     def _read_factors(self, delta: LowRank) -> Any:
@@ -182,4 +182,4 @@ class Run(NamedTuple):
         try:
             return self.engine.run(*extrapolation(*operands, alphas), outs, self.measure)
         except RuntimeError as error:
-            raise EngineError(f"--engine {self.engine.name} failed on {step.name}: {error}") from error
+            raise EngineError(f"`engine={self.engine.name!r}` failed on {step.name}: {error}") from error

@@ -146,7 +146,7 @@ class WorkerPool:
         except Exception as error:
             # A GPU runs out of memory, or a kernel does not compile; a compiler's errors are of no common kind.
             known = isinstance(error, RuntimeError) or engine.name == "triton"
-            self._fail(EngineError(f"--engine {engine.name} failed: {error_text(error)}") if known else error)
+            self._fail(EngineError(f"`engine={engine.name!r}` failed: {error_text(error)}") if known else error)
         except BaseException as error:  # the thread that called run() raises it, whatever it is
             self._fail(error)
 

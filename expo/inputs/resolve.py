@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..checkpoints.checkpoint import Checkpoint, Origin, open_checkpoint
 from ..checkpoints.files import ADAPTER_CONFIG, CONFIG, INDEX, find_other_files, find_strays
 from ..checkpoints.sidecars import TEMPLATES, TOKENIZER, VOCABULARIES
-from ..checkpoints.wrappers import without_wrapper
+from ..checkpoints.wrappers import remove_wrapper
 from ..errors import CheckpointError, UsageError
 from .hub_ids import parse_hub_id, snapshot_origin
 
@@ -40,10 +40,10 @@ def complete_request(
         sft, aligned = found.sft if sft is None else sft, found.aligned if aligned is None else aligned
         alpha = found.alpha if alpha is None else alpha
     if sft is None or aligned is None or alpha is None:
-        arguments = (("--sft", sft), ("--aligned", aligned), ("--alpha", alpha))
+        arguments = (("`sft`", sft), ("`aligned`", aligned), ("`alpha`", alpha))
         *first, last = [name for name, value in arguments if value is None]
         missing = f"{', '.join(first)} and {last}" if first else last
-        raise UsageError(f"{missing} must be given, or --recipe gives all three")
+        raise UsageError(f"{missing} must be given, or `recipe` gives all three")
     return PairRequest(sft, aligned, alphas_of(alpha))
 
 
@@ -102,12 +102,12 @@ def open_inputs(
         sft_location = _locate(sft, not has_adapter, quiet, stand_ins, carry)
         opened_sft = stack.enter_context(closing(_open(sft_location)))
         if has_adapter:
-            opened_sft = without_wrapper(opened_sft, opened_sft)
+            opened_sft = remove_wrapper(opened_sft, opened_sft)
             adapted = _open_adapted(opened_sft, aligned_location, sft_location.stand_in is None)
             opened_aligned = stack.enter_context(closing(adapted))
         else:
             opened_aligned = stack.enter_context(closing(_open(aligned_location)))
-            opened_aligned = without_wrapper(opened_aligned, opened_sft)
+            opened_aligned = remove_wrapper(opened_aligned, opened_sft)
         yield opened_sft, opened_aligned
 
 
@@ -186,16 +186,16 @@ def _open_adapted(base: Checkpoint, location: _Location, base_has_data: bool) ->
     """
     from ..checkpoints.lora import open_adapter
     from ..checkpoints.lora_data import check_copies
-    from ..checkpoints.lora_ties import settled, tie_of, with_head
+    from ..checkpoints.lora_ties import add_head, find_tie, settle_tie
 
     folder, has_data = location.path, location.stand_in is None
-    tie = tie_of(base)
-    whole = with_head(base, tie)
+    tie = find_tie(base)
+    whole = add_head(base, tie)
     adapter = open_adapter(location.path_to_open, whole.tensors)
     try:
         if base_has_data and has_data:
             check_copies(adapter, whole.tensors, whole.reader)
-        adapter = settled(adapter, tie, base, has_data)
+        adapter = settle_tie(adapter, tie, base, has_data)
     except BaseException:
         adapter.shard.reader.close()
         raise

@@ -25,7 +25,7 @@ from .job import MergeJob
 from .rank_worker import Corrupt, RankWorker
 from .result import Tally
 
-RESUME = "repeat the command with --resume to continue"
+RESUME = "repeat the merge with `resume=True` to continue"
 
 
 class Coordinator:
@@ -114,8 +114,8 @@ class Coordinator:
         hints = [f"already in place: {', '.join(committed)}"] if committed else []
         if uncommitted:
             kept = ", ".join(staging.folder for staging in uncommitted)
-            command = "--resume without --check puts it in place as it is" if _is_unloadable(error) else RESUME
-            hints.append(f"what is done is kept in {kept}: {command}")
+            way = "`resume=True` without `check=True` puts it in place as it is" if _is_unloadable(error) else RESUME
+            hints.append(f"what is done is kept in {kept}: {way}")
         if isinstance(error, ExpoError):
             error.add_hints(*hints)
         elif isinstance(error, KeyboardInterrupt):

@@ -15,7 +15,7 @@ from ..checkpoints import tokenizer
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.custom_code import find_code
 from ..checkpoints.model_parts import tie_flag
-from ..checkpoints.sidecars import missing_modules
+from ..checkpoints.sidecars import find_missing_modules
 from ..errors import ExpoError, OutputError, PlanError
 from ..execution.engines import Engine, engines_for
 from ..execution.lanes import RING_SLOTS
@@ -157,8 +157,12 @@ def open_job(
     with open_inputs(pair.sft, pair.aligned, options.quiet, headers_only, options.carry) as (sft, aligned):
         code = find_code(aligned.files)
         plan = plan_output(aligned, match_tensors(sft, aligned, options), options, code)
-        others = (tokenizer.difference(sft, aligned), tokenizer.missing(sft, aligned), missing_modules(plan.left_out))
-        notes = (*plan.notes, *filter(None, others), *code.notes, *filter(None, [engines[0].note]))
+        about = (
+            tokenizer.compare(sft, aligned),
+            tokenizer.find_missing(sft, aligned),
+            find_missing_modules(plan.left_out),
+        )
+        notes = (*plan.notes, *filter(None, about), *code.notes, *filter(None, [engines[0].note]))
         outs = output_paths(out, aligned, options.alphas)
         committed = _committed(outs) if options.resume else frozenset()
         error = _obstacle(plan, [path for path in outs if path not in committed], (sft, aligned), options.overwrite)

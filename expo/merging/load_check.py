@@ -21,7 +21,7 @@ from ..errors import OutputError, UsageError
 
 MAX_LISTED = 36  # problems in a message, which then has at most 40 lines
 COMPARED_BYTES = 1 << 20  # of each of two tensors at a time
-LEAVE_OUT = "leave --check out"
+LEAVE_OUT = "leave `check` out"
 
 
 class Unloadable(OutputError):
@@ -36,7 +36,7 @@ def model_class(aligned: Checkpoint) -> Any:
     """
     if aligned.folder is None or CONFIG not in aligned.files:
         reason = "is one bare file" if aligned.folder is None else f"has no {CONFIG}"
-        raise UsageError(f"--check loads a folder with a {CONFIG}, but aligned {aligned.path} {reason}; {LEAVE_OUT}")
+        raise UsageError(f"`check` loads a folder with a {CONFIG}, but aligned {aligned.path} {reason}; {LEAVE_OUT}")
     library = _library()
     config = aligned.config
     architectures, kind = config.get("architectures"), config.get("model_type")
@@ -50,11 +50,11 @@ def model_class(aligned: Checkpoint) -> Any:
         return loader
     if config.get("auto_map"):
         raise UsageError(
-            f"--check cannot check this model: its {name} is custom code (auto_map in aligned's {CONFIG}), which is "
+            f"`check` cannot check this model: its {name} is custom code (auto_map in aligned's {CONFIG}), which is "
             f"not run; {LEAVE_OUT}"
         )
     raise UsageError(
-        f"--check cannot check this model: transformers {library.__version__} does not know the {name} of "
+        f"`check` cannot check this model: transformers {library.__version__} does not know the {name} of "
         f"aligned's {CONFIG}; install a version that does, or {LEAVE_OUT}"
     )
 
@@ -67,9 +67,9 @@ def _library() -> Any:
         library: Any = transformers
         complete = library.utils.is_accelerate_available()
     except Exception as error:  # the import of a broken installation may raise any exception
-        raise UsageError(f"--check needs transformers, which cannot be imported ({error}); {LEAVE_OUT}") from error
+        raise UsageError(f"`check` needs transformers, which cannot be imported ({error}); {LEAVE_OUT}") from error
     if not complete:
-        raise UsageError(f"--check needs accelerate, which transformers loads with: install it, or {LEAVE_OUT}")
+        raise UsageError(f"`check` needs accelerate, which transformers loads with: install it, or {LEAVE_OUT}")
     return library
 
 

@@ -19,9 +19,9 @@ def check_template(out: StrPath | None, alphas: Sequence[float]) -> None:
         return
     template = os.fspath(out)
     if not template:
-        raise UsageError("--out is empty: name a folder or a file")
+        raise UsageError("`out` is empty: name a folder or a file")
     if len(set(alphas)) > 1 and "{alpha}" not in template:
-        raise UsageError(f"{len(alphas)} alphas need an output each: put {{alpha}} into --out, got {template!r}")
+        raise UsageError(f"{len(alphas)} alphas need an output each: put {{alpha}} into `out`, got {template!r}")
 
 
 def output_paths(out: StrPath | None, aligned: Checkpoint, alphas: Sequence[float]) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def check_places(outs: Sequence[str], output_bytes: int, inputs: Sequence[Checkp
         if free + sum(map(staged_bytes, on_disk)) < needed:
             raise OutputError(
                 f"{on_disk[0]}: {size_text(needed)} are needed, but {size_text(free)} are free; free some space or "
-                "choose another --out"
+                "choose another `out`"
             )
 
 
@@ -66,7 +66,7 @@ def _check_apart(out: str, checkpoint: Checkpoint) -> None:
     for path in (checkpoint.path, *(file.path for file in checkpoint.weight_files.values())):
         source = os.path.realpath(path)
         if os.path.commonpath((target, source)) in (target, source):
-            raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another --out")
+            raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another `out`")
 
 
 def free_bytes(out: str) -> int:

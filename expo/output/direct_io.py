@@ -35,7 +35,7 @@ def create_shard(path: str, size: int, durable: int = 0) -> None:
         fd = os.open(path, flags | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
         try:
             if durable and os.fstat(fd).st_size < size:
-                raise OutputError(f"{path} is shorter than it was left: --overwrite starts anew")
+                raise OutputError(f"{path} is shorter than it was left: `overwrite=True` starts anew")
             allocate(fd, size)
             if durable == size:
                 # ShardWriter wrote the last block whole, and the merge may have ended before the excess was cut off.

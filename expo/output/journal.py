@@ -154,7 +154,7 @@ class Journal:
                     return None
                 differing = "; ".join(differences(contents.merge, self._merge))
                 raise OutputError(
-                    f"{folder} holds another merge ({differing}): choose another --out, or --overwrite starts anew"
+                    f"{folder} holds another merge ({differing}): choose another `out`, or `overwrite=True` starts anew"
                 )
         common = _common_contents(found)
         if common is not None:

@@ -31,7 +31,7 @@ def refuse_mount_point(out: str, single_file: bool = False) -> None:
         kind, name = ("file", "merged.safetensors") if single_file else ("folder", "merged")
         advice = f"choose a {kind} in it, such as {os.path.join(out, name)}"
     else:
-        advice = "choose another --out"
+        advice = "choose another `out`"
     raise OutputError(f"{out} is a mount point, which cannot be replaced: {advice}")
 
 
@@ -44,7 +44,7 @@ def _refuse_mount_inside(out: str, path: str) -> None:
     """
     inside = next((each for each in _system_mount_points() if each.startswith(os.path.join(path, ""))), None)
     if inside is not None:
-        raise OutputError(f"{out} has a mount point in it, {inside}, so it cannot be replaced: choose another --out")
+        raise OutputError(f"{out} has a mount point in it, {inside}, so it cannot be replaced: choose another `out`")
 
 
 def is_mount_point(path: str) -> bool:

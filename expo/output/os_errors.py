@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from ..errors import OutputError
 
 FIXES = {
-    errno.ENOSPC: "free some space or choose another --out",
-    errno.EDQUOT: "free some of your quota or choose another --out",
-    errno.EACCES: "choose an --out that you may write to",
-    errno.EPERM: "choose an --out that you may write to",
-    errno.EROFS: "the filesystem is read-only: choose another --out",
+    errno.ENOSPC: "free some space or choose another `out`",
+    errno.EDQUOT: "free some of your quota or choose another `out`",
+    errno.EACCES: "choose an `out` that you may write to",
+    errno.EPERM: "choose an `out` that you may write to",
+    errno.EROFS: "the filesystem is read-only: choose another `out`",
     errno.EFBIG: "the filesystem or a limit (ulimit -f) refuses files of this size",
 }
 

@@ -53,14 +53,14 @@ def check_free(out: str, single_file: bool, overwrite: bool) -> None:
     if not os.path.exists(out):
         return
     if not overwrite:
-        raise OutputError(f"{out} exists; choose another --out, or --overwrite replaces it")
+        raise OutputError(f"{out} exists; choose another `out`, or `overwrite=True` replaces it")
     if os.path.isdir(out) == single_file:
         kinds = ("file", "folder") if single_file else ("folder", "file")
-        raise OutputError(f"{out}: a {kinds[0]} is to be written, but a {kinds[1]} is there; choose another --out")
+        raise OutputError(f"{out}: a {kinds[0]} is to be written, but a {kinds[1]} is there; choose another `out`")
     with output_errors(out):
         names = os.listdir(out) if not single_file else []
     if names and not any(name.endswith(".safetensors") for name in names):
-        raise OutputError(f"{out} is a folder without a model, which --overwrite does not replace")
+        raise OutputError(f"{out} is a folder without a model, which `overwrite=True` does not replace")
 
 
 def lock(fd: int) -> bool:
@@ -149,7 +149,7 @@ class Staging:
             self._created_parents.append(parent)
             parent = os.path.dirname(parent)
         if not os.path.isdir(parent):
-            raise OutputError(f"{self.out}: {parent} is no folder; choose another --out")
+            raise OutputError(f"{self.out}: {parent} is no folder; choose another `out`")
         os.makedirs(self.parent, exist_ok=True)
 
     def _create(self) -> None:
@@ -167,7 +167,8 @@ class Staging:
             raise OutputError(f"{self.out}: ranks of an interrupted merge are still stopping: try again in a moment")
         if existed and not (self.overwrite or self.resume):
             raise OutputError(
-                f"{self.folder} was left by an interrupted merge: --resume goes on with it, --overwrite starts anew"
+                f"{self.folder} was left by an interrupted merge: `resume=True` continues it, `overwrite=True` starts "
+                "anew"
             )
         self._remove_on_exit = not (existed and self.resume)
         if not self.resume:
@@ -224,7 +225,7 @@ class Staging:
         """
         path = self.out + DIGEST_SUFFIX
         if os.path.lexists(path) and not self.overwrite:
-            raise OutputError(f"{path} exists; choose another --out, or --overwrite replaces it")
+            raise OutputError(f"{path} exists; choose another `out`, or `overwrite=True` replaces it")
         self.put(DIGEST_SUFFIX, parts)
 
     def commit(self) -> list[str]:

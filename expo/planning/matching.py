@@ -54,7 +54,8 @@ def refuse(problems: Sequence[str]) -> None:
     """Raise PlanError with all problems, in at most MOST_LINES lines; return where there is none."""
     lines = "\n".join(problems).splitlines()
     if len(lines) > MOST_LINES:
-        lines = [*lines[: MOST_LINES - 1], f"and {len(lines) - MOST_LINES + 1} more lines; --plan --json has them"]
+        rest = len(lines) - MOST_LINES + 1
+        lines = [*lines[: MOST_LINES - 1], f"and {rest} more lines; python -m expo.fast --plan --json lists them all"]
     if lines:
         raise PlanError("\n".join(lines))
 
@@ -84,7 +85,7 @@ def match_tensors(sft: ModelTensors, aligned: ModelTensors, options: MergeOption
     problems += tensor_problems(sft, aligned, pairs, options.on_unpaired, options.on_mismatch)
     for rule in options.alpha_rules:
         if not any(rule.pattern.search(name) for name in aligned.tensors):
-            problems.append(f"--alpha-for {rule.pattern.pattern!r} matches no tensor of {aligned.path}")
+            problems.append(f"`alpha_for` {rule.pattern.pattern!r} matches no tensor of {aligned.path}")
     dropped = pairs.dropped | dict.fromkeys(pairs.only_in_sft, ONLY_IN_SFT)
     return Matched(tuple(steps), dropped, tuple(problems), _notes(sft, aligned, steps))
 
@@ -171,5 +172,5 @@ def _mostly_copied(aligned: ModelTensors, steps: Sequence[Step]) -> str | None:
         return None
     return (
         f"{kept / total:.0%} of the floating-point bytes are copied from aligned and not extrapolated, as "
-        "--on-unpaired or --on-mismatch says: are sft and aligned saved in two forms, or two different models?"
+        "`on_unpaired` or `on_mismatch` says: are sft and aligned saved in two forms, or two different models?"
     )

@@ -127,7 +127,9 @@ def _check_bare_file(aligned: Checkpoint, options: MergeOptions) -> None:
         return
     if options.shard_bytes is not None:
         raise UsageError(
-            f"max_shard_size {options.max_shard_size} makes shards, but aligned {aligned.path} is one bare file"
+            f"`max_shard_size={options.max_shard_size!r}` makes shards, but aligned {aligned.path} is one bare file"
         )
     if options.carry:
-        raise UsageError(f"carry takes files along, but aligned {aligned.path} is one bare file: nothing comes with it")
+        raise UsageError(
+            f"`carry` takes files along, but aligned {aligned.path} is one bare file: nothing comes with it"
+        )

@@ -1,6 +1,6 @@
 """Why two checkpoints cannot be merged: each problem says what, where, both values, and what to do about it. Pure.
 
-A message offers --on-unpaired or --on-mismatch only where the tensors are likely to be parts that one model has and the
+A message offers `on_unpaired` or `on_mismatch` only where the tensors are likely to be parts that one model has and the
 other has not. Where they look like the same tensors in another form, the option would leave them as aligned has them
 without a word, so the message says what they look like instead.
 """
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..checkpoints.model_parts import EMPTY_HINT, HEAD, generates, is_embedding, tie_flag
 from ..checkpoints.model_tensors import ModelTensors
-from ..checkpoints.naming import any_number, shared_prefix, unwrapped
-from ..checkpoints.quantization import problem
+from ..checkpoints.naming import find_shared_prefix, mask_numbers, unwrap
+from ..checkpoints.quantization import describe_problem
 from ..checkpoints.safetensors_header import TensorInfo, describe, element_count
 from ..dtypes import INTEGERS, ITEMSIZE
 from .pairing import Pairs, mismatched, rows_in_common
@@ -31,7 +31,7 @@ def model_problems(sft: ModelTensors, aligned: ModelTensors) -> list[str]:
     """Return what is wrong with either checkpoint as a whole, or with the two together."""
     roles = (("sft", sft), ("aligned", aligned))
     own = roles[: 1 if aligned.adapter else 2]
-    problems = [text for role, checkpoint in own if (text := problem(role, checkpoint))]
+    problems = [text for role, checkpoint in own if (text := describe_problem(role, checkpoint))]
     problems += [text for role, checkpoint in roles if (text := _empty(role, checkpoint, sft, aligned))]
     kinds = [checkpoint.config.get("model_type") for checkpoint in (sft, aligned)]
     if None not in kinds and kinds[0] != kinds[1]:
@@ -102,7 +102,7 @@ def _unpaired(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str:
 def _unknown_prefix(sft: ModelTensors, aligned: ModelTensors) -> str | None:
     """Return what to say of a side whose names all begin with what the other side's names lack."""
     for role, one, other in (("sft", sft, aligned), ("aligned", aligned, sft)):
-        prefix = shared_prefix(map(unwrapped, one.tensors), map(unwrapped, other.tensors))
+        prefix = find_shared_prefix(map(unwrap, one.tensors), map(unwrap, other.tensors))
         if prefix:
             return (
                 f"all names of {role} {one.path} begin with {prefix!r}, and without it they are names of the other: "
@@ -131,7 +131,7 @@ def _likely_cause(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str
         )
     if _lacks_layers(aligned, pairs):
         return "aligned lacks layers that sft has: is all of it saved, and is it a model of the same depth?"
-    return _tie(sft, aligned, pairs) or "--on-unpaired aligned keeps aligned's, drops sft's"
+    return _tie(sft, aligned, pairs) or "`on_unpaired='aligned'` keeps aligned's, drops sft's"
 
 
 def _differs_by_experts(pairs: Pairs) -> bool:
@@ -186,10 +186,10 @@ def _lacks_layers(aligned: ModelTensors, pairs: Pairs) -> bool:
     inner = aligned.config.get("text_config")
     counts = [each.get("num_hidden_layers") for each in (aligned.config, inner if isinstance(inner, dict) else {})]
     layers = next((count for count in counts if isinstance(count, int)), None)
-    known = {any_number(name) for name in aligned.tensors}
+    known = {mask_numbers(name) for name in aligned.tensors}
     for name in pairs.only_in_sft:
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
-        if number and any_number(name) in known and (layers is None or int(number[0]) < layers):
+        if number and mask_numbers(name) in known and (layers is None or int(number[0]) < layers):
             return True
     return False
 
@@ -224,7 +224,7 @@ def _shape_fix(sft: ModelTensors, aligned: ModelTensors, others: Mapping[str, Te
         return "some are empty: save the model again with gathered weights"
     if 2 * float_bytes(tensors.values()) > float_bytes(aligned.tensors.values()):
         return "they are most of the model: sft and aligned look like models of different sizes"
-    fix = "--on-mismatch aligned keeps aligned's"
+    fix = "`on_mismatch='aligned'` keeps aligned's"
     rows = all(rows_in_common(tensor, others[name]) for name, tensor in tensors.items())
     if rows and any(map(is_embedding, tensors)) and on_mismatch == "error":  # a vocabulary of another size
         fix += ", rows extrapolates the rows that both have"
@@ -242,7 +242,7 @@ def _grouped(items: Sequence[tuple[str, str]]) -> list[str]:
         return [f"{name} ({side})" for name, side in items]
     groups: dict[tuple[str, str], list[str]] = {}
     for name, side in items:
-        groups.setdefault((any_number(name), side), []).append(name)
+        groups.setdefault((mask_numbers(name), side), []).append(name)
     return [
         f"{names[0]} ({side})" if len(names) == 1 else f"{pattern} ({side}): {_counted(len(names))}"
         for (pattern, side), names in groups.items()

@@ -107,7 +107,7 @@ def _load_sft(model: Any, sft: Checkpoint, comparison: StepComparison, options: 
         reason = f"sft cannot be loaded as a model, which might help: {error}"
         raise PlanError(_refusal(comparison, reason)) from error
     except EngineError as error:
-        error.add_hints("or --keep host or disk, with which sft is loaded on the CPU")
+        error.add_hints("or `keep='host'` or `keep='disk'`, with which sft is loaded on the CPU")
         raise
 
 
@@ -124,6 +124,6 @@ def _refusal(comparison: StepComparison, reason: str) -> str:
     lines += reason.splitlines()[:MOST_PROBLEMS]
     lines.append(
         "The way out: merge at an alpha with python -m expo.fast, and judge the folder that it writes, by the same "
-        "search with that folder as --aligned, --alphas 0 and an --out of its own"
+        "search with that folder as `aligned`, `alphas=[0]` and an `out` of its own"
     )
     return "\n".join(lines)

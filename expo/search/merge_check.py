@@ -53,5 +53,5 @@ def check_merge(folder: StrPath, judged: Mapping[str, str], trust_remote_code: b
         raise CheckpointError(
             f"the merge is written to {folder}, but it is not the model that was judged: {len(wrong)} of "
             f"{len(digests)} weights differ. The search does not apply to this merge; search once more, with the "
-            f"merge as --aligned and with --alphas 0:{names}{more}"
+            f"merge as `aligned` and with `alphas=[0]`:{names}{more}"
         )

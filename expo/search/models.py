@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name if name != "auto" else "cuda" if has_gpu else "cpu")
     if device.type == "cuda" and (not has_gpu or (device.index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count() if has_gpu else 0
-        raise EngineError(f"device {name}: torch sees {count} GPUs; --device cpu needs none")
+        raise EngineError(f"device {name}: torch sees {count} GPUs; `device='cpu'` needs none")
     return device
 
 
@@ -68,7 +68,7 @@ def load_model(kind: Any, path: str, device: torch.device, trust_remote_code: bo
         return model.to(device).eval()
     except torch.cuda.OutOfMemoryError as error:
         raise EngineError(
-            f"{path} does not fit into the memory of {device}: {str(error).splitlines()[0]}; try --device cpu"
+            f"{path} does not fit into the memory of {device}: {str(error).splitlines()[0]}; try `device='cpu'`"
         ) from error
 
 
@@ -92,7 +92,7 @@ def _explain_error(kind: Any, path: str, error: Exception, trust_remote_code: bo
     """Return the message for a load that failed."""
     first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "trust_remote_code" in str(error) and not trust_remote_code:
-        return f"{path}: the model comes with its own code; --trust-remote-code runs it, if you trust its authors"
+        return f"{path}: the model comes with its own code; `trust_remote_code=True` runs it, if you trust its authors"
     return f"{path}: transformers cannot load it as {kind.__name__}: {first_line}"
 
 

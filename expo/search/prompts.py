@@ -29,7 +29,7 @@ def read_prompts(path: StrPath, limit: int | None = None) -> list[str]:
     """
     path = os.fspath(path)
     if limit is not None and limit < 1:
-        raise UsageError(f"--limit must be at least 1, got {limit}")
+        raise UsageError(f"`limit` must be at least 1, got {limit}")
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()

@@ -200,7 +200,7 @@ def _notes(rows: Sequence[AlphaResult], best: float, prompts: int) -> list[str]:
     if base.unfinished > 0.5:
         notes.append(
             f"{base.unfinished:.0%} of aligned's own replies do not end: does its generation_config.json name the "
-            "token that ends a turn, and is --max-new-tokens large enough?"
+            "token that ends a turn, and is `max_new_tokens` large enough?"
         )
     if best == rows[-1].alpha and best > 0:
         notes.append(f"the best alpha, {best:g}, is the largest that was tried: a larger one may be better")

@@ -85,14 +85,14 @@ class ReplyStore:
             if others:
                 raise OutputError(
                     f"{self.folder}: the folder has {others[0]} but no {SETTINGS}, so it is not the folder of a "
-                    "search; choose another --out"
+                    "search; choose another `out`"
                 ) from None
             _write_json(path, settings)
             return
         except ValueError as error:
-            raise OutputError(f"{path}: not JSON ({error}); choose another --out") from error
+            raise OutputError(f"{path}: not JSON ({error}); choose another `out`") from error
         if not isinstance(earlier, dict):
-            raise OutputError(f"{path}: not a JSON object; choose another --out")
+            raise OutputError(f"{path}: not a JSON object; choose another `out`")
         now = json.loads(json.dumps(settings))
         changed = [key for key in {**earlier, **now} if earlier.get(key) != now.get(key)]
         if changed and not self._is_empty():
@@ -100,7 +100,7 @@ class ReplyStore:
                 f"{key} was {_shorten(earlier.get(key))} and is now {_shorten(now.get(key))}" for key in changed
             )
             raise OutputError(
-                f"{self.folder} has the replies of another search: {changes}. Choose another --out, or the same "
+                f"{self.folder} has the replies of another search: {changes}. Choose another `out`, or the same "
                 "settings"
             )
         if changed:
@@ -117,7 +117,7 @@ class ReplyStore:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(
-                f"{self.folder}: another search is writing to it; wait, or choose another --out"
+                f"{self.folder}: another search is writing to it; wait, or choose another `out`"
             ) from None
         except OSError:
             pass  # some filesystems have no locks
@@ -132,7 +132,7 @@ class ReplyStore:
                 return
             reply = _parse_reply(line)
             if reply is None:
-                raise OutputError(f"{file.name}, line {number}: not a reply; delete the line, or choose another --out")
+                raise OutputError(f"{file.name}, line {number}: not a reply; delete the line, or choose another `out`")
             self._replies.setdefault((reply.alpha, reply.index), reply)
             complete += len(line)
 
@@ -221,6 +221,6 @@ def _explain_errors(folder: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"{error.filename or folder}: {error.strerror or error}; free some space or choose another --out. All "
+            f"{error.filename or folder}: {error.strerror or error}; free some space or choose another `out`. All "
             "replies that are written are kept"
         ) from error

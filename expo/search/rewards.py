@@ -112,7 +112,7 @@ class RewardModel:
         if labels != 1:
             raise CheckpointError(
                 f"{path}: this classifier has {labels} outputs, and a reward is one number; choose one of them in a "
-                "function of your own: --reward module:function"
+                "function of your own: `reward='module:function'`"
             )
         config = self._model.config.get_text_config()
         if self._tokenizer.pad_token_id is None and config.pad_token_id is not None:
@@ -135,7 +135,7 @@ class RewardModel:
         for start in range(0, len(prompts), self._batch_size):
             part = slice(start, start + self._batch_size)
             batch = self._encode(prompts[part], replies[part]).to(self._model.device)
-            with torch.no_grad(), explain_gpu_memory_errors("reward model, or --keep host"):
+            with torch.no_grad(), explain_gpu_memory_errors("reward model, or `keep='host'`"):
                 scores += self._model(**batch).logits[:, 0].float().tolist()
         return scores
 

@@ -204,7 +204,7 @@ class Sampler:
         streams = torch.tensor([stream_number(self._seed, index) for index in indices], device=device)
         sampling = self._sampling
         penalties = PenaltyProcessor(width, sampling.presence_penalty, sampling.frequency_penalty)
-        with explain_gpu_memory_errors("--batch-size, or --keep host"):
+        with explain_gpu_memory_errors("`batch_size`, or `keep='host'`"):
             generated = self._model.generate(
                 input_ids=tokens,
                 attention_mask=mask,

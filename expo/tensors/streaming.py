@@ -63,7 +63,7 @@ def stream(
         first, second = stack.enter_context(open_inputs(pair.sft, pair.aligned))
         matched = match_tensors(first, second, options)
         matched.check()
-        note = tokens.difference(first, second)
+        note = tokens.compare(first, second)
         for text in matched.notes if note is None else (*matched.notes, note):
             warnings.warn(text, stacklevel=2)
         if chosen.note:

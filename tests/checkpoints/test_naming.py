@@ -15,8 +15,8 @@ from plans import ALPHA, Shapes, checkpoint, make_plan
 from tiny_models import LOAD, loaded, pair_of
 
 import expo
-from expo.checkpoints.naming import shared_prefix, unwrapped
-from expo.checkpoints.wrappers import without_wrapper
+from expo.checkpoints.naming import find_shared_prefix, unwrap
+from expo.checkpoints.wrappers import remove_wrapper
 from expo.fast import main
 
 WRAPPERS = [
@@ -189,7 +189,7 @@ def test_an_unknown_prefix_on_both_sides_is_a_warning(
     ],
 )
 def test_unwrapped(name: str, short: str) -> None:
-    assert unwrapped(name) == short
+    assert unwrap(name) == short
 
 
 OWN: Shapes = {"policy.a.weight": ("BF16", (4,)), "policy.b.weight": ("BF16", (4,))}
@@ -212,7 +212,7 @@ OWN: Shapes = {"policy.a.weight": ("BF16", (4,)), "policy.b.weight": ("BF16", (4
 )  # fmt: skip
 def test_names_that_are_the_models_own_stay(sft: Shapes, aligned: Shapes, config: dict[str, Any]) -> None:
     given = checkpoint(aligned, config=config)
-    found = without_wrapper(given, checkpoint(sft, "/models/sft", config=config))
+    found = remove_wrapper(given, checkpoint(sft, "/models/sft", config=config))
     assert found.tensors == given.tensors
     assert ["'policy.', and so do the output's" in note for note in found.notes] == [True] * (aligned is OWN)
 
@@ -226,9 +226,9 @@ def test_an_unknown_prefix_is_one_line(side: str, plain: tuple[Path, Path, Path]
     assert f"all names of {side} {folders[side]} begin with 'student.net.'" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "--on-unpaired" not in str(caught.value)
-    assert shared_prefix(["a.b.c", "a.b.d"], ["c", "d"]) == "a.b."
-    assert shared_prefix(["a.b.c", "a.b.d"], ["b.c", "b.d"]) == "a."
-    assert shared_prefix(["a.c", "b.d"], ["c", "d"]) == ""
+    assert find_shared_prefix(["a.b.c", "a.b.d"], ["c", "d"]) == "a.b."
+    assert find_shared_prefix(["a.b.c", "a.b.d"], ["b.c", "b.d"]) == "a."
+    assert find_shared_prefix(["a.c", "b.d"], ["c", "d"]) == ""
 
 
 def test_a_peft_models_whole_state_dict_is_named(plain: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_rule_by_name_sees_the_outputs_names() -> None:
 
     config = {"model_type": "llama"}
     given: Checkpoint = checkpoint({"module.a": ("BF16", (4,)), "module.b": ("BF16", (4,))}, config=config)
-    short = without_wrapper(given, given)
+    short = remove_wrapper(given, given)
     sft = checkpoint({"a": ("BF16", (4,)), "b": ("BF16", (4,))}, "/models/sft", config=config)
     plan = make_plan(sft, short, [ALPHA], {"^a$": 0})
     plan.check()

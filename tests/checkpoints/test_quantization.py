@@ -12,7 +12,7 @@ from plans import ALPHA, Shapes, checkpoint, make_plan
 
 import expo
 from expo.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from expo.checkpoints.quantization import ORIGINAL, problem, scheme
+from expo.checkpoints.quantization import ORIGINAL, describe_problem, find_scheme
 
 Q = "model.layers.0.self_attn.q_proj"
 PLAIN: Shapes = {f"{Q}.weight": ("BF16", (4, 4)), "model.norm.weight": ("BF16", (4,))}
@@ -108,7 +108,7 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("quantised", "name"), cases())
 def test_every_scheme_is_named_with_role_path_and_way_out(quantised: Checkpoint, name: str) -> None:
-    assert scheme(quantised) == name
+    assert find_scheme(quantised) == name
     for role in ("sft", "aligned"):
         other = checkpoint(PLAIN, "/models/plain")
         given = dataclasses.replace(quantised, path="/models/quantised")
@@ -122,7 +122,7 @@ def test_every_scheme_is_named_with_role_path_and_way_out(quantised: Checkpoint,
 
 def test_order_of_the_tensors_does_not_matter() -> None:
     tensors, name = TENSORS["GPTQ"]
-    assert scheme(checkpoint(dict(reversed(tensors.items())))) == name
+    assert find_scheme(checkpoint(dict(reversed(tensors.items())))) == name
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_order_of_the_tensors_does_not_matter() -> None:
     ],
 )  # fmt: skip
 def test_the_way_out(name: str, ways: tuple[str, ...]) -> None:
-    text = problem("sft", checkpoint(PLAIN, config={"quantization_config": {"quant_method": name}}))
+    text = describe_problem("sft", checkpoint(PLAIN, config={"quantization_config": {"quant_method": name}}))
     assert text is not None
     assert text.partition("extrapolated; ")[2].startswith(ORIGINAL)
     assert ("save_pretrained" in text) is bool(ways)
@@ -184,7 +184,7 @@ def test_both_may_be_quantised_each_in_its_own_way() -> None:
 )  # fmt: skip
 def test_a_plain_model_is_not_taken_for_a_quantised_one(names: Shapes) -> None:
     shapes = {**PLAIN, **names}
-    assert scheme(checkpoint(shapes)) is None
+    assert find_scheme(checkpoint(shapes)) is None
     make_plan(checkpoint(shapes, "/models/sft"), checkpoint(shapes), [ALPHA]).check()
 
 
@@ -197,15 +197,15 @@ def test_a_plain_model_is_not_taken_for_a_quantised_one(names: Shapes) -> None:
     ids=str,
 )  # fmt: skip
 def test_a_config_that_says_nothing_of_it(config: dict[str, Any]) -> None:
-    assert scheme(checkpoint(PLAIN, config=config, files=["config.json", "sub/quant_config.json"])) is None
+    assert find_scheme(checkpoint(PLAIN, config=config, files=["config.json", "sub/quant_config.json"])) is None
 
 
 def test_from_the_disk(tmp_path: Path) -> None:
     shapes: Shapes = {f"{Q}.weight": ("U8", (4, 4)), f"{Q}.weight.absmax": ("F32", (2,)), "norm": ("BF16", (4,))}
     opened = open_checkpoint(write_folder(tmp_path / "model", random_tensors(shapes, 1)))
-    assert scheme(opened) == "bitsandbytes"
+    assert find_scheme(opened) == "bitsandbytes"
     (tmp_path / "model" / "quantize_config.json").write_text("{}")
-    assert scheme(open_checkpoint(tmp_path / "model")) == "gptq"
+    assert find_scheme(open_checkpoint(tmp_path / "model")) == "gptq"
 
 
 # The ways out for transformers' own schemes: these tests follow them.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from expo.checkpoints import sidecars
-from expo.checkpoints.sidecars import Code, has_tokenizer, missing_modules, sort_files
+from expo.checkpoints.sidecars import Code, find_missing_modules, has_tokenizer, sort_files
 
 NEEDED = (
     "config.json", "config.4.0.0.json", "generation_config.json", "params.json",
@@ -120,10 +120,10 @@ def test_a_pattern_may_match_files_that_cannot_come_along_beside_others() -> Non
 
 def test_weights_of_modules_beside_the_model_are_missed() -> None:
     files = ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "onnx/model.onnx"]
-    warning = missing_modules(sort_files(files).left_out)
+    warning = find_missing_modules(sort_files(files).left_out)
     assert warning is not None
     assert warning.startswith("the output lacks 2_Dense/model.safetensors: weights of a module that ")
-    assert missing_modules(sort_files(["1_Pooling/config.json", "sub/model.safetensors"]).left_out) is None
+    assert find_missing_modules(sort_files(["1_Pooling/config.json", "sub/model.safetensors"]).left_out) is None
 
 
 @pytest.mark.parametrize(

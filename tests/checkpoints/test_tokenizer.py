@@ -14,7 +14,7 @@ import pytest
 from plans import checkpoint, make_plan
 
 from expo.checkpoints import tokenizer as tokens
-from expo.checkpoints.tokenizer import TOKENIZER, difference, ids, missing
+from expo.checkpoints.tokenizer import TOKENIZER, compare, find_missing, read_ids
 from expo.planning.steps import Action
 
 BPE = {"a": 0, "b": 1, "c": 2}
@@ -29,7 +29,7 @@ def token(at: Any, content: Any) -> dict[str, Any]:
     return {"id": at, "content": content, "special": True, "lstrip": False}
 
 
-def compare(tmp_path: Path, sft: Any, aligned: Any) -> str | None:
+def warning_of(tmp_path: Path, sft: Any, aligned: Any) -> str | None:
     """Return the warning about two tokenizer.json, each given as an object, as text, or as None for no such file."""
     opened = []
     for role, content in (("sft", sft), ("aligned", aligned)):
@@ -40,7 +40,7 @@ def compare(tmp_path: Path, sft: Any, aligned: Any) -> str | None:
             path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
             made = dataclasses.replace(made, files={TOKENIZER: str(path)})
         opened.append(made)
-    return difference(*opened)
+    return compare(*opened)
 
 
 # The ids in a tokenizer.json.
@@ -68,7 +68,7 @@ def compare(tmp_path: Path, sft: Any, aligned: Any) -> str | None:
     ],
 )
 def test_ids(content: dict[str, Any], expected: dict[int, str]) -> None:
-    assert ids(content) == expected
+    assert read_ids(content) == expected
 
 
 # Differences.
@@ -95,7 +95,7 @@ def test_ids(content: dict[str, Any], expected: dict[int, str]) -> None:
     ],
 )
 def test_what_is_no_difference(tmp_path: Path, sft: Any, aligned: Any) -> None:
-    assert compare(tmp_path, sft, aligned) is None
+    assert warning_of(tmp_path, sft, aligned) is None
 
 
 END = "rows of the embeddings are extrapolated by id"
@@ -135,13 +135,13 @@ END = "rows of the embeddings are extrapolated by id"
     ],
 )  # fmt: skip
 def test_the_difference_is_said_in_one_line(tmp_path: Path, sft: Any, aligned: Any, said: str) -> None:
-    assert compare(tmp_path, sft, aligned) == f"the tokenizers differ in {said}: {END}"
+    assert warning_of(tmp_path, sft, aligned) == f"the tokenizers differ in {said}: {END}"
 
 
 def test_a_whole_vocabulary_moved_by_one_is_said_as_briefly(tmp_path: Path) -> None:
     n = 20_000
     sft, aligned = (tokenizer({f"token{i}": i + by for i in range(n)}) for by in (0, 1))
-    text = compare(tmp_path, sft, aligned)
+    text = warning_of(tmp_path, sft, aligned)
     assert text is not None
     assert text.startswith(
         "the tokenizers differ in 20001 token ids (1 is 'token1' in sft and 'token0' in aligned; 2 is 'token2' in sft "
@@ -151,7 +151,7 @@ def test_a_whole_vocabulary_moved_by_one_is_said_as_briefly(tmp_path: Path) -> N
 
 
 def test_a_token_that_cannot_be_printed_is_escaped(tmp_path: Path) -> None:
-    text = compare(tmp_path, tokenizer({"\ud800\n\x1b[2J": 0}), tokenizer({"é": 0}))
+    text = warning_of(tmp_path, tokenizer({"\ud800\n\x1b[2J": 0}), tokenizer({"é": 0}))
     assert text is not None
     assert r"0 is '\ud800\n\x1b[2J' in sft and 'é' in aligned" in text
     text.encode()
@@ -159,12 +159,12 @@ def test_a_token_that_cannot_be_printed_is_escaped(tmp_path: Path) -> None:
 
 def test_files_of_one_size_and_time_are_read(tmp_path: Path) -> None:
     contents = tokenizer({"a": 0}), tokenizer({"b": 0})
-    assert compare(tmp_path, *contents) is not None
+    assert warning_of(tmp_path, *contents) is not None
     for role in ("sft", "aligned"):
         os.utime(tmp_path / role / TOKENIZER, (0, 0))
     paths = [str(tmp_path / role / TOKENIZER) for role in ("sft", "aligned")]
     one, other = (dataclasses.replace(checkpoint({"w": ("BF16", (1,))}), files={TOKENIZER: path}) for path in paths)
-    text = difference(one, other)
+    text = compare(one, other)
     assert text is not None
     assert "0 is 'a' in sft and 'b' in aligned" in text
 
@@ -183,7 +183,7 @@ def test_files_of_one_size_and_time_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("role", ["sft", "aligned"])
 def test_a_malformed_file_is_said_and_stops_nothing(tmp_path: Path, content: bytes, words: str, role: str) -> None:
     files = {"sft": tokenizer(), "aligned": tokenizer(), role: content}
-    text = compare(tmp_path, files["sft"], files["aligned"])
+    text = warning_of(tmp_path, files["sft"], files["aligned"])
     assert text is not None
     assert text.startswith(f"token ids were not compared: {tmp_path / role / TOKENIZER}: ")
     assert words in text
@@ -194,7 +194,7 @@ def test_a_file_that_vanishes_is_said_and_stops_nothing(tmp_path: Path) -> None:
         dataclasses.replace(checkpoint({"w": ("BF16", (1,))}), files={TOKENIZER: str(tmp_path / name)})
         for name in ("one", "other")
     )
-    text = difference(one, other)
+    text = compare(one, other)
     assert text is not None
     assert text.startswith("token ids were not compared: ")
     assert str(tmp_path / "one") in text
@@ -205,7 +205,7 @@ def test_a_file_that_cannot_be_read_is_said_and_stops_nothing(tmp_path: Path, mo
         raise PermissionError(13, "Permission denied", "/models/sft/tokenizer.json")
 
     monkeypatch.setattr(tokens.filecmp, "cmp", refuse)
-    text = compare(tmp_path, tokenizer(), tokenizer({}))
+    text = warning_of(tmp_path, tokenizer(), tokenizer({}))
     assert text is not None
     assert text.startswith("token ids were not compared: ")
     assert "/models/sft/tokenizer.json" in text
@@ -218,12 +218,12 @@ def test_identical_files_are_not_parsed(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(tokens, "load_json", refuse)
     if same == "bytes":
-        assert compare(tmp_path, tokenizer(), tokenizer()) is None
+        assert warning_of(tmp_path, tokenizer(), tokenizer()) is None
         with pytest.raises(AssertionError, match="was parsed"):
-            compare(tmp_path, tokenizer(), tokenizer({}))
+            warning_of(tmp_path, tokenizer(), tokenizer({}))
     else:
         one = dataclasses.replace(checkpoint({"w": ("BF16", (1,))}), files={TOKENIZER: str(tmp_path / "nowhere")})
-        assert difference(one, one) is None
+        assert compare(one, one) is None
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_the_option_that_is_offered_keeps_aligneds_embeddings(names: tuple[str, 
         path = tmp_path / f"{role}.json"
         path.write_text(json.dumps(tokenizer(vocabulary)))
         opened.append(dataclasses.replace(checkpoint(shapes, f"/models/{role}"), files={TOKENIZER: str(path)}))
-    note = difference(*opened)
+    note = compare(*opened)
     assert note is not None
     words = shlex.split(note[note.index("--alpha-for") : note.index(" keeps")])
     pattern, _, alpha = words[1].rpartition("=")
@@ -267,5 +267,5 @@ WARNING = "aligned has no tokenizer, so the output has none; sft has one: copy i
 )  # fmt: skip
 def test_aligned_without_a_tokenizer(sft: list[str], aligned: list[str], warning: str | None) -> None:
     theirs, ours = (checkpoint({"w": ("BF16", (1,))}, files=files) for files in (sft, aligned))
-    assert missing(theirs, dataclasses.replace(ours, folder="/models/aligned")) == warning
-    assert missing(theirs, dataclasses.replace(ours, folder=None)) is None, "nothing is copied beside a bare file"
+    assert find_missing(theirs, dataclasses.replace(ours, folder="/models/aligned")) == warning
+    assert find_missing(theirs, dataclasses.replace(ours, folder=None)) is None, "nothing is copied beside a bare file"
