@@ -289,7 +289,7 @@ def test_empty_folder(tmp_path: Path) -> None:
         ("model.Q4_K_M.gguf", ("a GGUF file, quantised as Q4_K_M", "made from", "save_pretrained() it")),
         ("model-f16.gguf", ("a GGUF file, most often quantised", "save_pretrained() it")),
         ("adapter_model.safetensors", ("a PEFT adapter without its adapter_config.json",)),
-        ("adapter_config.json", ("a PEFT adapter; only --aligned may be one",)),
+        ("adapter_config.json", ("a PEFT adapter; only `aligned` may be one",)),
     ],
 )
 def test_folder_of_another_form(tmp_path: Path, file: str, words: tuple[str, ...]) -> None:

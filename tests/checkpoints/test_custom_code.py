@@ -103,7 +103,7 @@ def test_code_that_is_not_python_comes_along_and_is_named(tmp_path: Path, text: 
     code, (note,) = found(tmp_path, {"config.json": MODEL, "modeling_own.py": text, "one.py": ""})
     assert code == {"modeling_own.py"}
     assert note.startswith("aligned's modeling_own.py cannot be parsed (")
-    assert note.endswith("so files that it imports may be left out: --carry takes them along")
+    assert note.endswith("so files that it imports may be left out: `carry` takes them along")
 
 
 def test_odd_escapes_are_nobody_s_business(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_an_unknown_prefix_is_one_line(side: str, plain: tuple[Path, Path, Path]
         expo.merge(folders["sft"], folders["aligned"], 0.3, tmp_path / "out")
     assert f"all names of {side} {folders[side]} begin with 'student.net.'" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert "--on-unpaired" not in str(caught.value)
+    assert "on_unpaired" not in str(caught.value)
     assert find_shared_prefix(["a.b.c", "a.b.d"], ["c", "d"]) == "a.b."
     assert find_shared_prefix(["a.b.c", "a.b.d"], ["b.c", "b.d"]) == "a."
     assert find_shared_prefix(["a.c", "b.d"], ["c", "d"]) == ""

@@ -91,8 +91,8 @@ def test_patterns_take_further_files_along() -> None:
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("*.pdf", "--carry '*.pdf' matches no file beside the weights of /m/aligned"),
-        ("RUN.sh", "--carry 'RUN.sh' matches no file beside the weights of /m/aligned"),
+        ("*.pdf", "`carry` '*.pdf' matches no file beside the weights of /m/aligned"),
+        ("RUN.sh", "`carry` 'RUN.sh' matches no file beside the weights of /m/aligned"),
         ("*.bin", "a.bin (and 1 more like it) cannot be carried: weights in another form, or training state"),
         (".git*", ".gitattributes cannot be carried: hidden"),
         ("SHA256SUMS", "SHA256SUMS cannot be carried: digests of aligned's files"),

@@ -15,6 +15,7 @@ from plans import checkpoint, make_plan
 
 from expo.checkpoints import tokenizer as tokens
 from expo.checkpoints.tokenizer import TOKENIZER, compare, find_missing, read_ids
+from expo.cli import with_options
 from expo.planning.steps import Action
 
 BPE = {"a": 0, "b": 1, "c": 2}
@@ -244,6 +245,7 @@ def test_the_option_that_is_offered_keeps_aligneds_embeddings(names: tuple[str, 
         opened.append(dataclasses.replace(checkpoint(shapes, f"/models/{role}"), files={TOKENIZER: str(path)}))
     note = compare(*opened)
     assert note is not None
+    note = with_options(note)
     words = shlex.split(note[note.index("--alpha-for") : note.index(" keeps")])
     pattern, _, alpha = words[1].rpartition("=")
     plan = make_plan(*opened, [0.3], {pattern: float(alpha)})

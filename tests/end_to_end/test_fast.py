@@ -21,6 +21,7 @@ from checkpoint_files import kept, random_tensors, read_folder, sparse_file, sta
 from cpu_time import at_most
 
 import expo
+from expo.cli import with_options
 from expo.demo import ALIGNED, SFT
 
 ROOT = Path(__file__).parents[2]
@@ -278,12 +279,12 @@ def test_plan_of_an_output_that_is_there(tmp_path: Path, options: Sequence[str])
         (["--alpha", "0.1", "--alpha-for", "norm=big"], "--alpha-for takes REGEX=FLOAT, got 'norm=big'"),
         (
             ["--alpha", "0.1", "--alpha-for", "(=1"],
-            "alpha_for '(' is not a regular expression: missing ), unterminated subpattern at position 0",
+            "--alpha-for '(' is not a regular expression: missing ), unterminated subpattern at position 0",
         ),
-        (["--alpha", "0.1", "--device", "tpu"], "device must be auto, cpu or cuda[:index], got 'tpu'"),
+        (["--alpha", "0.1", "--device", "tpu"], "--device must be auto, cpu or cuda[:index], got 'tpu'"),
         (
             ["--alpha", "0.1", "--engine", "cpu", "--device", "cuda:0"],
-            "--engine cpu computes on the CPU, but --device is cuda:0; leave one of them out",
+            "--engine cpu computes on the CPU, but `device` is cuda:0; leave one of them out",
         ),
     ],
 )
@@ -480,7 +481,7 @@ def test_a_signal_in_the_middle_leaves_what_is_done(
 def interrupted(process: subprocess.Popen[bytes], folder: Path) -> None:
     """It ends as it should, and leaves its staging folder alone."""
     out, err = process.communicate(timeout=20)
-    message = f"expo: interrupted; {kept(folder / 'out.safetensors')}\n"
+    message = f"expo: interrupted; {with_options(kept(folder / 'out.safetensors'))}\n"
     assert (process.returncode, out, err.decode()) == (130, b"", message)
     assert os.listdir(folder) == [".out.safetensors.expo-staging"]
 
@@ -527,7 +528,7 @@ def test_after_a_kill_the_leftover_is_named_and_can_be_gone_on_with_or_not(
     arguments = (*large, "--alpha", "0.3", "--out", "out.safetensors", "--quiet")
     ran = run(*arguments, cwd=tmp_path)
     staging = f"{tmp_path}/.out.safetensors.expo-staging"
-    fixes = "--resume goes on with it, --overwrite starts anew"
+    fixes = "--resume continues it, --overwrite starts anew"
     assert ran == (4, "", f"expo: error: {staging} was left by an interrupted merge: {fixes}\n")
     assert os.listdir(tmp_path) == [".out.safetensors.expo-staging"]
     assert run(*arguments, option, cwd=tmp_path) == (0, "", "")
@@ -548,3 +549,17 @@ def test_a_reader_that_has_gone_is_no_crash(tmp_path: Path, options: Sequence[st
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     assert os.listdir(tmp_path) == ([] if options else ["out"])
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("`on_mismatch='rows'` or `on_unpaired`", "--on-mismatch rows or --on-unpaired"),
+        ("choose another `out`, or `overwrite=True` replaces it", "choose another --out, or --overwrite replaces it"),
+        (r"`alpha_for={r'^(a|b)\.weight$': 0}` keeps", r"--alpha-for '^(a|b)\.weight$=0' keeps"),
+        ("`max_shard_size=5000` and `alphas=[0]`", "--max-shard-size 5000 and --alphas 0"),
+        ("run `git lfs pull`, or `lm_head`", "run `git lfs pull`, or `lm_head`"),
+    ],
+)
+def test_the_command_line_names_options_where_the_library_names_parameters(message: str, printed: str) -> None:
+    assert with_options(message) == printed

@@ -201,7 +201,9 @@ def test_a_bare_bin_file_gives_a_bare_safetensors_file(
     assert merged.outputs[0].path == "aligned-7b-expo-0.3.safetensors"
     assert os.listdir() == ["aligned-7b-expo-0.3.safetensors"]
     assert read_file(Path(merged.outputs[0].path)) == expected(sft, aligned, 0.3) == streamed(*files, 0.3)
-    with pytest.raises(expo.UsageError, match=f"^max_shard_size 1MB makes shards, but aligned {files[1]} is one bare"):
+    with pytest.raises(
+        expo.UsageError, match=f"^`max_shard_size='1MB'` makes shards, but aligned {files[1]} is one bare"
+    ):
         expo.merge(*files, 0.3, max_shard_size="1MB")
 
 
@@ -374,7 +376,7 @@ def test_rows_are_of_no_help_where_something_else_differs(tmp_path: Path) -> Non
         with pytest.raises(expo.PlanError) as caught:
             work(sft, aligned, 0.3, on_mismatch="rows")
         assert str(caught.value).splitlines() == [
-            "2 tensors whose counterpart has another shape; --on-mismatch aligned keeps aligned's:",
+            "2 tensors whose counterpart has another shape; `on_mismatch='aligned'` keeps aligned's:",
             "  e: sft BF16 [4, 5], aligned BF16 [4, 6]",
             "  i: sft I64 [3], aligned I64 [4]",
         ]
@@ -454,7 +456,7 @@ def test_a_merge_with_another_option_is_refused(
     with pytest.raises(expo.OutputError) as caught:
         expo.merge(*resized, 0.3, tmp_path / "out", **{"on_mismatch": "rows", **change}, resume=True)
     assert f"holds another merge ({said}" in str(caught.value)
-    assert str(caught.value).endswith("choose another --out, or --overwrite starts anew")
+    assert str(caught.value).endswith("choose another `out`, or `overwrite=True` starts anew")
     assert fingerprint(tmp_path) == before
 
 
@@ -554,7 +556,7 @@ def test_dtype_of_a_model_without_a_config_or_without_a_dtype_in_it(tmp_path: Pa
 @pytest.mark.parametrize("dtype", ["BF16", "float16", "int8", ""])
 def test_a_dtype_that_is_none(tmp_path: Path, odd: Pair, dtype: str) -> None:
     for work in (expo.stream, lambda *pair, **more: expo.merge(*pair, tmp_path / "out", **more)):
-        with pytest.raises(expo.UsageError, match=f"^dtype must be one of bf16, fp16, fp32, got '{dtype}'$"):
+        with pytest.raises(expo.UsageError, match=f"^`dtype` must be one of bf16, fp16, fp32, got '{dtype}'$"):
             work(*odd, 0.3, dtype=dtype)
 
 
@@ -695,7 +697,7 @@ def test_transformers_loads_new_shards(
 def test_a_shard_size_that_is_none(tmp_path: Path, models: tuple[Path, Any, Any], most: Any) -> None:
     with pytest.raises(expo.UsageError) as caught:
         expo.merge(models[0] / "sft", models[0] / "aligned", 0.3, tmp_path / "out", max_shard_size=most)
-    assert str(caught.value) == f"max_shard_size takes bytes, or a size such as 5GB or 500MiB, got {most!r}"
+    assert str(caught.value) == f"`max_shard_size` takes bytes, or a size such as 5GB or 500MiB, got {most!r}"
 
 
 HEAD = "lm_head.weight"

@@ -293,7 +293,7 @@ def test_the_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         (["--recipe", "gpt2", "--plan"], "no recipe 'gpt2': python -m expo.fast --list-recipes shows all 12"),
         (
             ["--recipe", "tulu-2-dpo-7b", "--max-shard-size", "x"],
-            "max_shard_size takes bytes, or a size such as 5GB or",
+            "--max-shard-size takes bytes, or a size such as 5GB or",
         ),
         (["--recipe", "tulu-2-dpo-7b", "--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8' (choose from "),
         (["--recipe", "tulu-2-dpo-7b", "--alpha-for", "x=much"], "--alpha-for takes REGEX=FLOAT, got 'x=much'"),

@@ -38,7 +38,7 @@ def test_auto_is_the_compiled_engine() -> None:
 @pytest.mark.usefixtures("not_built")
 def test_numpy_takes_over_by_itself_and_a_named_engine_does_not() -> None:
     assert choose()[:3:2] == ("numpy", "the compiled engine is not built")
-    with pytest.raises(expo.EngineError, match=r"not built .*--engine numpy"):
+    with pytest.raises(expo.EngineError, match=r"not built .*`engine='numpy'`"):
         choose("cpu")
 
 
@@ -48,7 +48,7 @@ def test_triton_without_a_gpu_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     for engine, device in (("triton", "auto"), ("auto", "cuda"), ("triton", "cuda:0")):
-        with pytest.raises(expo.EngineError, match=r"cannot run here: torch sees no CUDA device; --engine cpu"):
+        with pytest.raises(expo.EngineError, match=r"cannot run here: torch sees no CUDA device; `engine='cpu'`"):
             choose(engine, device)
 
 
@@ -58,9 +58,9 @@ def test_triton_without_a_gpu_says_so() -> None:
         ("fortran", "auto", "'fortran'"),
         ("auto", "tpu", "'tpu'"),
         ("auto", "cuda:x", "'cuda:x'"),
-        ("triton", "cpu", "--engine triton computes on a GPU, but --device is cpu"),
-        ("numpy", "cuda", "--engine numpy computes on the CPU, but --device is cuda"),
-        ("cpu", "cuda:1", "--engine cpu computes on the CPU, but --device is cuda:1"),
+        ("triton", "cpu", "`engine='triton'` computes on a GPU, but `device` is cpu"),
+        ("numpy", "cuda", "`engine='numpy'` computes on the CPU, but `device` is cuda"),
+        ("cpu", "cuda:1", "`engine='cpu'` computes on the CPU, but `device` is cuda:1"),
     ],
 )
 def test_names_that_make_no_sense(engine: str, device: str, said: str) -> None:

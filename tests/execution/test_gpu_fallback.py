@@ -441,7 +441,9 @@ def test_a_merge_by_kernels(
 @pytest.mark.usefixtures("merging", "fusing")
 def test_an_engine_asked_for_by_name_fails(tmp_path: Path) -> None:
     for device in ("auto", "cuda"):
-        with pytest.raises(expo.EngineError, match=r"--engine triton cannot be used on cpu: .* wrong .*--engine cpu"):
+        with pytest.raises(
+            expo.EngineError, match=r"`engine='triton'` cannot be used on cpu: .* wrong .*`engine='cpu'`"
+        ):
             choose("triton", device)
     with pytest.raises(expo.EngineError, match="wrong bits"):
         expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out", engine="triton")
@@ -452,7 +454,7 @@ def test_an_engine_asked_for_by_name_fails(tmp_path: Path) -> None:
 def test_a_device_alone_gives_way_to_the_cpu(right: dict[str, bytes], tmp_path: Path) -> None:
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out", device="cuda")
     (note,) = (note for note in merged.warnings if "wrong bits" in note)
-    assert note.startswith(f"the Triton kernels are not used on cpu; --engine {choose().name} computes instead")
+    assert note.startswith(f"the Triton kernels are not used on cpu; `engine={choose().name!r}` computes instead")
     assert merged.engine == choose().name
     assert files(tmp_path / "out") == right
     assert [each.name for each in engines_for("auto", "cuda")] == [choose().name] * 2
@@ -493,7 +495,7 @@ def test_a_gpu_that_fails_in_the_middle(
     monkeypatch.setattr("expo.merging.job.engines_for", two_of("auto"))
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     assert [note for note in merged.warnings if "unspecified" in note] == [
-        f"cpu failed, and --engine {choose().name} did its part, with the same bits. "
+        f"cpu failed, and `engine={choose().name!r}` did its part, with the same bits. "
         "The reason: CUDA error: unspecified launch failure"
     ]
     assert len(closed) == 2
@@ -536,7 +538,9 @@ def test_a_merge_does_not_use_kernels_that_tensors_gave_up(right: dict[str, byte
     selftest.check(CPU)
     with pytest.warns(RuntimeWarning, match="not used on cpu; .*CompilationError"):
         gpu.fall_back(CPU, CompilationError("at 7:12"))
-    with pytest.raises(expo.EngineError, match=r"^--engine triton cannot be used on cpu: CompilationError: at 7:12; "):
+    with pytest.raises(
+        expo.EngineError, match=r"^`engine='triton'` cannot be used on cpu: CompilationError: at 7:12; "
+    ):
         choose("triton", "cuda")
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out", device="cuda")
     assert merged.engine == choose().name
@@ -575,9 +579,9 @@ def test_an_engine_asked_for_by_name_fails_by_an_error_of_ours(
     monkeypatch.setattr(sweep, "launch", failing(error))
     monkeypatch.setattr(host, "launch", failing(error))
     monkeypatch.setattr("expo.merging.job.engines_for", lambda *_: (engine,))
-    with pytest.raises(expo.EngineError, match=f"--engine triton failed: {text}"):
+    with pytest.raises(expo.EngineError, match=f"`engine='triton'` failed: {text}"):
         expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
-    with pytest.raises(expo.EngineError, match=rf"--engine triton failed on \S+: {text}"):
+    with pytest.raises(expo.EngineError, match=rf"`engine='triton'` failed on \S+: {text}"):
         dict(expo.stream(SFT, ALIGNED, 0.3, engine="triton"))
 
 

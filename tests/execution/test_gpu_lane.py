@@ -176,7 +176,7 @@ def test_a_kernel_that_fails(
 
     monkeypatch.setattr(sweep, "launch", failing)
     device = late.Late(order)
-    with pytest.raises(expo.EngineError, match=r"^--engine triton failed: CUDA error: an illegal memory") as caught:
+    with pytest.raises(expo.EngineError, match=r"^`engine='triton'` failed: CUDA error: an illegal memory") as caught:
         merged(monkeypatch, pair, tmp_path / "ring", (engine(device),))
     assert not any(device.queues.values())
     assert left_to_resume(str(caught.value), tmp_path / "ring")
@@ -195,7 +195,7 @@ def test_a_gpu_without_memory(
         def memory(self, size: int) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 MiB")
 
-    with pytest.raises(expo.EngineError, match=r"^--engine triton failed: CUDA out of memory") as caught:
+    with pytest.raises(expo.EngineError, match=r"^`engine='triton'` failed: CUDA out of memory") as caught:
         merged(monkeypatch, pair, tmp_path / "ring", (engine(Full()),))
     assert left_to_resume(str(caught.value), tmp_path / "ring")
     merged(monkeypatch, pair, tmp_path / "ring", (choose(),), resume=True)  # on the CPU, as the user may choose to

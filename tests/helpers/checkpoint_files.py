@@ -134,7 +134,7 @@ def staging_folder(out: Path) -> Path:
 def kept(*outs: Path) -> str:
     """What the message of a merge ends with that has left its staging folders."""
     folders = ", ".join(str(staging_folder(out)) for out in outs)
-    return f"what is done is kept in {folders}: repeat the command with --resume to continue"
+    return f"what is done is kept in {folders}: repeat the merge with `resume=True` to continue"
 
 
 def sparse_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> Path:

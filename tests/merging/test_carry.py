@@ -74,7 +74,7 @@ def test_the_plan_lists_every_file(aligned: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("*.pdf", "--carry '*.pdf' matches no file beside the weights of "),
+        ("*.pdf", "`carry` '*.pdf' matches no file beside the weights of "),
         ("SHA*", "matches no file"),
         ("model.safetensors.index.json", "matches no file"),
         (".*", ".hidden cannot be carried: hidden; leave the pattern out"),
@@ -108,7 +108,7 @@ def test_a_bare_file_takes_nothing_along(tmp_path: Path) -> None:
 
 
 def test_one_pattern_instead_of_a_list(tmp_path: Path) -> None:
-    with pytest.raises(expo.UsageError, match=r"^carry must be a list of patterns"):
+    with pytest.raises(expo.UsageError, match=r"^`carry` must be a list of patterns"):
         expo.merge(DEMO / "sft", DEMO / "aligned", 0.3, tmp_path / "out", carry="*.png")
 
 

@@ -42,7 +42,9 @@ def refused(inputs: tuple[Path, Path], out: Path) -> list[str]:
     assert not out.exists()
     assert staging_folder(out).is_dir()
     lines = str(caught.value).splitlines()
-    kept = f"; what is done is kept in {staging_folder(out)}: --resume without --check puts it in place as it is"
+    kept = (
+        f"; what is done is kept in {staging_folder(out)}: `resume=True` without `check=True` puts it in place as it is"
+    )
     assert lines[0].startswith(f"{out}: transformers {transformers.__version__} does not load it completely as ")
     assert lines[-1].endswith(kept)
     lines[-1] = lines[-1].removesuffix(kept)
@@ -212,10 +214,10 @@ def test_models_that_cannot_be_checked_are_refused_before_the_work(
 def test_a_bare_file_and_a_folder_without_a_config(tmp_path: Path) -> None:
     inputs = pair(tmp_path)
     files = [path / "model.safetensors" for path in inputs]
-    with pytest.raises(expo.UsageError, match=r"^--check loads a folder with a config.json, but .* is one bare file"):
+    with pytest.raises(expo.UsageError, match=r"^`check` loads a folder with a config.json, but .* is one bare file"):
         expo.merge(*files, 0.3, tmp_path / "out.safetensors", check=True)
     (inputs[1] / "config.json").unlink()
-    with pytest.raises(expo.UsageError, match=r"has no config\.json; leave --check out$"):
+    with pytest.raises(expo.UsageError, match=r"has no config\.json; leave `check` out$"):
         expo.merge(*inputs, 0.3, tmp_path / "out", check=True)
 
 

@@ -473,7 +473,7 @@ def test_a_digest_that_is_there_is_replaced_only_on_the_users_word(tmp_path: Pat
     files = [folder / "model.safetensors" for folder in make_pair(tmp_path, shards=(0, 0))]
     out, beside = tmp_path / "out", tmp_path / "out.sha256"
     beside.write_text("years of work")
-    fixes = "choose another --out, or --overwrite replaces it"
+    fixes = "choose another `out`, or `overwrite=True` replaces it"
     for options in ({}, {"resume": True}):
         with pytest.raises(expo.OutputError, match=f"^{beside} exists; {fixes}; {kept(out)}$"):
             expo.merge(*files, 0.3, out, digest=True, **options)
@@ -521,7 +521,7 @@ def test_a_digest_does_not_outlive_a_merge_that_failed(tmp_path: Path, monkeypat
 def test_an_output_that_is_there_is_refused_and_untouched(pair: Pair, tmp_path: Path) -> None:
     expo.merge(*pair, 0.3, tmp_path / "out")
     before = fingerprint(tmp_path / "out")
-    with pytest.raises(expo.OutputError, match=f"{tmp_path}/out exists; choose another --out, or --overwrite"):
+    with pytest.raises(expo.OutputError, match=f"{tmp_path}/out exists; choose another `out`, or `overwrite=True`"):
         expo.merge(*pair, 0.5, tmp_path / "out")
     assert fingerprint(tmp_path / "out") == before
 
@@ -753,7 +753,7 @@ def test_of_two_merges_to_one_output_the_second_is_refused(
     assert nothing_but(tmp_path, "sft", "aligned", "out")
 
 
-FIXES = "--resume goes on with it, --overwrite starts anew"
+FIXES = "`resume=True` continues it, `overwrite=True` starts anew"
 
 
 def test_a_leftover_without_room_beside_it_is_named_all_the_same(
@@ -783,7 +783,7 @@ def test_what_another_merge_left_for_one_of_several_outputs_stays(pair: Pair, tm
         expo.merge(*pair, 0.3, tmp_path / "out{alpha}", progress=stop)
     staging = staging_folder(tmp_path / "out0.3")
     before = fingerprint(staging)
-    message = rf"^{staging} holds another merge \(--alpha was \[0\.3\], is \[0\.1, 0\.3\]\): choose another --out"
+    message = rf"^{staging} holds another merge \(--alpha was \[0\.3\], is \[0\.1, 0\.3\]\): choose another `out`"
     with pytest.raises(expo.OutputError, match=message):
         expo.merge(*pair, [0.1, 0.3], tmp_path / "out{alpha}", resume=True)
     assert fingerprint(staging) == before
@@ -812,7 +812,7 @@ def test_an_engines_refusal_reaches_the_caller(pair: Pair, tmp_path: Path, monke
         patch.setattr(expo.merging.job, "engines_for", lambda *_: (Engine("numpy", refuse, "a test"),) * 3)
         with pytest.raises(expo.EngineError) as caught:
             expo.merge(*pair, 0.3, tmp_path / "out")
-    assert str(caught.value).startswith("--engine numpy failed on ")
+    assert str(caught.value).startswith("`engine='numpy'` failed on ")
     assert str(caught.value).endswith(f"floating-point mode flushes subnormals; {kept(tmp_path / 'out')}")
     assert resumes(pair, tmp_path, tmp_path / "out")
 
@@ -1085,11 +1085,11 @@ def test_an_alpha_that_makes_no_sense_is_a_usage_error(pair: Pair, tmp_path: Pat
     [
         ({"alpha_for": {"(": 0.1}}, r"'\(' is not a regular expression"),
         ({"alpha_for": {"w": math.nan}}, "finite in float32, got nan"),
-        ({"on_unpaired": "sft"}, "on_unpaired must be one of error, aligned, got 'sft'"),
-        ({"on_mismatch": ""}, "on_mismatch must be one of error, rows, aligned, got ''"),
-        ({"engine": "gpu"}, "engine must be one of auto, numpy, cpu, triton, got 'gpu'"),
-        ({"device": "tpu"}, "device must be auto, cpu or cuda"),
-        ({"engine": "cpu", "device": "cuda"}, "--engine cpu computes on the CPU, but --device is cuda"),
+        ({"on_unpaired": "sft"}, "`on_unpaired` must be one of error, aligned, got 'sft'"),
+        ({"on_mismatch": ""}, "`on_mismatch` must be one of error, rows, aligned, got ''"),
+        ({"engine": "gpu"}, "`engine` must be one of auto, numpy, cpu, triton, got 'gpu'"),
+        ({"device": "tpu"}, "`device` must be auto, cpu or cuda"),
+        ({"engine": "cpu", "device": "cuda"}, "`engine='cpu'` computes on the CPU, but `device` is cuda"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_a_usage_error(
@@ -1101,11 +1101,11 @@ def test_an_option_that_makes_no_sense_is_a_usage_error(
 
 
 def test_several_alphas_need_a_place_each(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(expo.UsageError, match=r"2 alphas need an output each: put \{alpha\} into --out, got '.*/out'"):
+    with pytest.raises(expo.UsageError, match=r"2 alphas need an output each: put \{alpha\} into `out`, got '.*/out'"):
         expo.merge(*pair, [0.1, 0.2], tmp_path / "out")
 
 
 def test_a_rule_that_matches_nothing_is_a_problem(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(expo.PlanError, match="--alpha-for 'lm_heads' matches no tensor of"):
+    with pytest.raises(expo.PlanError, match="`alpha_for` 'lm_heads' matches no tensor of"):
         expo.merge(*pair, 0.3, tmp_path / "out", alpha_for={"lm_heads": 0.1})
     assert nothing_but(tmp_path, "sft", "aligned")

@@ -224,7 +224,7 @@ def test_a_rank_that_fails_stops_the_others_and_any_number_of_ranks_go_on(
         )
     if rank:
         assert str(found[0]).endswith(
-            f"what is done is kept in {staging(out)}: repeat the command with --resume to continue"
+            f"what is done is kept in {staging(out)}: repeat the merge with `resume=True` to continue"
         )
     assert not out.exists()
     assert journals_of_ranks(str(staging(out))) == [f"{JOURNAL}.1", f"{JOURNAL}.2"]
@@ -720,7 +720,7 @@ def test_a_killed_process_of_four_stops_all_and_resume_goes_on(
     assert done.returncode == 1
     assert (tmp_path / "killed").exists()
     assert "when another rank has died" in done.stderr
-    assert f"what is done is kept in {staging(out)}: repeat the command with --resume to continue" in done.stderr
+    assert f"what is done is kept in {staging(out)}: repeat the merge with --resume to continue" in done.stderr
     assert "Traceback" not in done.stderr.partition("torch/distributed")[0]
     assert not out.exists()
     resumed = run([*four, *slow, *inputs(pair, out), "--resume", "--json"])

@@ -58,7 +58,7 @@ def test_the_same_bytes_and_the_same_report(
     said = interrupted(monkeypatch, chunks, expo.OutputError("the disk is full"), lambda: expo.merge(*pair, 0.3, out))
     assert (
         said
-        == f"the disk is full; what is done is kept in {staging(out)}: repeat the command with --resume to continue"
+        == f"the disk is full; what is done is kept in {staging(out)}: repeat the merge with `resume=True` to continue"
     )
     assert not out.exists()
     found = read_journal(journal_path(str(staging(out))))
@@ -88,7 +88,7 @@ def test_without_resume_what_is_left_is_named_and_kept(
     with pytest.raises(expo.OutputError) as caught:
         expo.merge(*pair, 0.3, out)
     assert str(caught.value) == (
-        f"{staging(out)} was left by an interrupted merge: --resume goes on with it, --overwrite starts anew"
+        f"{staging(out)} was left by an interrupted merge: `resume=True` continues it, `overwrite=True` starts anew"
     )
     assert files(staging(out)) == before
     assert expo.merge(*pair, 0.3, out, overwrite=True).resumed == 0
@@ -98,7 +98,7 @@ def test_without_resume_what_is_left_is_named_and_kept(
 def test_resume_where_nothing_was_left_starts_anew(pair: Pair, tmp_path: Path, whole: dict[str, bytes]) -> None:
     assert expo.merge(*pair, 0.3, tmp_path / "out", resume=True).resumed == 0
     assert files(tmp_path / "out") == whole
-    with pytest.raises(expo.OutputError, match="exists; choose another --out"):
+    with pytest.raises(expo.OutputError, match="exists; choose another `out`"):
         expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
 
 
@@ -118,7 +118,7 @@ def test_another_merge_is_refused_and_the_difference_named(
     interrupted(monkeypatch, 5, Stop(), lambda: expo.merge(*pair, 0.3, out))
     before = files(staging(out))
     with pytest.raises(
-        expo.OutputError, match=rf"holds another merge \({said}\): choose another --out, or --overwrite"
+        expo.OutputError, match=rf"holds another merge \({said}\): choose another `out`, or `overwrite=True`"
     ):
         expo.merge(*pair, **{"alpha": 0.3, **change}, out=out, resume=True)
     assert files(staging(out)) == before
@@ -241,7 +241,7 @@ def test_a_shard_that_has_gone_from_staging(monkeypatch: pytest.MonkeyPatch, pai
     with pytest.raises(expo.OutputError, match=rf"{name}: No such file"):
         expo.merge(*pair, 0.3, out, resume=True)
     (staging(out) / name).write_bytes(b"short")
-    with pytest.raises(expo.OutputError, match=rf"{name} is shorter than it was left: --overwrite starts anew"):
+    with pytest.raises(expo.OutputError, match=rf"{name} is shorter than it was left: `overwrite=True` starts anew"):
         expo.merge(*pair, 0.3, out, resume=True)
 
 
@@ -351,7 +351,7 @@ def test_a_signal_leaves_what_a_resume_goes_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(rank_worker.RankWorker, "_write", signalling)
         assert main(arguments) == 130
-    note = f"what is done is kept in {staging(out)}: repeat the command with --resume to continue"
+    note = f"what is done is kept in {staging(out)}: repeat the merge with --resume to continue"
     assert capsys.readouterr().err == f"expo: interrupted; {note}\n"
     assert main([*arguments, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["resumed"] > 0

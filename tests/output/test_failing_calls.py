@@ -21,6 +21,7 @@ import expo
 import expo.merging.merge
 import expo.output.direct_io
 import expo.output.staging
+from expo.cli import with_options
 from expo.output.journal import journal_path, read_journal
 
 ROOT = Path(__file__).parents[2]
@@ -94,12 +95,12 @@ def fail_every_call(
 def left_to_resume(said: str, out: Path, k: int) -> bool:
     """Return True if the staging folder alone was left, and the message says so; check else that nothing was left."""
     left = sorted(os.listdir(out.parent)) if out.parent.exists() else None
-    if "--resume" not in said:
+    if "`resume=True`" not in said:
         assert left is None, f"call {k} failed and left {left}"
         return False
     assert left == [staging_folder(out).name], f"call {k} failed and left {left}"
     assert said.endswith(f"; {kept(out)}")
-    assert said.count("--resume") == 1
+    assert said.count("`resume=True`") == 1
     return True
 
 
@@ -140,7 +141,7 @@ def test_whatever_fails_while_overwriting_an_old_or_the_new_model_is_there(
         left = sorted({*os.listdir(tmp_path)} - {"al", "out", "sft"})
         if error is not None:
             assert [path.read_text() for path in out.iterdir()] == ["old"], f"call {k} failed"
-            assert left == ([staging_folder(out).name] if "--resume" in str(error) else []), f"call {k} failed"
+            assert left == ([staging_folder(out).name] if "`resume=True`" in str(error) else []), f"call {k} failed"
             assert not left or str(error).endswith(f"; {kept(out)}")
             merge(resume=True)
             left = sorted({*os.listdir(tmp_path)} - {"al", "out", "sft"})
@@ -170,7 +171,7 @@ def test_a_disk_that_fills_up_during_a_merge(
         monkeypatch.setattr(expo.output.direct_io, "allocate", os.ftruncate)
     with pytest.raises(expo.OutputError) as caught:
         expo.merge(*pair, 0.3, place / "out")
-    assert "No space left on device; free some space or choose another --out; " in str(caught.value)
+    assert "No space left on device; free some space or choose another `out`; " in str(caught.value)
     assert str(caught.value).endswith(f"; {kept(place / 'out')}")
     assert os.listdir(place) == [staging_folder(place / "out").name]
     subprocess.run(["mount", "-o", "remount,size=1m", str(place)], check=True)
@@ -182,7 +183,7 @@ def test_a_disk_that_fills_up_during_a_merge(
 
 def test_a_read_only_filesystem(pair: Pair, mounted: Callable[[str], Path]) -> None:
     place = mounted("ro")
-    message = f"{place}.*: Read-only file system; the filesystem is read-only: choose another --out"
+    message = f"{place}.*: Read-only file system; the filesystem is read-only: choose another `out`"
     with pytest.raises(expo.OutputError, match=message):
         expo.merge(*pair, 0.3, place / "new" / "out")
     assert os.listdir(place) == []
@@ -199,7 +200,7 @@ def test_a_limit_on_the_size_of_files(pair: Pair, tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "File too large; the filesystem or a limit (ulimit -f) refuses files of this size; what" in done.stderr
-    assert done.stderr.endswith(f"; {kept(tmp_path / 'out')}\n")
+    assert done.stderr.endswith(f"; {with_options(kept(tmp_path / 'out'))}\n")
     assert sorted(os.listdir(tmp_path)) == [".out.expo-staging", "al", "sft"]
     expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
     expo.merge(*pair, 0.3, tmp_path / "plain")

@@ -97,7 +97,7 @@ def test_a_bare_file_at_a_volume_and_on_a_bound_file(volume: Path, tmp_path: Pat
     Path(mounts.MOUNTINFO).write_text(f"1 2 254:1 /x {bound} rw - ext4 /dev/root rw\n")
     with pytest.raises(expo.OutputError) as caught:
         expo.merge(file, file, 0.3, bound, overwrite=True)
-    assert str(caught.value) == refusal(bound, "choose another --out")
+    assert str(caught.value) == refusal(bound, "choose another `out`")
 
 
 def test_what_it_advises_works(volume: Path) -> None:

@@ -49,7 +49,7 @@ def test_the_lock_on_the_folder_dies_with_its_owner(tmp_path: Path) -> None:
                 Staging(out, False, *options)
         owner.send_signal(signal.SIGKILL)
     assert os.listdir(tmp_path) == [".out.expo-staging"]
-    with pytest.raises(expo.OutputError, match="was left by an interrupted merge: --resume goes on with it, --overwr"):
+    with pytest.raises(expo.OutputError, match="was left by an interrupted merge: `resume=True` continues it, `overwr"):
         Staging(out, False, False)
     for overwrite in (False, True):
         with Staging(out, False, overwrite, True):  # a folder to resume from stays, also with --overwrite

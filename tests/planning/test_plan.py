@@ -156,7 +156,7 @@ def test_as_many_alphas_as_allowed() -> None:
 )
 def test_unknown_choice(option: str, known: str) -> None:
     arguments: dict[str, Any] = {option: "sft"}
-    with pytest.raises(UsageError, match=f"{option} must be one of {known}, got 'sft'"):
+    with pytest.raises(UsageError, match=f"`{option}` must be one of {known}, got 'sft'"):
         make_plan(*pair(MODEL, MODEL), [ALPHA], **arguments)
 
 
@@ -205,7 +205,7 @@ def test_alpha_for_is_the_same_in_every_output_and_can_bring_0_to_life() -> None
 @pytest.mark.parametrize("pattern", ["layer$", "^q", r"layers\.7\."])
 def test_alpha_for_that_matches_nothing_is_a_problem(pattern: str) -> None:
     plan = make_plan(*pair(MODEL, MODEL), [ALPHA], {pattern: 1, "embed": 0.5})
-    assert plan.problems == (f"--alpha-for {pattern!r} matches no tensor of /models/aligned",)
+    assert plan.problems == (f"`alpha_for` {pattern!r} matches no tensor of /models/aligned",)
     with pytest.raises(PlanError):
         plan.check()
 
@@ -281,14 +281,14 @@ def test_unpaired_and_mismatched_are_all_listed_at_once_with_their_options() -> 
         plan.check()
     message = str(caught.value)
     assert message == "\n".join(plan.problems)
-    unpaired = message[: message.index("tensors", message.index("--on-unpaired"))]
+    unpaired = message[: message.index("tensors", message.index("`on_unpaired="))]
     assert "4 tensors without a counterpart" in unpaired
-    assert "--on-unpaired aligned" in unpaired
+    assert "`on_unpaired='aligned'`" in unpaired
     for name, side in (("mine.0", "aligned"), ("mine.1", "aligned"), ("sft.0", "sft"), ("sft.1", "sft")):
         assert f"{name} ({side} only)" in unpaired
     assert "2 tensors whose counterpart has another shape" in message
     assert "1 tensor with integers in the one and numbers in the other" in message
-    assert "--on-mismatch aligned" in message
+    assert "`on_mismatch='aligned'`" in message
     assert "resized.0: sft BF16 [4, 2], aligned BF16 [5, 2]" in message
     assert "resized.1: sft BF16 [], aligned F32 [1]" in message
     assert "kind: sft I64 [4], aligned F32 [4]" in message
@@ -306,8 +306,8 @@ def test_every_kind_of_problem_is_listed_at_once() -> None:
         "dtype that",
         "without a counterpart",
         "integers in",
-        "--on-mismatch",
-        "--alpha-for",
+        "`on_mismatch=",
+        "`alpha_for`",
     )
     assert [sum(word in problem for problem in problems) for word in words] == [1] * 7
     assert len(problems) == 7
@@ -340,7 +340,7 @@ def test_aligned_is_kept_where_the_user_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("options", "left"),
-    [({"on_unpaired": "aligned"}, "--on-mismatch"), ({"on_mismatch": "aligned"}, "--on-unpaired")],
+    [({"on_unpaired": "aligned"}, "on_mismatch"), ({"on_mismatch": "aligned"}, "on_unpaired")],
 )
 def test_one_option_does_not_answer_for_the_other(options: dict[str, str], left: str) -> None:
     problems = make_plan(*pair(SFT, ALIGNED), [ALPHA], **options).problems
@@ -498,7 +498,7 @@ def test_every_file_is_carried_or_named_in_order() -> None:
 
 @pytest.mark.parametrize("carry", ["*.png", [""], [1]])
 def test_patterns_that_make_no_sense(carry: Any) -> None:
-    with pytest.raises(UsageError, match=r"^carry must be a list of patterns, such as \['\*\.png'\], got "):
+    with pytest.raises(UsageError, match=r"^`carry` must be a list of patterns, such as \['\*\.png'\], got "):
         make_plan(*pair(MODEL, MODEL), [ALPHA], carry=carry)
 
 
@@ -506,7 +506,7 @@ def test_a_pattern_that_carries_nothing_is_a_problem_among_the_others() -> None:
     aligned = checkpoint(MODEL, files=("config.json", "loss.png"))
     plan = make_plan(checkpoint(MODEL), aligned, [ALPHA], carry=["*.png", "*.pdf"])
     assert plan.carried == ("config.json", "loss.png")
-    assert plan.problems == ("--carry '*.pdf' matches no file beside the weights of /models/aligned",)
+    assert plan.problems == ("`carry` '*.pdf' matches no file beside the weights of /models/aligned",)
 
 
 # No I/O.

@@ -70,7 +70,7 @@ def test_fused_experts_are_named_and_the_advice_is_right(family: str, fused: str
     given = {**folders, fused: raw}
     text = refusal(given["sft"], given["aligned"], tmp_path / "out")
     assert "experts" in text.splitlines()[0]
-    assert "--on-unpaired" not in text
+    assert "on_unpaired" not in text
     apart = "aligned" if fused == "sft" else "sft"
     with quiet():
         LOAD(given[apart], dtype="auto").save_pretrained(tmp_path / "again", save_original_format=False)
@@ -132,7 +132,7 @@ def test_the_same_tensors_under_other_names_are_not_offered_the_option() -> None
         checkpoint({**body, **theirs}, "/models/sft"), checkpoint({**body, **ours}), [ALPHA]
     ).problems
     assert "the same tensors under other names" in problem
-    assert "--on-unpaired" not in problem
+    assert "on_unpaired" not in problem
 
 
 LAYERS = range(3)
@@ -157,7 +157,7 @@ def test_one_form_of_the_same_tensors_is_not_taken_for_parts_of_one_side(form: s
     sft, aligned = checkpoint({**body, **one}, "/models/sft"), checkpoint({**body, **other})
     (problem,) = make_plan(sft, aligned, [ALPHA]).problems
     assert "under other names or in another form: if transformers loads both and reports no missing weights" in problem
-    assert "--on-unpaired" not in problem
+    assert "on_unpaired" not in problem
     assert "tie_word_embeddings" not in problem
 
 
@@ -166,7 +166,7 @@ def test_layers_that_aligned_lacks_are_no_parts_of_sft() -> None:
     fewer = {name: layers[name] for name in list(layers)[:-1]}
     (problem,) = make_plan(checkpoint(layers, "/models/sft"), checkpoint(fewer), [ALPHA]).problems
     assert "aligned lacks layers that sft has" in problem
-    assert "--on-unpaired" not in problem
+    assert "on_unpaired" not in problem
 
 
 def test_a_layer_beyond_those_that_the_config_counts_is_a_part_of_sft() -> None:
@@ -174,7 +174,7 @@ def test_a_layer_beyond_those_that_the_config_counts_is_a_part_of_sft() -> None:
     fewer = {name: layers[name] for name in list(layers)[:-1]}
     aligned = checkpoint(fewer, config={"num_hidden_layers": len(fewer)})
     (problem,) = make_plan(checkpoint(layers, "/models/sft"), aligned, [ALPHA]).problems
-    assert "--on-unpaired aligned keeps aligned's, drops sft's" in problem
+    assert "`on_unpaired='aligned'` keeps aligned's, drops sft's" in problem
 
 
 @pytest.mark.parametrize("alone", ["sft", "aligned"])
@@ -187,7 +187,7 @@ def test_parts_of_one_side_are_offered_the_option_and_it_is_right(alone: str, tm
     extra = ("BF16", (1, 32), bytes(range(64)))
     file.write_bytes(safetensors_bytes({**read_folder(folders[alone]), "v_head.summary.weight": extra}))
     text = refusal(folders["sft"], folders["aligned"], tmp_path / "out")
-    assert "--on-unpaired aligned keeps aligned's, drops sft's" in text
+    assert "`on_unpaired='aligned'` keeps aligned's, drops sft's" in text
     expo.merge(folders["sft"], folders["aligned"], 0.3, tmp_path / "out", on_unpaired="aligned")
     out = read_folder(tmp_path / "out")
     assert out.pop("v_head.summary.weight", None) == (extra if alone == "aligned" else None)
@@ -215,7 +215,7 @@ def test_a_head_that_is_missing_though_nothing_says_that_it_is_tied(side: str, t
     with_head = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     (other / "model.safetensors").write_bytes(safetensors_bytes(with_head))
     text = refusal(folders["sft"], folders["aligned"], tmp_path / "out")
-    assert "--on-unpaired" not in text
+    assert "on_unpaired" not in text
     assert f'{side} {folders[side]} has no head: if it uses its embedding for that, say so by "tie_word' in text
     edit_config(folders[side], tie_word_embeddings=True)
     expo.merge(folders["sft"], folders["aligned"], 0.3, tmp_path / "out")
@@ -228,7 +228,7 @@ def test_a_tied_aligned_over_an_sft_with_a_head_of_its_own(tmp_path: Path) -> No
     aligned = llama(tmp_path, True)[1]
     text = refusal(sft, aligned, tmp_path / "out")
     assert "aligned ties its head to its embedding and the other has a head of its own" in text
-    assert "--on-unpaired" not in text
+    assert "on_unpaired" not in text
     with quiet():
         model = LOAD(aligned, dtype="auto")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -250,7 +250,7 @@ def test_a_classifier_over_a_model_with_a_head_is_offered_the_option() -> None:
         {**body, "score.weight": ("BF16", (1, 4))}, config={"architectures": ["XForSequenceClassification"]}
     )
     (problem,) = make_plan(sft, aligned, [ALPHA]).problems
-    assert "--on-unpaired aligned keeps aligned's, drops sft's" in problem
+    assert "`on_unpaired='aligned'` keeps aligned's, drops sft's" in problem
 
 
 # Empty tensors.
@@ -297,5 +297,5 @@ def test_a_refusal_has_at_most_forty_lines() -> None:
         plan.check()
     lines = str(caught.value).splitlines()
     assert len(lines) == MOST_LINES
-    assert lines[-1] == "and 33 more lines; --plan --json has them"
+    assert lines[-1] == "and 33 more lines; python -m expo.fast --plan --json lists them all"
     assert sum(len(problem.splitlines()) for problem in plan.problems) == 72

@@ -135,11 +135,11 @@ def test_rows_do_not_solve_every_mismatch(sft: Any, aligned: Any) -> None:
     (problem,) = plan.problems
     if 0 in (*sft[1], *aligned[1]):
         assert "empty" in problem
-        assert "--on-mismatch" not in problem, "an empty tensor is no part of a model, on either side"
+        assert "on_mismatch" not in problem, "an empty tensor is no part of a model, on either side"
         assert make({**rest, "w": sft}, {**rest, "w": aligned}, on_mismatch="aligned").problems
         return
     assert f"w: sft {sft[0]} {list(sft[1])}, aligned {aligned[0]} {list(aligned[1])}" in problem
-    assert ("--on-mismatch aligned" in problem) is (sft[0] == aligned[0]), "integers for numbers are codes"
+    assert ("`on_mismatch='aligned'`" in problem) is (sft[0] == aligned[0]), "integers for numbers are codes"
     assert "rows extrapolates" not in problem, "no use in offering what was asked for"
     check_headers(plan, {**rest, "w": aligned})
     make({**rest, "w": sft}, {**rest, "w": aligned}, on_mismatch="aligned").check()
@@ -150,7 +150,7 @@ def test_no_option_is_offered_where_most_of_the_model_differs_in_shape() -> None
         {"w": ("BF16", (10, 4)), "s": ("BF16", (4,))}, {"w": ("BF16", (10, 5)), "s": ("BF16", (4,))}
     ).problems
     assert "models of different sizes" in problem
-    assert "--on-mismatch" not in problem
+    assert "on_mismatch" not in problem
 
 
 def test_only_what_rows_do_not_solve_is_listed() -> None:
@@ -274,7 +274,7 @@ def test_sizes(text: Any, size: int | None) -> None:
     ids=lambda text: repr(text)[:12],
 )  # fmt: skip
 def test_what_is_no_size(text: Any) -> None:
-    with pytest.raises(UsageError, match="max_shard_size takes bytes, or a size such as 5GB") as caught:
+    with pytest.raises(UsageError, match="`max_shard_size` takes bytes, or a size such as 5GB") as caught:
         MergeOptions(max_shard_size=text)
     assert repr(text) in str(caught.value)
     with pytest.raises(UsageError):
@@ -380,7 +380,9 @@ def test_rows_of_one_tensor_are_in_one_file() -> None:
 def test_a_bare_file_is_not_cut_up() -> None:
     bare = dataclasses.replace(checkpoint(SIZES, "/models/aligned.safetensors"), folder=None)
     make(SIZES, bare).check()
-    with pytest.raises(UsageError, match=r"max_shard_size 5GB makes shards, but aligned /models/aligned\.safetensors"):
+    with pytest.raises(
+        UsageError, match=r"`max_shard_size='5GB'` makes shards, but aligned /models/aligned\.safetensors"
+    ):
         make(SIZES, bare, max_shard_size="5GB")
 
 

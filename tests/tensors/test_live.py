@@ -124,7 +124,7 @@ def test_a_model_of_another_dtype_than_its_sft(tmp_path: Path) -> None:
 
 def test_rows(tmp_path: Path) -> None:
     sft, model = Small(1, rows=5), Small(2, rows=7)
-    with pytest.raises(expo.PlanError, match="--on-mismatch"):
+    with pytest.raises(expo.PlanError, match="on_mismatch"):
         Live(model, sft)
     expected = merged(sft, model, tmp_path / "files", 0.7, on_mismatch="rows")
     Live(model, sft, on_mismatch="rows").alpha = 0.7

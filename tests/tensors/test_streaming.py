@@ -217,10 +217,10 @@ def test_a_model_takes_the_stream_as_its_state(tmp_path: Path) -> None:
         ({"alpha": float("nan")}, "alpha must be a number that is finite in float32, got nan"),
         ({"alpha": [0.3, 0.3]}, "alphas must be 1 to 64 different numbers"),
         ({"alpha": "much"}, "alpha must be a number or several, got 'much'"),
-        ({"engine": "gpu"}, "engine must be one of"),
-        ({"device": "tpu"}, "device must be"),
+        ({"engine": "gpu"}, "`engine` must be one of"),
+        ({"device": "tpu"}, "`device` must be"),
         ({"alpha_for": {"(": 1.0}}, "is not a regular expression"),
-        ({"on_unpaired": "sft"}, "on_unpaired must be one of"),
+        ({"on_unpaired": "sft"}, "`on_unpaired` must be one of"),
     ],
 )
 def test_arguments_that_make_no_sense_are_reported_by_the_call(
@@ -249,7 +249,7 @@ def test_an_engines_refusal_reaches_the_consumer(pair: Pair, monkeypatch: pytest
         return real.run(*arguments)
 
     monkeypatch.setattr(expo.tensors.streaming, "choose", lambda *_: Engine("numpy", refuse, "a test"))
-    with pytest.raises(expo.EngineError, match=r"--engine numpy failed on .*: this thread's floating-point mode"):
+    with pytest.raises(expo.EngineError, match=r"`engine='numpy'` failed on .*: this thread's floating-point mode"):
         list(expo.stream(*pair, 0.3))
 
 
