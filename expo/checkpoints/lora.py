@@ -136,7 +136,7 @@ def _find_targets(
 
 
 def _forms_that_fit(path: str, pair: FactorPair, tensor: TensorInfo) -> frozenset[bool]:
-    """Return the forms of a delta that have the tensor's shape; an embedding's delta is transposed at any shape."""
+    """Return the forms of a delta that have the tensor's shape; an embedding's delta is always transposed."""
     if tensor.dtype not in ITEMSIZE:
         raise CheckpointError(
             f"{path}: {pair.a.name!r} is a factor for sft's {tensor.name!r}, which is {tensor.dtype}, but one of "
