@@ -135,7 +135,7 @@ def test_what_cannot_be_judged_as_it_is_merged_is_refused_and_the_way_out_works(
     assert "and 1 more" in text
     assert len(text.splitlines()) <= 40
     assert (tmp_path / "search" / "replies.jsonl").read_bytes() == b"", "before anything is sampled"
-    assert "with that folder as --aligned, --alphas 0 and an --out of its own" in text
+    assert "with that folder as `aligned`, `alphas=[0]` and an `out` of its own" in text
     expo.merge(sft, aligned, 0.5, tmp_path / "merged")
     assert search(sft, tmp_path / "merged", tmp_path / "advice", [0.0]).best == 0
     lines = [json.loads(line) for line in (tmp_path / "advice" / "replies.jsonl").read_text().splitlines()]
@@ -190,7 +190,7 @@ def test_an_sft_that_does_not_fit_a_gpu_may_be_loaded_on_the_cpu(
 
     def full(_: Any, path: str, device: torch.device, *rest: Any) -> Any:
         places.append(device.type)
-        raise expo.EngineError(f"{path} does not fit into the memory of {device}: try --device cpu")
+        raise expo.EngineError(f"{path} does not fit into the memory of {device}: try `device='cpu'`")
 
     monkeypatch.setattr(judged_model, "load_model", full)
     model: Any = load(mixture[1])
@@ -198,7 +198,7 @@ def test_an_sft_that_does_not_fit_a_gpu_may_be_loaded_on_the_cpu(
     with open_inputs(*mixture) as (sft_input, aligned_input):
         matched = match_tensors(sft_input, aligned_input, MergeOptions())
         for keep in KEEP:
-            with pytest.raises(expo.EngineError, match="try --device cpu; or --keep host or disk, with which sft is"):
+            with pytest.raises(expo.EngineError, match="try `device='cpu'`; or `keep='host'` or `keep='disk'`, with"):
                 open_judged_model(model, sft_input, aligned_input, matched, options(keep))
     assert places == ["cuda", "cpu", "cpu"]
 
