@@ -1,7 +1,8 @@
-"""The kernel alone, one thread, from memory to memory: each engine, plain torch, and memcpy as the roof.
+"""How fast is the kernel alone, from memory to memory with one thread?
 
-Every round runs memcpy and a contestant in turn, over buffers that rotate past the caches; bytes moved are two reads
-and a write of every element for a merge, a read and a write for memcpy. The result is checked after the timing.
+The contestants are the engines and plain torch, and memcpy shows what the memory can do. Every round runs memcpy and
+then a contestant, over buffers that rotate past the caches. A merge moves three tensors, two that it reads and one that
+it writes, and memcpy moves two. The result is checked after the timing.
 """
 
 from __future__ import annotations
@@ -16,83 +17,98 @@ import numpy as np
 import pytest
 import torch
 
+from expo.dtypes import torch_dtypes
 from expo.kernels import numerics
 from expo.kernels.contract import Address, Operand, extrapolation, working_alpha
 
-N = 16 << 20  # elements of a buffer
-SETS = 4
+BUFFER_ELEMENTS = 16 << 20
+BUFFER_SETS = 4  # that are used in turn
+KERNEL_ROUNDS = 15
 ALPHA = working_alpha(0.3)
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = ("BF16", "F16", "F32")
+
+Launch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]  # (sft, aligned, out)
+Contestant = Callable[[str], Launch]  # of a dtype
 
 
 class Buffers:
-    """SETS triples of (sft, aligned, out) in one dtype, taken in turn."""
+    """Sets of (sft, aligned, out) in one dtype, which are used in turn."""
 
     def __init__(self, dtype: str) -> None:
         torch.manual_seed(0)
         self.dtype = dtype
         self.sets = []
-        for _ in range(SETS):
-            aligned = torch.randn(N) * 0.02
-            sft = aligned + torch.randn(N) * 0.01  # alpha times it is more than rivals' roundings
-            kind = DTYPES[dtype]
-            self.sets.append((sft.to(kind), aligned.to(kind), torch.full((N,), 7.0, dtype=kind)))
-        self.turn = 0
+        for _ in range(BUFFER_SETS):
+            aligned = torch.randn(BUFFER_ELEMENTS) * 0.02
+            # Alpha times this difference is larger than the roundings of the rivals.
+            sft = aligned + torch.randn(BUFFER_ELEMENTS) * 0.01
+            kind = torch_dtypes()[dtype]
+            self.sets.append((sft.to(kind), aligned.to(kind), torch.full((BUFFER_ELEMENTS,), 7.0, dtype=kind)))
+        self._turn = 0
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self.turn += 1
-        return self.sets[self.turn % SETS]
+        """Return the next set."""
+        self._turn += 1
+        return self.sets[self._turn % BUFFER_SETS]
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())
 
 
-def cpu(dtype: str, measure: bool = False) -> Callable[..., None]:
+def cpu(dtype: str, measure: bool = False) -> Launch:
+    """Return the compiled engine."""
     engine = pytest.importorskip("expo.kernels.cpu", reason="the compiled engine is not built")
 
-    def run(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
-        places = [Address(tensor.data_ptr(), tensor.nbytes) for tensor in (s, a, o)]
-        arguments = extrapolation(Operand(places[0], dtype), Operand(places[1], dtype), (ALPHA,))
-        engine.extrapolate(*arguments, (places[2],), measure)
+    def launch(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
+        sft, aligned, out = (Address(tensor.data_ptr(), tensor.nbytes) for tensor in (s, a, o))
+        arguments = extrapolation(Operand(sft, dtype), Operand(aligned, dtype), (ALPHA,))
+        engine.extrapolate(*arguments, (out,), measure)
 
-    return run
+    return launch
 
 
-def cpu_with_statistics(dtype: str) -> Callable[..., None]:
+def cpu_with_statistics(dtype: str) -> Launch:
+    """Return the compiled engine with the statistics of a merge."""
     return cpu(dtype, measure=True)
 
 
-def numpy(dtype: str) -> Callable[..., None]:
-    def run(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
+def numpy(dtype: str) -> Launch:
+    """Return the engine of NumPy."""
+
+    def launch(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
         arguments = extrapolation(Operand(_memory(s), dtype), Operand(_memory(a), dtype), (ALPHA,))
         numerics.extrapolate(*arguments, (_memory(o),), False)
 
-    return run
+    return launch
 
 
-def papers_expression(dtype: str) -> Callable[..., None]:
-    def run(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
+def papers_expression(dtype: str) -> Launch:
+    """Return the paper's expression in torch."""
+
+    def launch(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
         o.copy_(a + ALPHA * (a - s))
 
-    return run
+    return launch
 
 
-def torch_in_fp32(dtype: str) -> Callable[..., None]:
-    """Separate sub, mul and add, each rounded once: the definition, in plain torch."""
+def torch_in_fp32(dtype: str) -> Launch:
+    """Return the definition in torch: a separate subtraction, product and sum in fp32, each rounded once."""
 
-    def run(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
+    def launch(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
         wide = a.float()
         o.copy_(torch.add(wide, torch.mul(torch.sub(wide, s.float()), ALPHA)))
 
-    return run
+    return launch
 
 
-def torch_lerp(dtype: str) -> Callable[..., None]:
-    def run(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
+def torch_lerp(dtype: str) -> Launch:
+    """Return torch.lerp, which rounds some results otherwise."""
+
+    def launch(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
         torch.lerp(s, a, 1 + ALPHA, out=o)
 
-    return run
+    return launch
 
 
 EXACT = (cpu, cpu_with_statistics, numpy, torch_in_fp32)
@@ -100,42 +116,42 @@ EXACT = (cpu, cpu_with_statistics, numpy, torch_in_fp32)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("contestant", [*EXACT, papers_expression, torch_lerp], ids=lambda f: f.__name__)
-def test_kernel(benchmark: Any, contestant: Callable[[str], Callable[..., None]], dtype: str) -> None:
-    """One thread; extra_info["of_memcpy"]: GB/s over memcpy's, median of the pairs of rounds."""
+def test_kernel(benchmark: Any, contestant: Contestant, dtype: str) -> None:
+    """Time a contestant; extra_info["of_memcpy"] is its GB/s over memcpy's, the median over the rounds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    buffers, run = Buffers(dtype), contestant(dtype)
-    item = buffers.sets[0][0].element_size()
-    roof: list[float] = []
+    buffers, launch = Buffers(dtype), contestant(dtype)
+    size = BUFFER_ELEMENTS * buffers.sets[0][0].element_size()
+    memcpy_rates: list[float] = []
 
     def copy_first() -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         _, a, o = buffers.next()
-        began = time.perf_counter()
-        ctypes.memmove(o.data_ptr(), a.data_ptr(), N * item)
-        roof.append(2 * N * item / (time.perf_counter() - began))
+        start = time.perf_counter()
+        ctypes.memmove(o.data_ptr(), a.data_ptr(), size)
+        memcpy_rates.append(2 * size / (time.perf_counter() - start))
         return buffers.next(), {}
 
     benchmark.group = f"kernel, {dtype}, one thread"
-    benchmark.pedantic(run, setup=copy_first, rounds=15, warmup_rounds=2)
+    benchmark.pedantic(launch, setup=copy_first, rounds=KERNEL_ROUNDS, warmup_rounds=2)
     torch.set_num_threads(threads)
-    moved = [3 * N * item / seconds for seconds in benchmark.stats.stats.data]
-    pairs = zip(moved, roof[-len(moved) :], strict=True)
+    rates = [3 * size / seconds for seconds in benchmark.stats.stats.data]
+    pairs = zip(rates, memcpy_rates[-len(rates) :], strict=True)
     benchmark.extra_info.update(
-        bytes_moved=3 * N * item,
-        gb_per_s=round(statistics.median(moved) / 1e9, 2),
-        memcpy_gb_per_s=round(statistics.median(roof) / 1e9, 2),
-        of_memcpy=round(statistics.median(ours / copy for ours, copy in pairs), 3),
+        bytes_moved=3 * size,
+        gb_per_s=round(statistics.median(rates) / 1e9, 2),
+        memcpy_gb_per_s=round(statistics.median(memcpy_rates) / 1e9, 2),
+        of_memcpy=round(statistics.median(rate / memcpy for rate, memcpy in pairs), 3),
     )
-    _check(contestant, run, buffers)
+    _check(contestant, launch, buffers)
 
 
-def _check(contestant: Any, run: Callable[..., None], buffers: Buffers) -> None:
+def _check(contestant: Contestant, launch: Launch, buffers: Buffers) -> None:
+    """Compare a result with the definition: bit for bit, or to a few roundings."""
     s, a, out = buffers.next()
-    run(s, a, out.zero_())
-    truth = torch.empty_like(a)
-    dtype = buffers.dtype
-    numpy(dtype)(s, a, truth)
+    launch(s, a, out.zero_())
+    expected = torch.empty_like(a)
+    numpy(buffers.dtype)(s, a, expected)
     if contestant in EXACT:
-        assert np.array_equal(_memory(out), _memory(truth))
+        assert np.array_equal(_memory(out), _memory(expected))
     else:
-        torch.testing.assert_close(out, truth, rtol=0.02, atol=1e-3)
+        torch.testing.assert_close(out, expected, rtol=0.02, atol=1e-3)

@@ -1,4 +1,7 @@
-"""Live: setting alpha of a model in memory, against the kernel alone on as many bytes with as many threads."""
+"""How long does Live take to set the alpha of a model in memory, compared with the kernel alone?
+
+The kernel moves as many bytes with as many threads.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,14 @@ from expo.kernels.contract import Address, Operand
 from expo.tensors.arrays import THREADS, compute_on_cpu
 from expo.tensors.live import Live
 
-SIDE, MATRICES, ROUNDS = 4096, 16, 9
+SIDE, MATRICES = 4096, 16
 ELEMENTS = SIDE * SIDE * MATRICES
-MOST = 1.3  # times the kernel's own time
+LIVE_ROUNDS = 9
+MOST_KERNEL_TIMES = 1.3  # Live takes at most this multiple of the kernel's time
 
 
 class Model(torch.nn.Module):
-    """Matrices and, between them, vectors, as a language model has them."""
+    """Matrices, and vectors between them, as a language model has them."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -32,51 +36,51 @@ class Model(torch.nn.Module):
 
 
 class Kernel:
-    """One pass over memory in one piece, shared evenly by the threads."""
+    """The kernel over one contiguous piece of memory, which the threads share evenly."""
 
     def __init__(self) -> None:
         self._tensors = [torch.empty(ELEMENTS, dtype=torch.bfloat16).fill_(value) for value in (0.5, 0.51, 0.0)]
-        self._threads = min(cpu_count(), THREADS)
-        self._share = ELEMENTS // self._threads
-        starts = (2 * k * self._share for k in range(self._threads))
+        threads = min(cpu_count(), THREADS)
+        size = 2 * (ELEMENTS // threads)  # bytes of one thread's share of a tensor
         self._shares = [
-            [Operand(Address(start + each.data_ptr(), 2 * self._share), "BF16") for each in self._tensors]
-            for start in starts
+            [Operand(Address(each.data_ptr() + k * size, size), "BF16") for each in self._tensors]
+            for k in range(threads)
         ]
-        self._pool = ThreadPoolExecutor(self._threads)
+        self._pool = ThreadPoolExecutor(threads)
 
-    def seconds(self) -> float:
-        began = time.perf_counter()
+    def measure_seconds(self) -> float:
+        """Return the seconds of one pass."""
+        start = time.perf_counter()
         list(self._pool.map(lambda share: compute_on_cpu(share[0], share[1], 0.3, share[2].memory), self._shares))
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
 
 def test_live(benchmark: Any) -> None:
-    """extra_info["of_kernel"]: median over the pairs of rounds of Live's time over the kernel's."""
+    """Time Live; extra_info["of_kernel"] is its time over the kernel's, the median over the rounds."""
     pytest.importorskip("expo.kernels._cpu", reason="the compiled engine is not built", exc_type=ImportError)
     model, sft = Model(1.01), Model(1.0)
     live = Live(model, sft)
     kernel = Kernel()
-    alone: list[float] = []
+    kernel_seconds: list[float] = []
     alphas = iter(range(1, 1000))
 
-    def first() -> tuple[tuple[()], dict[str, Any]]:
-        alone.append(kernel.seconds())
+    def time_kernel() -> tuple[tuple[()], dict[str, Any]]:
+        kernel_seconds.append(kernel.measure_seconds())
         return (), {}
 
-    def step() -> None:
+    def set_alpha() -> None:
         live.alpha = next(alphas) / 100
 
     benchmark.group = "live, bf16, all threads"
-    benchmark.pedantic(step, setup=first, rounds=ROUNDS, warmup_rounds=1)
-    pairs = zip(benchmark.stats.stats.data, alone[-ROUNDS:], strict=True)
-    ratio = statistics.median(ours / kernel for ours, kernel in pairs)
+    benchmark.pedantic(set_alpha, setup=time_kernel, rounds=LIVE_ROUNDS, warmup_rounds=1)
+    pairs = zip(benchmark.stats.stats.data, kernel_seconds[-LIVE_ROUNDS:], strict=True)
+    ratio = statistics.median(live_seconds / alone for live_seconds, alone in pairs)
     moved = sum(parameter.nbytes for parameter in model.parameters()) * 3
     benchmark.extra_info.update(
         bytes_moved=moved,
         gb_per_s=round(moved / statistics.median(benchmark.stats.stats.data) / 1e9, 2),
         of_kernel=round(ratio, 3),
     )
-    assert ratio <= MOST
+    assert ratio <= MOST_KERNEL_TIMES
     live.alpha = 0
     assert torch.equal(model.matrices[3], Model(1.01).matrices[3])

@@ -1,9 +1,9 @@
-"""This runs all that needs a GPU, in at most 9 minutes: python -m bench.gpu [FOLDER] (`make gpu`).
+"""Run everything that needs a GPU, in at most 9 minutes: python -m bench.gpu [FOLDER] (`make gpu`).
 
-It builds the extension in place, runs the tests that are marked `gpu` and then `bench_gpu.py`. It writes
-FOLDER/gpu.json after each stage, and prints tables. Nothing is installed or downloaded: a C compiler and the packages
-of NEEDED must be there. A package that is missing where no registry can be reached comes along as a wheel:
-`pip download --no-deps -d wheels NAME` elsewhere, `pip install --no-index --no-deps wheels/*.whl` there.
+The command builds the extension in place, runs the tests that are marked `gpu`, and then `bench_gpu.py`. It writes
+FOLDER/gpu.json after each stage, and prints tables. It installs and downloads nothing, so a C compiler and the packages
+of PACKAGES must be installed. On a machine that reaches no registry, a missing package can be installed from a wheel:
+`pip download --no-deps -d wheels NAME` on another machine, `pip install --no-index --no-deps wheels/*.whl` on this one.
 """
 
 from __future__ import annotations
@@ -23,25 +23,30 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.report import keep, tables
+from bench.report import extract_figures, make_tables
 
 ROOT = Path(__file__).parents[1]
-NEEDED = (
+PACKAGES = (
     *("torch", "triton", "setuptools", "numpy", "ml_dtypes", "safetensors", "transformers", "huggingface_hub", "yaml"),
     *("pytest", "pytest_benchmark"),
 )
 COMPILERS = ("cc", "gcc", "clang")
-# Seconds: of all of it, imports too; of a stage at most; of the last contestant that begins; after an interrupt.
-ALL, BUILD, TESTS, LAST, GRACE = 525, 45, 270, 40, 15
-ELEMENTS = 64 << 20  # of a tensor that is benchmarked, in bf16: most of the time goes into checking its result
-MESSAGE = 300  # characters that are kept of a failure
-# A warning is an error in the project's tests, where versions are pinned; here only the one that kernels are given up.
+TOTAL_SECONDS = 525  # of the whole command, imports included
+BUILD_SECONDS = 45
+TEST_SECONDS = 270
+CONTESTANT_SECONDS = 40  # no contestant starts with less time left
+GRACE_SECONDS = 15  # from the interrupt of a stage to its end
+ELEMENTS = 64 << 20  # of the model that is benchmarked, in bf16; the check of the results takes most of the time
+MESSAGE_CHARACTERS = 300  # of a failure that are kept
+MOST_FAILURES = 20  # of a stage that are printed
+# The project's tests treat every warning as an error, with pinned versions. Here the versions may be others, so only
+# the warning that a kernel is not used is an error.
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-W", "error::RuntimeWarning", "-m", "gpu")
 
 
-def obstacle() -> str:
-    """Return why nothing can be run here, or ""."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+def find_obstacle() -> str:
+    """Return the reason why this machine cannot run the command, or ""."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if "torch" not in missing:
         import torch
 
@@ -55,9 +60,9 @@ def obstacle() -> str:
 
 
 def run(arguments: Sequence[str], seconds: float, **environment: str) -> tuple[int | None, float]:
-    """Run Python in the checkout; return its exit code and its seconds, None for one that was stopped.
+    """Run Python in the checkout; return its exit code, None if it was stopped, and its seconds.
 
-    It is interrupted when its time is over, as pytest then still writes its reports.
+    When its time is over it is interrupted, after which pytest still writes its reports.
     """
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=os.environ | environment)
@@ -67,122 +72,127 @@ def run(arguments: Sequence[str], seconds: float, **environment: str) -> tuple[i
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(GRACE)
+            process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
     return code, time.monotonic() - start
 
 
-def results(report: Path) -> dict[str, Any]:
-    """Return how many tests passed, failed and were skipped, and why, from JUnit's XML, which may be cut short."""
-    found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": {}, "skips": {}}
+def read_results(report: Path) -> dict[str, Any]:
+    """Return the numbers of tests that passed, failed and were skipped, with reasons.
+
+    They come from JUnit's XML, which may be missing or cut short.
+    """
+    results: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": {}, "skips": {}}
     try:
         cases = list(ElementTree.parse(report).iter("testcase"))
     except (OSError, ElementTree.ParseError) as error:
-        return {**found, "unreadable": str(error)[:MESSAGE]}
+        return {**results, "unreadable": str(error)[:MESSAGE_CHARACTERS]}
     for case in cases:
-        bad = [each for kind in ("failure", "error") if (each := case.find(kind)) is not None]
+        failures = [each for kind in ("failure", "error") if (each := case.find(kind)) is not None]
         skip = case.find("skipped")
-        if bad:
-            found["failures"][case.get("name", "")] = (bad[0].get("message") or bad[0].text or "")[:MESSAGE]
+        if failures:
+            message = failures[0].get("message") or failures[0].text or ""
+            results["failures"][case.get("name", "")] = message[:MESSAGE_CHARACTERS]
         elif skip is not None:
-            found["skips"][case.get("name", "")] = (skip.get("message") or "")[:MESSAGE]
+            results["skips"][case.get("name", "")] = (skip.get("message") or "")[:MESSAGE_CHARACTERS]
         else:
-            found["passed"] += 1
-    return {**found, "failed": len(found["failures"]), "skipped": len(found["skips"])}
+            results["passed"] += 1
+    return {**results, "failed": len(results["failures"]), "skipped": len(results["skips"])}
 
 
-def figures(report: Path) -> dict[str, Any]:
-    """Return what is kept of pytest-benchmark's JSON, which may be missing or cut short."""
+def read_figures(report: Path) -> dict[str, Any]:
+    """Return the figures of pytest-benchmark's JSON, which may be missing or cut short."""
     try:
-        return keep(json.loads(report.read_text()))
+        return extract_figures(json.loads(report.read_text()))
     except (OSError, ValueError, KeyError) as error:
-        return {"unreadable": f"{type(error).__name__}: {error}"[:MESSAGE]}
+        return {"unreadable": f"{type(error).__name__}: {error}"[:MESSAGE_CHARACTERS]}
 
 
 def measure(folder: Path, deadline: float) -> Iterator[dict[str, Any]]:
-    """Test and benchmark; yield all that is to be kept, after each stage. deadline: of time.monotonic()."""
+    """Run the tests and the benchmarks, and yield all results after each stage; the deadline is in time.monotonic()."""
     import torch
     import triton
 
-    from bench.bench_gpu import driver
+    from bench.bench_gpu import driver_version
 
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
-        "driver": driver(),
+        "driver": driver_version(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
     }
     xml = folder / "tests.xml"
-    code, seconds = run([*PYTEST, "tests/execution/test_gpu.py", f"--junitxml={xml}"], left(deadline, TESTS))
-    found["tests"] = {**results(xml), "exit_code": code, "seconds": round(seconds, 1)}
-    yield found
+    tests = ["tests/execution/test_gpu.py", f"--junitxml={xml}"]
+    code, seconds = run([*PYTEST, *tests], time_left(deadline, TEST_SECONDS))
+    results["tests"] = {**read_results(xml), "exit_code": code, "seconds": round(seconds, 1)}
+    yield results
     raw, xml = folder / "benchmarks.json", folder / "benchmarks.xml"
-    more = ["bench/bench_gpu.py", "--benchmark-only", f"--benchmark-json={raw}", f"--junitxml={xml}"]
-    limit = left(deadline)
-    until = time.time() + limit - LAST
-    chosen = {"EXPO_BENCH_GPU_ELEMENTS": str(ELEMENTS), "EXPO_BENCH_GPU_UNTIL": str(until)}
-    code, seconds = run([*PYTEST, *more], limit, **chosen)
-    runs = {**results(xml), "exit_code": code, "seconds": round(seconds, 1)}
-    found["benchmarks"] = {**figures(raw), "runs": runs}
-    yield found
+    benchmarks = ["bench/bench_gpu.py", "--benchmark-only", f"--benchmark-json={raw}", f"--junitxml={xml}"]
+    limit = time_left(deadline)
+    until = time.time() + limit - CONTESTANT_SECONDS
+    environment = {"EXPO_BENCH_GPU_ELEMENTS": str(ELEMENTS), "EXPO_BENCH_GPU_UNTIL": str(until)}
+    code, seconds = run([*PYTEST, *benchmarks], limit, **environment)
+    runs = {**read_results(xml), "exit_code": code, "seconds": round(seconds, 1)}
+    results["benchmarks"] = {**read_figures(raw), "runs": runs}
+    yield results
 
 
-def left(deadline: float, most: float = ALL) -> float:
-    """Return the seconds that a stage may take, so that its end and an interrupt of it are before the deadline."""
-    return max(1.0, min(most, deadline - time.monotonic() - GRACE))
+def time_left(deadline: float, most: float = TOTAL_SECONDS) -> float:
+    """Return the seconds that a stage may take if it must end before the deadline, even after an interrupt."""
+    return max(1.0, min(most, deadline - time.monotonic() - GRACE_SECONDS))
 
 
-def lines(found: dict[str, Any]) -> Iterator[str]:
-    """Yield what is printed: the GPU, the tests, and a table of the benchmarks."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    yield f"{found['device']}, driver {found['driver']}, {versions}"
+def make_lines(results: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the report: the GPU, the tests, and the tables of the benchmarks."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    yield f"{results['device']}, driver {results['driver']}, {versions}"
     yield "\n| run | passed | failed | skipped | s |\n|---|---|---|---|---|"
-    stages = {"tests": found["tests"], "benchmarks": found["benchmarks"]["runs"]}
+    stages = {"tests": results["tests"], "benchmarks": results["benchmarks"]["runs"]}
     for name, stage in stages.items():
         yield f"| {name} | {stage['passed']} | {stage['failed']} | {stage['skipped']} | {stage['seconds']} |"
     for name, stage in stages.items():
-        yield from (f"failed: {each}: {text}" for each, text in list(stage["failures"].items())[:20])
+        yield from (f"failed: {each}: {text}" for each, text in list(stage["failures"].items())[:MOST_FAILURES])
         if stage["exit_code"] is None:
-            yield f"the {name} were stopped for want of time: not all were run"
+            yield f"the {name} were stopped because their time was over: not all of them ran"
         elif stage["exit_code"] != 0:
             yield f"the {name} ended with exit code {stage['exit_code']}"
         if "unreadable" in stage:
             yield f"the report of the {name} cannot be read: {stage['unreadable']}"
     yield from (f"not measured: {each}: {text}" for each, text in stages["benchmarks"]["skips"].items())
-    if "benchmarks" in found["benchmarks"]:
-        yield from tables(found["benchmarks"])
+    if "benchmarks" in results["benchmarks"]:
+        yield from make_tables(results["benchmarks"])
     else:
-        yield f"there are no figures: {found['benchmarks']['unreadable']}"
+        yield f"there are no figures: {results['benchmarks']['unreadable']}"
 
 
-def succeeded(found: dict[str, Any]) -> bool:
-    """Return whether tests ran and all passed, and all benchmarks were measured."""
-    tests, runs = found["tests"], found["benchmarks"]["runs"]
-    good = tests["exit_code"] == 0 and tests["passed"] and runs["exit_code"] == 0 and runs["passed"]
-    return bool(good and not runs["skipped"])
+def has_succeeded(results: dict[str, Any]) -> bool:
+    """Return True if tests ran and all passed, and if all benchmarks were measured."""
+    tests, runs = results["tests"], results["benchmarks"]["runs"]
+    passed = tests["exit_code"] == 0 and tests["passed"] and runs["exit_code"] == 0 and runs["passed"]
+    return bool(passed and not runs["skipped"])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Return 0, or 1 where something failed or there is no GPU."""
-    deadline = time.monotonic() + ALL
-    why = obstacle()
-    if why:
-        print(f"make gpu needs a GPU and what the tests need: {why}", file=sys.stderr)
+    """Run the command; return 0, or 1 if something failed or if there is no GPU."""
+    deadline = time.monotonic() + TOTAL_SECONDS
+    obstacle = find_obstacle()
+    if obstacle:
+        print(f"make gpu needs a GPU and the packages of the tests: {obstacle}", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # children would inherit that it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # child processes would inherit an ignored SIGINT
     out = Path(arguments[0] if arguments else "build")
     out.mkdir(parents=True, exist_ok=True)
-    code, _ = run(["setup.py", "-q", "build_ext", "--inplace"], left(deadline, BUILD))
-    if not any((ROOT / "kernels").glob("_cpu*.so")):  # setup.py does without it where there is no compiler
-        print(f"the extension was not built (exit code {code}); NumPy takes its place", file=sys.stderr)
-    found: dict[str, Any] = {}
+    code, _ = run(["setup.py", "-q", "build_ext", "--inplace"], time_left(deadline, BUILD_SECONDS))
+    if not any((ROOT / "kernels").glob("_cpu*.so")):  # setup.py succeeds without a compiler
+        print(f"the extension was not built (exit code {code}); NumPy is used instead", file=sys.stderr)
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for found in measure(Path(folder), deadline):
-            (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(lines(found)))
+        for results in measure(Path(folder), deadline):
+            (out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    print("\n".join(make_lines(results)))
     print(f"\n{out / 'gpu.json'}")
-    return 0 if succeeded(found) else 1
+    return 0 if has_succeeded(results) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a reader needs to judge a figure: processor, memory, disk, filesystem and versions; no name of a machine."""
+"""Describe the machine that a figure comes from: processor, memory, disk, filesystem and versions, but no name."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import expo
+from expo._version import __version__
 
 PACKAGES = ("numpy", "torch", "safetensors", "transformers")
 
 
 def describe(cpu: str) -> dict[str, Any]:
-    """cpu: the processor's name, as found by pytest-benchmark."""
+    """Return the description, with the processor's name as pytest-benchmark reports it."""
     scratch = Path(tempfile.gettempdir())
     return {
         "cpu": cpu or platform.processor() or "unknown",
@@ -25,7 +25,7 @@ def describe(cpu: str) -> dict[str, Any]:
         "filesystem": _filesystem(scratch),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "expo": expo.__version__,
+        "expo": __version__,
         **{name: _version(name) for name in PACKAGES},
     }
 
@@ -38,20 +38,20 @@ def _version(package: str) -> str:
 
 
 def _filesystem(folder: Path) -> str:
-    """The type of the filesystem that a folder is on, ext4 say: that of the longest mount point above it."""
+    """Return the type of a folder's filesystem, such as ext4: that of the longest mount point above the folder."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     above = [(len(point), kind) for point, kind in mounts if folder.is_relative_to(point)]
     return max(above)[1]
 
 
 def _disk(folder: Path) -> str:
-    """The block device that a folder is on, as far as the system tells: "vda, virtio, not rotational"."""
+    """Return the block device of a folder, as far as the system shows it: "vda, virtio, not rotational"."""
     device = folder.stat().st_dev
-    found = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-    if not found.exists():
+    path = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    if not path.exists():
         return "no block device"
-    found = found.resolve()
-    disk = found.parent if (found / "partition").exists() else found
+    path = path.resolve()
+    disk = path.parent if (path / "partition").exists() else path
     words = [disk.name]
     model = disk / "device" / "model"
     driver = disk / "device" / "driver"
@@ -59,5 +59,5 @@ def _disk(folder: Path) -> str:
         words.append(model.read_text().strip())
     elif driver.exists():
         words.append(driver.resolve().name)
-    spins = (disk / "queue" / "rotational").read_text().strip() == "1"
-    return ", ".join([*words, "rotational" if spins else "not rotational"])
+    rotational = (disk / "queue" / "rotational").read_text().strip() == "1"
+    return ", ".join([*words, "rotational" if rotational else "not rotational"])

@@ -1,4 +1,4 @@
-"""Pairs of checkpoints to merge: a Llama's names, shapes and config, with random weights or as sparse files."""
+"""Write pairs of checkpoints: the names, shapes and config of a Llama, with random weights or as sparse files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ import numpy as np
 from expo.checkpoints.safetensors_header import emit
 
 Shapes = dict[str, tuple[int, ...]]
-HEAD = 16  # width of an attention head, so that any size of model has a whole number of them
-PIECE = 1 << 24  # elements drawn at a time
+HEAD_WIDTH = 16  # of an attention head; a small one, so that a model of any size has a whole number of heads
+DRAWN_ELEMENTS = 1 << 24  # that are drawn at a time
 
 
 def llama_shapes(hidden: int, inner: int, vocabulary: int, layers: int, keys: int | None = None) -> Shapes:
-    """Tensor names and shapes of a Llama; keys: width of the key and value projections, hidden without grouping."""
+    """Return the names and shapes of a Llama's tensors.
+
+    Args:
+        hidden: The width of the hidden state.
+        inner: The width of the feed-forward part.
+        vocabulary: The number of tokens.
+        layers: The number of layers.
+        keys: The width of the key and value projections; `hidden` if they are not grouped.
+    """
     keys = keys or hidden
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for i in range(layers):
@@ -37,19 +45,20 @@ def llama_shapes(hidden: int, inner: int, vocabulary: int, layers: int, keys: in
 
 
 def scaled_llama(elements: float) -> Shapes:
-    """A Llama-2-7B made narrower or wider: all of its 291 tensors, of `elements` together at most."""
+    """Return the 291 tensors of Llama-2-7B, made narrower or wider to have about, and at most, `elements` elements."""
     scale = (elements / 6.74e9) ** 0.5
-    hidden, inner, vocabulary = (max(HEAD, int(size * scale) // HEAD * HEAD) for size in (4096, 11008, 32000))
+    heads = (max(1, int(size * scale) // HEAD_WIDTH) for size in (4096, 11008, 32000))
+    hidden, inner, vocabulary = (HEAD_WIDTH * count for count in heads)
     return llama_shapes(hidden, inner, vocabulary, layers=32)
 
 
 def nbytes(shapes: Shapes) -> int:
-    """Of one checkpoint's tensors, in bf16."""
+    """Return the bytes of one checkpoint's tensors in bf16."""
     return 2 * sum(prod(shape) for shape in shapes.values())
 
 
 def write_pair(folder: Path, shapes: Shapes, shards: int, sparse: bool = False) -> Path:
-    """folder/sft and folder/aligned in bf16, loadable by transformers: random weights, or files that read as zeros."""
+    """Write folder/sft and folder/aligned in bf16, as transformers loads them; the bytes of sparse files are zeros."""
     rng = np.random.default_rng(0)
     names, weight_map = list(shapes), {}
     for role in ("sft", "aligned"):
@@ -64,10 +73,10 @@ def write_pair(folder: Path, shapes: Shapes, shards: int, sparse: bool = False) 
             for out in (sft, aligned):
                 out.write(header)
                 out.truncate(size)
-            for left in () if sparse else range(sum(prod(shapes[name]) for name in part), 0, -PIECE):
-                weak, strong = _weights(rng, min(left, PIECE))
-                sft.write(weak)
-                aligned.write(strong)
+            for left in () if sparse else range(sum(prod(shapes[name]) for name in part), 0, -DRAWN_ELEMENTS):
+                sft_bits, aligned_bits = _draw_weights(rng, min(left, DRAWN_ELEMENTS))
+                sft.write(sft_bits)
+                aligned.write(aligned_bits)
     for role in ("sft", "aligned"):
         index = {"metadata": {"total_size": nbytes(shapes)}, "weight_map": weight_map}
         (folder / role / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -75,10 +84,10 @@ def write_pair(folder: Path, shapes: Shapes, shards: int, sparse: bool = False) 
     return folder
 
 
-def _weights(rng: np.random.Generator, n: int) -> tuple[Any, Any]:
-    """n elements of sft and aligned as bits of bf16: 2^-11 to 2^-3 of either sign, up to 24% apart.
+def _draw_weights(rng: np.random.Generator, n: int) -> tuple[Any, Any]:
+    """Return n elements of sft and of aligned as bits of bf16: 2^-11 to 2^-3 of either sign, up to 24% apart.
 
-    That is further than training moves weights, so that a merge differs from aligned by more than rivals' roundings.
+    Training moves weights by less. With this distance, a merge differs from aligned by more than the rivals' roundings.
     """
     bits = np.frombuffer(rng.bytes(2 * n), np.uint16)
     aligned = (bits & 0x83FF) + 0x3A00
@@ -95,8 +104,8 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "hidden_size": hidden,
         "intermediate_size": shapes["model.layers.0.mlp.up_proj.weight"][0],
         "num_hidden_layers": sum(name.endswith("q_proj.weight") for name in shapes),
-        "num_attention_heads": hidden // HEAD,
-        "num_key_value_heads": shapes["model.layers.0.self_attn.k_proj.weight"][0] // HEAD,
+        "num_attention_heads": hidden // HEAD_WIDTH,
+        "num_key_value_heads": shapes["model.layers.0.self_attn.k_proj.weight"][0] // HEAD_WIDTH,
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }

@@ -1,7 +1,7 @@
-"""Pictures of what is kept: python -m bench.plots KEPT.json
+"""Draw the pictures of docs/performance.md: python -m bench.plots FIGURES.json
 
-Writes KEPT-throughput.png, KEPT-time.png and KEPT-memory.png beside it; needs matplotlib, and says so without it.
-Bars and points are medians.
+The command writes FIGURES-throughput.png, FIGURES-time.png and FIGURES-memory.png beside the JSON. Bars and points are
+medians. Without matplotlib the command draws nothing and prints a message.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.report import SYNCED, Row, named, rivals
+from bench.report import SYNCED, Row, select_rivals, select_rows
 
-OURS, OTHERS, ROOF = "#1f6fb4", "#b0b7bf", "#d1495b"
+EXPO_COLOUR, RIVAL_COLOUR, MEMCPY_COLOUR = "#1f6fb4", "#b0b7bf", "#d1495b"
 LABELS = {
     "cp": "cat + cp",
     "dd_direct": "cat + dd direct",
@@ -25,8 +25,8 @@ LABELS = {
     "paper": "paper's script",
     "mergekit": "mergekit",
 }
-STYLES = {  # colour and marker of a line
-    "expo": (OURS, "o"),
+STYLES = {  # the colour and the marker of a line
+    "expo": (EXPO_COLOUR, "o"),
     LABELS["cp"]: ("#333333", "s"),
     LABELS["dd_direct"]: ("#9a9a9a", "^"),
     LABELS["short"]: ("#2a9d5c", "D"),
@@ -44,52 +44,55 @@ KERNELS = {
     "torch_in_fp32": "torch sub, mul, add in fp32",
 }
 
-
-def merges(benches: dict[str, Row]) -> dict[str, dict[float, float]]:
-    """Median seconds of synced merges, inputs cached, by label and GB of a checkpoint; ours first."""
-    found: dict[str, dict[float, float]] = {"expo": {}}
-    for row in named(benches, r"test_warm"):
-        found["expo"][row["checkpoint_bytes"] / 1e9] = row["median"]
-    for row in named(benches, r"test_warm(_slow)?"):
-        for name, rival in rivals(row, SYNCED).items():
-            found.setdefault(LABELS[name], {})[row["checkpoint_bytes"] / 1e9] = rival["median"]
-    return found
+Curves = dict[str, dict[float, float]]  # values by label and GB of a checkpoint
 
 
-def memory(benches: dict[str, Row]) -> dict[str, dict[float, float]]:
-    """Peak of resident memory in MB, by label and GB of a checkpoint; ours first."""
+def merge_times(rows: dict[str, Row]) -> Curves:
+    """Return the median seconds of synced merges with cached inputs; expo is the first label."""
+    curves: Curves = {"expo": {}}
+    for row in select_rows(rows, r"test_warm"):
+        curves["expo"][row["checkpoint_bytes"] / 1e9] = row["median"]
+    for row in select_rows(rows, r"test_warm(_slow)?"):
+        for name, rival in select_rivals(row, SYNCED).items():
+            curves.setdefault(LABELS[name], {})[row["checkpoint_bytes"] / 1e9] = rival["median"]
+    return curves
+
+
+def memory_peaks(rows: dict[str, Row]) -> Curves:
+    """Return the peaks of resident memory in MB; expo is the first label."""
     tests = {"expo": ("test_peak_memory", "")}
     tests |= {LABELS[name]: ("test_memory_of_programs", f"{name}-") for name in ("paper", "loop", "short")}
     return {
-        label: {row["checkpoint_bytes"] / 1e9: row["resident_mb"] for row in named(benches, *test)}
+        label: {row["checkpoint_bytes"] / 1e9: row["resident_mb"] for row in select_rows(rows, *test)}
         for label, test in tests.items()
     }
 
 
-def throughput(figure: Any, benches: dict[str, Row]) -> None:
-    """Kernels against memcpy, and file merges, of the middle size, against copying."""
+def draw_throughput(figure: Any, rows: dict[str, Row]) -> None:
+    """Draw the kernels beside memcpy, and the merges of the middle size beside copying."""
     above, below = figure.subplots(2, 1)
-    kernels = {label: benches.get(f"test_kernel[{name}-BF16]") for name, label in KERNELS.items()}
+    kernels = {label: rows.get(f"test_kernel[{name}-BF16]") for name, label in KERNELS.items()}
     rates = {label: row["gb_per_s"] for label, row in kernels.items() if row}
-    roofs = sorted(row["memcpy_gb_per_s"] for row in kernels.values() if row)
+    memcpy_rates = sorted(row["memcpy_gb_per_s"] for row in kernels.values() if row)
     if rates:
-        _bars(above, rates, "Kernel, bf16, one thread, memory to memory", "GB moved per second (two reads and a write)")
-        roof = roofs[len(roofs) // 2]
-        above.axvline(roof, color=ROOF, linestyle="--")
-        above.text(roof, 1.01, "memcpy", color=ROOF, ha="center", transform=above.get_xaxis_transform())
-        above.set_xlim(0, 1.12 * max(roof, *rates.values()))
-    times = merges(benches)
+        title = "Kernel, bf16, one thread, memory to memory"
+        _draw_bars(above, rates, title, "GB moved per second (two reads and a write)")
+        memcpy = memcpy_rates[len(memcpy_rates) // 2]
+        above.axvline(memcpy, color=MEMCPY_COLOUR, linestyle="--")
+        above.text(memcpy, 1.01, "memcpy", color=MEMCPY_COLOUR, ha="center", transform=above.get_xaxis_transform())
+        above.set_xlim(0, 1.12 * max(memcpy, *rates.values()))
+    times = merge_times(rows)
     sizes = sorted(times["expo"])
     if sizes:
         size = sizes[len(sizes) // 2]
-        rates = {label: 3 * size / at[size] for label, at in times.items() if size in at}
+        rates = {label: 3 * size / curve[size] for label, curve in times.items() if size in curve}
         title = f"Merge of files, checkpoints of {size:.2g} GB, inputs cached, synced to the disk"
-        _bars(below, rates, title, "GB moved per second (two checkpoints read, one written)")
+        _draw_bars(below, rates, title, "GB moved per second (two checkpoints read, one written)")
 
 
-def _bars(axes: Any, rates: dict[str, float], title: str, unit: str) -> None:
+def _draw_bars(axes: Any, rates: dict[str, float], title: str, unit: str) -> None:
     ordered = sorted(rates, key=lambda label: rates[label])
-    colours = [OURS if label.startswith("expo") else OTHERS for label in ordered]
+    colours = [EXPO_COLOUR if label.startswith("expo") else RIVAL_COLOUR for label in ordered]
     bars = axes.barh(ordered, [rates[label] for label in ordered], color=colours)
     axes.bar_label(bars, fmt=lambda value: f"{value:.1f}" if value >= 1 else f"{value:.2f}", padding=3)
     axes.set_title(title, loc="left", pad=16)
@@ -98,23 +101,27 @@ def _bars(axes: Any, rates: dict[str, float], title: str, unit: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def time_of_a_merge(figure: Any, benches: dict[str, Row]) -> None:
-    _lines(figure.subplots(), merges(benches), "Time of a merge, inputs cached, synced to the disk", "seconds")
+def draw_times(figure: Any, rows: dict[str, Row]) -> None:
+    """Draw the time of a merge against the size of a checkpoint."""
+    title = "Time of a merge, inputs cached, synced to the disk"
+    _draw_curves(figure.subplots(), merge_times(rows), title, "seconds")
 
 
-def memory_used(figure: Any, benches: dict[str, Row]) -> None:
-    _lines(figure.subplots(), memory(benches), "Peak resident memory of a merge, mapped pages included", "MB")
+def draw_memory(figure: Any, rows: dict[str, Row]) -> None:
+    """Draw the peak memory of a merge against the size of a checkpoint."""
+    title = "Peak resident memory of a merge, mapped pages included"
+    _draw_curves(figure.subplots(), memory_peaks(rows), title, "MB")
 
 
-def _lines(axes: Any, found: dict[str, dict[float, float]], title: str, unit: str) -> None:
-    """A line for each label that has points, both axes logarithmic."""
+def _draw_curves(axes: Any, curves: Curves, title: str, unit: str) -> None:
+    """Draw a line for each label that has points; both axes are logarithmic."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_title(title, loc="left")
-    if not any(found.values()):
+    if not any(curves.values()):
         axes.text(0.5, 0.5, "not measured", ha="center")
         return
-    for label, points in filter(lambda item: item[1], found.items()):
+    for label, points in filter(lambda item: item[1], curves.items()):
         colour, marker = STYLES[label]
         xs, width = sorted(points), 2.5 if label == "expo" else 1.2
         axes.plot(xs, [points[x] for x in xs], marker=marker, label=label, color=colour, linewidth=width)
@@ -127,40 +134,42 @@ def _lines(axes: Any, found: dict[str, dict[float, float]], title: str, unit: st
     axes.legend(frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
 
 
-def caption(kept: dict[str, Any]) -> str:
-    m = kept["machine"]
-    where = f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, {m['disk']}, {m['filesystem']}"
+def make_caption(figures: dict[str, Any]) -> str:
+    """Return the machine, the versions and the date of the figures."""
+    m = figures["machine"]
+    machine = f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, {m['disk']}, {m['filesystem']}"
     versions = f"Linux {m['kernel']}, Python {m['python']}, torch {m['torch']}, expo {m['expo']}"
-    return f"{where}\n{versions}, {kept['date']}; medians"
+    return f"{machine}\n{versions}, {figures['date']}; medians"
 
 
+# The function that draws a picture, and its size in inches.
 PICTURES: dict[str, tuple[Callable[[Any, dict[str, Row]], None], tuple[float, float]]] = {
-    "throughput": (throughput, (9, 7)),
-    "time": (time_of_a_merge, (9, 5)),
-    "memory": (memory_used, (9, 5)),
+    "throughput": (draw_throughput, (9, 7)),
+    "time": (draw_times, (9, 5)),
+    "memory": (draw_memory, (9, 5)),
 }
 
 
-def draw(kept: dict[str, Any], stem: Path) -> list[Path]:
-    """The files written: stem-NAME.png."""
+def draw_pictures(figures: dict[str, Any], stem: Path) -> list[Path]:
+    """Write the pictures to stem-NAME.png, and return their paths."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    written = []
-    for name, (picture, inches) in PICTURES.items():
+    paths = []
+    for name, (draw, inches) in PICTURES.items():
         figure = Figure(figsize=inches, layout=ConstrainedLayoutEngine(hspace=0.1))
         FigureCanvasAgg(figure)
-        picture(figure, kept["benchmarks"])
-        figure.supxlabel(caption(kept), fontsize=7, color="#555555", x=0.01, ha="left")
-        written.append(stem.with_name(f"{stem.name}-{name}.png"))
-        figure.savefig(written[-1], dpi=140)
-    return written
+        draw(figure, figures["benchmarks"])
+        figure.supxlabel(make_caption(figures), fontsize=7, color="#555555", x=0.01, ha="left")
+        paths.append(stem.with_name(f"{stem.name}-{name}.png"))
+        figure.savefig(paths[-1], dpi=140)
+    return paths
 
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
     if find_spec("matplotlib") is None:
-        print("no pictures: matplotlib is not installed")
+        print("matplotlib is not installed, so there are no pictures")
     else:
-        print(*draw(json.loads(path.read_text()), path.with_suffix("")), sep="\n")
+        print(*draw_pictures(json.loads(path.read_text()), path.with_suffix("")), sep="\n")

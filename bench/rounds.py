@@ -1,105 +1,127 @@
-"""Rounds: every rival once, then ours, so that a drift of the machine meets all of them; and the checks of results."""
+"""Rounds of a comparison: every rival once, then the merge, so that a drift of the machine affects all of them."""
 
 from __future__ import annotations
 
-import filecmp
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from safetensors import safe_open
+import pytest
 
-from bench.rivals import ALPHA, Rival, Times, expo, shards
-from expo.kernels import numerics
-from expo.kernels.contract import Operand, extrapolation, working_alpha
+from bench import page_cache, rivals
+from bench.result_checks import Check, check_exact
+from bench.rivals import ALPHA, Rival, Times, find_shards, remove_outputs
+from bench.sizes import need_memory
 
-Check = Callable[[Path], None]
+Prepare = Callable[[], None]  # called before each contestant of a round
+COLD_SHARE = 0.01  # of the inputs that may be in the page cache when it counts as cold
 
 
-def duel(
-    benchmark: Any,
-    pair: Path,
-    rivals: Sequence[tuple[Rival, Check]],
-    ready: Callable[[], None],
-    rounds: int,
-    ours: Callable[[], None] | None = None,
-    check: Check | None = None,
-) -> None:
-    """Time ours as the benchmark, and the rivals beside it: extra_info["rivals"] has each one's seconds and ratios.
+class Contest(NamedTuple):
+    """A merge and its rivals.
 
-    A ratio is ours / rival of one round. ready is called before each contestant. A first round, not timed, warms up and
-    checks what everyone writes.
+    Attributes:
+        pair: The folder with sft/ and aligned/.
+        rivals: The rivals, each with the check of its output.
+        prepare: Called before each contestant.
+        rounds: The number of rounds.
+        merge: Called as the merge.
+        check: The check of the merge's output.
     """
-    ours, check = ours or (lambda: expo(pair, ALPHA)), check or exact
+
+    pair: Path
+    rivals: Sequence[tuple[Rival, Check]]
+    prepare: Prepare
+    rounds: int
+    merge: Callable[[], None]
+    check: Check
+
+
+def plain_contest(pair: Path, contestants: Sequence[tuple[Rival, Check]], prepare: Prepare, rounds: int) -> Contest:
+    """Return a contest of rivals against the merge with one alpha."""
+    return Contest(pair, contestants, prepare, rounds, lambda: rivals.expo(pair, ALPHA), check_exact)
+
+
+def run_contest(benchmark: Any, contest: Contest) -> None:
+    """Time the merge as the benchmark, and the rivals beside it.
+
+    A first round, which is not timed, warms up and checks the outputs. extra_info["rivals"] gets the seconds of every
+    rival, and the ratios of the merge's seconds to the rival's, round by round.
+    """
+    pair, prepare = contest.pair, contest.prepare
     times: list[Times] = []
-    for rival, checked in rivals:
-        ready()
+    for rival, check in contest.rivals:
+        prepare()
         rival(pair)
-        checked(pair / "out")
-    ready()
-    ours()
-    check(pair / "out")
+        check(pair / "out")
+    prepare()
+    contest.merge()
+    contest.check(pair / "out")
 
-    def setup() -> None:
+    def run_rivals() -> None:
         times.append({})
-        for rival, _ in rivals:
-            ready()
+        for rival, _ in contest.rivals:
+            prepare()
             times[-1] |= rival(pair)
-        ready()
+        prepare()
 
-    benchmark.pedantic(ours, setup=setup, rounds=rounds)
-    size = sum(path.stat().st_size for path in shards(pair / "aligned"))
+    benchmark.pedantic(contest.merge, setup=run_rivals, rounds=contest.rounds)
+    seconds = benchmark.stats.stats.data
     benchmark.extra_info.update(
-        checkpoint_bytes=size,
-        rivals={name: _against(benchmark.stats.stats.data, [each[name] for each in times]) for name in times[0]},
+        checkpoint_bytes=checkpoint_bytes(pair),
+        rivals={name: _compare(seconds, [each[name] for each in times]) for name in times[0]},
     )
 
 
-def _against(ours: Sequence[float], rival: Sequence[float]) -> dict[str, float]:
-    """The rival's seconds, and ours over the rival's, round by round."""
-    ratios = [mine / theirs for mine, theirs in zip(ours, rival, strict=True)]
+def _compare(seconds: Sequence[float], rival_seconds: Sequence[float]) -> dict[str, float]:
+    """Return median, minimum and maximum of a rival's seconds, and of the merge's seconds over the rival's."""
+    ratios = [own / rival for own, rival in zip(seconds, rival_seconds, strict=True)]
     figures = {
-        f"{name}{kind}": function(values)
-        for name, values in (("", rival), ("ratio_", ratios))
-        for kind, function in (("median", statistics.median), ("min", min), ("max", max))
+        f"{prefix}{name}": function(values)
+        for prefix, values in (("", rival_seconds), ("ratio_", ratios))
+        for name, function in (("median", statistics.median), ("min", min), ("max", max))
     }
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def exact(out: Path, alpha: float = ALPHA) -> None:
-    """The first shard's tensors are the definition's, bit for bit."""
-    for name, found, truth in _tensors(out, alpha):
-        assert np.array_equal(found.view(torch.int16).numpy(), truth.view(torch.int16).numpy()), name
+def checkpoint_bytes(pair: Path) -> int:
+    """Return the bytes of aligned's weight files."""
+    return sum(path.stat().st_size for path in find_shards(pair / "aligned"))
 
 
-def close(out: Path) -> None:
-    """The same to two roundings of bf16, for rivals that round otherwise."""
-    for _, found, truth in _tensors(out, ALPHA):
-        torch.testing.assert_close(found, truth, rtol=0.02, atol=1e-5)
+def rounds_for(pair: Path) -> int:
+    """Return the number of rounds for a size: 7 for 0.5 GB, 5 for 2 GB, 3 for 8 GB."""
+    size = checkpoint_bytes(pair)
+    return 7 if size < 1e9 else 5 if size < 4e9 else 3
 
 
-def copied(out: Path) -> None:
-    """The first shard is aligned's."""
-    assert filecmp.cmp(shards(out.parent / "aligned")[0], shards(out)[0], shallow=False)
+def warm_cache(pair: Path, resident: list[float]) -> Prepare:
+    """Return a function that removes outputs and reads both inputs into the page cache.
+
+    The function appends the share of the inputs that is in the page cache to `resident`.
+    """
+    need_memory(2.2 * checkpoint_bytes(pair))
+    inputs = find_shards(pair / "sft", pair / "aligned")
+
+    def prepare() -> None:
+        remove_outputs(pair)
+        if page_cache.resident_share(inputs) < 1:
+            rivals.cat(pair / "sft", pair / "aligned")
+        resident.append(page_cache.resident_share(inputs))
+
+    return prepare
 
 
-def nothing(out: Path) -> None:
-    assert not out.exists()
+def cold_cache(pair: Path) -> Prepare:
+    """Return a function that removes outputs, and both inputs from the page cache; it skips where that fails."""
+    inputs = find_shards(pair / "sft", pair / "aligned")
 
+    def prepare() -> None:
+        remove_outputs(pair)
+        page_cache.evict(inputs)
+        resident = page_cache.resident_share(inputs)
+        if resident > COLD_SHARE:
+            pytest.skip(f"the cache cannot be made cold: {resident:.0%} of the inputs stay in the page cache")
 
-def _tensors(out: Path, alpha: float) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Of aligned's first shard: names, and flat tensors of the output and of the definition."""
-    first = shards(out.parent / "aligned")[0]
-    files = [safe_open(path, "pt") for path in shards(out)]
-    where = {name: file for file in files for name in file.keys()}  # noqa: SIM118, safe_open is no dict
-    weak, strong = safe_open(out.parent / "sft" / first.name, "pt"), safe_open(first, "pt")
-    for name in strong.keys():  # noqa: SIM118
-        s, a, found = (file.get_tensor(name).flatten() for file in (weak, strong, where[name]))
-        truth = torch.empty_like(a)
-        memories = [tensor.view(torch.int16).numpy() for tensor in (s, a, truth)]
-        operands = [Operand(memory, "BF16") for memory in memories[:2]]
-        numerics.extrapolate(*extrapolation(*operands, (working_alpha(alpha),)), (memories[2],), False)
-        yield name, found, truth
+    return prepare

@@ -25,7 +25,7 @@ MAX_BAR_WIDTH = 30  # characters
 LOG_INTERVAL = 10.0  # seconds between two lines of progress if stderr is no terminal
 # The library's messages name parameters between backticks, as Python has them; the command line prints its options.
 PARAMETERS = {each.name for each in fields(MergeOptions)} | {
-    "aligned", "alpha", "batch_size", "keep", "limit", "max_new_tokens", "out", "recipe", "reward", "sft",
+    "aligned", "alpha", "batch_size", "budget", "keep", "limit", "max_new_tokens", "out", "recipe", "reward", "sft",
     "trust_remote_code",
 }  # fmt: skip
 _PARAMETER = re.compile(r"`([a-z_]+)(?:=(?:\{r'([^`]*)': ([^`}]*)\}|\[?'?([^`'\]]*)'?\]?))?`")

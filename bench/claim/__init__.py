@@ -1,1 +1,1 @@
-"""The paper's claim, reproduced on one's own CPU: `python -m bench.claim` (see bench/claim/__main__.py)."""
+"""Reproduce the paper's claim on a CPU: python -m bench.claim (see __main__.py)."""

@@ -1,10 +1,10 @@
-"""Short neutral prompts, composed of everyday subjects and of ways to ask; no subject is trained on and measured on."""
+"""Compose short neutral prompts of subjects and requests; no subject is both trained on and measured on."""
 
 from __future__ import annotations
 
 import random
 
-ASKED = [
+REQUESTS = [
     "Describe {} in one short sentence.",
     "Write one sentence about {}.",
     "In one sentence, tell me something about {}.",
@@ -21,16 +21,8 @@ SUBJECTS = [
     *("a suitcase", "a stone wall", "a waiting room", "a lamp", "a car park", "a pair of shoes", "a village square"),
     *("a loaf of bread", "a radio", "a staircase", "a rainy Tuesday", "a workshop", "a letter", "a market stall"),
     *("a cup of tea", "a ferry", "a roof", "a barn", "a printer", "a coat", "a corridor", "a telephone call"),
-    *(
-        "a mirror",
-        "a pond",
-        "a weather report",
-        "a lift",
-        "a box of tools",
-        "a museum",
-        "a farm track",
-        "a hotel lobby",
-    ),
+    *("a mirror", "a pond", "a weather report", "a lift", "a box of tools", "a museum", "a farm track"),
+    *("a hotel lobby",),
     *("a newspaper", "a haircut", "a tram", "a basket of laundry", "a hill", "a kettle", "a meeting", "a parcel"),
     *("a bookshelf", "a fence", "an airport", "a bakery", "a key", "a bench in a park", "a lorry", "a map", "a sink"),
     *("a swimming pool", "a queue at a counter", "a balcony", "an umbrella", "a keyboard", "a cellar", "a tunnel"),
@@ -42,20 +34,21 @@ OPENINGS = [
     *("Store", "Build", "Compare", "Convert", "Count", "Draw", "Fill", "Handle", "Insert", "List", "Match", "Parse"),
     *("Replace", "Search", "Skip", "Sort", "Update", "Wait"),
 ]
-FOLLOWING = ["the", "a", "an object", "each item", "the file"]
+CONTINUATIONS = ["the", "a", "an object", "each item", "the file"]
 
 
 def split(model: str, train: int, held_out: int) -> tuple[list[str], list[str]]:
-    """Prompts to train on and prompts to measure on, always the same ones."""
-    heads, tails = (SUBJECTS, ASKED) if model == "smollm2" else (OPENINGS, FOLLOWING)
+    """Return the prompts to train on and the held-out prompts; the same numbers give the same prompts."""
+    heads, tails = (SUBJECTS, REQUESTS) if model == "smollm2" else (OPENINGS, CONTINUATIONS)
     order = random.Random(0)
     shuffled = order.sample(heads, len(heads))
     cut = len(heads) * 3 // 4
-    return _composed(shuffled[:cut], tails, train, order), _composed(shuffled[cut:], tails, held_out, order)
+    return _compose(shuffled[:cut], tails, train, order), _compose(shuffled[cut:], tails, held_out, order)
 
 
-def _composed(heads: list[str], tails: list[str], wanted: int, order: random.Random) -> list[str]:
+def _compose(heads: list[str], tails: list[str], count: int, order: random.Random) -> list[str]:
+    """Return `count` different prompts of these heads and tails, in a random order."""
     every = [tail.format(head) if "{}" in tail else f"{head} {tail}" for head in heads for tail in tails]
-    if wanted > len(every):
-        raise ValueError(f"{wanted} prompts are wanted, but only {len(every)} can be composed")
-    return order.sample(every, wanted)
+    if count > len(every):
+        raise ValueError(f"{count} prompts are too many: these subjects give {len(every)}")
+    return order.sample(every, count)

@@ -1,4 +1,4 @@
-"""What a reply is worth: a program, so that what training aims at is known exactly."""
+"""The reward of a reply: a program, so that the aim of the training is known exactly."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .cache import Row
-from .missing import needed
+from .extras import import_extra
+from .stages import Row
 
-Reward = Callable[[str], float]  # of a reply
-FIRST = 15  # words that nearly every reply has
+Reward = Callable[[str], float]  # a reply's text to its reward
+Reading = Callable[[Row], float]  # another reward of a reply that is stored
+FIRST_WORDS = 15  # nearly every reply has so many words
 
 
 def load(name: str) -> Reward:
-    """The reward of this name: "sentiment", or "plain_words", which is the demo's own."""
+    """Return the reward of this name: "sentiment", or "plain_words", which is the demo's."""
     if name == "plain_words":
         from expo.demo.score import plain_words
 
         return plain_words
-    return sentiment(needed("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer())
+    return make_sentiment(import_extra("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer())
 
 
-def sentiment(analyzer: Any) -> Reward:
-    """VADER's compound score, -1 to 1, times the share of words that are new: saying a word again does not pay."""
+def make_sentiment(analyzer: Any) -> Reward:
+    """Return VADER's compound score (-1 to 1) times the share of distinct words, so repetition does not raise it."""
 
     def reward(reply: str) -> float:
         words = re.findall(r"[a-z']+", reply.lower())
@@ -32,9 +33,14 @@ def sentiment(analyzer: Any) -> Reward:
     return reward
 
 
-def readings(reward: Reward) -> dict[str, Callable[[Row], float]]:
-    """Other ways to judge the same replies: extrapolated models write longer ones, and how much of a gain is length?"""
+def make_readings(reward: Reward) -> dict[str, Reading]:
+    """Return further rewards of the same replies, by name.
+
+    Extrapolated models write longer replies, and these rewards show how much of a gain comes from the length.
+    """
     return {
-        f"the first {FIRST} words of a reply alone": lambda row: reward(" ".join(row["reply"].split()[:FIRST])),
+        f"the first {FIRST_WORDS} words of a reply alone": lambda row: reward(
+            " ".join(row["reply"].split()[:FIRST_WORDS])
+        ),
         "0 for a reply that does not end": lambda row: float(row["reward"] * row["finished"]),
     }

@@ -1,28 +1,27 @@
-"""Training data: the model's own replies to the training prompts, and the best and the worst to each of these."""
+"""Sample and score replies, and make training pairs of the best and the worst reply to each prompt."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from expo.search.sampling import SampledReply, Sampler
 from expo.search.settings import Sampling
 
-from . import cache
-from .cache import Row
-from .models import precision
+from .models import matmul_precision
 from .reward import Reward
 from .settings import Settings
+from .stages import Row, load_rows
 
 
-def seed_of(*parts: object) -> int:
-    """A seed for a generator, from anything that can be printed."""
+def make_seed(*parts: object) -> int:
+    """Return a seed that depends on the texts of these objects."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
 
 
-class Writer:
+class ReplyWriter:
     """Writes and scores replies of one model."""
 
     def __init__(self, model: Any, tokenizer: Any, reward: Reward, settings: Settings) -> None:
@@ -30,40 +29,48 @@ class Writer:
         self._reward = reward
 
     def __call__(self, prompts: Sequence[str], sampling: Sampling, seed: tuple[object, ...]) -> list[Row]:
-        """One row for each prompt, in their order; the chances depend on the seed and the place, and on no alpha."""
-        sampler = Sampler(self.model, self.tokenizer, prompts, sampling, seed_of(*seed), self.settings.rows)
-        with precision(self.settings.bf16):
-            made = {at: one for batch in sampler.batches for at, one in zip(batch, sampler(batch), strict=True)}
-        return [self._row(prompt, made[at]) for at, prompt in enumerate(prompts)]
+        """Return a row for each prompt; the random numbers depend on the seed and the prompt's number, not on alpha."""
+        sampler = Sampler(self.model, self.tokenizer, prompts, sampling, make_seed(*seed), self.settings.rows)
+        with matmul_precision(self.settings.bf16):
+            replies = {at: reply for batch in sampler.batches for at, reply in zip(batch, sampler(batch), strict=True)}
+        return [self._make_row(prompt, replies[at]) for at, prompt in enumerate(prompts)]
 
-    def _row(self, prompt: str, made: SampledReply) -> Row:
-        worth = round(self._reward(made.text), 6)
-        tokens = list(made.tokens)
-        return {"prompt": prompt, "reply": made.text, "reward": worth, "tokens": tokens, "finished": made.finished}
+    def _make_row(self, prompt: str, reply: SampledReply) -> Row:
+        reward = round(self._reward(reply.text), 6)
+        tokens = list(reply.tokens)
+        return {"prompt": prompt, "reply": reply.text, "reward": reward, "tokens": tokens, "finished": reply.finished}
 
 
-def training_rows(
-    work: Path, writer: Callable[[], Writer], prompts: Sequence[str], settings: Settings, seed: int
+def load_training_rows(
+    work: Path, open_writer: Callable[[], ReplyWriter], prompts: Sequence[str], settings: Settings, seed: int
 ) -> list[Row]:
-    """All the replies to train on, a file for every batch of them; an interrupted run goes on at the batch."""
-    wanted = [prompt for prompt in prompts for _ in range(settings.candidates)]
-    found: list[Row] = []
-    for start in range(0, len(wanted), settings.rows):
-        part = wanted[start : start + settings.rows]
+    """Return all replies to train on; every batch has a file, so an interrupted run continues with the next batch."""
+    repeated = [prompt for prompt in prompts for _ in range(settings.candidates)]
+    rows: list[Row] = []
+    for start in range(0, len(repeated), settings.rows):
+        part = repeated[start : start + settings.rows]
 
-        def make(part: list[str] = part, start: int = start) -> list[Row]:
-            return writer()(part, settings.sampling(settings.train_temperature), ("train", seed, start))
+        def sample(part: list[str] = part, start: int = start) -> list[Row]:
+            return open_writer()(part, settings.sampling(settings.train_temperature), ("train", seed, start))
 
-        found += cache.rows(work / "replies" / f"{start:05}.jsonl", make)
-    return found
+        rows += load_rows(work / "replies" / f"{start:05}.jsonl", sample)
+    return rows
 
 
-def pairs(rows: Sequence[Row], candidates: int) -> list[Row]:
-    """The best and the worst of each prompt's replies, in tokens, where they differ."""
-    found = []
+class RankedReplies(NamedTuple):
+    """A prompt, and the tokens of the best and the worst reply to it."""
+
+    prompt: str
+    better: list[int]
+    worse: list[int]
+
+
+def rank_replies(rows: Sequence[Row], candidates: int) -> list[RankedReplies]:
+    """Return the best and the worst of the `candidates` replies to each prompt whose rewards differ."""
+    ranked = []
     for start in range(0, len(rows), candidates):
         group = sorted(rows[start : start + candidates], key=lambda row: row["reward"])
-        if group[0]["reward"] < group[-1]["reward"]:
-            worse, better = group[0], group[-1]
-            found.append({"prompt": better["prompt"], "better": better["tokens"], "worse": worse["tokens"]})
-    return found
+        worse, better = group[0], group[-1]
+        if worse["reward"] < better["reward"]:
+            ranked.append(RankedReplies(better["prompt"], better["tokens"], worse["tokens"]))
+    return ranked

@@ -1,4 +1,4 @@
-"""What the experiment is made of, as numbers: for the 135M model, for the embedded demo pair, and quick ones."""
+"""The settings of the experiment: for the 135M model, for the embedded demo pair, and quick ones of both."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from expo.search.settings import Sampling
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a figure depends on, the seeds aside."""
+    """Everything that a figure depends on, except the seeds."""
 
     name: str
     model: str  # "smollm2" or "demo"
     reward: str
     train_prompts: int
     held_out_prompts: int
-    replies_each: int  # to a held-out prompt, at every alpha
+    replies_each: int  # replies to a held-out prompt at every alpha
     candidates: int  # replies to a training prompt, of which the best and the worst make a pair
     train_temperature: float
     new_tokens: int
     steps: int
     early: float  # share of the steps after which the first checkpoint is kept
-    warmup: int  # steps of linear warm-up; constant from there, so that stopping early is the same as training less
+    warmup: int  # steps of linear warm-up; then the rate is constant, so stopping early is the same as training less
     pairs_per_step: int
     learning_rate: float
     alphas_early: tuple[float, ...]
     alphas_full: tuple[float, ...]
     beta: float = 0.1
-    rows: int = 64  # replies that are generated together
+    rows: int = 64  # replies that are sampled together
     bf16: bool = False  # matrix products in bf16 (weights, sums and the extrapolation stay fp32)
 
     def sampling(self, temperature: float = Sampling.temperature) -> Sampling:
-        """The paper's way to sample, at its temperature or another, with replies of these settings' length."""
+        """Return the paper's settings of the sampling, with replies of the length of these settings."""
         return Sampling(temperature=temperature, max_new_tokens=self.new_tokens)
 
     @property
     def early_step(self) -> int:
-        """The last step of the checkpoint that is kept early."""
+        """The number of steps of the early checkpoint."""
         return max(1, round(self.early * self.steps))
 
 
@@ -82,8 +82,8 @@ DEMO = Settings(
 )
 
 
-def of(model: str, quick: bool) -> Settings:
-    """The settings of a model. quick: whether everything works, in minutes, and no figure to quote."""
+def choose(model: str, quick: bool) -> Settings:
+    """Return the settings of a model; the quick ones run everything in minutes, and their figures mean nothing."""
     full = {"smollm2": SMOLLM2, "demo": DEMO}[model]
     if not quick:
         return full

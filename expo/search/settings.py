@@ -41,7 +41,7 @@ class SearchOptions:
         """Raise UsageError if an option has a value that makes no sense."""
         for name in ("batch_size", "budget"):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}")
 
 
 def make_sampling(max_new_tokens: int, overrides: Mapping[str, float] | None) -> Sampling:
@@ -56,7 +56,7 @@ def make_sampling(max_new_tokens: int, overrides: Mapping[str, float] | None) ->
         raise UsageError(f"sampling: {str(error).partition(') ')[2] or error}") from error
     if sampling.max_new_tokens < 1 or sampling.top_k < 1 or sampling.temperature <= 0 or not 0 < sampling.top_p <= 1:
         raise UsageError(
-            "max_new_tokens and top_k must be at least 1, temperature must be above 0, and top_p must be above 0 and "
+            "`max_new_tokens` and top_k must be at least 1, temperature must be above 0, and top_p must be above 0 and "
             f"at most 1, got {sampling}"
         )
     return sampling

@@ -1,4 +1,4 @@
-"""The benchmarks run, at a size that takes seconds, and what they rest on: pairs, the page cache, rounds."""
+"""The benchmarks run at a size that takes seconds; their pairs, page cache and checks are right."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from bench import pages, rounds
+from bench import page_cache, result_checks
 from bench.machine import describe
 from bench.pairs import nbytes, scaled_llama, write_pair
-from bench.report import keep, tables
+from bench.report import extract_figures, make_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_pair_is_random_finite_and_close(pair: Path) -> None:
-    """safetensors reads it, and sft is not aligned."""
+    """safetensors reads both checkpoints, and they differ by more than roundings."""
     for path in sorted((pair / "aligned").iterdir()):
         if path.suffix != ".safetensors":
             continue
@@ -48,47 +48,47 @@ def test_what_is_evicted_is_not_resident(pair: Path) -> None:
     files = sorted(pair.glob("*/*.safetensors"))
     for path in files:
         path.read_bytes()
-    assert pages.resident(files) == 1
-    pages.evict(files)
-    left = pages.resident(files)
+    assert page_cache.resident_share(files) == 1
+    page_cache.evict(files)
+    left = page_cache.resident_share(files)
     if left == 1:
         pytest.skip("this filesystem is in memory")
     assert left < 0.01
 
 
-def test_a_wrong_result_is_seen(pair: Path) -> None:
-    """The checks of the rounds, on a copy of aligned as if it were the merge."""
+def test_a_wrong_result_is_noticed(pair: Path) -> None:
+    """The checks refuse a copy of aligned in the place of the merge, and damaged copies."""
     out = pair / "out"
     out.mkdir()
     for path in (pair / "aligned").iterdir():
         (out / path.name).write_bytes(path.read_bytes())
-    rounds.copied(out)
-    rounds.exact(out, alpha=0.0)
-    for check in (rounds.exact, rounds.close):
+    result_checks.check_copy(out)
+    result_checks.check_exact(out, alpha=0.0)
+    for check in (result_checks.check_exact, result_checks.check_close):
         with pytest.raises(AssertionError):
             check(out)
     first = min(out.glob("*.safetensors"))
     first.write_bytes(first.read_bytes()[:-2] + b"ab")
     with pytest.raises(AssertionError):
-        rounds.copied(out)
+        result_checks.check_copy(out)
     first.write_bytes(first.read_bytes()[:-2])
     with pytest.raises(SafetensorError):
-        rounds.exact(out)
+        result_checks.check_exact(out)
 
 
 def test_the_machine_is_described_without_a_name() -> None:
-    said = describe("CPU of a test")
-    assert said["cpu"] == "CPU of a test"
-    assert {"cores", "memory_gib", "disk", "filesystem", "kernel", "python", "numpy", "torch", "expo"} <= said.keys()
-    assert os.uname().nodename not in said.values()
-    assert tempfile.gettempdir() not in json.dumps(said)
+    machine = describe("CPU of a test")
+    assert machine["cpu"] == "CPU of a test"
+    assert {"cores", "memory_gib", "disk", "filesystem", "kernel", "python", "numpy", "torch", "expo"} <= machine.keys()
+    assert os.uname().nodename not in machine.values()
+    assert tempfile.gettempdir() not in json.dumps(machine)
 
 
 def test_a_small_run_gives_a_report(tmp_path: Path) -> None:
-    """Merges from a cold cache and the peaks of memory, of 5 and up to 25 MB."""
+    """Merges from a cold cache and peaks of memory run, with checkpoints of up to 25 MB."""
     raw = tmp_path / "raw.json"
-    what = ["bench/bench_merge.py", "bench/bench_memory.py", "-k", "test_cold or test_peak_memory"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only", *what]
+    chosen = ["bench/bench_cold_merge.py", "bench/bench_memory.py", "-k", "test_cold or test_peak_memory"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only", *chosen]
     done = subprocess.run(
         [*command, f"--benchmark-json={raw}"],
         cwd=ROOT,
@@ -98,8 +98,8 @@ def test_a_small_run_gives_a_report(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    kept: dict[str, Any] = keep(json.loads(raw.read_text()))
-    text = "\n".join(tables(kept))
+    figures: dict[str, Any] = extract_figures(json.loads(raw.read_text()))
+    text = "\n".join(make_tables(figures))
     assert text.count("| ours, sparse inputs |") == 5
-    if "test_cold[0.005GB]" in kept["benchmarks"]:  # it is skipped where the page cache keeps what it has
+    if "test_cold[0.005GB]" in figures["benchmarks"]:  # it is skipped where files stay in the page cache
         assert "reading alone" in text

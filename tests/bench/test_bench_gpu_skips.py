@@ -1,4 +1,4 @@
-"""Where torch sees no GPU, what needs one is collected, and skipped with a reason that says so."""
+"""Tests and benchmarks that need a GPU are collected without one, and skipped with a reason that says so."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 ROOT = Path(__file__).parents[2]
-HIDDEN = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "-1")  # the GPUs that there may be
+HIDDEN = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "-1")  # the machine may have GPUs
 CONTESTANTS, DTYPES = 9, 3
 
 
 def run(report: Path, *arguments: str) -> list[ElementTree.Element]:
-    """The cases of a run of pytest with all GPUs hidden; it must succeed."""
+    """Run pytest with all GPUs hidden, which must succeed, and return its test cases."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | HIDDEN
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -26,12 +26,12 @@ def run(report: Path, *arguments: str) -> list[ElementTree.Element]:
 
 
 def reasons(cases: list[ElementTree.Element]) -> list[str]:
-    """Why each was skipped; "" where it was not."""
-    found = (case.find("skipped") for case in cases)
-    return ["" if skipped is None else skipped.get("message", "") for skipped in found]
+    """Return the reason why each case was skipped; "" if it was not skipped."""
+    skips = (case.find("skipped") for case in cases)
+    return ["" if skip is None else skip.get("message", "") for skip in skips]
 
 
-def test_all_are_skipped_for_want_of_a_gpu(tmp_path: Path) -> None:
+def test_all_tests_are_skipped_without_a_gpu(tmp_path: Path) -> None:
     cases = run(tmp_path / "report.xml", "tests/execution/test_gpu.py")
     assert len(cases) >= CONTESTANTS * DTYPES
     assert [reason for reason in reasons(cases) if "CUDA device" not in reason] == []

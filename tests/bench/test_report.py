@@ -1,4 +1,4 @@
-"""The tables of bench/report.py and the pictures of bench/plots.py, from figures made up here."""
+"""The tables of bench/report.py and the pictures of bench/plots.py, from invented figures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench.plots import draw
-from bench.report import keep, report, tables
+from bench.plots import draw_pictures
+from bench.report import extract_figures, make_report, make_tables
 
 MACHINE = dict.fromkeys(("cpu", "cores", "memory_gib", "disk", "filesystem", "kernel", "python", "torch", "expo"), "x")
 VERSIONS = {"device": "GPU of a test", "driver": "1.2", "torch": "3.4", "triton": "5.6"}
@@ -28,7 +28,7 @@ def rival(median: float, ratio: float) -> dict[str, float]:
 
 
 def merge(size: float, ours: float, **rivals: dict[str, float]) -> dict[str, Any]:
-    """A row of size GB, all of it cached."""
+    """Return the row of a merge whose inputs of `size` GB were all in the page cache."""
     row = {"checkpoint_bytes": int(size * 1e9), "rounds": 5, "inputs_resident_min": 1.0, "rivals": rivals}
     return {**seconds(ours), **row}
 
@@ -38,7 +38,7 @@ def memory(size: float, resident: float) -> dict[str, float]:
 
 
 KERNEL = {"gb_per_s": 13.9, "memcpy_gb_per_s": 14.2, "of_memcpy": 0.98}
-KEPT: dict[str, Any] = {
+FIGURES: dict[str, Any] = {
     "machine": MACHINE,
     "date": "2026-01-02",
     "commit": "abc",
@@ -60,11 +60,11 @@ KEPT: dict[str, Any] = {
         "test_kernel[cpu-F32]": KERNEL,
     },
 }
-WITHOUT_GPU = list(tables(KEPT))
+WITHOUT_GPU = list(make_tables(FIGURES))
 
 
 def table(title: str) -> str:
-    """The part of the report that begins with this title."""
+    """Return the part of the report that begins with this title."""
     text = "\n".join(WITHOUT_GPU)
     assert text.count(f"| {title} |") == 1
     return text.partition(f"| {title} |")[2].partition("\n\n")[0]
@@ -85,9 +85,9 @@ def test_every_cold_rival_is_in_one_table() -> None:
     assert "8.50 (8.00 to 9.00)" in table("inputs on the disk, both synced")
 
 
-def test_inputs_that_were_not_all_cached_are_admitted() -> None:
-    said = [line for line in WITHOUT_GPU if "was cached" in line]
-    assert said == ["\nof inputs of 8 GB only 87.1% was cached when some contestant began"]
+def test_inputs_that_were_not_all_cached_are_named() -> None:
+    lines = [line for line in WITHOUT_GPU if "was cached" in line]
+    assert lines == ["\nof inputs of 8 GB only 87.1% was cached when some contestant began"]
 
 
 def test_alphas_memory_and_start() -> None:
@@ -108,19 +108,19 @@ def test_no_word_of_a_gpu_where_none_was_measured() -> None:
 
 
 def test_a_gpu_beside_the_rest() -> None:
-    lines = list(tables({"benchmarks": KEPT["benchmarks"] | ON_GPU}))
-    assert lines[: -len(list(tables({"benchmarks": ON_GPU})))] == WITHOUT_GPU
+    lines = list(make_tables({"benchmarks": FIGURES["benchmarks"] | ON_GPU}))
+    assert lines[: -len(list(make_tables({"benchmarks": ON_GPU})))] == WITHOUT_GPU
     assert ROW in lines
 
 
 def test_a_gpu_alone() -> None:
-    title, row, versions = tables({"benchmarks": ON_GPU})
+    title, row, versions = make_tables({"benchmarks": ON_GPU})
     assert "GPU of a test" in title
     assert row == ROW
     assert versions == "\ndriver 1.2, torch 3.4, triton 5.6"
 
 
-def test_what_is_kept_of_a_run() -> None:
+def test_the_figures_of_a_run() -> None:
     stats = {"median": 1.25, "iqr": 0.5, "min": 1.0, "max": 2.0, "rounds": 5, "data": [1.0, 1.25, 2.0]}
     raw = {
         "machine_info": MACHINE,
@@ -128,14 +128,14 @@ def test_what_is_kept_of_a_run() -> None:
         "commit_info": {"id": "abc", "dirty": True},
         "benchmarks": [{"name": "test_help", "stats": stats, "extra_info": {"more": 1}}],
     }
-    kept = keep(raw)
-    assert kept["benchmarks"] == {"test_help": {"more": 1, **{k: v for k, v in stats.items() if k != "data"}}}
-    assert next(report(kept)).endswith("date 2026-01-02, commit abc with changes")
+    figures = extract_figures(raw)
+    assert figures["benchmarks"] == {"test_help": {"more": 1, **{k: v for k, v in stats.items() if k != "data"}}}
+    assert next(make_report(figures)).endswith("date 2026-01-02, commit abc with changes")
 
 
-@pytest.mark.parametrize("benchmarks", [KEPT["benchmarks"], {"test_help": seconds(0.75)}], ids=["all", "little"])
+@pytest.mark.parametrize("benchmarks", [FIGURES["benchmarks"], {"test_help": seconds(0.75)}], ids=["all", "little"])
 def test_pictures(tmp_path: Path, benchmarks: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
-    written = draw({**KEPT, "benchmarks": benchmarks}, tmp_path / "run")
+    written = draw_pictures({**FIGURES, "benchmarks": benchmarks}, tmp_path / "run")
     assert [path.name for path in written] == ["run-throughput.png", "run-time.png", "run-memory.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)

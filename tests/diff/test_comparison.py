@@ -216,7 +216,7 @@ def test_the_same_nan_in_both_is_no_change(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     sft_folder, aligned_folder = write_pair(tmp_path, llama_shapes(1))
-    with pytest.raises(UsageError, match="--aligned must be given"):
+    with pytest.raises(UsageError, match="`aligned` must be given"):
         compare(sft_folder)
     with pytest.raises(CheckpointError, match="no such file"):
         compare(sft_folder, tmp_path / "nothing")

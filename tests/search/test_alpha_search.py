@@ -135,7 +135,7 @@ def test_auto_follows_the_rewards(tmp_path: Path) -> None:
         ({"prompts": []}, "at least one string"),
         ({"alphas": "all"}, 'numbers or "auto"'),
         ({"alphas": [math.inf]}, "finite"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"sampling": {"top_q": 1}}, "top_q"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"device": "tpu"}, "`device` must be"),

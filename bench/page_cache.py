@@ -1,4 +1,4 @@
-"""The page cache: how much of a file is in it, and how to take a file out of it without any rights."""
+"""The page cache: the share of a file that is in it, and a way to remove a file from it that needs no rights."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import numpy as np
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def resident(paths: Sequence[Path]) -> float:
-    """The share of the files' pages that are in the page cache, by mincore."""
-    present = total = 0
+def resident_share(paths: Sequence[Path]) -> float:
+    """Return the share of the files' pages that are in the page cache, by mincore."""
+    resident = total = 0
     for path in paths:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
             memory = np.frombuffer(mapping, np.uint8)
             pages = np.zeros(-(-len(mapping) // mmap.PAGESIZE), np.uint8)
-            where = [ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(len(mapping))]
-            failed = _libc.mincore(*where, ctypes.c_void_p(pages.ctypes.data))
-            del memory  # a mapping with users cannot be closed
+            address, size = ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(len(mapping))
+            failed = _libc.mincore(address, size, ctypes.c_void_p(pages.ctypes.data))
+            del memory  # a mapping that an array uses cannot be closed
         if failed:
             raise OSError(ctypes.get_errno(), "mincore")
-        present += int((pages & 1).sum())
+        resident += int((pages & 1).sum())
         total += len(pages)
-    return present / total
+    return resident / total
 
 
 def evict(paths: Sequence[Path]) -> None:
-    """Write back what is dirty and let go of the pages; a filesystem in memory keeps them."""
+    """Write dirty pages back and remove the files from the page cache; a filesystem in memory keeps them."""
     os.sync()
     for path in paths:
         fd = os.open(path, os.O_RDONLY)

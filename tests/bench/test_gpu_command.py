@@ -1,4 +1,4 @@
-"""`make gpu` where there is no GPU, and its report, of figures made up here."""
+"""`make gpu` without a GPU, its report from invented figures, and its time limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import torch
 from bench import bench_gpu, gpu
 
 ROOT = Path(__file__).parents[2]
-HIDDEN = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "-1")  # the GPUs that there may be
+HIDDEN = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "-1")  # the machine may have GPUs
 JUNIT = """<testsuites><testsuite>
 <testcase name="a"/><testcase name="b"/><testcase name="c"><skipped message="x"/></testcase>
 <testcase name="d[BF16]"><failure message="AssertionError: 3 differ"/></testcase>
@@ -41,25 +41,28 @@ RAW = {
     ],
 }
 
+MAKES = (
+    "MAKELEVEL",
+    "MAKEFLAGS",
+    "MFLAGS",
+)  # variables with which one make starts another one, as `make test` would here
 
-MAKES = ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")  # where `make test` runs this, the other make is not one below it
 
-
-def test_without_a_gpu_one_line_says_so_before_anything_is_built(tmp_path: Path) -> None:
+def test_without_a_gpu_one_line_is_printed_before_anything_is_built(tmp_path: Path) -> None:
     command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}", f"OUT={tmp_path / 'out'}"]
     own = {name: value for name, value in os.environ.items() if name not in MAKES}
     done = subprocess.run(command, cwd=ROOT, env=own | HIDDEN, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stdout == ""
     first, *rest = done.stderr.splitlines()
-    assert first == "make gpu needs a GPU and what the tests need: torch sees no CUDA device"
+    assert first == "make gpu needs a GPU and the packages of the tests: torch sees no CUDA device"
     assert [line for line in rest if not line.startswith("make: ***")] == []
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], float]]:
-    """What is run, in place of which reports are put down that a test wrote."""
+    """Return the list of all commands; in place of a command, the reports above are written."""
     commands: list[tuple[list[str], float]] = []
 
     def run(arguments: list[str], seconds: float, **_: str) -> tuple[int, float]:
@@ -71,26 +74,26 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list
         return (1 if "tests/execution/test_gpu.py" in arguments else 0), 2.0
 
     monkeypatch.setattr(gpu, "run", run)
-    monkeypatch.setattr(gpu, "obstacle", lambda: "")
+    monkeypatch.setattr(gpu, "find_obstacle", lambda: "")
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "GPU of a test")
     return commands
 
 
 @pytest.mark.usefixtures("own_signals")
 def test_report(recorded: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One JSON and the tables; tests that failed fail the command."""
+    """The command writes one JSON and prints tables, and fails if a test fails."""
     assert gpu.main([str(tmp_path / "out")]) == 1
     printed = capsys.readouterr().out
-    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert found["device"] == "GPU of a test"
-    assert found["versions"].keys() == {"python", "torch", "triton"}
+    results = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert results["device"] == "GPU of a test"
+    assert results["versions"].keys() == {"python", "torch", "triton"}
     counted = {
         **{"passed": 2, "failed": 2, "skipped": 1, "skips": {"c": "x"}, "seconds": 2.0},
         "failures": {"d[BF16]": "AssertionError: 3 differ", "e": "torch is gone"},
     }
-    assert found["tests"] == {**counted, "exit_code": 1}
-    assert found["benchmarks"]["runs"] == {**counted, "exit_code": 0}
-    assert found["benchmarks"]["benchmarks"]["test_gpu[plain-F32]"]["gb_per_s"] == 1111.0
+    assert results["tests"] == {**counted, "exit_code": 1}
+    assert results["benchmarks"]["runs"] == {**counted, "exit_code": 0}
+    assert results["benchmarks"]["benchmarks"]["test_gpu[plain-F32]"]["gb_per_s"] == 1111.0
     assert "| tests | 2 | 2 | 1 | 2.0 |\n| benchmarks | 2 | 2 | 1 | 2.0 |\n" in printed
     assert "failed: d[BF16]: AssertionError: 3 differ\nfailed: e: torch is gone\n" in printed
     assert "the tests ended with exit code 1\n" in printed
@@ -101,7 +104,7 @@ def test_report(recorded: list[Any], tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("imports", [0.0, 100.0])
 def test_all_of_it_takes_nine_minutes_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imports: float) -> None:
-    """Each stage takes all that it is given, and is interrupted; imports take time too."""
+    """The limit holds if every stage takes all its time and is interrupted, and if imports take time."""
     now, commands = [0.0], []
 
     class Clock:
@@ -109,9 +112,9 @@ def test_all_of_it_takes_nine_minutes_at_most(tmp_path: Path, monkeypatch: pytes
 
     def run(arguments: list[str], seconds: float, **environment: str) -> tuple[None, float]:
         commands.append(arguments)
-        now[0] += seconds + gpu.GRACE
+        now[0] += seconds + gpu.GRACE_SECONDS
         if "EXPO_BENCH_GPU_UNTIL" in environment:
-            assert float(environment["EXPO_BENCH_GPU_UNTIL"]) == now[0] - gpu.GRACE - gpu.LAST
+            assert float(environment["EXPO_BENCH_GPU_UNTIL"]) == now[0] - gpu.GRACE_SECONDS - gpu.CONTESTANT_SECONDS
         return None, seconds
 
     def obstacle() -> str:
@@ -120,27 +123,27 @@ def test_all_of_it_takes_nine_minutes_at_most(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(gpu, "time", Clock)
     monkeypatch.setattr(gpu, "run", run)
-    monkeypatch.setattr(gpu, "obstacle", obstacle)
+    monkeypatch.setattr(gpu, "find_obstacle", obstacle)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "GPU of a test")
     assert gpu.main([str(tmp_path)]) == 1
     assert [arguments[0] for arguments in commands] == ["setup.py", "-m", "-m"]
-    assert gpu.ALL - 1 <= now[0] <= 9 * 60 - 10
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert "FileNotFoundError" in found["benchmarks"]["unreadable"]
+    assert gpu.TOTAL_SECONDS - 1 <= now[0] <= 9 * 60 - 10
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert "FileNotFoundError" in results["benchmarks"]["unreadable"]
 
 
 def test_the_tests_that_need_a_gpu_are_in_the_files_that_are_run() -> None:
-    """Nothing else is collected, as what other tests import may be missing where the GPU is."""
+    """`make gpu` collects no other files, because the machine with the GPU may lack the packages of other tests."""
     marked = [path for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py")]
-    found = {str(path.relative_to(ROOT)) for path in marked if re.search(r"\bmark\.gpu\b", path.read_text())}
-    assert found == {"tests/execution/test_gpu.py", "bench/bench_gpu.py"}
+    files = {str(path.relative_to(ROOT)) for path in marked if re.search(r"\bmark\.gpu\b", path.read_text())}
+    assert files == {"tests/execution/test_gpu.py", "bench/bench_gpu.py"}
 
 
 @pytest.mark.usefixtures("own_signals")
 def test_the_tests_results_are_kept_before_the_benchmarks_begin(
     recorded: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "figures", lambda _: 1 / 0)
+    monkeypatch.setattr(gpu, "read_figures", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gpu.main([str(tmp_path)])
     assert json.loads((tmp_path / "gpu.json").read_text())["tests"]["passed"] == 2
@@ -161,23 +164,23 @@ def test_the_tests_results_are_kept_before_the_benchmarks_begin(
 def test_success(stages: dict[str, dict[str, Any]], good: bool) -> None:
     well = {"exit_code": 0, "passed": 5, "skipped": 0}
     tests, runs = (well | stages.get(name, {}) for name in ("tests", "benchmarks"))
-    assert gpu.succeeded({"tests": tests, "benchmarks": {"runs": runs}}) is good
+    assert gpu.has_succeeded({"tests": tests, "benchmarks": {"runs": runs}}) is good
 
 
 @pytest.mark.parametrize("compiler", [None, "gcc"])
 def test_a_c_compiler_is_needed(monkeypatch: pytest.MonkeyPatch, compiler: str | None) -> None:
-    """Triton compiles its launcher: without a compiler every kernel fails."""
+    """Triton compiles its launcher, so without a compiler every kernel fails."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(gpu, "NEEDED", ("torch",))
+    monkeypatch.setattr(gpu, "PACKAGES", ("torch",))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: compiler if name == compiler else None)
-    assert ("install cc or gcc or clang" in gpu.obstacle()) is (compiler is None)
+    assert ("install cc or gcc or clang" in gpu.find_obstacle()) is (compiler is None)
     monkeypatch.setenv("CC", "/opt/cc")
-    assert gpu.obstacle() == ""
+    assert gpu.find_obstacle() == ""
 
 
-def test_what_takes_too_long_is_interrupted_and_reports(tmp_path: Path) -> None:
-    """As pytest does: at an interrupt it still writes what it has."""
+def test_a_stage_that_takes_too_long_is_interrupted_and_reports(tmp_path: Path) -> None:
+    """The script writes its report at an interrupt, as pytest does."""
     script = "import time, sys\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    open(sys.argv[1], 'w').close()"
     start = time.monotonic()
     code, seconds = gpu.run(["-c", "import signal; signal.signal(2, signal.default_int_handler)\n" + script,
@@ -189,17 +192,17 @@ def test_what_takes_too_long_is_interrupted_and_reports(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [None, "", JUNIT[:90], json.dumps(RAW)[:90], "{}"])
 def test_reports_that_are_missing_or_cut_short(tmp_path: Path, text: str | None) -> None:
-    """A run that crashed or was killed leaves such."""
+    """A run that crashed or was killed leaves such reports."""
     report = tmp_path / "report"
     if text is not None:
         report.write_text(text)
-    read = gpu.results(report)
-    found = {
+    read = gpu.read_results(report)
+    results = {
         "device": "x", "driver": "x", "versions": {}, "tests": {**read, "exit_code": None, "seconds": 1.0},
-        "benchmarks": {**gpu.figures(report), "runs": {**read, "exit_code": -11, "seconds": 1.0}},
+        "benchmarks": {**gpu.read_figures(report), "runs": {**read, "exit_code": -11, "seconds": 1.0}},
     }  # fmt: skip
-    printed = "\n".join(gpu.lines(found))
-    assert "the tests were stopped for want of time" in printed
+    printed = "\n".join(gpu.make_lines(results))
+    assert "the tests were stopped because their time was over" in printed
     assert "the report of the tests cannot be read: " in printed
     assert "the benchmarks ended with exit code -11" in printed
     assert "there are no figures: " in printed
@@ -213,19 +216,19 @@ def test_benchmarks_without_rounds_or_figures_do_not_lose_the_others(tmp_path: P
         {"name": "test_gpu[lerp-BF16]", "stats": STATS},
     ]
     report.write_text(json.dumps({**RAW, "benchmarks": [*bare, *RAW["benchmarks"]]}))
-    found = gpu.figures(report)
-    assert found["missing"] == ["test_gpu[sweep_of_4-BF16]", "test_gpu[whole-BF16]"]
-    printed = "\n".join(gpu.tables(found))
+    figures = gpu.read_figures(report)
+    assert figures["missing"] == ["test_gpu[sweep_of_4-BF16]", "test_gpu[whole-BF16]"]
+    printed = "\n".join(gpu.make_tables(figures))
     assert "not measured: test_gpu[sweep_of_4-BF16]\nnot measured: test_gpu[whole-BF16]\n" in printed
     assert "| lerp | not run | not run | not run |" in printed
     assert "| plain | 1111.0 (0.50) | not run | 1111.0 (0.50) |" in printed
 
 
-# A benchmark, with a clock that stands for the GPU's
+# A benchmark without a GPU: the tensors are on the CPU, and the timing is replaced.
 
 
 class Benchmark:
-    """The fixture's part that a contestant uses; `rounds` of them are done before an interrupt."""
+    """The part of the fixture that a contestant uses; it may be interrupted."""
 
     has_error, group = False, ""
 
@@ -244,7 +247,7 @@ class Benchmark:
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def inputs(_: str) -> list[Any]:
+    def make_inputs(_: str) -> list[Any]:
         sft, aligned = torch.randn(2, 64).bfloat16()
         return [bench_gpu.Tensors(sft, aligned, aligned.new_zeros(bench_gpu.K, 64), [64])]
 
@@ -253,7 +256,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         aligned = anchor.memory.float()
         outputs[0].copy_((aligned + alpha * (aligned - sft.memory.float())).bfloat16())
 
-    monkeypatch.setattr(bench_gpu, "inputs", inputs)
+    monkeypatch.setattr(bench_gpu, "make_inputs", make_inputs)
     monkeypatch.setattr(bench_gpu.extrapolate, "launch", launch)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "GPU of a test")
@@ -264,7 +267,7 @@ def test_a_contestant(monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = Benchmark()
     bench_gpu.test_gpu(benchmark, bench_gpu.plain, "BF16")
     assert benchmark.extra_info["of_roof"] == 1.5
-    monkeypatch.setattr(bench_gpu, "UNTIL", time.time() - 1)
+    monkeypatch.setattr(bench_gpu, "DEADLINE", time.time() - 1)
     with pytest.raises(pytest.skip.Exception, match="no time was left"):
         bench_gpu.test_gpu(Benchmark(), bench_gpu.plain, "BF16")
 
@@ -280,7 +283,7 @@ def test_wrong_bits_have_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_an_interrupted_contestant_is_left_out() -> None:
-    """pytest-benchmark cannot sum up what has no rounds, and would write no JSON at all."""
+    """pytest-benchmark cannot summarise a benchmark without rounds, and would write no JSON at all."""
     benchmark = Benchmark(interrupted=True)
     with pytest.raises(KeyboardInterrupt):
         bench_gpu.test_gpu(benchmark, bench_gpu.plain, "BF16")
