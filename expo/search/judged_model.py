@@ -18,7 +18,8 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError, EngineError, PlanError
 from ..options import MergeOptions
 from ..planning.matching import Matched, match_tensors
-from ..tensors.live import Live, described, saved
+from ..tensors.live import Live
+from ..tensors.model_weights import model_tensors, saved_weights
 from .models import load_model
 from .settings import SearchOptions
 from .step_comparison import StepComparison, compare_steps, find_file_tensors
@@ -38,7 +39,7 @@ class JudgedModel:
             live: The Live of the model; without it the model stays at alpha 0.
             rounded: See StepComparison.
         """
-        weights = saved(model)
+        weights = saved_weights(model)
         self.model = model
         self._live = live
         self._rounded = [(weights[name], dtype) for name, dtype in rounded.items()]
@@ -78,8 +79,8 @@ def open_judged_model(
         PlanError: The weights would differ from the merge's.
         EngineError: The memory is too small for a second model.
     """
-    memory = described(model, "model")
-    file_tensors = find_file_tensors(aligned, memory, saved(model))
+    memory = model_tensors(model, "model")
+    file_tensors = find_file_tensors(aligned, memory, saved_weights(model))
     policies: dict[str, Any] = {"on_unpaired": "aligned", "on_mismatch": options.on_mismatch}
     merge_options = MergeOptions(**policies)
     matched = match_tensors(sft, memory, merge_options)
@@ -87,7 +88,7 @@ def open_judged_model(
     if not comparison.differences and not matched.problems:
         return JudgedModel(model, Live(model, sft.path, keep=options.keep, **policies), comparison.rounded), ""
     sft_model = _load_sft(model, sft, comparison, options)
-    matched = match_tensors(described(sft_model, "sft"), memory, merge_options)
+    matched = match_tensors(model_tensors(sft_model, "sft"), memory, merge_options)
     comparison = compare_steps(files, matched, file_tensors, by_files=False)
     if comparison.differences or matched.problems:
         raise PlanError(_refusal(comparison, "\n".join(matched.problems)))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import CheckpointError
 from ..inputs.resolve import StrPath
-from ..tensors.live import saved
+from ..tensors.model_weights import saved_weights
 from .models import load_model
 
 MOST_WEIGHTS = 20  # weights that a message names
@@ -21,7 +21,7 @@ MOST_WEIGHTS = 20  # weights that a message names
 def weight_digests(model: Any) -> dict[str, str]:
     """Return the SHA-256 of each weight of a model, over its dtype, its shape and its bytes."""
     digests = {}
-    for name, tensor in saved(model).items():
+    for name, tensor in saved_weights(model).items():
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         digests[name] = digest.hexdigest()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expo.demo import ALIGNED
-from expo.tensors.live import saved
+from expo.tensors.model_weights import saved_weights
 
 Weights = dict[str, torch.Tensor]
 
@@ -52,7 +52,7 @@ def save_random(folder: Path, model: Any, seed: int, edit: Callable[[Weights], N
     """Randomise every weight of a model, save it with the demo's tokenizer, and let `edit` change the saved weights."""
     torch.manual_seed(seed)
     with torch.no_grad():
-        for tensor in saved(model).values():
+        for tensor in saved_weights(model).values():
             tensor.add_(torch.randn_like(tensor) * 0.05)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(ALIGNED).save_pretrained(folder)

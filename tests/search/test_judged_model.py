@@ -21,7 +21,7 @@ from expo.search import check_merge, judged_model, search_alpha
 from expo.search.judged_model import open_judged_model
 from expo.search.merge_check import weight_digests
 from expo.search.settings import SearchOptions
-from expo.tensors.live import KEEP
+from expo.tensors.originals import KEEP
 
 
 def options(keep: str = "device", on_unpaired: str = "error", on_mismatch: str = "error") -> SearchOptions:

@@ -19,7 +19,7 @@ from expo.search import check_merge, judged_model, merge_check, models, search_a
 from expo.search.__main__ import main
 from expo.search.merge_check import weight_digests
 from expo.search.models import load_model
-from expo.tensors.live import saved
+from expo.tensors.model_weights import saved_weights
 
 RISING = """
 calls = 0
@@ -88,7 +88,7 @@ def test_a_search_over_a_mixture_and_its_merge(
     out, err = capsys.readouterr()
     assert "the model is loaded once more, to compare the merge with it" in err
     assert "merged at alpha 0.5 -> merged" in out
-    weights = len(saved(load(current_folder / "merged")))
+    weights = len(saved_weights(load(current_folder / "merged")))
     assert f"checked: all {weights} weights are those that were judged, bit for bit" in out
     assert "digests" not in json.loads((current_folder / "search" / "summary.json").read_text())
 
@@ -96,13 +96,13 @@ def test_a_search_over_a_mixture_and_its_merge(
 def test_a_merge_that_is_not_what_was_judged_is_an_error(
     mixture: tuple[Path, Path], current_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    whole = expo.tensors.live._remember
+    whole = expo.tensors.live.keep_originals
 
     def sabotaged(*arguments: Any) -> Any:
         trios, size = whole(*arguments)
         return trios[1:], size
 
-    monkeypatch.setattr(expo.tensors.live, "_remember", sabotaged)
+    monkeypatch.setattr(expo.tensors.live, "keep_originals", sabotaged)
     assert main(words_of(mixture, current_folder, "--merge", "merged", "--quiet")) == 3
     out, err = capsys.readouterr()
     assert "merged at alpha 0.5 -> merged" in out

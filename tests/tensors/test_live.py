@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 import expo
 import expo.tensors.live
 from expo.demo import ALIGNED, SFT
-from expo.tensors.live import KEEP, Live
+from expo.tensors.live import Live
+from expo.tensors.originals import KEEP
 
 ROOT = Path(__file__).parents[2]
 Weights = Mapping[str, torch.Tensor]
@@ -107,7 +108,7 @@ def test_every_dtype_and_rules(keep: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("job", [1, 2, 4, 1 << 20])
 def test_whatever_a_thread_takes_at_a_time(job: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expo.tensors.live, "JOB", job)
+    monkeypatch.setattr(expo.tensors.live, "CPU_ELEMENTS", job)
     sft, model = Small(1), Small(2)
     expected = merged(sft, model, tmp_path / "files", 0.7)
     Live(model, sft).alpha = 0.7
@@ -352,7 +353,7 @@ def test_close_restores_and_lets_go(keep: str) -> None:
 def test_too_little_room_is_told_before_anything_is_copied(
     keep: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expo.tensors.live, "available_memory", lambda: 100)
+    monkeypatch.setattr("expo.tensors.originals.available_memory", lambda: 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 0, 100))
     others = ", ".join(each for each in KEEP if each != keep)
     with pytest.raises(expo.EngineError) as caught:
