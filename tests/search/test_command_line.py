@@ -104,4 +104,4 @@ def test_exit_codes_and_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert main([*words_of(tmp_path, "stopped_reward")[2:]]) == 2
     assert main([*words_of(tmp_path, "stopped_reward"), "--sft", str(tmp_path / "nowhere")]) == 3
     assert main([*words_of(tmp_path, "stopped_reward"), "--limit", "0"]) == 2
-    assert "`limit` must be at least 1" in capsys.readouterr().err
+    assert "--limit must be at least 1" in capsys.readouterr().err
