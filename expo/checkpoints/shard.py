@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from .reader import ByteReader, FileReader
     from .safetensors_header import Header
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """One weight file: its tensors, and the readers of their bytes.
 
     Attributes:
