@@ -25,6 +25,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+def pytest_collection_finish() -> None:
+    """Keep the modules and the collected tests, which live to the end, out of all later garbage collections."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def own_signals() -> Iterator[None]:
     """Give this test, and the processes that it starts, Python's default handlers, then restore the former ones.
@@ -39,8 +45,6 @@ def own_signals() -> Iterator[None]:
 
 
 @pytest.fixture
-def frozen_heap() -> Iterator[None]:
-    """Keep the objects that exist already out of the garbage collections of this test, which are many times faster."""
+def frozen_heap() -> None:
+    """Keep the objects that exist already out of all later garbage collections, which are many times faster then."""
     gc.freeze()
-    yield
-    gc.unfreeze()

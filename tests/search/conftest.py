@@ -16,6 +16,11 @@ def _quiet_transformers() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _frozen_heap(frozen_heap: None) -> None:
+    """Freeze the heap before each test: a search collects garbage before it loads a model."""
+
+
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return the folders sft and aligned of a mixture, whose experts transformers fuses."""
