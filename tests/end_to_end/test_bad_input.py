@@ -337,7 +337,7 @@ def test_unrelated_models_are_merged_with_a_warning(world: World, capsys: pytest
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("expo: warning: aligned - sft is ")
-    assert err.endswith("are these two unrelated?\n")
+    assert err.endswith("are the two models unrelated?\n")
     assert err.count("\n") == 1
 
 

@@ -127,7 +127,7 @@ ODD_SUMMARY = """\
 """
 ODD_WARNING = (
     "expo: warning: aligned - sft is 1.4 times as large as aligned itself; "
-    "for a model and the one it was trained from it is below 0.1: are these two unrelated?\n"
+    "for a model and the one it was trained from it is below 0.1: are the two models unrelated?\n"
 )
 
 

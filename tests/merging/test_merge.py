@@ -951,7 +951,7 @@ def wide(tensor: tuple[str, tuple[int, ...], bytes]) -> Any:
 def test_unrelated_models_are_merged_with_a_warning(pair: Pair, tmp_path: Path) -> None:
     merged = expo.merge(*pair, 0.3, tmp_path / "out")
     assert merged.relative_distance > 1
-    assert any("are these two unrelated?" in warning for warning in merged.warnings)
+    assert any("are the two models unrelated?" in warning for warning in merged.warnings)
 
 
 def test_identical_models_are_merged_with_a_warning(pair: Pair, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from checkpoint_files import (
 from interrupting import Stop, interrupted
 
 import expo
+from expo.cli import with_options
 from expo.fast import main
 from expo.merging import merge as merge_module
 from expo.merging import rank_worker
@@ -64,15 +65,8 @@ def test_the_same_bytes_and_the_same_report(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, whole: dict[str, bytes], chunks: int
 ) -> None:
     out = tmp_path / "out"
-<<<<<<< HEAD
-    said = interrupted(monkeypatch, chunks, expo.OutputError("the disk is full"), lambda: expo.merge(*pair, 0.3, out))
-    assert (
-        said
-        == f"the disk is full; what is done is kept in {staging(out)}: repeat the merge with `resume=True` to continue"
-=======
     message = interrupted(
         monkeypatch, chunks, expo.OutputError("the disk is full"), lambda: expo.merge(*pair, 0.3, out)
->>>>>>> 18039b1 (Docstrings and names of the merge's tests and of the tests' helpers are plain sentences and nouns)
     )
     assert message == f"the disk is full; {kept(out)}"
     assert not out.exists()
@@ -103,11 +97,8 @@ def test_without_resume_what_is_left_is_named_and_kept(
     with pytest.raises(expo.OutputError) as caught:
         expo.merge(*pair, 0.3, out)
     assert str(caught.value) == (
-<<<<<<< HEAD
-        f"{staging(out)} was left by an interrupted merge: `resume=True` continues it, `overwrite=True` starts anew"
-=======
-        f"{staging_folder(out)} was left by an interrupted merge: --resume goes on with it, --overwrite starts anew"
->>>>>>> 18039b1 (Docstrings and names of the merge's tests and of the tests' helpers are plain sentences and nouns)
+        f"{staging_folder(out)} was left by an interrupted merge: `resume=True` continues it, `overwrite=True` starts "
+        "anew"
     )
     assert contents(staging_folder(out)) == before
     assert expo.merge(*pair, 0.3, out, overwrite=True).resumed == 0
@@ -116,13 +107,8 @@ def test_without_resume_what_is_left_is_named_and_kept(
 
 def test_resume_where_nothing_was_left_starts_anew(pair: Pair, tmp_path: Path, whole: dict[str, bytes]) -> None:
     assert expo.merge(*pair, 0.3, tmp_path / "out", resume=True).resumed == 0
-<<<<<<< HEAD
-    assert files(tmp_path / "out") == whole
-    with pytest.raises(expo.OutputError, match="exists; choose another `out`"):
-=======
     assert contents(tmp_path / "out") == whole
-    with pytest.raises(expo.OutputError, match="exists; choose another --out"):
->>>>>>> 18039b1 (Docstrings and names of the merge's tests and of the tests' helpers are plain sentences and nouns)
+    with pytest.raises(expo.OutputError, match="exists; choose another `out`"):
         expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
 
 
@@ -142,11 +128,7 @@ def test_another_merge_is_refused_and_the_difference_named(
     interrupted(monkeypatch, 5, Stop(), lambda: expo.merge(*pair, 0.3, out))
     before = contents(staging_folder(out))
     with pytest.raises(
-<<<<<<< HEAD
-        expo.OutputError, match=rf"holds another merge \({said}\): choose another `out`, or `overwrite=True`"
-=======
-        expo.OutputError, match=rf"holds another merge \({message}\): choose another --out, or --overwrite"
->>>>>>> 18039b1 (Docstrings and names of the merge's tests and of the tests' helpers are plain sentences and nouns)
+        expo.OutputError, match=rf"holds another merge \({message}\): choose another `out`, or `overwrite=True`"
     ):
         expo.merge(*pair, **{"alpha": 0.3, **change}, out=out, resume=True)
     assert contents(staging_folder(out)) == before
@@ -268,13 +250,8 @@ def test_a_shard_that_has_gone_from_staging(monkeypatch: pytest.MonkeyPatch, pai
     (staging_folder(out) / name).unlink()
     with pytest.raises(expo.OutputError, match=rf"{name}: No such file"):
         expo.merge(*pair, 0.3, out, resume=True)
-<<<<<<< HEAD
-    (staging(out) / name).write_bytes(b"short")
-    with pytest.raises(expo.OutputError, match=rf"{name} is shorter than it was left: `overwrite=True` starts anew"):
-=======
     (staging_folder(out) / name).write_bytes(b"short")
-    with pytest.raises(expo.OutputError, match=rf"{name} is shorter than it was left: --overwrite starts anew"):
->>>>>>> 18039b1 (Docstrings and names of the merge's tests and of the tests' helpers are plain sentences and nouns)
+    with pytest.raises(expo.OutputError, match=rf"{name} is shorter than it was left: `overwrite=True` starts anew"):
         expo.merge(*pair, 0.3, out, resume=True)
 
 
@@ -384,12 +361,7 @@ def test_a_signal_leaves_what_a_resume_goes_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(rank_worker.RankWorker, "_write", signalling)
         assert main(arguments) == 130
-<<<<<<< HEAD
-    note = f"what is done is kept in {staging(out)}: repeat the merge with --resume to continue"
-    assert capsys.readouterr().err == f"expo: interrupted; {note}\n"
-=======
-    assert capsys.readouterr().err == f"expo: interrupted; {kept(out)}\n"
->>>>>>> 18039b1 (Docstrings and names of the merge's tests and of the tests' helpers are plain sentences and nouns)
+    assert capsys.readouterr().err == f"expo: interrupted; {with_options(kept(out))}\n"
     assert main([*arguments, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["resumed"] > 0
     assert contents(out) == whole
