@@ -29,7 +29,7 @@ def find_warnings(comparison: Comparison) -> Iterator[str]:
     elif not total.relative_norm < TOO_FAR:
         yield (
             f"aligned - sft is {total.relative_norm:.2g} times as large as aligned itself; for a model and the one it "
-            "was trained from it is below 0.1: are these two unrelated?"
+            "was trained from it is below 0.1: are the two models unrelated?"
         )
     else:
         yield from _find_unchanged_layers(comparison.layers)

@@ -129,9 +129,8 @@ class Coordinator:
         for staging in self._stagings.values():
             for shard in self._job.plan.shards:
                 create_shard(staging.path(shard.name), shard.size, durable[shard.name])
-            with output_errors(
-                staging.folder
-            ):  # the journal will name the files, so their directory entries are synced first
+            # The journal will name the files, so their directory entries are synced first.
+            with output_errors(staging.folder):
                 sync_folder(staging.folder)
                 sync_folder(staging.parent)
 

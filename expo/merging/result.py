@@ -148,11 +148,11 @@ class Tally:
         warnings = []
         distance = self.relative_distance
         if not math.isfinite(distance):
-            warnings.append("aligned - sft is so large that its norm overflows fp32: are these two unrelated?")
+            warnings.append("aligned - sft is so large that its norm overflows fp32: are the two models unrelated?")
         elif distance >= TOO_FAR:
             warnings.append(
                 f"aligned - sft is {distance:.2g} times as large as aligned itself; for a model and the one it was "
-                "trained from it is below 0.1: are these two unrelated?"
+                "trained from it is below 0.1: are the two models unrelated?"
             )
         elif self.elements and not any(self._d_squares) and not any(self.non_finite):
             warnings.append("sft and aligned are equal: the output is aligned; is one of the two paths wrong?")

@@ -30,7 +30,7 @@ def test_equal_models(tmp_path: Path) -> None:
 def test_unrelated_models(tmp_path: Path) -> None:
     comparison = compare(*(write_folder(tmp_path / str(k), random_tensors(llama_shapes(1), k)) for k in (1, 2)))
     assert warning_of(comparison).endswith(
-        "for a model and the one it was trained from it is below 0.1: are these two unrelated?"
+        "for a model and the one it was trained from it is below 0.1: are the two models unrelated?"
     )
 
 

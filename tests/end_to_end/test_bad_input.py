@@ -1,4 +1,4 @@
-"""Every kind of bad input, through the command line: exit code, one message with place and values, no trace."""
+"""Every kind of bad input on the command line: the exit code, one message with place and values, and no traceback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class World(NamedTuple):
-    """A good pair in a folder of its own, and the command line's --out, which a case may change."""
+    """A good pair in a folder of its own, and the path for --out; a case may change both."""
 
     root: Path
     sft: Path
@@ -34,13 +34,13 @@ Prepare = Callable[[World, pytest.MonkeyPatch], "World | None"]
 
 
 class Case(NamedTuple):
-    """What is done to a good pair, the exit code, what the message must say, what is left; {root} is the folder."""
+    """A change of a good pair, the exit code, texts in the message, and the files left; {root} is the folder."""
 
     prepare: Prepare
     code: int
     says: tuple[str, ...]
     options: tuple[str, ...] = ()
-    leaves: str = ""  # the folder that the message says is kept for --resume
+    leaves: str = ""  # the staging folder that the message names for --resume
 
 
 def noise(count: int, seed: int = 7) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -48,7 +48,7 @@ def noise(count: int, seed: int = 7) -> dict[str, tuple[str, tuple[int, ...], by
 
 
 def rewrite_index(folder: Path, **weight_map: str | None) -> None:
-    """Change entries of the weight_map; None removes one."""
+    """Change entries of the weight_map; None removes an entry."""
     index = json.loads((folder / INDEX).read_text())
     merged = {**index["weight_map"], **weight_map}
     index["weight_map"] = {name: file for name, file in merged.items() if file is not None}
@@ -56,7 +56,7 @@ def rewrite_index(folder: Path, **weight_map: str | None) -> None:
 
 
 def rewrite_header(file: Path, **entry: Any) -> None:
-    """A header of the same length that says something else about the first tensor."""
+    """Replace the header by one of the same length with another entry for the first tensor."""
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -337,7 +337,7 @@ def test_unrelated_models_are_merged_with_a_warning(world: World, capsys: pytest
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("expo: warning: aligned - sft is ")
-    assert err.endswith("are these two unrelated?\n")
+    assert err.endswith("are the two models unrelated?\n")
     assert err.count("\n") == 1
 
 
@@ -354,7 +354,7 @@ def test_all_problems_are_listed_at_once(
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
-    """A folder that nobody may write to, the superuser included; skips where this process may not mount one."""
+    """Yield a folder that nobody may write to, not even the superuser; skip if this process may not mount one."""
     place = tmp_path / "read-only"
     place.mkdir()
     try:

@@ -1,4 +1,4 @@
-"""CI pins every dependency within its range, runs every test once, and its workflows can be read."""
+"""CI pins every dependency within its range, runs every test once, and has valid workflows."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
 TARGETS = ("test", "test-all")
-MAKE_VARIABLES = ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")  # of the make that may have started these tests
+MAKE_VARIABLES = ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")  # a make that has started these tests sets them
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
 def requirements() -> list[Requirement]:
-    """What setup.py asks for, with the extras that `make test` installs."""
+    """Return the requirements in setup.py, with the extras that `make test` installs."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     (call,) = (
         node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
@@ -85,8 +85,11 @@ def selected(run: Sequence[str], markers: Mapping[str, bool]) -> bool:
 def test_ci_runs_every_test_once_whatever_its_markers(alone: bool, exhaustive: bool) -> None:
     markers = {"alone": alone, "exhaustive": exhaustive}
     runs = {target: [run for run in runs_of_pytest(target) if selected(run, markers)] for target in TARGETS}
-    assert {target: len(found) for target, found in runs.items()} == {"test": not exhaustive, "test-all": exhaustive}
-    (run,) = (run for found in runs.values() for run in found)
+    assert {target: len(commands) for target, commands in runs.items()} == {
+        "test": not exhaustive,
+        "test-all": exhaustive,
+    }
+    (run,) = (run for commands in runs.values() for run in commands)
     assert ("-n" in run) is not alone
 
 

@@ -1,4 +1,4 @@
-"""README.md and the pages of docs/: their commands and code run as they stand, and their links and names are right."""
+"""README.md and the pages of docs/: their commands and code run unchanged, and their links and names are correct."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").is_file())
 README, INDEX = ROOT / "README.md", ROOT / "docs" / "index.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-MOST_LINES = 150  # of the README
+MOST_LINES = 150  # of README.md
 PROGRAMS = {"python": ["-W", "error"], "torchrun": ["-m", "torch.distributed.run"]}
 OPTIONS = {"command-line.md": "expo.fast", "search.md": "expo.search", "diff.md": "expo.diff"}
 
@@ -126,7 +126,7 @@ def test_every_relative_link_leads_to_a_file_or_a_heading(page: Path) -> None:
 
 
 def test_every_link_is_an_inline_link() -> None:
-    """The tests above read no other kind."""
+    """The tests above find inline links only."""
     for page in PAGES:
         assert not re.search(r"^\[[^\]]+\]:|<(a|img) ", prose_of(page), re.MULTILINE), page
 

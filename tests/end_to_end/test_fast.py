@@ -1,4 +1,4 @@
-"""The command line as a process: all it prints, its exit codes, what it imports, how it ends when it is interrupted."""
+"""The command line as a process: its output, exit codes and imports, and how it ends when it is interrupted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAIR = ("--sft", str(SFT), "--aligned", str(ALIGNED))
 
 
 class Ran(NamedTuple):
-    """What a process printed, and its exit code."""
+    """The exit code and the output of a process."""
 
     code: int
     out: str
@@ -37,7 +37,7 @@ class Ran(NamedTuple):
 
 
 def run(*arguments: object, cwd: Path | None = None, module: str = "expo.fast", **environment: str) -> Ran:
-    """python -m expo.fast with these arguments."""
+    """Run python -m expo.fast with these arguments."""
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True, cwd=cwd, env=env(**environment), timeout=120,
@@ -51,7 +51,7 @@ def env(**more: str) -> dict[str, str]:
 
 
 def steady(text: str, folder: Path) -> str:
-    """What a run prints, without what differs from run to run: times, rates, room on the disk, places."""
+    """Return printed text without the parts that differ from run to run: times, rates, free space and paths."""
     text = text.replace(str(folder), "TMP").replace(str(SFT), "SFT").replace(str(ALIGNED), "ALIGNED")
     text = re.sub(r"in \d+\.\d\d s, [\d.]+ (kB|MB|GB)/s", "in SECONDS s, RATE/s", text)
     text = re.sub(r"; [\d.]+ (MB|GB) are free", "; FREE are free", text)
@@ -93,7 +93,7 @@ def test_all_options_at_once(tmp_path: Path) -> None:
 
 
 def odd_pair(folder: Path) -> tuple[str, ...]:
-    """Two checkpoints that differ in more than their numbers."""
+    """Write two checkpoints that differ in more than their numbers."""
     sft = write_folder(folder / "sft", random_tensors(ODD_SFT, 1))
     aligned = write_folder(folder / "aligned", random_tensors(ODD_ALIGNED, 2))
     (aligned / "README.md").write_text("about aligned")
@@ -127,7 +127,7 @@ ODD_SUMMARY = """\
 """
 ODD_WARNING = (
     "expo: warning: aligned - sft is 1.4 times as large as aligned itself; "
-    "for a model and the one it was trained from it is below 0.1: are these two unrelated?\n"
+    "for a model and the one it was trained from it is below 0.1: are the two models unrelated?\n"
 )
 
 
@@ -160,12 +160,12 @@ def test_warnings_go_to_stderr_and_the_exit_code_stays_0(tmp_path: Path) -> None
 def test_json_is_one_object_with_every_field(tmp_path: Path) -> None:
     ran = run(*PAIR, "--alpha", 0.3, 0.5, "--out", tmp_path / "out{alpha}", "--json", "--verify")
     assert (ran.code, ran.err, ran.out.count("\n")) == (0, "", 1)
-    found = json.loads(ran.out)
-    assert list(found) == [field.name for field in fields(expo.Merged)]
-    assert [list(output) for output in found["outputs"]] == [[field.name for field in fields(expo.Output)]] * 2
-    assert [output["path"] for output in found["outputs"]] == [f"{tmp_path}/out0.3", f"{tmp_path}/out0.5"]
-    assert (found["extrapolated"], found["copied"], found["verified"]) == (38, [], True)
-    assert found["outputs"][0]["relative_change"] == pytest.approx(0.3 * found["relative_distance"], rel=1e-6)
+    result = json.loads(ran.out)
+    assert list(result) == [field.name for field in fields(expo.Merged)]
+    assert [list(output) for output in result["outputs"]] == [[field.name for field in fields(expo.Output)]] * 2
+    assert [output["path"] for output in result["outputs"]] == [f"{tmp_path}/out0.3", f"{tmp_path}/out0.5"]
+    assert (result["extrapolated"], result["copied"], result["verified"]) == (38, [], True)
+    assert result["outputs"][0]["relative_change"] == pytest.approx(0.3 * result["relative_distance"], rel=1e-6)
 
 
 def test_json_says_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def test_json_says_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
         *("--sft", tmp_path / "big-sft", "--aligned", tmp_path / "big-aligned", "--alpha", 0.3),
         *("--out", tmp_path / "out", "--json"),
     )
-    found = json.loads(ran.out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    result = json.loads(ran.out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
     assert ran.code == 0
-    assert found["relative_distance"] is None
-    assert found["outputs"][0]["relative_change"] is None
+    assert result["relative_distance"] is None
+    assert result["outputs"][0]["relative_change"] is None
 
 
 # --- a plan -----------------------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_an_output_name_may_be_any_file_name(tmp_path: Path) -> None:
         assert (tmp_path / out).is_dir()
 
 
-# --- what costs time --------------------------------------------------------------------------------------------------
+# --- start-up time ----------------------------------------------------------------------------------------------------
 
 
 def test_version() -> None:
@@ -382,7 +382,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path, arguments: Sequence[str], hea
 
 
 def test_plan_of_a_70b_model_is_quick(tmp_path: Path) -> None:
-    """80 layers in 15 shards of Llama-70B's shapes: 138 GB each, all of it holes."""
+    """The checkpoints have 80 layers of Llama-70B's shapes in 15 sparse shards, 138 GB each."""
     layer = {
         "self_attn.q_proj": (8192, 8192), "self_attn.k_proj": (1024, 8192), "self_attn.v_proj": (1024, 8192),
         "self_attn.o_proj": (8192, 8192), "mlp.gate_proj": (28672, 8192), "mlp.up_proj": (28672, 8192),
@@ -397,7 +397,7 @@ def test_plan_of_a_70b_model_is_quick(tmp_path: Path) -> None:
         ran = run("--sft", tmp_path / "sft", "--aligned", tmp_path / "aligned", "--alpha", 0.3, "--plan", cwd=tmp_path)
     assert ran.out.count("extrapolate  ") == 723
     assert "reads 275.91 GB, writes 137.95 GB" in ran.out
-    if ran.code:  # this disk is smaller than that
+    if ran.code:  # the disk is smaller than the output
         assert ran.code == 4
         assert re.fullmatch(r"expo: error: aligned-expo-0\.3: .* are needed, but .* are free; .*\n", ran.err)
 
@@ -420,7 +420,7 @@ def sparse_shards(folder: Path, shapes: dict[str, tuple[str, tuple[int, ...]]], 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """A pair that takes seconds: 400 MB each, weights in every MiB, the rest of it holes."""
+    """Write a pair of 400 MB each, whose merge takes seconds: sparse files with weights in every MiB."""
     folder = tmp_path_factory.mktemp("large")
     shapes = {f"w{i}": ("BF16", (12500, 4096)) for i in range(4)}
     files = [sparse_file(folder / f"{role}.safetensors", shapes) for role in ("sft", "aligned")]
@@ -435,7 +435,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 def start(arguments: Sequence[str], folder: Path, prepare: Callable[[], Any] | None = None) -> subprocess.Popen[bytes]:
-    """A slow merge whose staging folder exists by now."""
+    """Start a slow merge, and wait until its staging folder exists."""
     command = [sys.executable, "-m", "expo.fast", *arguments, "--alpha", "0.3", "--engine", "numpy"]
     process = subprocess.Popen(
         [*command, "--out", "out.safetensors"],
@@ -450,20 +450,20 @@ def start(arguments: Sequence[str], folder: Path, prepare: Callable[[], Any] | N
 
 @pytest.fixture(scope="module")
 def undisturbed(large: Sequence[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The digest of what the merge that `start` starts writes when nobody interrupts it."""
+    """Return the digest of the output of the merge that `start` starts, when nothing interrupts it."""
     folder = tmp_path_factory.mktemp("undisturbed")
     assert run(*large, "--alpha", 0.3, "--out", "out.safetensors", "--quiet", cwd=folder).code == 0
     return digest(folder / "out.safetensors")
 
 
 def digest(path: Path) -> bytes:
-    """Of a large file, which is removed."""
-    found = hashlib.sha256()
+    """Return the digest of a large file, and remove the file."""
+    hasher = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
-            found.update(part)
+            hasher.update(part)
     path.unlink()
-    return found.digest()
+    return hasher.digest()
 
 
 @pytest.mark.usefixtures("own_signals")
@@ -479,7 +479,7 @@ def test_a_signal_in_the_middle_leaves_what_is_done(
 
 
 def interrupted(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """It ends as it should, and leaves its staging folder alone."""
+    """Check that an interrupted process ends as it should and leaves only its staging folder."""
     out, err = process.communicate(timeout=20)
     message = f"expo: interrupted; {with_options(kept(folder / 'out.safetensors'))}\n"
     assert (process.returncode, out, err.decode()) == (130, b"", message)
@@ -487,12 +487,12 @@ def interrupted(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def resumed(large: Sequence[str], folder: Path) -> dict[str, Any]:
-    """What --resume reports, which leaves the output alone."""
+    """Resume the merge, check that only the output is left, and return the JSON object."""
     ran = run(*large, "--alpha", 0.3, "--out", "out.safetensors", "--resume", "--json", cwd=folder)
     assert (ran.code, ran.err) == (0, "")
     assert os.listdir(folder) == ["out.safetensors"]
-    found: dict[str, Any] = json.loads(ran.out)
-    return found
+    result: dict[str, Any] = json.loads(ran.out)
+    return result
 
 
 @pytest.mark.usefixtures("own_signals")
@@ -538,7 +538,7 @@ def test_after_a_kill_the_leftover_is_named_and_can_be_gone_on_with_or_not(
 
 @pytest.mark.parametrize("options", [("--plan",), ()])
 def test_a_reader_that_has_gone_is_no_crash(tmp_path: Path, options: Sequence[str]) -> None:
-    """... | head: nobody reads the summary, and the merge is done all the same."""
+    """If nobody reads the summary, as after `| head`, the merge still succeeds."""
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(

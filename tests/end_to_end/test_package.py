@@ -1,4 +1,4 @@
-"""The package as it is installed: layout, names, wheel, what an import costs, and life without a compiler."""
+"""The installed package: its layout, names and wheel, the cost of an import, and a build without a compiler."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_import_is_light() -> None:
 
 
 def test_kernels_does_not_shadow_the_package_of_that_name(tmp_path: Path) -> None:
-    """Another distribution's `kernels` must be found, from the repository's root too, and ours as expo.kernels."""
+    """Another distribution's `kernels` is importable, also in the repository's root, and ours is expo.kernels."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("OTHER = True")
     code = "import kernels, expo.kernels.contract; print(kernels.OTHER, int(expo.kernels.contract.working_alpha(2)))"
@@ -80,12 +80,12 @@ def test_kernels_does_not_shadow_the_package_of_that_name(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module", params=["compiled", "no compiler"])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A wheel built from a copy of the repository, with a C compiler and without one."""
+    """Build a wheel from a copy of the repository, with a C compiler and without one."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     listed = subprocess.check_output(["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"], text=True)
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():  # a file may be deleted and not yet be so in the index
+        if (ROOT / name).is_file():  # the index may still list a deleted file
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name)
     environment = dict(os.environ) if request.param == "compiled" else {**os.environ, "CC": "/bin/false"}
@@ -109,5 +109,5 @@ def test_wheel_is_complete_and_merges_from_elsewhere(wheel: tuple[str, Path], tm
         "print(expo.__file__.startswith(%r), merged.engine, merged.why)"
     )
     engine = "cpu compiled, as fast as memory" if kind == "compiled" else "numpy the compiled engine is not built"
-    said = python(code % str(tmp_path / "site"), tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert said == f"True {engine}"
+    printed = python(code % str(tmp_path / "site"), tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert printed == f"True {engine}"

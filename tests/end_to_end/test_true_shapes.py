@@ -19,10 +19,11 @@ from expo.fast import main
 
 ROOT = Path(__file__).parents[2]
 GIGABYTE = 10**9
-FREE = 20 * GIGABYTE  # for the output of 14.5 GB, and to spare
-PEAK = 200_000_000  # bytes resident, mapped pages included; 60 MB were measured
+FREE = 20 * GIGABYTE  # more than the output's 14.5 GB
+PEAK = 200_000_000  # resident bytes with mapped pages; 60 MB were measured
 
-# Runs the command in its arguments, and prints its peak of memory: a process that is spawned starts with its parent's.
+# This program runs the command in its arguments and prints its peak memory. A process that pytest spawned itself would
+# start with pytest's peak.
 MEASURE = """\
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
@@ -57,7 +58,7 @@ def test_the_twelve_pairs() -> None:
     ],
 )
 def test_names_and_shapes_are_those_of_transformers(recipe: str) -> None:
-    """One recipe for each config that is not custom code; the order is the model's too."""
+    """The test takes one recipe for each config that is not custom code, and compares the order too."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     settings = config(recipe)
@@ -76,7 +77,7 @@ def test_every_config_is_compared_or_custom_code() -> None:
 
 
 def plan(sft: Path, aligned: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any], str]:
-    """Exit code, the plan's object, and what was said."""
+    """Return the exit code, the plan's object, and stderr."""
     code = main(["--sft", str(sft), "--aligned", str(aligned), "--alpha", "0.3", "--plan", "--json"])
     ran = capsys.readouterr()
     return code, json.loads(ran.out or "{}"), ran.err
@@ -88,22 +89,23 @@ def test_plan(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     monkeypatch.chdir(tmp_path)
     huge = SimpleNamespace(total=1 << 50, used=0, free=1 << 50)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: huge)
-    code, found, said = plan(sft, aligned, capsys)
-    assert code == 0, said
-    assert found["problems"] == []
-    steps = {step["name"]: step for step in found["steps"]}
+    code, planned, stderr = plan(sft, aligned, capsys)
+    assert code == 0, stderr
+    assert planned["problems"] == []
+    steps = {step["name"]: step for step in planned["steps"]}
     assert {name: tuple(step["shape"]) for name, step in steps.items()} == shapes(recipe)
     assert {step["action"] for step in steps.values()} == {"extrapolate"}
     assert {step["dtype"] for step in steps.values()} == {"BF16"}
     weights = 2 * parameters(recipe)
-    assert found["bytes_read"] == 2 * weights
-    assert weights < found["bytes_written"] < weights + GIGABYTE // 1000
-    dropped = {entry if isinstance(entry, str) else entry[0] for entry in found["dropped"]}  # a name, or (name, reason)
+    assert planned["bytes_read"] == 2 * weights
+    assert weights < planned["bytes_written"] < weights + GIGABYTE // 1000
+    # An entry is a name, or a name and a reason.
+    dropped = {entry if isinstance(entry, str) else entry[0] for entry in planned["dropped"]}
     assert dropped <= set(buffers(recipe))
-    assert code_files(recipe) <= set(found["carried"])
-    assert {"config.json", "generation_config.json", "tokenizer.json"} <= set(found["carried"])
-    assert not [name for name in found["carried"] if name.endswith((".bin", ".safetensors", ".md", ".index.json"))]
-    assert [os.path.basename(out) for out in found["outputs"]] == [f"{aligned.name}-expo-0.3"]
+    assert code_files(recipe) <= set(planned["carried"])
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= set(planned["carried"])
+    assert not [name for name in planned["carried"] if name.endswith((".bin", ".safetensors", ".md", ".index.json"))]
+    assert [os.path.basename(out) for out in planned["outputs"]] == [f"{aligned.name}-expo-0.3"]
 
 
 @pytest.mark.parametrize("recipe", PAIRS)
@@ -119,7 +121,7 @@ def test_the_folders_are_hollow_and_have_their_files(recipe: str, tmp_path: Path
 
 
 def test_torch_reads_the_bin_files(tmp_path: Path) -> None:
-    """Without memory: a mapping of 10 GB that could be written to is more than some systems grant."""
+    """The tensors have no memory, because some systems refuse a writable mapping of 10 GB."""
     torch = pytest.importorskip("torch")
     fake = pytest.importorskip("torch._subclasses.fake_tensor")
     sft, _ = build("tulu-2-dpo-7b", tmp_path)

@@ -1,6 +1,6 @@
-"""Checkpoints as they are found: .bin files, resized vocabularies, other dtypes, ties, new shards; merged and streamed.
+"""Merges and streams of unusual checkpoints: .bin files, resized vocabularies, other dtypes, ties and new shards.
 
-What must come out is evaluated here, in NumPy and from the formula alone.
+The tests compute the expected tensors in NumPy, from the formula alone.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ Made = dict[str, tuple[str, tuple[int, ...], bytes]]
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
-# --- what must come out -----------------------------------------------------------------------------------------------
+# --- expected tensors -------------------------------------------------------------------------------------------------
 
 
 def rounded(values: Any, dtype: str) -> bytes:
-    """Float64 to the nearest of a dtype, ties to even, once: each is a whole number of steps of its binade."""
+    """Round float64 once to the nearest value of a dtype, ties to even, in whole steps of each value's binade."""
     bits, least, most = {
         "BF16": (8, -126, 127),
         "F16": (11, -14, 15),
@@ -68,7 +68,7 @@ def rounded(values: Any, dtype: str) -> bytes:
 
 
 def evaluated(sft: bytes, s: str, aligned: bytes, a: str, alpha: float, to: str) -> bytes:
-    """aligned + alpha * (aligned - sft), each operation in fp32, or fp64 where an input is."""
+    """Return aligned + alpha * (aligned - sft), each operation in fp32, or in fp64 if an input is fp64."""
     work: Any = np.float64 if "F64" in (s, a) else np.float32
     if not alpha:
         return aligned if a == to else rounded(wide(aligned, a), to)
@@ -78,25 +78,27 @@ def evaluated(sft: bytes, s: str, aligned: bytes, a: str, alpha: float, to: str)
 
 
 def expected(sft: Tensors, aligned: Tensors, alpha: float, dtype: str | None = None) -> Made:
-    """What the output must hold; where the numbers of rows differ, the rows that both have are extrapolated."""
-    found: Made = {}
+    """Return the expected output; of tensors with different numbers of rows, the common rows are extrapolated."""
+    tensors: Made = {}
     for name, (kind, shape, data) in aligned.items():
         to = DTYPES[dtype] if dtype and kind in FLOATS else kind
         if kind not in FLOATS:
-            found[name] = kind, shape, data
+            tensors[name] = kind, shape, data
             continue
-        other, twin_shape, counterpart = sft[name]
+        other, counterpart_shape, counterpart = sft[name]
         rows = shape[0] if shape else 1
-        both = min(rows, twin_shape[0]) if shape else 1
-        cut, end = (len(d) // max(n, 1) * both for d, n in ((counterpart, twin_shape[0] if shape else 1), (data, rows)))
+        both = min(rows, counterpart_shape[0]) if shape else 1
+        cut, end = (
+            len(d) // max(n, 1) * both for d, n in ((counterpart, counterpart_shape[0] if shape else 1), (data, rows))
+        )
         parts = [evaluated(counterpart[:cut], other, data[:end], kind, alpha, to)]
         parts.append(data[end:] if kind == to else rounded(wide(data[end:], kind), to))
-        found[name] = to, shape, b"".join(parts)
-    return found
+        tensors[name] = to, shape, b"".join(parts)
+    return tensors
 
 
 def raw(tensor: Any) -> tuple[str, tuple[int, ...], bytes]:
-    """A tensor of a stream as `expected` has it."""
+    """Return a streamed tensor in the form of `expected`."""
     dtype = next(name for name, kind in TORCH.items() if kind == tensor.dtype)
     return dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
@@ -107,7 +109,7 @@ def streamed(*arguments: Any, **options: Any) -> Made:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cuts everywhere, and every chunk is written down at once."""
+    """Make small chunks everywhere, and record each at once."""
     monkeypatch.setattr(expo.execution.worker_pool, "CHUNK", 4096)
     monkeypatch.setattr(expo.tensors.streaming, "CHUNK", 1032)
     monkeypatch.setattr(journal, "INTERVAL", 0.0)
@@ -130,13 +132,13 @@ def write(folder: Path, tensors: Tensors, form: str) -> Path:
 
 
 def mixed(seed: int) -> Tensors:
-    """sft's where the seed is 1: the second dtype of a name is its own."""
+    """Return sft's tensors for the seed 1, with the second dtype of each name, and aligned's for another seed."""
     counterparts = {
         name: (name.partition(".")[2] or kind if seed == 1 else kind, shape) for name, (kind, shape) in MIXED.items()
     }
-    found = dict(random_tensors(counterparts, seed))
-    found["shared.too"] = found["shared"]
-    return found
+    tensors = dict(random_tensors(counterparts, seed))
+    tensors["shared.too"] = tensors["shared"]
+    return tensors
 
 
 WEIGHTS = {
@@ -180,8 +182,8 @@ def test_bin_files(tmp_path: Path, small: None, forms: tuple[str, str], engine: 
 def test_what_does_not_lie_in_one_piece_is_read_as_numpy_streams_it(tmp_path: Path) -> None:
     sft, aligned = mixed(1), mixed(2)
     pair = write(tmp_path / "sft", sft, "zip"), write(tmp_path / "aligned", aligned, "legacy")
-    found = dict(expo.stream(*pair, 0.3, framework="numpy"))
-    assert {name: array.tobytes() for name, array in found.items()} == {
+    arrays = dict(expo.stream(*pair, 0.3, framework="numpy"))
+    assert {name: array.tobytes() for name, array in arrays.items()} == {
         name: data for name, (_, _, data) in expected(sft, aligned, 0.3).items()
     }
 
@@ -216,7 +218,7 @@ def test_safetensors_come_before_bin_and_bin_files_stay_behind(tmp_path: Path) -
     assert merged.left_out == (("pytorch_model.bin", "weights in another form, or training state"),)
 
 
-# Peak memory of merges and streams of .bin files of 400 MB over that of tiny ones.
+# This program prints how much more memory merges and streams take for .bin files of 400 MB than for tiny ones.
 PEAKS = """
 import sys
 import expo
@@ -285,7 +287,7 @@ COPIED = {
 
 
 def in_common() -> dict[str, int]:
-    """Elements of each floating-point tensor in the rows that both have."""
+    """Return the number of elements of each floating-point tensor in the common rows."""
     return {
         name: math.prod((min(shape[0], ROWS_SFT[name][1][0]), *shape[1:]))
         for name, (kind, shape) in ROWS_ALIGNED.items()
@@ -386,11 +388,11 @@ def test_rows_are_of_no_help_where_something_else_differs(tmp_path: Path) -> Non
 
 
 class Stop(Exception):
-    """What a test interrupts a merge with."""
+    """The exception with which a test interrupts a merge."""
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, *arguments: Any, **options: Any) -> None:
-    """A merge that ends when so many chunks were written."""
+    """Start a merge, and interrupt it after this many written chunks."""
     sink, seen = rank_worker.RankWorker._write, iter(range(10**6))
 
     def failing(self: Any, *chunk: Any) -> None:
@@ -413,7 +415,7 @@ CHANGES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", CHANGES, ids=str)
-@pytest.mark.parametrize("chunks", [12, 20])  # of two outputs, by 8 workers at most: some are whole
+@pytest.mark.parametrize("chunks", [12, 20])  # two outputs and at most 8 workers: some chunks are complete in both
 def test_resume_makes_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None, resized: Pair, options: dict[str, Any], chunks: int
 ) -> None:
@@ -441,7 +443,7 @@ def test_resume_from_bin_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"dtype": "fp16"}, '--dtype was null, is "fp16"'),
         ({"max_shard_size": "9KB"}, '--max-shard-size was null, is "9KB"'),
@@ -449,13 +451,13 @@ def test_resume_from_bin_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     ],
 )
 def test_a_merge_with_another_option_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None, resized: Pair, change: dict[str, Any], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None, resized: Pair, change: dict[str, Any], message: str
 ) -> None:
     interrupted(monkeypatch, 5, *resized, 0.3, tmp_path / "out", on_mismatch="rows")
     before = fingerprint(tmp_path)
     with pytest.raises(expo.OutputError) as caught:
         expo.merge(*resized, 0.3, tmp_path / "out", **{"on_mismatch": "rows", **change}, resume=True)
-    assert f"holds another merge ({said}" in str(caught.value)
+    assert f"holds another merge ({message}" in str(caught.value)
     assert str(caught.value).endswith("choose another `out`, or `overwrite=True` starts anew")
     assert fingerprint(tmp_path) == before
 
@@ -463,7 +465,7 @@ def test_a_merge_with_another_option_is_refused(
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 DTYPE_SHAPES: Shapes = {**{f"{a}.{s}": (a, (29, 17)) for a in FLOATS for s in FLOATS}, **ODD_SHAPES}
-# Ties, what is subnormal in each dtype, the ends of their ranges.
+# Ties, subnormal numbers of each dtype, and the limits of their ranges.
 EDGES = (
     1 + 2**-9, 1 + 3 * 2**-9, 1 + 2**-12, 1 + 3 * 2**-12, 1 + 2**-9 + 2**-40, 65504, 65519.9, 65520, 1e-7, 6e-8, 2.9e-8,
     2.0**-133, 2.0**-134, 1.5 * 2**-133, 1e-40, 3.3e38, 3.39e38, -0.0, 0.0, 1e30,
@@ -471,21 +473,21 @@ EDGES = (
 
 
 def odd_numbers(seed: int) -> Tensors:
-    """Normal weights, beginning with numbers at which a conversion could go wrong."""
+    """Return normal weights that begin with numbers at which a conversion could go wrong."""
     counterparts = {
         name: (name.partition(".")[2] or kind if seed == 1 else kind, shape)
         for name, (kind, shape) in DTYPE_SHAPES.items()
     }
-    found = dict(random_tensors(counterparts, seed))
-    for name, (kind, shape, data) in found.items():
+    tensors = dict(random_tensors(counterparts, seed))
+    for name, (kind, shape, data) in tensors.items():
         if kind in FLOATS and len(data) > 800:
             values = wide(data, kind).copy()
             edges = np.array(EDGES) * (1 if seed == 2 else 0.875)
             values[: 2 * len(edges)] = [*edges, *-edges]
             if kind == "F16":
                 values = np.clip(values, -65504, 65504)
-            found[name] = kind, shape, rounded(values, kind)
-    return found
+            tensors[name] = kind, shape, rounded(values, kind)
+    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -508,10 +510,10 @@ def test_every_dtype_is_rounded_once(tmp_path: Path, small: None, odd: Pair, dty
     alphas = [0.3, -0.25, 0.0]
     merged = expo.merge(*odd, alphas, tmp_path / "{alpha}", dtype=dtype, engine=engine, verify=True)
     for alpha, output in zip(alphas, merged.outputs, strict=True):
-        out, wanted = read_folder(Path(output.path)), expected(sft, aligned, alpha, dtype)
-        assert out.keys() == wanted.keys()
-        assert [name for name in out if out[name] != wanted[name]] == []
-        assert streamed(*odd, alpha, dtype=dtype, engine=engine) == wanted
+        out, tensors = read_folder(Path(output.path)), expected(sft, aligned, alpha, dtype)
+        assert out.keys() == tensors.keys()
+        assert [name for name in out if out[name] != tensors[name]] == []
+        assert streamed(*odd, alpha, dtype=dtype, engine=engine) == tensors
         config = json.loads((Path(output.path) / "config.json").read_text())
         name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", None: "float64"}[dtype]
         assert config == {
@@ -520,7 +522,7 @@ def test_every_dtype_is_rounded_once(tmp_path: Path, small: None, odd: Pair, dty
         if not alpha:
             continue
         floats = [each for each, (kind, _, _) in aligned.items() if kind in FLOATS]
-        written = expected(sft, aligned, 0.0, dtype)  # changed means: not by the conversion alone
+        written = expected(sft, aligned, 0.0, dtype)  # `changed` does not count the conversion's changes
         a = np.concatenate([wide(written[each][2], written[each][0]) for each in floats])
         o = np.concatenate([wide(out[each][2], out[each][0]) for each in floats])
         assert output.changed == pytest.approx(np.count_nonzero(o != a) / a.size, rel=1e-12)
@@ -534,9 +536,9 @@ def test_overflow_of_a_conversion_is_counted_and_warned_of(tmp_path: Path) -> No
     sft = write_folder(tmp_path / "sft", {"w": ("F32", (8,), numbers), "n": ("I64", (1,), bytes(8))})
     merged = expo.merge(sft, aligned, 0.5, tmp_path / "out", dtype="fp16")
     out = read_folder(tmp_path / "out")
-    found = np.frombuffer(out["w"][2], "<f2")
-    assert found[[0, 1, 2, 3, 5, 6, 7]].tolist()[:4] == [np.inf, -np.inf, 65504, 1]
-    assert np.isnan(found[[4, 5]]).all()  # inf - inf
+    values = np.frombuffer(out["w"][2], "<f2")
+    assert values[[0, 1, 2, 3, 5, 6, 7]].tolist()[:4] == [np.inf, -np.inf, 65504, 1]
+    assert np.isnan(values[[4, 5]]).all()  # inf - inf
     assert out["n"] == ("I64", (1,), b"\xff" * 8)
     assert merged.outputs[0].non_finite == 4
     assert merged.warnings[-1] == "4 elements of an output are inf or NaN"
@@ -580,7 +582,7 @@ def llama(seed: int, tied: bool = False) -> Any:
 
 
 def save_bin(model: Any, folder: Path, drop: Sequence[str] = (), shards: int = 1) -> Path:
-    """As transformers saved a model before it knew of safetensors."""
+    """Save a model as transformers did before it supported safetensors."""
     folder.mkdir()
     model.config.save_pretrained(folder)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in drop}
@@ -600,7 +602,7 @@ def load(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other libraries
+        warnings.simplefilter("ignore")  # other libraries warn
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
         )
@@ -611,7 +613,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 
 def in_memory(sft: Any, aligned: Any, alpha: float, tied: bool = False) -> Any:
-    """aligned + alpha * (aligned - sft) of two models, as a third."""
+    """Return a third model with the weights aligned + alpha * (aligned - sft)."""
     model = llama(0, tied)
     with torch.no_grad():
         for out, s, a in zip(model.parameters(), sft.parameters(), aligned.parameters(), strict=True):
@@ -626,7 +628,7 @@ def logits(model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
-    """A tiny Llama as .bin: sft in one file, aligned in three."""
+    """Save a tiny Llama as .bin, sft in one file and aligned in three."""
     folder = tmp_path_factory.mktemp("models")
     sft, aligned = llama(1), llama(2)
     save_bin(sft, folder / "sft")
@@ -638,14 +640,14 @@ def test_transformers_loads_what_was_made_of_bin_files(tmp_path: Path, models: t
     folder, sft, aligned = models
     expo.merge(folder / "sft", folder / "aligned", 0.3, tmp_path / "out")
     assert not list(tmp_path.rglob("*.bin*"))
-    wanted = in_memory(sft, aligned, 0.3)
+    expected_model = in_memory(sft, aligned, 0.3)
     model = load(tmp_path / "out", dtype="auto")
-    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), wanted.parameters(), strict=True))
-    assert torch.equal(logits(model), logits(wanted))
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), expected_model.parameters(), strict=True))
+    assert torch.equal(logits(model), logits(expected_model))
     state = dict(expo.stream(folder / "sft", folder / "aligned", 0.3))
     model = llama(5)
     model.load_state_dict(state, strict=True)
-    assert torch.equal(logits(model), logits(wanted))
+    assert torch.equal(logits(model), logits(expected_model))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -656,9 +658,9 @@ def test_transformers_takes_the_dtype_from_the_config(
     expo.merge(folder / "sft", folder / "aligned", 0.3, tmp_path / "out", dtype=dtype, max_shard_size="20KB")
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
-    model, wanted = load(tmp_path / "out", dtype="auto"), in_memory(sft, aligned, 0.3).to(kind)
+    model, expected_model = load(tmp_path / "out", dtype="auto"), in_memory(sft, aligned, 0.3).to(kind)
     assert {parameter.dtype for parameter in model.parameters()} == {kind}
-    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), wanted.parameters(), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), expected_model.parameters(), strict=True))
     found = dict(expo.stream(folder / "sft", folder / "aligned", 0.3, dtype=dtype))
     assert {tensor.dtype for tensor in found.values()} == {kind}
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
@@ -717,15 +719,15 @@ def test_a_tied_head_may_be_there_or_not(tmp_path: Path, lacking: tuple[str, ...
             save_file(state, tmp_path / name / "model.safetensors", {"format": "pt"})
             (tmp_path / name / "pytorch_model.bin").unlink()
     merged = expo.merge(tmp_path / "sft", tmp_path / "aligned", 0.3, tmp_path / "out")
-    wanted = in_memory(made["sft"], made["aligned"], 0.3, tied=True)
+    expected_model = in_memory(made["sft"], made["aligned"], 0.3, tied=True)
     model = load(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(logits(model), logits(wanted))
-    held = read_folder(tmp_path / "out")
-    assert (HEAD in held) is ("aligned" not in lacking)
-    if HEAD in held:
-        assert held[HEAD] == held["model.embed_tokens.weight"]
-    assert held == streamed(tmp_path / "sft", tmp_path / "aligned", 0.3)
+    assert torch.equal(logits(model), logits(expected_model))
+    tensors = read_folder(tmp_path / "out")
+    assert (HEAD in tensors) is ("aligned" not in lacking)
+    if HEAD in tensors:
+        assert tensors[HEAD] == tensors["model.embed_tokens.weight"]
+    assert tensors == streamed(tmp_path / "sft", tmp_path / "aligned", 0.3)
     tie = "ties it to model.embed_tokens.weight"
     assert merged.dropped == (((HEAD, f"aligned {tie}"),) if lacking == ("aligned",) else ())
     assert merged.noted == (((HEAD, f"sft {tie}"),) if lacking == ("sft",) else ())
@@ -747,7 +749,7 @@ DIFFER = (
 
 @pytest.fixture
 def tokens(tmp_path: Path) -> Pair:
-    """A pair whose tokenizers differ."""
+    """Write a pair whose tokenizers differ."""
     shapes: Shapes = {"w": ("BF16", (4, 4))}
     sft = write_folder(tmp_path / "sft", random_tensors(shapes, 1))
     aligned = write_folder(tmp_path / "aligned", random_tensors(shapes, 2))
@@ -762,7 +764,7 @@ def test_tokens_that_differ_are_a_warning(tmp_path: Path, tokens: Pair) -> None:
     with pytest.warns(UserWarning, match="the tokenizers differ") as caught:
         found = list(expo.stream(*tokens, 0.3))
     assert [str(each.message) for each in caught] == [DIFFER]
-    assert caught[0].filename == __file__  # the caller's line, not ours
+    assert caught[0].filename == __file__  # the warning names the caller's line
     assert [name for name, _ in found] == ["w"]
 
 
@@ -786,7 +788,7 @@ def test_the_same_tokens_in_other_words_are_no_warning(tmp_path: Path, tokens: P
 
 
 def test_what_overflows_in_a_converted_copy_is_counted_and_told(tmp_path: Path) -> None:
-    """fp16 ends at 65504: a tensor that is kept, and only converted, can still become inf."""
+    """The largest fp16 is 65504, so a tensor that is only converted can become inf."""
     big = np.array([1e5, 1.0, -1e6, 2.0], np.float32)
     for role in ("sft", "aligned"):
         write_folder(tmp_path / role, {"w": ("F32", (4,), big.tobytes()), "v": ("F32", (4,), big.tobytes())})

@@ -1,4 +1,4 @@
-"""The command line over checkpoints as they are found: hub ids, recipes, .bin files, adapters; plans of all of them."""
+"""The command line with hub ids, recipes, .bin files and adapters: merges and plans of all of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS = ("--on-mismatch", "rows", "--on-unpaired", "aligned")
 
 
 class Ran(NamedTuple):
-    """What a command printed, and its exit code."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -40,7 +40,7 @@ class Ran(NamedTuple):
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ran:
-    """The command line, in this process."""
+    """Run the command line in this process."""
     try:
         code = main(list(map(str, arguments)))
     except SystemExit as stop:
@@ -49,7 +49,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ran:
 
 
 def as_bin(folder: Path) -> Path:
-    """A checkpoint of one .safetensors file made one of a .bin file."""
+    """Replace a folder's .safetensors file by a .bin file, and return the folder."""
     from safetensors.torch import load_file
 
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -58,7 +58,7 @@ def as_bin(folder: Path) -> Path:
 
 
 def adapter(folder: Path, form: str = "safetensors") -> Path:
-    """A LoRA of rank 2 on up.weight."""
+    """Write a LoRA adapter of rank 2 on up.weight."""
     folder.mkdir()
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up"], "base_model_name_or_path": "x"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -77,7 +77,7 @@ def adapter(folder: Path, form: str = "safetensors") -> Path:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """.bin files whose numbers of rows, names, and tokens differ."""
+    """Write a pair of .bin files whose numbers of rows, names, and tokens differ."""
     folder = tmp_path_factory.mktemp("pair")
     sft = as_bin(write_folder(folder / "sft", random_tensors(SFT, 1)))
     aligned = as_bin(write_folder(folder / "aligned", random_tensors(ALIGNED, 2), config={"dtype": "bfloat16"}))
@@ -174,11 +174,12 @@ def test_the_command_in_the_card_makes_the_same_model_where_the_inputs_are(
     assert (tmp_path / "again" / "README.md").read_text() == card
 
 
-# Runs several commands, or streams, in one process; of each the exit code, what was printed, and what was imported.
+# This program runs several commands or streams in one process, and prints the exit code, the output and the imports of
+# each.
 DRIVER = """
 import contextlib, io, json, sys
 HEAVY = {"numpy", "torch", "transformers", "safetensors", "triton", "ml_dtypes", "huggingface_hub", "yaml", "peft"}
-found = []
+results = []
 for arguments in json.loads(sys.argv[1]):
     out, err, before = io.StringIO(), io.StringIO(), HEAVY & set(sys.modules)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -194,13 +195,13 @@ for arguments in json.loads(sys.argv[1]):
             code = stop.code
         except expo.ExpoError as error:
             code = print(f"{type(error).__name__}: {error}", file=sys.stderr) or error.exit_code
-    found.append([code, out.getvalue(), err.getvalue(), sorted(HEAVY & set(sys.modules) - before)])
-print(json.dumps(found))
+    results.append([code, out.getvalue(), err.getvalue(), sorted(HEAVY & set(sys.modules) - before)])
+print(json.dumps(results))
 """
 
 
 class Driven(NamedTuple):
-    """What a command printed, its exit code, and the large libraries that it was the first to import."""
+    """The exit code and the output of a command, and the large libraries that it was the first to import."""
 
     code: int
     out: str
@@ -209,7 +210,7 @@ class Driven(NamedTuple):
 
 
 def drive(folder: Path, *commands: Sequence[object], **variables: str) -> list[Driven]:
-    """Commands, one after another in a process of their own."""
+    """Run the commands one after another in one new process."""
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(folder), **variables}
     text = json.dumps([list(map(str, each)) for each in commands])
     done = subprocess.run(
@@ -230,7 +231,7 @@ def test_what_plans_and_merges_import(tmp_path: Path, pair: tuple[Path, Path]) -
         [*lora, "--plan", "--json"], [*pickled, "--plan"], lora, [*bins, "--dtype", "fp16", "--overwrite"],
     )  # fmt: skip
     assert [each.code for each in ran] == [0] * len(ran)
-    assert [each.imported for each in ran[:4]] == [[], [], [], ["yaml"]]  # of the card
+    assert [each.imported for each in ran[:4]] == [[], [], [], ["yaml"]]  # the model card needs yaml
     assert {name for each in ran for name in each.imported} == {"ml_dtypes", "numpy", "yaml"}
     step = json.loads(ran[4].out)["steps"][0]
     assert (step["name"], step["action"], step["reason"]) == ("up.weight", "extrapolate", "adapter of rank 2")
@@ -238,7 +239,7 @@ def test_what_plans_and_merges_import(tmp_path: Path, pair: tuple[Path, Path]) -
 
 
 class Runs:
-    """Runs a command when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -278,13 +279,13 @@ def test_the_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(ran.out.splitlines()) == 14
     ran = run(capsys, "--list-recipes", "--json")
     assert (ran.code, ran.err) == (0, "")
-    found = json.loads(ran.out)
-    assert len(found) == 12
-    assert {line["recipe"]: line["alpha"] for line in found}["zephyr-7b-beta"] == 0.1
+    entries = json.loads(ran.out)
+    assert len(entries) == 12
+    assert {line["recipe"]: line["alpha"] for line in entries}["zephyr-7b-beta"] == 0.1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "--sft, --aligned and --alpha must be given, or --recipe gives all three"),
         (["--alpha", "0.3"], "--sft and --aligned must be given, or --recipe gives all three"),
@@ -302,13 +303,13 @@ def test_the_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     ],
     ids=str,
 )
-def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
-    """Said at once: no hub is asked first."""
+def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    """The command reports bad usage before it asks a hub."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("expo.inputs.hub.fetch", lambda *_: pytest.fail("it was fetched before the options were read"))
         ran = run(capsys, *arguments)
     assert (ran.code, ran.out) == (2, "")
-    assert f"error: {said}" in ran.err.splitlines()[-1]
+    assert f"error: {message}" in ran.err.splitlines()[-1]
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ def server() -> Iterator[Hub]:
 
 
 class World(NamedTuple):
-    """A folder that commands ran in, the commits of the hub's repositories, and what came of each command."""
+    """The folder of the commands, the commits of the hub's repositories, and the result of each command."""
 
     folder: Path
     commits: dict[str, str]
@@ -411,8 +412,8 @@ def test_streams_of_hub_ids(world: World, server: Hub) -> None:
     for name, out in (("stream", "pickled-expo-0.5"), ("stream of a recipe", "zephyr-7b-beta-expo-0.1")):
         ran = world.ran[name]
         assert (ran.code, ran.err) == (0, "")
-        wanted = {key: data.hex() for key, (_, _, data) in made(world, out).items()}
-        assert json.loads(ran.out) == wanted
+        tensors = {key: data.hex() for key, (_, _, data) in made(world, out).items()}
+        assert json.loads(ran.out) == tensors
     ran, name = world.ran["stream of nothing"], "HuggingFaceH4/zephyr-7b-alpha"
     assert (ran.code, ran.out) == (3, "")
     assert ran.err.startswith(

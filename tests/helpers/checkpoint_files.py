@@ -1,4 +1,4 @@
-"""Small checkpoints for tests, built from raw bytes with the format's rules alone, not with the code under test."""
+"""Write and read small checkpoints in raw bytes, by the format's rules alone and without the code under test."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Tensors = Mapping[str, tuple[str, tuple[int, ...], bytes]]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out the warnings of other libraries."""
+    """Suppress the warnings of other libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-# Integers, a scalar, empty tensors, and one tensor longer than several small chunks.
+# These tensors have integers, a scalar, no elements, or more bytes than several small chunks.
 ODD_SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "count": ("I64", (5,)),
     "mask": ("BOOL", (7,)),
@@ -40,7 +40,10 @@ ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "BOOL": 1, "U8": 
 
 
 def safetensors_bytes(tensors: Tensors, metadata: Mapping[str, str] | None = None, pad: int = 0) -> bytes:
-    """A whole file; the tensors in the order given, the header padded by `pad` spaces (so offsets may be odd)."""
+    """Return the bytes of a file with the tensors in this order.
+
+    The header ends with `pad` spaces, so that the offsets of tensors may be odd.
+    """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape, data) in tensors.items():
@@ -57,7 +60,10 @@ def write_folder(
     config: Mapping[str, Any] | None = None,
     pad: int = 0,
 ) -> Path:
-    """A folder: one model.safetensors (shards=0), or shards (a number, or the names in each) and an index."""
+    """Write a folder with one model.safetensors (shards=0), or with an index and shards, and return it.
+
+    `shards` is the number of shards, or the names of the tensors in each.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config if config is not None else {"model_type": "llama"}))
     if not shards:
@@ -78,7 +84,7 @@ def write_folder(
 
 
 def random_tensors(shapes: Mapping[str, tuple[str, tuple[int, ...]]], seed: int, scale: float = 0.02) -> Tensors:
-    """Normal weights of the given (dtype, shape); integer dtypes count up from the seed."""
+    """Return normal weights of these (dtype, shape); integers count up from the seed."""
     rng = np.random.default_rng(seed)
     made = {}
     for name, (dtype, shape) in shapes.items():
@@ -98,7 +104,7 @@ def _encode(values: Any, dtype: str, seed: int) -> bytes:
 
 
 def read_file(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """The tensors of one file, in the order of their data."""
+    """Return the tensors of one file, in the order of their data."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:start])
@@ -111,34 +117,34 @@ def read_file(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 def read_folder(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """The tensors of all .safetensors files of a folder."""
+    """Return the tensors of all .safetensors files of a folder."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in read_file(path).items()}
 
 
 def fingerprint(*places: Path) -> dict[str, bytes]:
-    """Every file below the given folders (or the files themselves) and its content's digest, links followed."""
+    """Return the digest of every file in these folders and of these files, by path; links are followed."""
     files = [path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*")))]
     return {str(path): hashlib.sha256(path.read_bytes()).digest() for path in files if path.is_file()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Digests of all files below a folder, by their paths in it: two folders that are alike have the same."""
+    """Return the digests of all files in a folder, by their paths in it, so that equal folders have equal digests."""
     return {name.removeprefix(f"{folder}/"): digest for name, digest in fingerprint(folder).items()}
 
 
 def staging_folder(out: Path) -> Path:
-    """Where an output is made, and where a merge that fails leaves what is done."""
+    """Return the staging folder of an output, in which a merge that fails keeps the finished part."""
     return out.parent / f".{out.name}.expo-staging"
 
 
 def kept(*outs: Path) -> str:
-    """What the message of a merge ends with that has left its staging folders."""
+    """Return the end of the message of a merge that has left its staging folders."""
     folders = ", ".join(str(staging_folder(out)) for out in outs)
     return f"what is done is kept in {folders}: repeat the merge with `resume=True` to continue"
 
 
 def sparse_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> Path:
-    """A file of zeros that takes no room on a disk with holes, whatever its size."""
+    """Write a safetensors file of zeros that takes no space on a disk that supports sparse files."""
     header: dict[str, Any] = {}
     offset = 0
     for name, (dtype, shape) in shapes.items():
@@ -152,21 +158,11 @@ def sparse_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -
     return path
 
 
-# Of every kind, and small enough to be cut into chunks of some KiB.
+# The tensors are of every kind, and small enough for chunks of some KiB.
 MIXED_SHAPES = {**ODD_SHAPES, "embed": ("BF16", (301, 97)), "half": ("F16", (77, 51)), "full": ("F32", (340, 341))}
 
 
 def mixed_pair(folder: Path) -> tuple[Path, Path]:
-    """sft and aligned of MIXED_SHAPES, in shards that differ."""
+    """Write sft and aligned with MIXED_SHAPES, in different shards."""
     sft = write_folder(folder / "sft", random_tensors(MIXED_SHAPES, 1), shards=2)
     return sft, write_folder(folder / "aligned", random_tensors(MIXED_SHAPES, 2), shards=3, pad=1)
-
-
-def staging(out: Path) -> Path:
-    """Where an output is made."""
-    return out.parent / f".{out.name}.expo-staging"
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Digests of a folder's files, by their paths in it."""
-    return {name.removeprefix(str(folder)): digest for name, digest in fingerprint(folder).items()}

@@ -1,6 +1,7 @@
-"""The numerics contract in exact rational arithmetic: the reference that shares nothing with any engine.
+"""The numerics contract in exact rational arithmetic: a reference that shares no code with any engine.
 
-Values are fractions; a rounding is Python's exact half-to-even `round`. Slow, small, and obviously right is the point.
+Values are fractions, and Python's `round` rounds them, exactly and half to even. The code is slow, but short enough to
+be checked by reading.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 
 class Format(NamedTuple):
-    """A binary IEEE format: width of the whole, bits of the stored fraction, exponent of the least normal number."""
+    """A binary IEEE format: its width, the bits of its fraction, and the exponent of its least normal number."""
 
     bits: int
     fraction: int
@@ -21,12 +22,12 @@ class Format(NamedTuple):
 
     @property
     def mask(self) -> int:
-        """All bits but the sign."""
+        """All bits except the sign."""
         return (1 << (self.bits - 1)) - 1
 
     @property
     def infinity(self) -> int:
-        """The bits of +inf: the exponent all ones, the fraction zero."""
+        """The bits of +inf: all bits of the exponent are one, and the fraction is zero."""
         return self.mask >> self.fraction << self.fraction
 
 
@@ -45,7 +46,7 @@ class Kind(Enum):
 
 
 class Value(NamedTuple):
-    """A number with its sign, which zeros have too; size is the magnitude of a finite one."""
+    """A number with its sign, which zeros have too; `size` is the magnitude of a finite number."""
 
     kind: Kind
     negative: bool
@@ -59,7 +60,7 @@ NAN = Value(Kind.NAN, False)
 
 
 def decode(bits: int, dtype: str) -> Value:
-    """The value of a bit pattern."""
+    """Return the value of a bit pattern."""
     form = FORMATS[dtype]
     negative, magnitude = bool(bits >> (form.bits - 1)), bits & form.mask
     if magnitude >= form.infinity:
@@ -70,7 +71,7 @@ def decode(bits: int, dtype: str) -> Value:
 
 
 def encode(value: Value, dtype: str) -> int:
-    """The bit pattern of a value, rounded once to nearest even; every NaN is the quiet one of positive sign."""
+    """Return the bit pattern of a value, rounded once to nearest even; every NaN gives the positive quiet NaN."""
     form = FORMATS[dtype]
     if value.kind is Kind.NAN:
         return form.infinity | 1 << (form.fraction - 1)
@@ -78,13 +79,13 @@ def encode(value: Value, dtype: str) -> int:
     if value.kind is Kind.INFINITE:
         return sign | form.infinity
     scale = max(exponent_of(value.size), form.least) if value.size else form.least
-    significand = round(value.size / power_of_two(scale - form.fraction))  # half to even, exactly
-    # A significand that reached the next power of two carries into the exponent, as the bits are laid out to do.
+    significand = round(value.size / power_of_two(scale - form.fraction))  # exact, half to even
+    # If the significand has reached the next power of two, the sum of the bits carries into the exponent.
     return sign | min(significand + ((scale - form.least) << form.fraction), form.infinity)
 
 
 def rounded(value: Value, dtype: str) -> Value:
-    """The value of that format nearest to this one; past the largest finite one, infinity."""
+    """Return the nearest value of a format, which is infinity past the largest finite value."""
     return decode(encode(value, dtype), dtype)
 
 
@@ -93,13 +94,13 @@ def power_of_two(exponent: int) -> Fraction:
 
 
 def exponent_of(size: Fraction) -> int:
-    """The e with 2^e <= size < 2^(e+1)."""
+    """Return the e with 2^e <= size < 2^(e+1)."""
     e = size.numerator.bit_length() - size.denominator.bit_length()
     return e if size >= power_of_two(e) else e - 1
 
 
 def add(x: Value, y: Value) -> Value:
-    """The exact sum; a zero sum is +0 unless both terms are negative, as rounding to nearest has it."""
+    """Return the exact sum; a zero sum is +0 unless both terms are negative, which is IEEE's rule for this rounding."""
     if Kind.NAN in (x.kind, y.kind):
         return NAN
     if Kind.INFINITE in (x.kind, y.kind):
@@ -111,7 +112,7 @@ def add(x: Value, y: Value) -> Value:
 
 
 def multiply(x: Value, y: Value) -> Value:
-    """The exact product; a zero has the sign of its factors, and inf * 0 is NaN."""
+    """Return the exact product; a zero has the sign of its factors, and inf * 0 is NaN."""
     if Kind.NAN in (x.kind, y.kind):
         return NAN
     negative = x.negative != y.negative
@@ -122,14 +123,14 @@ def multiply(x: Value, y: Value) -> Value:
 
 
 def working(alpha: float, dtype: str) -> Value:
-    """Alpha, a double, as the arithmetic of that format uses it."""
+    """Return alpha, a double, rounded to the format of the arithmetic."""
     return rounded(decode(struct.unpack("<Q", struct.pack("<d", alpha))[0], "F64"), dtype)
 
 
 def extrapolate(sft: int, sft_dtype: str, aligned: int, aligned_dtype: str, alpha: float, fused: bool = False) -> int:
-    """aligned + alpha * (aligned - sft) on bit patterns, by the contract; a NaN has one fixed payload.
+    """Return aligned + alpha * (aligned - sft) of bit patterns, by the contract; a NaN has one fixed payload.
 
-    fused: what the contract forbids, product and sum rounded together.
+    With `fused` the product and the sum are rounded together, which the contract forbids.
     """
     work = "F64" if "F64" in (sft_dtype, aligned_dtype) else "F32"
     a = decode(aligned, aligned_dtype)
@@ -165,7 +166,7 @@ def is_nan(bits: int, dtype: str) -> bool:
 
 
 def specials(dtype: str) -> list[int]:
-    """Bit patterns of dtype where engines go wrong: the edges of the format, and every rounding edge it can hold."""
+    """Return bit patterns at which engines go wrong: the limits of the format and the roundings to narrower formats."""
     form = FORMATS[dtype]
     one = encode(Value(Kind.FINITE, False, Fraction(1)), dtype)
     least_normal, quiet = 1 << form.fraction, form.infinity | 1 << (form.fraction - 1)
@@ -177,13 +178,16 @@ def specials(dtype: str) -> list[int]:
 
 
 def rounding_edges() -> list[Fraction]:
-    """Ties of the narrower formats, to even below and above, into overflow and to zero; and their neighbours."""
+    """Yield ties between two values of narrower formats, and their neighbours.
+
+    The ties round to the even value below or above, to infinity, and to zero.
+    """
     edges = []
     for form in (FORMATS["BF16"], FORMATS["F16"], FORMATS["F32"]):
         ulp = power_of_two(-form.fraction)
-        largest = 1 - form.least  # exponent of the largest finite number
+        largest = 1 - form.least  # the exponent of the largest finite number
         ties = [1 + ulp / 2, 1 + ulp * 3 / 2, (2 - ulp / 2) * power_of_two(largest), power_of_two(form.least) * ulp / 2]
         for tie in ties:
-            # 2^-40 is lost in fp32: what decides a rounding of fp64 that must not be done in two steps.
+            # fp32 loses the 2^-40, which decides how fp64 rounds: a conversion in two steps gives another result.
             edges += [tie, tie * (1 + power_of_two(-40)), tie * (1 - power_of_two(-40)), tie * (1 - power_of_two(-20))]
     return edges

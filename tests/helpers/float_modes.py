@@ -1,4 +1,4 @@
-"""Work under another floating-point mode of the calling thread."""
+"""Run tasks under another floating-point mode of their thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from expo.dtypes import ITEMSIZE
 T = TypeVar("T")
 
 
-# numerics refuses these modes and the compiled engine works in them; values of <fenv.h> on x86-64.
+# NumPy's engine refuses these modes, and the compiled engine works in them; the values are <fenv.h>'s for x86-64.
 ROUNDING_MODES = {"downward": 0x400, "upward": 0x800, "toward zero": 0xC00}
 
 
@@ -26,7 +26,7 @@ def pack(bits: Sequence[int], dtype: str) -> bytes:
 
 
 def flushing(task: Callable[[], T]) -> T:
-    """Run the task in a thread that flushes subnormals, and check that it still does so afterwards."""
+    """Run the task in a thread that flushes subnormals, and check that the thread still does so afterwards."""
 
     def run() -> T:
         if not torch.set_flush_denormal(True):
@@ -42,7 +42,7 @@ def flushing(task: Callable[[], T]) -> T:
 
 
 def rounding(mode: int, task: Callable[[], T]) -> T:
-    """Run the task in a thread that rounds otherwise than to nearest, and check that it still does so afterwards."""
+    """Run the task in a thread with another rounding than to nearest, and check that the thread keeps it."""
     library = ctypes.CDLL(None)
 
     def run() -> T:
@@ -61,6 +61,6 @@ on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the modes' n
 
 
 def in_thread(task: Callable[[], T]) -> T:
-    """Floating-point modes belong to a thread: change them in one that ends afterwards."""
+    """Run the task in a thread of its own, because a floating-point mode belongs to a thread and ends with it."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(task).result()

@@ -15,7 +15,7 @@ from expo.inputs.hub_ids import Snapshot
 ROOT = Path(__file__).parents[2]
 
 
-# Fetches each (id, weights_only, quiet) of the argument, and prints the snapshot or the message of the error.
+# This program fetches each (id, weights_only, quiet) of its argument, and prints the snapshot or the error's message.
 DRIVER = """
 import json, os, resource, sys
 from expo.inputs import hub
@@ -36,7 +36,7 @@ assert are_progress_bars_disabled() == ("HF_HUB_DISABLE_PROGRESS_BARS" in os.env
 """
 
 
-# Plans each (sft, aligned, further options) of the argument, and prints what --json prints, or the message.
+# This program plans each (sft, aligned, further options) of its argument, and prints the JSON or the error's message.
 PLANS = """
 import contextlib, io, json, os, sys
 from expo.fast import main

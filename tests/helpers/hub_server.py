@@ -1,4 +1,4 @@
-"""A hub on 127.0.0.1 with the part of the protocol that huggingface_hub uses; HF_ENDPOINT points the library to it."""
+"""A hub on 127.0.0.1 with the part of the protocol that huggingface_hub uses, which finds it by HF_ENDPOINT."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(match[1], revision, unquote(match[3]))
 
     def _open(self, name: str, revision: str, content: bool) -> tuple[str, dict[str, bytes]] | None:
-        """Return the commit and its files; send the failure and return None where the client may not see them."""
+        """Return the commit and its files; send the failure and return None if the client may not see them."""
         repo, token = self.hub.repos.get(name), self.headers.get("Authorization")
         if token not in (None, f"Bearer {TOKEN}"):
             return self._fail(401, "", "Invalid credentials in Authorization header")

@@ -12,18 +12,18 @@ from expo.merging import rank_worker
 
 
 class Stop(Exception):
-    """What a test interrupts a merge with."""
+    """The exception with which a test interrupts a merge."""
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseException, work: Callable[[], Any]) -> str:
-    """Do the work until so many chunks were written, then fail; the message."""
+    """Do the work until so many chunks are written, let the next write fail, and return the message."""
     sink, seen = rank_worker.RankWorker._write, iter(range(10**6))
 
     def failing(self: Any, *arguments: Any) -> None:
         if next(seen) >= chunks:
             raise error
         sink(self, *arguments)
-        time.sleep(0.001)  # so that some ticks pass
+        time.sleep(0.001)  # some reports of progress must happen before the end
 
     with monkeypatch.context() as patch:
         patch.setattr(rank_worker.RankWorker, "_write", failing)

@@ -1,4 +1,4 @@
-"""A GPU that is not there: streams that run late, in any order that the events allow, over poisoned memory."""
+"""A simulated GPU whose streams run late, in any order that the events allow, on memory filled with a pattern."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from expo.kernels import numerics, sweep
 from expo.kernels.contract import Operand, Term, extrapolation_term
 from expo.kernels.sweep import PART, Partials
 
-POISON = 0x5A  # as fp32 a number, so that statistics made of it are wrong and not an error
+POISON = 0x5A  # a finite number in fp32, so that statistics of unwritten memory are wrong and raise no error
 NAMES = {dtype: name for name, dtype in torch_dtypes().items()}
 STREAMS = ("up", "compute", "down")  # in the order in which the ring asks for them
 ORDERS = ("needed", "at once", "up first", "compute first", "down first")
 
 
 class Event:
-    """Happens when its stream comes to it."""
+    """An event, which happens when its stream reaches it."""
 
     def __init__(self, stream: str) -> None:
         self.stream = stream
@@ -30,12 +30,14 @@ class Event:
 
 
 class Late:
-    """A `ring.Device` whose work runs when the host waits for it, or when the order says so.
+    """A simulated device whose operations run when the host waits for them, or when the order says so.
 
-    order: "needed": nothing but what an event needs; "at once": all that is allowed, as soon as it is enqueued;
-    "up first" and so on: when the host waits, all of one stream that is allowed, then of the others; or a seed for a
-    random order. lost: a wait that is not done: "compute" for the kernels' wait for the uploads, "down" for the
-    downloads' wait for the kernels, "host" for the host's wait for the downloads.
+    Args:
+        order: "needed" runs only the operations that an event needs; "at once" runs every allowed operation as soon as
+            it is enqueued; "up first" and so on run, when the host waits, all allowed operations of one stream and then
+            those of the others; a number is the seed of a random order.
+        lost: A wait that is left out, as a fault of the lane: "compute" for the kernels' wait for the uploads, "down"
+            for the downloads' wait for the kernels, "host" for the host's wait for the downloads.
     """
 
     def __init__(self, order: str | int = "needed", lost: str = "") -> None:
@@ -48,7 +50,7 @@ class Late:
         self.waited: set[str] = set()
 
     def pinned(self, size: int) -> torch.Tensor:
-        start = 4096  # a page of its own, as O_DIRECT wants it
+        start = 4096  # O_DIRECT needs memory that starts at a page
         memory = self.memory(size + start)
         shift = -memory.data_ptr() % start
         return memory[shift : shift + size]
@@ -93,14 +95,14 @@ class Late:
                 self._step(last)
 
     def _meanwhile(self) -> None:
-        """What a GPU may get done before the host comes back."""
+        """Run the operations that a GPU could finish before the host continues."""
         while self.order == "at once" and self._runnable():
             self._run(self._runnable()[0])
         while isinstance(self.order, int) and self._runnable() and self.random.random() < 0.4:
             self._run(self.random.choice(self._runnable()))
 
     def _step(self, event: Event) -> None:
-        """Run something that is allowed, in the end what `event` needs."""
+        """Run one allowed operation; repeated calls reach the operation that `event` needs."""
         runnable = self._runnable()
         if isinstance(self.order, int):
             self._run(self.random.choice(runnable))
@@ -110,7 +112,7 @@ class Late:
             self._run(self._needed(event.stream))
 
     def _needed(self, stream: str) -> str:
-        """The stream that must run next before `stream` can go on."""
+        """Return the stream that must run next before `stream` can continue."""
         head = self.queues[stream][0]
         if isinstance(head, tuple) and head[0] == "wait" and not head[1].happened:
             return self._needed(head[1].stream)

@@ -1,4 +1,4 @@
-"""Faults of the system while an output is written: calls that fail, and filesystems that lack a function."""
+"""Faults of the system during the writing of an output: calls that fail, and filesystems that lack a function."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from expo.output.direct_io import O_DIRECT
 
 
 def refuse_to_sync(monkeypatch: pytest.MonkeyPatch, times: int, name: str = "") -> None:
-    """Have the first `times` syncs of files with `name` in their names fail, as a disk fails: later syncs succeed."""
+    """Let the first `times` syncs of files with `name` in their names fail; later ones succeed, as on a bad disk."""
     real, calls = os.fsync, itertools.count()
 
     def fsync(fd: int) -> None:
@@ -36,7 +36,7 @@ def refuse_to_sync(monkeypatch: pytest.MonkeyPatch, times: int, name: str = "") 
 
 
 def refuse_at_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every open with O_DIRECT fail."""
+    """Let every open with O_DIRECT fail."""
     real = os.open
 
     def fake(path: Any, flags: int, *rest: Any, **named: Any) -> int:
@@ -48,7 +48,7 @@ def refuse_at_open(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refuse_at_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every direct write fail, after an open that succeeded."""
+    """Let every direct write fail after an open that succeeds."""
     real = os.pwrite
 
     def fake(fd: int, data: Any, offset: int) -> int:
@@ -60,7 +60,7 @@ def refuse_at_write(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refuse_at_third_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every direct write fail, except the first two."""
+    """Let every direct write fail, except the first two."""
     real, calls = os.pwrite, itertools.count()
 
     def fake(fd: int, data: Any, offset: int) -> int:
@@ -72,7 +72,7 @@ def refuse_at_third_write(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the program run as on a system without O_DIRECT."""
+    """Let the program run as on a system without O_DIRECT."""
     monkeypatch.setattr(expo.output.direct_io, "O_DIRECT", 0)
 
 
@@ -81,7 +81,7 @@ REFUSALS = [refuse_at_open, refuse_at_write, refuse_at_third_write, no_direct]
 
 @contextlib.contextmanager
 def c_library_whose(function: str, code: int | None) -> Iterator[None]:
-    """Replace the C library by one whose function fails with this errno; None: by one without the function."""
+    """Replace the C library by one whose function fails with this errno, or that lacks the function if it is None."""
 
     def fail(*_: Any) -> int:
         ctypes.set_errno(code or 0)
@@ -98,9 +98,10 @@ CALLS = ["open", "pwrite", "fsync", "ftruncate", "rename", "mkdir", "link", "unl
 
 
 class Fault:
-    """Have the k-th call of one function fail with an OSError, once; calls on the inputs do not count and succeed.
+    """A fault: the k-th call of one function fails with an OSError, once; calls on the inputs are not counted.
 
-    hit: True once the call has failed.
+    Attributes:
+        hit: True after the call has failed.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str, k: int, code: int) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that are on no disk, and the fates of their tensors in a plan."""
+"""Checkpoints that exist in memory only, and the plans of their merges."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def checkpoint(
     index: Mapping[str, Any] | None = None,
     files: Sequence[str] = (),
 ) -> Checkpoint:
-    """A checkpoint that is on no disk: the plan must need no more than this."""
+    """Return a checkpoint that exists in memory only, because a plan must need no files."""
     groups = {SINGLE: list(tensors)} if shards is None else {f"shard-{i}": list(g) for i, g in enumerate(shards)}
     infos: dict[str, TensorInfo] = {}
     weight_map = {}
     for file, names in groups.items():
-        start = 101  # odd, as in files by others
+        start = 101  # odd, because the files of other programs may have odd offsets
         for name in names:
             dtype, shape = tensors[name]
             stop = start + element_count(shape) * BITS[dtype] // 8

@@ -1,9 +1,9 @@
-"""Runs Triton's PTX on a CPU: the rounding, reductions and barriers that the LLVM IR before it does not show.
+"""Run Triton's PTX on a CPU, with the rounding, reductions and barriers that the LLVM IR before it does not show.
 
 A register is an array of shape (programs, threads), so that an instruction is one NumPy operation for many programs.
-Whatever is not known exactly, an opcode, a modifier, an operand, is `Refused`; nothing is skipped or guessed. What a
-GPU would trap on or leave to chance is a `Fault`: an access outside the buffers, shared memory without a barrier. Not
-modelled: races in global memory.
+The interpreter refuses every opcode, modifier or operand that it does not know exactly (`Refused`). It raises a `Fault`
+for operations that a GPU traps on or whose result is not defined: an access outside the buffers, or an access to shared
+memory without a barrier. It does not find races in global memory.
 """
 
 from __future__ import annotations
@@ -19,34 +19,42 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Compute = Callable[..., Array]
-STORED: dict[int, Any] = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}  # registers, by their bits
+STORED: dict[int, Any] = {
+    1: np.bool_,
+    16: np.uint16,
+    32: np.uint32,
+    64: np.uint64,
+}  # the dtype of a register, by its width in bits
 TYPES: dict[str, tuple[int, Any]] = {
     **{"pred": (1, np.bool_), "f16": (16, np.float16), "f32": (32, np.float32)},
-    **{"f16x2": (32, np.float16), "f32x2": (64, np.float32)},  # views with twice the columns
+    **{
+        "f16x2": (32, np.float16),
+        "f32x2": (64, np.float32),
+    },  # a register holds two numbers, so its view has twice the columns
     **{f"{kind}{bits}": (bits, STORED[bits]) for kind in "bu" for bits in (16, 32, 64)},
     **{f"s{bits}": (bits, np.dtype(f"i{bits // 8}").type) for bits in (16, 32, 64)},
 }
 ACCESS = re.compile(r"(ld|st)\.(global|shared)(?:(?<=shared)::cta)?(?:\.v([24]))?\.b(16|32|64)")
 MATRICES = re.compile(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
 WARP, EVERY_LANE = 32, 0xFFFFFFFF
-POISON = 0xA5A5  # as fp32 a number, so that a result made of it is wrong
-WINDOW = 1024  # where shared memory starts: not 0, so that a lost base shows
-PAGE = 1 << 32  # between buffers: an access past one does not reach the next
+POISON = 0xA5A5  # a finite number in fp32, so that a result from unwritten memory is wrong and not NaN
+WINDOW = 1024  # the address of shared memory: not 0, so that an access without the base fails
+PAGE = 1 << 32  # bytes between buffers, so that an access past one does not reach the next
 
 
 class Refused(Exception):
-    """PTX that this interpreter does not know."""
+    """An error for PTX that this interpreter does not know."""
 
 
 class Fault(Exception):
-    """What a GPU traps on, or whose outcome it leaves to chance."""
+    """An error for an operation that a GPU traps on, or whose result is not defined."""
 
 
 # Arithmetic
 
 
 def canonical(compute: Compute) -> Compute:
-    """With the NaN that NVIDIA's fp32 operations give, 0x7fffffff: the one that a careless rounding turns into -0."""
+    """Replace each NaN by 0x7fffffff, the NaN of NVIDIA's fp32 operations, which integer rounding turns into -0."""
 
     def computed(*operands: Array) -> Array:
         result = compute(*operands)
@@ -58,10 +66,10 @@ def canonical(compute: Compute) -> Compute:
 
 
 def fused(x: Array, y: Array, z: Array) -> Array:
-    """x * y + z of fp32, rounded once.
+    """Return x * y + z of fp32, rounded once.
 
-    The product is exact in a double. The sum is rounded to odd there: its error, by Knuth's two-sum, sets the last
-    bit, so that the second rounding, to less than half as many bits, cannot mistake it for a tie.
+    The product is exact in a double, and the sum is rounded to odd there: its error, by Knuth's two-sum, sets the last
+    bit. So the second rounding, to less than half as many bits, does not take the sum for a tie.
     """
     p, z = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
     total = p + z
@@ -74,24 +82,24 @@ def fused(x: Array, y: Array, z: Array) -> Array:
 
 
 def to_bf16(x: Array) -> Array:
-    """To nearest even, as bits; NVIDIA's NaN is 0x7fff."""
+    """Return the bits, rounded to nearest even; NVIDIA's NaN is 0x7fff."""
     bits = x.view(np.uint32)
     near = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
     return np.where(x != x, np.uint16(0x7FFF), near.astype(np.uint16))
 
 
 def to_fp16(x: Array) -> Array:
-    """To nearest even, as bits; NVIDIA's NaN is 0x7fff."""
+    """Return the bits, rounded to nearest even; NVIDIA's NaN is 0x7fff."""
     return np.where(x != x, np.uint16(0x7FFF), x.astype(np.float16).view(np.uint16))
 
 
 def pair(narrow: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
-    """Two conversions into one register, the first operand's in the upper half."""
+    """Return a conversion of two operands into one register, the first of them into the upper half."""
     return lambda high, low: narrow(high).astype(np.uint32) << np.uint32(16) | narrow(low)
 
 
 def largest(x: Array, *more: Array) -> Array:
-    """max.f32: a NaN only where all are NaN, and +0 above -0."""
+    """Compute max.f32, which is NaN only if all operands are NaN, and for which +0 is above -0."""
     for y in more:
         equal = (x.view(np.uint32) & y.view(np.uint32)).view(np.float32)
         x = np.where(x == y, equal, np.where((x > y) | (y != y), x, y))
@@ -99,17 +107,17 @@ def largest(x: Array, *more: Array) -> Array:
 
 
 def smallest(x: Array, *more: Array) -> Array:
-    """min.f32."""
+    """Compute min.f32."""
     return -largest(-x, *(-y for y in more))
 
 
 def with_nan(choose: Compute) -> Compute:
-    """The .NaN forms: a NaN where any is NaN."""
+    """Return the .NaN form of an operation, which is NaN if any operand is NaN."""
     return lambda *xs: np.where(np.any([x != x for x in xs], 0), np.float32(np.nan), choose(*xs))
 
 
 def comparisons(kind: str) -> dict[str, Compute]:
-    """setp's: of floats, a NaN makes the plain ones false and those that end in u true."""
+    """Return setp's comparisons. With a NaN the float ones are false, and those whose names end in u are true."""
     if kind[0] == "b":
         return {"eq": np.equal, "ne": np.not_equal}
     known: dict[str, Compute] = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
@@ -123,12 +131,12 @@ def comparisons(kind: str) -> dict[str, Compute]:
 
 
 def shifted(shift: Any) -> Compute:
-    """By NumPy's rule for amounts past the width, which is PTX's: zeros, or the sign."""
+    """Return a shift. An amount past the width gives zeros or the sign, in PTX as in NumPy."""
     return lambda x, amount: shift(x, np.minimum(amount, 64).astype(x.dtype))
 
 
 def of_floats() -> Iterator[tuple[str, str, Compute]]:
-    """Opcodes, the types of the result and the operands, and what is computed."""
+    """Yield the opcode, the types of the result and the operands, and the function of each operation."""
     operations: dict[str, Compute] = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fused}
     for name, compute in operations.items():
         for kind in ("f32", "f32x2"):
@@ -192,7 +200,7 @@ def of_any() -> Iterator[tuple[str, str, Compute]]:
 
 
 def over_warp(join: Callable[[Array, Array], Array]) -> Callable[[Array], Array]:
-    """The lanes, which are the last axis, joined in pairs."""
+    """Return a reduction that joins the lanes, the last axis, in pairs."""
 
     def reduced(lanes: Array) -> Array:
         while lanes.shape[-1] > 1:
@@ -202,7 +210,7 @@ def over_warp(join: Callable[[Array, Array], Array]) -> Callable[[Array], Array]
     return reduced
 
 
-# Instructions from registers to a register, by opcode and number of operands.
+# The instructions from registers to a register, by opcode and number of operands.
 FORMS = {
     (opcode, len(types.split())): (types.split(), compute)
     for opcode, types, compute in chain(of_floats(), of_integers(), of_any())
@@ -218,7 +226,7 @@ REDUCTIONS = {
 
 
 class Access(NamedTuple):
-    """Lanes that touch memory: their rows in the group, who they are, and so many words of `width` bits for each."""
+    """The lanes that access memory, by row, program and thread; each accesses `words` words of `width` bits."""
 
     row: Array
     program: Array
@@ -232,7 +240,7 @@ class Access(NamedTuple):
         return self.width // 8 * self.words
 
     def require(self, good: Array, what: str) -> None:
-        """Raise a Fault that names the first lane that is not good."""
+        """Raise a Fault that names the first lane for which `good` is False."""
         if not good.all():
             i = int(np.flatnonzero(~good)[0])
             raise Fault(f"{what}: {self.address[i]:#x}, by program {self.program[i]}, thread {self.thread[i]}")
@@ -242,18 +250,18 @@ class Buffer(NamedTuple):
     start: int
     size: int
     writable: bool
-    memory: Array  # bytes from `base` on
-    base: int  # an address that 16 divides, at most 15 bytes before the start or that of the page
+    memory: Array  # the bytes from `base` on
+    base: int  # a multiple of 16: the page's address, or at most 15 bytes before the start
 
 
 class Memory:
-    """Global memory: arrays, each alone on its page, and what the process has at addresses of its own."""
+    """Global memory: arrays, each on a page of its own, and memory of this process at its own addresses."""
 
     def __init__(self) -> None:
         self._buffers: list[Buffer] = []
 
     def place(self, data: Array, writable: bool = False, shift: int = 0) -> int:
-        """The address of a copy of the data, `shift` bytes past a page."""
+        """Copy the data to `shift` bytes past the start of a page, and return the address."""
         page = (len(self._buffers) + 1) * PAGE
         memory = np.zeros((shift + data.nbytes + 15) // 16 * 16, np.uint8)
         memory[shift : shift + data.nbytes] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
@@ -268,12 +276,12 @@ class Memory:
             self._buffers.append(Buffer(address, size, writable, memory, base))
 
     def read(self, address: int, dtype: Any) -> Array:
-        """What the buffer that starts there holds now."""
-        (found,) = (buffer for buffer in self._buffers if buffer.start == address)
-        return found.memory[address - found.base :][: found.size].view(dtype)
+        """Return the elements of the buffer that starts at this address."""
+        (buffer,) = (buffer for buffer in self._buffers if buffer.start == address)
+        return buffer.memory[address - buffer.base :][: buffer.size].view(dtype)
 
     def _each(self, access: Access, writing: bool) -> Iterator[tuple[Array, Array, Array]]:
-        """For each buffer that is touched: its memory in units of the access, the lanes there, and their units."""
+        """Yield each accessed buffer's memory in units of the access, the lanes that access it, and their units."""
         access.require(access.address % access.size == 0, "misaligned")
         outside = np.ones(len(access.address), bool)
         for start, size, writable, memory, base in self._buffers:
@@ -286,10 +294,10 @@ class Memory:
         access.require(~outside, "a write outside the writable buffers" if writing else "a read outside the buffers")
 
     def load(self, access: Access) -> Array:
-        got = np.zeros((len(access.address), access.words), STORED[access.width])
+        words = np.zeros((len(access.address), access.words), STORED[access.width])
         for units, lanes, at in self._each(access, False):
-            got[lanes] = units[at]
-        return got
+            words[lanes] = units[at]
+        return words
 
     def store(self, access: Access, words: Array) -> None:
         for units, lanes, at in self._each(access, True):
@@ -297,7 +305,7 @@ class Memory:
 
 
 class Shared:
-    """Shared memory in words, each with the warps that read and wrote it since the last barrier, a bit for each."""
+    """Shared memory in words. Each word has a bit for every warp that has read or written it since the last barrier."""
 
     CELL = np.dtype([("word", np.uint32), ("known", np.bool_), ("readers", np.uint32), ("writers", np.uint32)])
 
@@ -308,7 +316,7 @@ class Shared:
         self.cells["readers"] = self.cells["writers"] = 0
 
     def _touched(self, access: Access) -> tuple[Any, Array]:
-        """Indices of the words, and the lanes' warps as bits."""
+        """Return the indices of the words, and the bits of the lanes' warps."""
         access.require(access.address % access.size == 0, "misaligned in shared memory")
         first = (access.address.astype(np.int64) - WINDOW) // 4
         access.require((first >= 0) & (first + access.words <= self.cells.shape[1]), "outside shared memory")
@@ -338,7 +346,7 @@ class Shared:
 
 
 class Group:
-    """Programs that stand at the same instruction."""
+    """Programs that run the same instruction next."""
 
     def __init__(self, programs: Array, threads: int, arguments: dict[str, Array], memory: Memory, cells: Array):
         self.programs, self.shape = programs, (len(programs), threads)
@@ -359,7 +367,7 @@ class Group:
         self.registers[name] = np.ascontiguousarray(value)
 
     def only(self, rows: Array, at: int) -> Group:
-        """Some of the programs, at another instruction."""
+        """Return the group of these programs at another instruction."""
         part = Group(self.programs[rows], self.shape[1], self.arguments, self.memory, self.shared.cells[rows])
         part.registers = {name: value[rows] for name, value in self.registers.items()}
         part.at = at
@@ -370,7 +378,7 @@ class Group:
         return Access(row, self.programs[row], thread, address[row, thread], width, count)
 
 
-Act = Callable[[Group, "Array | None"], None]  # the second: the lanes that take part, None for all
+Act = Callable[[Group, "Array | None"], None]  # the second argument has the active lanes, or None for all
 Source = Callable[[Group], Array]
 SPECIAL: dict[str, Source] = {
     "%tid.x": lambda group: np.arange(group.shape[1], dtype=np.uint32)[None],
@@ -380,7 +388,15 @@ SPECIAL: dict[str, Source] = {
 
 
 class Instruction(NamedTuple):
-    """guard: a predicate's register; wanted: its value where the instruction runs. label: a branch's, and no act."""
+    """One instruction.
+
+    Attributes:
+        text: The text in the PTX.
+        guard: The register of the predicate; "" if there is none.
+        wanted: The value of the predicate in the lanes that run the instruction.
+        act: The operation; None for a branch or a return.
+        label: The target of a branch; "" for other instructions.
+    """
 
     text: str
     guard: str
@@ -390,7 +406,7 @@ class Instruction(NamedTuple):
 
 
 class Kernel:
-    """The one entry of a PTX text, with `shared` bytes of dynamic shared memory."""
+    """The only entry of a PTX text, with `shared` bytes of dynamic shared memory."""
 
     def __init__(self, text: str, shared: int = 0) -> None:
         text = re.sub(r"//.*", "", text)
@@ -413,7 +429,7 @@ class Kernel:
     def run(
         self, programs: Sequence[int] | Array, arguments: Sequence[Any], memory: Memory, together: int = 64
     ) -> None:
-        """Run those programs in that order, so many at a time; memory holds what they wrote."""
+        """Run the programs in this order, `together` at a time; their results are in the memory afterwards."""
         values = {
             name: np.array([[value]], TYPES[kind][1]).view(STORED[TYPES[kind][0]])
             for (name, kind), value in zip(self.parameters.items(), arguments, strict=True)
@@ -428,7 +444,7 @@ class Kernel:
                     waiting += self._advance(waiting.pop())
 
     def _advance(self, group: Group) -> list[Group]:
-        """Run until all programs end, or until they part: then the groups that do."""
+        """Run until all programs end, or return the groups of programs that diverge at a branch."""
         while group.at < len(self.instructions):
             step = self.instructions[group.at]
             where = group.read(step.guard) == step.wanted if step.guard else None
@@ -442,14 +458,14 @@ class Kernel:
             elif where.any():
                 taken = where.all(1)
                 if (taken != where.any(1)).any():
-                    raise Fault(f"threads of a program part at {step.text}")
+                    raise Fault(f"threads of a program diverge at {step.text}")
                 return [group.only(taken, self.labels[step.label]), group.only(~taken, group.at)]
         raise Fault("the end is reached without ret")
 
-    # Reading the text: each method understands all of a piece of it, or raises Refused
+    # Parsing: each of these methods understands a part of the text completely, or raises Refused.
 
     def _declared(self, line: str) -> tuple[str, str]:
-        """A parameter's name and type."""
+        """Return a parameter's name and type."""
         found = re.fullmatch(r"\s*\.param \.(u64|u32|f32)(?: \.ptr \.global \.align \d+)? (\w+)\s*", line)
         if found is None:
             raise Refused(line)
@@ -507,7 +523,7 @@ class Kernel:
         raise Refused("unknown")
 
     def _register(self, text: str, width: int) -> str:
-        """The text, if it is a register of that width."""
+        """Return the text if it is a register of this width."""
         found = re.fullmatch(r"(%[a-z]+)(\d+)", text)
         bits, count = self.banks.get(found[1], (0, 0)) if found else (0, 0)
         if found is None or bits != width or int(found[2]) >= count:
@@ -515,12 +531,12 @@ class Kernel:
         return text
 
     def _parts(self, text: str, width: int) -> list[str]:
-        """A register of `width` bits, or those in {...} that have so many together."""
+        """Return the name of a register of `width` bits, or of registers in {...} that have `width` bits together."""
         names = [name.strip() for name in text.strip("{}").split(",")]
         return [name if name == "_" else self._register(name, width // len(names)) for name in names]
 
     def _source(self, text: str, kind: str) -> Source:
-        """Reads a register, or gives a constant of shape (1, 1)."""
+        """Return the source that reads a register, or that returns a constant of shape (1, 1)."""
         width, dtype = TYPES[kind]
         if text.startswith("%"):
             self._register(text, width)
@@ -536,7 +552,7 @@ class Kernel:
         return lambda group: constant
 
     def _half(self, name: str, width: int) -> Source:
-        """Reads a register, or poison: LLVM leaves unwritten the half of a pair that nothing depends on."""
+        """Return the source that reads a register, or poison if it is unwritten, as the unused half of a pair is."""
         source, poison = self._source(name, f"b{width}"), np.full((1, 1), POISON, STORED[width])
         return lambda group: source(group) if name in group.registers else poison
 
@@ -548,13 +564,13 @@ class Kernel:
         def act(group: Group, where: Array | None) -> None:
             result = compute(*(source(group) for source in sources))
             if result.dtype != dtype:
-                raise Refused(f"{result.dtype} for {types}")  # NumPy's promotion is not PTX's
+                raise Refused(f"{result.dtype} for {types}")  # NumPy has promoted a type, which PTX never does
             group.write(to, result.view(STORED[width]), where)
 
         return act
 
     def _mov(self, operands: list[str], width: int) -> Act:
-        """From a register or several, a constant or a special register, to a register or several."""
+        """Return a mov, from registers, a constant or a special register, to one or more registers."""
         to, of = self._parts(operands[0], width), operands[1]
         if of in SPECIAL and width == 32:
             sources = [SPECIAL[of]]
@@ -573,7 +589,7 @@ class Kernel:
         return act
 
     def _parameter(self, operands: list[str], kind: str) -> Act:
-        """Into a register as wide, or with a sign or zeros before it into one of 64 bits."""
+        """Return a load of a parameter into a register of the same width, or extended into one of 64 bits."""
         width, dtype = TYPES[kind]
         wide = width if kind[0] == "b" else 64
         to, name = self._register(operands[0], wide), operands[1].strip("[] ")
@@ -588,7 +604,7 @@ class Kernel:
         return act
 
     def _place(self, text: str, space: str) -> tuple[Source, int]:
-        """What gives an address in square brackets, and the number that is added to it."""
+        """Return the source of an address in square brackets, and the constant that is added to it."""
         found = re.fullmatch(r"\[\s*(%\w+|global_smem)(?:\s*\+\s*(\d+))?\s*\]", text)
         if found is None or (space == "global" and found[1] == "global_smem"):
             raise Refused("unknown operands")
@@ -597,7 +613,7 @@ class Kernel:
         return self._source(found[1], "u64" if space == "global" else "u32"), int(found[2] or 0)
 
     def _access(self, operands: list[str], way: str, space: str, count: int, width: int) -> Act:
-        """A load or a store of `count` words."""
+        """Return a load or a store of `count` words."""
         text, place = operands if way == "ld" else operands[::-1]
         names = self._parts(text, width * count)
         if len(names) != count or "_" in names or (space == "shared" and width != 32):
@@ -608,14 +624,14 @@ class Kernel:
             start = base(group)
             address = np.broadcast_to(start + start.dtype.type(offset), group.shape)
             access = group.access(address, where, width, count)
-            held: Memory | Shared = group.memory if space == "global" else group.shared
+            target: Memory | Shared = group.memory if space == "global" else group.shared
             if way == "st":
                 lanes = access.row, access.thread
-                held.store(access, np.stack([group.read(name)[lanes] for name in names], -1))
+                target.store(access, np.stack([group.read(name)[lanes] for name in names], -1))
                 return
-            words = held.load(access)
+            words = target.load(access)
             for i, name in enumerate(names):
-                value = group.registers.get(name)  # lanes that take no part keep what they have, if anything
+                value = group.registers.get(name)  # inactive lanes keep their value, if they have one
                 value = np.full(group.shape, POISON, STORED[width]) if value is None else value.copy()
                 value[access.row, access.thread] = words[:, i]
                 group.write(name, value, None)
@@ -623,9 +639,9 @@ class Kernel:
         return act
 
     def _matrices(self, operands: list[str], way: str, count: int) -> Act:
-        """Matrices of 8 rows of 16 bytes in shared memory, a register of every lane for each.
+        """Return a load or a store of 8 x 16-byte matrices in shared memory, each in one register of every lane.
 
-        Lanes 8i to 8i + 7 hold the addresses of matrix i's rows; lane t has word t % 4 of row t // 4.
+        Lanes 8i to 8i + 7 have the addresses of matrix i's rows; lane t has word t % 4 of row t // 4.
         """
         text, place = operands if way == "ld" else operands[::-1]
         names, lane = self._parts(text, 32 * count), np.arange(WARP)
@@ -649,7 +665,7 @@ class Kernel:
         return act
 
     def _across(self, operands: list[str], kind: str, exchange: Callable[[Array], Array]) -> Act:
-        """From a register, in the shape (programs, warps, lanes), to another; all of a warp's lanes take part."""
+        """Return an exchange between all lanes of a warp, as a function of the shape (programs, warps, lanes)."""
         to, source = self._register(operands[0], 32), self._source(self._register(operands[1], 32), kind)
         members = [self._source(text, "b32") for text in operands[2:]]
 

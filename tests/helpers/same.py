@@ -1,4 +1,4 @@
-"""When two results are the same: bit for bit, but for what a NaN carries, which the numerics contract leaves free."""
+"""The comparison of two results bit for bit, except for a NaN's payload, which the numerics contract leaves open."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def differing(out: Any, expected: Any, dtype: str) -> Any:
-    """Flat indices at which two arrays of bit patterns (unsigned, of one shape) differ and are not both a NaN."""
+    """Return the flat indices at which two arrays of bit patterns (unsigned, one shape) differ and are not both NaN."""
     assert out.shape == expected.shape
     out, expected = out.ravel(), expected.ravel()
     form = exact.FORMATS[dtype]

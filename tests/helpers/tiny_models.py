@@ -1,4 +1,4 @@
-"""Tiny models of transformers for tests: a pair of two states, and what a folder computes once it is loaded."""
+"""Tiny models of transformers for tests: pairs of two states of one model, and the logits of a loaded folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pair_of(model: Any, folder: Path) -> tuple[Path, Path]:
 
 
 def loaded(folder: Path, dtype: Any = "auto") -> Any:
-    """Return the model of a folder, in which transformers has to find all of it and nothing else."""
+    """Return the model of a folder, and check that the folder has exactly the model's weights."""
     with quiet():
         model, info = LOAD(folder, dtype=dtype, output_loading_info=True)
     assert not any(info.values()), info
@@ -33,7 +33,7 @@ def loaded(folder: Path, dtype: Any = "auto") -> Any:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    """Return what a folder's model computes in fp32."""
+    """Return the logits of a folder's model in fp32."""
     with quiet(), torch.no_grad():
         found: torch.Tensor = loaded(folder, torch.float32)(IDS).logits
     return found

@@ -1,4 +1,4 @@
-"""Checkpoints in PyTorch's own format."""
+"""Write checkpoints in PyTorch's own format."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ TORCH = {
 
 
 def wide(data: bytes, dtype: str) -> Any:
-    """Elements as float64, exactly."""
+    """Return the elements as float64, which is exact."""
     stored = np.frombuffer(data, STORAGE[dtype])
     if dtype == "BF16":
         stored = (stored.astype("<u4") << 16).view("<f4")
-    with np.errstate(invalid="ignore"):  # signalling NaN
+    with np.errstate(invalid="ignore"):  # the conversion of a signalling NaN would warn
         return stored.astype(np.float64)
 
 
 def state_dict(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Tensors as they lie about in state dicts: matrices the other way round, parts of a larger one, two in one."""
+    """Return the tensors with the memory layouts of real state dicts.
+
+    Matrices are transposed, tensors are parts of a larger one, and two tensors share one storage.
+    """
     state = {name: as_torch(*tensor) for name, tensor in tensors.items()}
     for name, tensor in state.items():
         if tensor.dim() > 1:
@@ -47,7 +50,7 @@ def state_dict(tensors: Tensors) -> dict[str, torch.Tensor]:
 def write_bin(
     folder: Path, tensors: Tensors, shards: int = 0, zipped: bool = True, config: Mapping[str, Any] | None = None
 ) -> Path:
-    """As `write_folder`, in PyTorch's own format."""
+    """Write a folder as `write_folder` does, but in PyTorch's own format."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
     state, options = state_dict(tensors), {"_use_new_zipfile_serialization": zipped}

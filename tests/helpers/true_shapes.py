@@ -1,8 +1,8 @@
-"""The paper's twelve pairs as they stand on the hub, but hollow: their names, shapes, dtypes, kinds of file, no data.
+"""The paper's twelve pairs as on the hub, but without data: their names, shapes, dtypes and kinds of file.
 
-The files have holes where the weights would be: a pair of 70B takes a megabyte of disk and reads as zeros. Sizes are
-those of the public configs. Which kinds of file a repository has, and how many, is as found where it was found; where
-it was not (`CHOSEN`), as it is usual for the model's maker and size.
+The files are sparse, so a pair of 70B takes a megabyte of disk and reads as zeros. The sizes are those of the public
+configs. The kinds and numbers of files are those of the repositories. For the repositories in `CHOSEN` they are not
+known, so the usual ones of the model's maker and size are used.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from checkpoint_files import sparse_file
 
 Shapes = dict[str, tuple[int, ...]]
-Files = tuple[tuple[str, int], ...]  # (safetensors or bin, how many)
+Files = tuple[tuple[str, int], ...]  # (safetensors or bin, the number of files)
 
 
 class Model(NamedTuple):
-    """An architecture's sizes; heads and kv are numbers of attention heads, for queries, and for keys and values."""
+    """The sizes of an architecture; `heads` and `kv` are the numbers of heads for queries and for keys and values."""
 
     kind: str
     hidden: int
@@ -37,7 +37,7 @@ class Model(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One of the paper's pairs; params_b: parameters in billions, as published."""
+    """One of the paper's pairs; `params_b` is the published number of parameters in billions."""
 
     model: Model
     params_b: float
@@ -59,7 +59,7 @@ INTERNLM2_20B = Model("internlm2", 6144, 16384, 48, 48, 8, 92544)
 
 
 def _files(text: str) -> Files:
-    """`safetensors 3, bin 2` as pairs."""
+    """Return a text such as `safetensors 3, bin 2` as pairs."""
     return tuple((kind, int(number)) for kind, number in (part.split() for part in text.split(", ")))
 
 
@@ -100,7 +100,7 @@ PAIRS = {
     "tulu-2-dpo-70b": _pair(LLAMA2_70B, 68.977, "tulu-2-70b", "bin 15", "tulu-2-dpo-70b", "bin 15"),
 }
 
-# What was not found: the kind of file or, where no more is said, their number.
+# The properties that are not known: the kind of the files, or else their number.
 CHOSEN = {
     "zephyr-7b-alpha": "sft: kind (likely bin) and number; aligned: numbers",
     "zephyr-7b-beta": "aligned: numbers",
@@ -113,13 +113,13 @@ CHOSEN = {
 
 @cache
 def shapes(recipe: str) -> Shapes:
-    """The parameters by name, in the order in which the model has them; the same for sft and aligned."""
+    """Return the shapes of the parameters by name, in the model's order; sft and aligned have the same."""
     model = PAIRS[recipe].model
     return _internlm2(model) if model.kind == "internlm2" else _llama(model)
 
 
 def buffers(recipe: str) -> Shapes:
-    """What sft has besides, in fp32: Llamas saved by old versions of transformers have their rotary frequencies."""
+    """Return the fp32 buffers that only sft has: old versions of transformers saved Llama's rotary frequencies."""
     if recipe != "tulu-2-dpo-7b":
         return {}
     model = PAIRS[recipe].model
@@ -127,7 +127,7 @@ def buffers(recipe: str) -> Shapes:
 
 
 def _llama(model: Model) -> Shapes:
-    """Llama's names, which are Mistral's too."""
+    """Return the shapes of a Llama or a Mistral, which has the same names."""
     hidden, inner, keys = model.hidden, model.inner, model.kv * model.head
     layer = {
         "self_attn.q_proj": (hidden, hidden),
@@ -168,7 +168,7 @@ def _internlm2(model: Model) -> Shapes:
 
 
 def config(recipe: str) -> dict[str, Any]:
-    """config.json's object."""
+    """Return the object in config.json."""
     model = PAIRS[recipe].model
     classes = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM", "internlm2": "InternLM2ForCausalLM"}
     found: dict[str, Any] = {
@@ -191,14 +191,14 @@ def config(recipe: str) -> dict[str, Any]:
 
 
 def code_files(recipe: str) -> set[str]:
-    """The names of the Python files that the model comes with."""
+    """Return the names of the model's Python files."""
     if PAIRS[recipe].model.kind != "internlm2":
         return set()
     return {f"{part}_internlm2.py" for part in ("configuration", "modeling", "tokenization")}
 
 
 def build(recipe: str, folder: Path) -> tuple[Path, Path]:
-    """Make the pair's two folders in this one, and return sft's and aligned's."""
+    """Write the pair's two folders into this folder, and return sft's and aligned's."""
     pair = PAIRS[recipe]
     weights = {name: ("BF16", shape) for name, shape in shapes(recipe).items()}
     more = {name: ("F32", shape) for name, shape in buffers(recipe).items()}
@@ -210,7 +210,7 @@ def build(recipe: str, folder: Path) -> tuple[Path, Path]:
         _small_files(recipe, folder / name)
         for kind, number in files:
             _weights(folder / name, kind, number, tensors)
-    if recipe.startswith("zephyr"):  # left over from training, and no weights
+    if recipe.startswith("zephyr"):  # a file that training has left, which has no weights
         (folder / pair.aligned / "training_args.bin").write_bytes(b"PK\x03\x04 a pickle of arguments")
     return folder / pair.sft, folder / pair.aligned
 
@@ -235,7 +235,7 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 def _weights(folder: Path, kind: str, number: int, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """One file, or `number` of about the same size and their index, as transformers names them."""
+    """Write one file, or `number` files of about the same size and an index, with transformers' names."""
     stem, suffix, write = {
         "safetensors": ("model", "safetensors", sparse_file),
         "bin": ("pytorch_model", "bin", sparse_bin),
@@ -262,7 +262,7 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def sparse_bin(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Path:
-    """What torch.save would write of zeros, with holes for the zeros; a file that is alone has an OrderedDict in it."""
+    """Write the sparse file that torch.save would write for zeros; a single file contains an OrderedDict."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -1,4 +1,4 @@
-"""Merges with a PEFT adapter as aligned, file to file: bit for bit what the documents say, and what PEFT merges."""
+"""Merges with a PEFT adapter as aligned, file to file: the bits of the documented formula and of PEFT's merge."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """How to make an adapter, and options for its merge: the base's dtype; what LoraConfig and save_pretrained get."""
+    """A kind of adapter: the base's dtype, arguments of LoraConfig and save_pretrained, options of the merge."""
 
     dtype: str
     config: dict[str, Any]
@@ -86,7 +86,7 @@ CASES = {
 
 
 class Made(NamedTuple):
-    """A base and an adapter in their folders, the scale of each module, and what PEFT merges in fp32."""
+    """A base and an adapter in their folders, the scale of each module, and PEFT's own merge in fp32."""
 
     kind: Kind
     base: Path
@@ -104,9 +104,9 @@ def tokenizer(size: int, template: str) -> Any:
     from tokenizers.models import WordLevel
 
     model = Tokenizer(WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))
-    found = transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="t0")
-    found.chat_template = template
-    return found
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="t0")
+    wrapped.chat_template = template
+    return wrapped
 
 
 def new_model(family: str) -> Any:
@@ -117,7 +117,7 @@ def new_model(family: str) -> Any:
 
 
 def train(wrapped: Any, also: tuple[str, ...]) -> None:
-    """Some other value for whatever would be trained, and for parameters with one of `also` in their names."""
+    """Change every trainable parameter, and every parameter with one of `also` in its name."""
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -162,10 +162,10 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], M
 
 @pytest.fixture(params=CASES)
 def made(request: pytest.FixtureRequest, make: Callable[[str], Made]) -> Iterator[Made]:
-    found = make(request.param)
-    before = fingerprint(*found.pair)
-    yield found
-    assert fingerprint(*found.pair) == before
+    adapter = make(request.param)
+    before = fingerprint(*adapter.pair)
+    yield adapter
+    assert fingerprint(*adapter.pair) == before
 
 
 @pytest.fixture
@@ -175,40 +175,40 @@ def lora(make: Callable[[str], Made]) -> Made:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many chunks, most of which begin and end amid a row."""
+    """Make chunks so small that most of them begin and end inside a row."""
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 4096)
     monkeypatch.setattr("expo.tensors.streaming.CHUNK", 1000)
     monkeypatch.setattr("expo.execution.tensor_source.CONVERTED", 333)
 
 
-# What is expected, from the files' bytes and the documents alone
+# The expected tensors, from the files' bytes and the documents alone
 
 
 def array(tensor: tuple[str, tuple[int, ...], bytes]) -> Any:
-    """A tensor as fp32."""
+    """Return a tensor as fp32."""
     dtype, shape, data = tensor
     return np.frombuffer(data, KINDS[dtype]).astype(np.float32).reshape(shape)
 
 
 def deltas(made: Made) -> dict[str, Any]:
-    """scale * left @ right in fp32, the sum from the left, by the base's names."""
+    """Return scale * left @ right in fp32, summed from the left, by the base's names."""
     stored = read_file(made.adapter / "adapter_model.safetensors")
-    found = {}
+    products = {}
     for module, scale in made.scales.items():
         embedding = f"{PREFIX}{module}.lora_embedding_A" in stored
         names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
         right, left = (array(stored[f"{PREFIX}{module}.{name}"]) for name in names)
-        if embedding or (made.kind.family == "gpt2" and "lm_head" not in module):  # the weight is [in, out]
+        if embedding or (made.kind.family == "gpt2" and "lm_head" not in module):  # the weight has the shape [in, out]
             left, right = right.T, left.T
         delta = np.zeros((left.shape[0], right.shape[1]), np.float32)
         for k in range(left.shape[1]):
             delta += left[:, k, None] * right[None, k, :]
-        found[f"{module}.weight"] = delta * np.float32(scale)
-    return found
+        products[f"{module}.weight"] = delta * np.float32(scale)
+    return products
 
 
 def full(made: Made) -> Tensors:
-    """What the adapter has whole, by the base's names, without the embedding that lies below factors."""
+    """Return the adapter's whole tensors by the base's names, without an embedding that has factors too."""
     stored = read_file(made.adapter / "adapter_model.safetensors")
     whole = {key: tensor for key, tensor in stored.items() if "lora_" not in key}
     named = {key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor for key, tensor in whole.items()}
@@ -218,13 +218,13 @@ def full(made: Made) -> Tensors:
 
 
 def expected(made: Made, alpha: float, dtype: str = "", own: dict[str, float] | None = None) -> Tensors:
-    """Every tensor of the output; own: alphas of single tensors."""
-    moved, whole, found = deltas(made), full(made), {}
+    """Return every tensor of the output; `own` has the alphas of single tensors."""
+    products, whole, tensors = deltas(made), full(made), {}
     for name, tensor in read_folder(made.base).items():
         target = dtype or tensor[0]
         base, al = array(tensor), (own or {}).get(name, alpha)
-        if name in moved:
-            value = base + np.float32(1 + al) * moved[name]
+        if name in products:
+            value = base + np.float32(1 + al) * products[name]
         elif name in whole:
             value = array(whole[name]).copy()
             rows = len(base)
@@ -232,13 +232,15 @@ def expected(made: Made, alpha: float, dtype: str = "", own: dict[str, float] | 
         else:
             value = base
         assert value.dtype == np.float32
-        found[name] = (target, value.shape, value.astype(KINDS[target]).tobytes())
-    return found
+        tensors[name] = (target, value.shape, value.astype(KINDS[target]).tobytes())
+    return tensors
 
 
-def assert_equal(found: Tensors, wanted: Tensors) -> None:
-    assert {name: tensor[:2] for name, tensor in found.items()} == {name: t[:2] for name, t in wanted.items()}
-    assert [name for name in wanted if found[name] != wanted[name]] == []
+def assert_equal(actual: Tensors, expected_tensors: Tensors) -> None:
+    assert {name: tensor[:2] for name, tensor in actual.items()} == {
+        name: t[:2] for name, t in expected_tensors.items()
+    }
+    assert [name for name in expected_tensors if actual[name] != expected_tensors[name]] == []
 
 
 def merge(made: Made, alpha: Any, out: Path, **options: Any) -> Tensors:
@@ -247,7 +249,7 @@ def merge(made: Made, alpha: Any, out: Path, **options: Any) -> Tensors:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Digests of the files, without the card, which has the path of the adapter in it."""
+    """Return the digests of the files, without the card, which contains the path of the adapter."""
     return {name: digest for name, digest in contents(folder).items() if name != "README.md"}
 
 
@@ -267,7 +269,7 @@ def test_every_tensor_is_what_the_documents_say(made: Made, tmp_path: Path, alph
 
 
 def test_what_the_cases_are_about(make: Callable[[str], Made]) -> None:
-    """Each of them has what it is there for."""
+    """Each case has the property that it was made for."""
     ranks = {name: one.config.get("r", 8) for name, one in CASES.items()}
     assert set(make("lm_head").adapter.iterdir()) > {make("lm_head").adapter / "adapter_config.json"}
     assert {"lm_head.weight", "model.norm.weight"} < set(full(make("lm_head")))
@@ -284,7 +286,7 @@ def test_what_the_cases_are_about(make: Callable[[str], Made]) -> None:
 
 
 def test_alpha_0_is_what_peft_merges(made: Made, tmp_path: Path) -> None:
-    """The same after rounding but for what PEFT's own order of the sum shows: one place, and rarely."""
+    """The rounded values are PEFT's, except for rare differences of one place, because PEFT sums in another order."""
     found = merge(made, 0, tmp_path / "out")
     same = total = 0
     for name, (dtype, shape, data) in found.items():
@@ -303,7 +305,7 @@ def test_alpha_0_is_what_peft_merges(made: Made, tmp_path: Path) -> None:
 
 
 def ordered(x: Any) -> Any:
-    """Whole numbers that count the values of a 16-bit format, from the least to the largest."""
+    """Return whole numbers that count the values of a 16-bit format, from the least to the largest."""
     bits = x.view(np.int16).astype(np.int64)
     return np.where(bits < 0, -(bits & 0x7FFF), bits)
 
@@ -363,7 +365,7 @@ def test_another_dtype_is_rounded_once(made: Made, tmp_path: Path, dtype: str) -
 
 
 def test_alpha_for(made: Made, tmp_path: Path) -> None:
-    """0 keeps the adapter's tensor, not the base's."""
+    """Alpha 0 keeps the adapter's tensor and not the base's."""
     name, other = list(deltas(made))[:2]
     rules = {name.replace(".", r"\."): 0.0, other.replace(".", r"\."): 2.0}
     whole = dict.fromkeys(full(made), 0.5)
@@ -379,12 +381,12 @@ def test_alpha_minus_1_is_the_base(lora: Made, tmp_path: Path) -> None:
 
 
 def test_an_alpha_that_is_not_plain_in_fp32(lora: Made, tmp_path: Path) -> None:
-    """1 + alpha is rounded to fp32 once: fp32(0.1) + 1 would be rounded twice."""
+    """The sum 1 + alpha is rounded to fp32 once; fp32(0.1) + 1 would be rounded twice."""
     alpha = next(x for x in np.linspace(0.1, 0.2, 999).tolist() if np.float32(1 + x) != 1 + np.float32(x))
     assert_equal(merge(lora, alpha, tmp_path / "out"), expected(lora, alpha))
 
 
-# Interrupted
+# Interrupted merges
 
 
 @pytest.mark.parametrize("chunks", [0, 7, 20])
@@ -457,7 +459,7 @@ def test_the_adapter_s_tokenizer_wins(make: Callable[[str], Made], tmp_path: Pat
 
 
 def test_a_tokenizer_is_replaced_as_a_whole(make: Callable[[str], Made], tmp_path: Path) -> None:
-    """transformers takes a chat template, special tokens and added tokens from files of their own first."""
+    """transformers prefers separate files of templates and special tokens, so none of the base's may stay."""
     made = make("LoRA over fp32")
     base, adapter = shutil.copytree(made.base, tmp_path / "base"), shutil.copytree(made.adapter, tmp_path / "adapter")
     (base / "special_tokens_map.json").write_text('{"pad_token": "t3"}')
@@ -475,8 +477,8 @@ def test_a_tokenizer_is_replaced_as_a_whole(make: Callable[[str], Made], tmp_pat
     (adapter / "tokenizer_config.json").write_text(json.dumps(config))
     expo.merge(base, adapter, 0.3, tmp_path / "out")
     with quiet():
-        found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (found.chat_template, found.pad_token, len(found)) == ("adapter's", "t5", TOKENS)
+        loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (loaded.chat_template, loaded.pad_token, len(loaded)) == ("adapter's", "t5", TOKENS)
     assert set(contents(tmp_path / "out")) == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenization_own.py",
         "tokenizer.json", "tokenizer_config.json",
@@ -484,7 +486,7 @@ def test_a_tokenizer_is_replaced_as_a_whole(make: Callable[[str], Made], tmp_pat
 
 
 def test_configs_that_are_not_the_output_s(make: Callable[[str], Made], tmp_path: Path) -> None:
-    """Of the base as it was quantised, beside the adapter; of an adapter that was merged into the base."""
+    """The config beside the adapter is of the quantised base, or of an adapter that was merged into the base."""
     made = make("LoRA over fp32")
     base, adapter = shutil.copytree(made.base, tmp_path / "base"), shutil.copytree(made.adapter, tmp_path / "adapter")
     shutil.copy(adapter / "adapter_config.json", base)
@@ -592,7 +594,7 @@ def test_shards_of_another_size(lora: Made, tmp_path: Path) -> None:
 
 
 def test_weights_in_pytorch_s_own_format(make: Callable[[str], Made], tmp_path: Path) -> None:
-    """Of the base and of the adapter."""
+    """Both the base and the adapter have .bin files."""
     made = make("embedding")
     places = {
         "base": ("model.safetensors", "pytorch_model.bin"),
@@ -610,7 +612,7 @@ def test_weights_in_pytorch_s_own_format(make: Callable[[str], Made], tmp_path: 
     assert_equal(read_folder(tmp_path / "out"), expected(made, 0.3))
 
 
-# What is reported
+# Reports
 
 
 @pytest.mark.parametrize("alphas", [(0.3,), (0.0, 0.3, 1.0)])
@@ -643,9 +645,9 @@ def test_overflow_is_counted(make: Callable[[str], Made], tmp_path: Path) -> Non
     made = make("LoRA over fp16")
     result = expo.merge(*made.pair, 1e7, tmp_path / "out")
     with np.errstate(over="ignore"):
-        wanted = expected(made, 1e7)
-    assert_equal(read_folder(tmp_path / "out"), wanted)
-    assert result.outputs[0].non_finite == sum(int(np.isinf(array(tensor)).sum()) for tensor in wanted.values()) > 0
+        tensors = expected(made, 1e7)
+    assert_equal(read_folder(tmp_path / "out"), tensors)
+    assert result.outputs[0].non_finite == sum(int(np.isinf(array(tensor)).sum()) for tensor in tensors.values()) > 0
 
 
 def test_the_plan_names_the_rank(
@@ -662,14 +664,14 @@ def test_the_plan_names_the_rank(
     assert lines[name] == f"copy {name} BF16 [24, 48] alpha is 0: base and adapter 2.3 kB"
     assert lines["model.norm.weight"].endswith("not in the adapter 96 bytes")
     assert main([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    reasons = {step["name"]: step["reason"] for step in found["steps"]}
+    plan = json.loads(capsys.readouterr().out)
+    reasons = {step["name"]: step["reason"] for step in plan["steps"]}
     assert reasons["model.layers.0.self_attn.q_proj.weight"] == "adapter of rank 2"
     assert reasons["model.layers.0.mlp.down_proj.weight"] == "adapter of rank 8"
     stored = read_file(made.adapter / "adapter_model.safetensors")
     unread = [data for key, (_, _, data) in stored.items() if "lora_" not in key]
     assert not unread
-    assert found["bytes_read"] == sum(len(data) for _, _, data in (*read_folder(made.base).values(), *stored.values()))
+    assert plan["bytes_read"] == sum(len(data) for _, _, data in (*read_folder(made.base).values(), *stored.values()))
     assert not (tmp_path / "out").exists()
 
 
@@ -680,10 +682,10 @@ def test_few_factors_are_held_and_each_is_read_once(lora: Made) -> None:
             for start in range(0, step.nbytes, 500):
                 stop = min(start + 500, step.nbytes)
                 source.compute(choose("auto", "cpu"), step, start, stop, [bytearray(stop - start)])
-        held = source._factors.cache_info()
-    assert held.misses == len(deltas(lora)) > MOST_FACTORS
-    assert held.currsize == held.maxsize == MOST_FACTORS
-    assert held.hits > held.misses
+        cache = source._factors.cache_info()
+    assert cache.misses == len(deltas(lora)) > MOST_FACTORS
+    assert cache.currsize == cache.maxsize == MOST_FACTORS
+    assert cache.hits > cache.misses
 
 
 def test_workers_who_come_to_a_tensor_together_read_its_factors_once(
@@ -713,7 +715,7 @@ def test_the_base_below_a_delta_is_read_once(lora: Made) -> None:
 
 
 def test_a_whole_tensor_over_a_weight_of_integers_is_refused(lora: Made, tmp_path: Path) -> None:
-    """A base whose weight holds integers is quantised, whatever the adapter has in its place."""
+    """A base with a weight of integers is quantised, even if the adapter has a whole tensor for that weight."""
     name = "model.norm.weight"
     base, adapter = (Path(shutil.copytree(path, tmp_path / path.name)) for path in lora.pair)
     tensors = {**read_folder(base), name: ("I64", (48,), bytes(48 * 8))}
@@ -729,7 +731,7 @@ def test_a_whole_tensor_over_a_weight_of_integers_is_refused(lora: Made, tmp_pat
 
 
 def test_a_floating_point_mode_that_cannot_be_worked_in_is_an_error_of_ours(lora: Made) -> None:
-    torch.set_flush_denormal(True)  # which the threads that compute take over
+    torch.set_flush_denormal(True)  # the threads that compute inherit this mode
     try:
         with pytest.raises(expo.EngineError, match=r"failed on model\..*floating-point mode flushes subnormals"):
             list(expo.stream(*lora.pair, 0.3))

@@ -1,4 +1,4 @@
-"""--carry, and what comes along without it: the output, the plan, the card, a merge that resumes, the hub."""
+"""The files that an output gets with and without --carry: in the plan, the card, a resumed merge, and from the hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUBBISH = (
 
 @pytest.fixture
 def aligned(tmp_path: Path) -> Path:
-    """The demo's aligned, as a training folder."""
+    """Make a training folder of the demo's aligned."""
     folder = Path(shutil.copytree(DEMO / "aligned", tmp_path / "aligned"))
     for name in RUBBISH:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def test_the_plan_lists_every_file(aligned: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"),
+    ("pattern", "message"),
     [
         ("*.pdf", "`carry` '*.pdf' matches no file beside the weights of "),
         ("SHA*", "matches no file"),
@@ -83,13 +83,13 @@ def test_the_plan_lists_every_file(aligned: Path, capsys: pytest.CaptureFixture[
 )
 @pytest.mark.parametrize("plan", [["--plan"], []], ids=["plan", "merge"])
 def test_a_pattern_that_cannot_be_followed(
-    aligned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str, said: str, plan: list[str]
+    aligned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str, message: str, plan: list[str]
 ) -> None:
     (aligned / ".hidden").write_text("x")
     (tmp_path / "elsewhere").write_text("x")
     (aligned / "secret").symlink_to(tmp_path / "elsewhere")
     assert run(aligned, "--out", tmp_path / "out", "--carry", pattern, *plan) == 3
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -192,7 +192,7 @@ def fail(*_: object) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Client]:
-    """A hub with a pair whose aligned is a training folder."""
+    """Yield a hub with a pair whose aligned is a training folder."""
     tensors = {"w": ("BF16", (8, 8))}
     files = files_of(write_folder(tmp_path / "sft", random_tensors(tensors, 1)))
     with serve() as server:

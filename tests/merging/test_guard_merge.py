@@ -1,6 +1,6 @@
-"""A merge stays as cheap as it is: bytes read and written, memory whatever the size, modules imported.
+"""Limits of a merge's cost: bytes read and written, memory for any size of the model, and imported modules.
 
-All are counts of a process of its own; none depends on how busy the machine is.
+Each test counts in a process of its own, so the numbers do not depend on other work of the machine.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from bench.pairs import scaled_llama, write_pair
 from expo.demo import ALIGNED, SFT
 
 ROOT = Path(__file__).parents[2]
-SMALL = 4 << 20  # bytes of code, headers, journal and card beside the weights; 0.8 MB measured
-CALL = 1 << 20  # bytes of output for each write call, at least; 3.5 MB measured, and a tensor here has 0.5
-ALONE = 48  # write calls beside the weights
-# Bytes, between a pair of 200 MB and one of 800 MB. 0.1 MB measured; the workers' buffers, 32 MiB at most, may be gone
-# before anybody looks where the smaller merge takes milliseconds.
+SMALL = 4 << 20  # bytes of code, headers, journal and card besides the weights; 0.8 MB were measured
+CALL = 1 << 20  # the least bytes of output for each write call; 3.5 MB were measured, and a tensor here has 0.5
+ALONE = 48  # write calls besides the weights'
+# Bytes between a pair of 200 MB and one of 800 MB; 0.1 MB were measured. The smaller merge takes milliseconds, so its
+# workers' buffers, 32 MiB at most, may be freed before the memory is read.
 MORE_ANONYMOUS = 40_000_000
-MORE_RESIDENT = 100_000_000  # bytes; 11 MB measured
+MORE_RESIDENT = 100_000_000  # bytes; 11 MB were measured
 MERGE = """
 import json, sys
 import expo
@@ -47,7 +47,7 @@ print(json.dumps({**io, **memory, "inputs": merged.bytes_read, "outputs": merged
 
 
 def merge(pair: Path, out: Path, *alphas: float) -> dict[str, int]:
-    """Counts of a process that merges once, in bytes and calls."""
+    """Return the counts of bytes and calls of a process that merges once."""
     command = [sys.executable, "-c", MERGE, pair / "sft", pair / "aligned", out, *alphas]
     done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -63,7 +63,7 @@ def _compiled() -> None:
 
 @pytest.fixture(scope="module")
 def unmapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A pair of 150 MB each that somebody has open for writing, so that it is read with pread, which is counted."""
+    """Yield a pair of 150 MB each that is open for writing, so that the merge reads it with pread, which is counted."""
     pair = write_pair(tmp_path_factory.mktemp("pair"), scaled_llama(75e6), 3)
     with ExitStack() as stack:
         for path in pair.glob("*/*.safetensors"):
@@ -98,7 +98,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("options", "most"), [("--help", 150), ("--plan", 215), ("--quiet", 240)])
 def test_modules_imported(tmp_path: Path, options: str, most: int) -> None:
-    """115, 177 and 201 measured; `import torch` alone makes 1122."""
+    """The measured numbers were 115, 177 and 201; `import torch` alone loads 1122 modules."""
     inputs = ["--sft", str(SFT), "--aligned", str(ALIGNED), "--alpha", "0.5", "--out", str(tmp_path / "out")]
     command = [sys.executable, "-X", "importtime", "-m", "expo.fast", *inputs, options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""--check: outputs that transformers loads, and outputs that it does not, which are not put in place."""
+"""The option --check: outputs that transformers loads, and outputs that it does not load and that stay staged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Change = Callable[[dict[str, Any]], Tensors]
 
 
 def pair(folder: Path, change: Change = dict, shards: int = 0, **config: Any) -> tuple[Path, Path]:
-    """The demo pair with other tensors and another config."""
+    """Write the demo pair with other tensors and another config."""
     sft, aligned = (
         write_folder(folder / name, change(read_folder(DEMO / name)), shards, {**CONFIG, **config})
         for name in ("sft", "aligned")
@@ -35,7 +35,7 @@ def pair(folder: Path, change: Change = dict, shards: int = 0, **config: Any) ->
 
 
 def refused(inputs: tuple[Path, Path], out: Path) -> list[str]:
-    """The lines of the error of a merge with check, which leaves nothing at `out`."""
+    """Return the lines of the error of a merge with check, after which `out` does not exist."""
     with pytest.raises(expo.OutputError) as caught:
         expo.merge(*inputs, 0.3, out, check=True)
     assert caught.value.exit_code == 4
@@ -64,10 +64,10 @@ def untied(tensors: Tensors, counterpart: bool = False) -> Tensors:
 def test_a_model_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--sft", str(DEMO / "sft"), "--aligned", str(DEMO / "aligned"), "--alpha", "0.3", "0.5"]
     assert main([*words, "--out", str(tmp_path / "{alpha}"), "--check", "--digest"]) == 0
-    said = capsys.readouterr()
-    assert "transformers" not in said.err
-    assert "Loading" not in said.err, "transformers' bars are silenced"
-    assert f"-> {tmp_path}/0.5 (checked)\n" in said.out
+    printed = capsys.readouterr()
+    assert "transformers" not in printed.err
+    assert "Loading" not in printed.err, "transformers' bars are silenced"
+    assert f"-> {tmp_path}/0.5 (checked)\n" in printed.out
     assert main([*words, "--out", str(tmp_path / "plain-{alpha}"), "--digest"]) == 0
     assert "checked" not in capsys.readouterr().out
     for alpha in ("0.3", "0.5"):
@@ -76,9 +76,9 @@ def test_a_model_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("shards", [0, 3])
 def test_names_that_transformers_does_not_know(tmp_path: Path, shards: int) -> None:
-    found = refused(pair(tmp_path, renamed, shards), tmp_path / "out")
+    problems = refused(pair(tmp_path, renamed, shards), tmp_path / "out")
     parts = ("down", "gate", "up")
-    assert found == [
+    assert problems == [
         *(f"missing: model.layers.1.mlp.{part}_proj.weight" for part in parts),
         *(f"unexpected: model.layers.1.mlq.{part}_proj.weight" for part in parts),
     ]
@@ -92,14 +92,14 @@ def test_a_tensor_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_tensor_of_another_shape_than_the_config_s(tmp_path: Path) -> None:
-    found = refused(pair(tmp_path, vocab_size=CONFIG["vocab_size"] + 8), tmp_path / "out")
+    problems = refused(pair(tmp_path, vocab_size=CONFIG["vocab_size"] + 8), tmp_path / "out")
     rows, width = CONFIG["vocab_size"], CONFIG["hidden_size"]
-    assert f"mismatched: {EMBEDDING}: [{rows}, {width}] in the files, [{rows + 8}, {width}] in the model" in found
+    assert f"mismatched: {EMBEDDING}: [{rows}, {width}] in the files, [{rows + 8}, {width}] in the model" in problems
 
 
 def test_a_head_that_the_config_ties_but_that_is_stored_with_other_values(tmp_path: Path) -> None:
-    found = refused(pair(tmp_path, untied, tie_word_embeddings=True), tmp_path / "out")
-    assert found == [f"tied by the config, but stored apart with other values: {HEAD} and {EMBEDDING}"]
+    problems = refused(pair(tmp_path, untied, tie_word_embeddings=True), tmp_path / "out")
+    assert problems == [f"tied by the config, but stored apart with other values: {HEAD} and {EMBEDDING}"]
 
 
 def test_a_head_that_is_missing_though_the_config_does_not_tie_it(tmp_path: Path) -> None:
@@ -119,15 +119,15 @@ def test_at_most_forty_lines(tmp_path: Path) -> None:
     def all_renamed(tensors: Tensors) -> Tensors:
         return {f"x.{name}": tensor for name, tensor in tensors.items()}
 
-    found = refused(pair(tmp_path, all_renamed), tmp_path / "out")
-    assert len(found) == loading.MAX_LISTED + 1
-    missing = len(read_folder(DEMO / "aligned")) + 1  # the head too, which nothing is there to tie to
-    assert found[-1] == f"and {missing + missing - 1 - loading.MAX_LISTED} more"
+    problems = refused(pair(tmp_path, all_renamed), tmp_path / "out")
+    assert len(problems) == loading.MAX_LISTED + 1
+    missing = len(read_folder(DEMO / "aligned")) + 1  # no embedding is left to tie the head to
+    assert problems[-1] == f"and {missing + missing - 1 - loading.MAX_LISTED} more"
 
 
 def test_a_config_that_transformers_cannot_read(tmp_path: Path) -> None:
-    found = refused(pair(tmp_path, hidden_size="many"), tmp_path / "out")
-    assert "Error" in found[0]
+    problems = refused(pair(tmp_path, hidden_size="many"), tmp_path / "out")
+    assert "Error" in problems[0]
 
 
 def test_what_it_advises_puts_the_output_in_place(tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("MixtralForCausalLM", {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4}),  # experts are fused
-        ("BertForMaskedLM", SMALL),  # a weight and a bias are tied
+        ("MixtralForCausalLM", {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4}),  # fused experts
+        ("BertForMaskedLM", SMALL),  # a tied weight and a tied bias
         ("T5ForConditionalGeneration", {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 2}),
-        ("LlavaForConditionalGeneration",  # names changed between versions
+        ("LlavaForConditionalGeneration",  # other names in other versions
          {"text_config": {"model_type": "llama", **SMALL},
           "vision_config": {"model_type": "clip_vision_model", **SMALL, "image_size": 16, "patch_size": 8}}),
     ],
@@ -188,7 +188,7 @@ def test_without_architectures_the_model_of_the_type_counts(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}},
          "its class OwnForCausalLM is custom code (auto_map in aligned's config.json), which is not run; "),
@@ -200,13 +200,13 @@ def test_without_architectures_the_model_of_the_type_counts(tmp_path: Path) -> N
     ],
 )  # fmt: skip
 def test_models_that_cannot_be_checked_are_refused_before_the_work(
-    tmp_path: Path, config: dict[str, Any], said: str
+    tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     inputs = pair(tmp_path, **config)
     (inputs[1] / "modeling_own.py").write_text("raise SystemExit('run')")
     with pytest.raises(expo.UsageError) as caught:
         expo.merge(*inputs, 0.3, tmp_path / "out", check=True)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert not staging_folder(tmp_path / "out").exists()
     expo.merge(*inputs, 0.3, tmp_path / "out")
 

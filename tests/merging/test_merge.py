@@ -1,4 +1,4 @@
-"""expo.merge(), file to file: the bits, the folder around them, and what is left when it does not come to an end."""
+"""expo.merge() from files to files: the bits, the other files of the folder, and the state after an error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ALPHAS = (0.3, -0.25, 1.0, 0.0)
 SHARD = "model-00001-of-00002.safetensors"
 Pair = tuple[Path, Path]
 
-# Every pair of floating dtypes, and what is odd in other ways.
+# Every pair of floating dtypes, and tensors that are unusual in other ways.
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     **{f"{a}.{s}": (a, (37, 11)) for a in FLOATS for s in FLOATS},
     **ODD_SHAPES,
@@ -58,9 +58,9 @@ SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_open(frozen_heap: None, tmp_path: Path) -> Iterator[None]:
-    """No worker thread, descriptor or mapping of a file outlives a merge, however it ended."""
+    """Check that no worker thread, descriptor or mapping of a file outlives a merge, however the merge ended."""
     yield
-    gc.collect()  # what an exception still holds goes with it
+    gc.collect()  # a pending exception may refer to open files
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("expo")] == []
     assert [target for target in open_files() if target.startswith(str(tmp_path))] == []
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
@@ -68,7 +68,7 @@ def leaves_nothing_open(frozen_heap: None, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
-    """Small sharded checkpoints of all dtypes, whose files must be the same afterwards."""
+    """Yield small sharded checkpoints of all dtypes, and check that their files stay the same."""
     made = make_pair(tmp_path)
     before = fingerprint(*made)
     yield made
@@ -81,7 +81,7 @@ def make_pair(
     shards: tuple[int, int] = (3, 2),
     pad: int = 0,
 ) -> Pair:
-    """sft and aligned; the sft counterpart of "A.S" has dtype S. They are sharded differently."""
+    """Write sft and aligned with different shards; the counterpart of "A.S" has dtype S."""
     counterparts = {name: (name.partition(".")[2] or dtype, shape) for name, (dtype, shape) in shapes.items()}
     sft, aligned = random_tensors(counterparts, 1), random_tensors(shapes, 2)
     return (
@@ -91,17 +91,17 @@ def make_pair(
 
 
 def open_files() -> list[str]:
-    found = []
+    targets = []
     for fd in os.listdir("/proc/self/fd"):
         try:
-            found.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except FileNotFoundError:  # the descriptor of the listing itself
+            targets.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:  # the listing's own descriptor is closed
             continue
-    return found
+    return targets
 
 
 def expected(sft: Tensors, aligned: Tensors, alpha: float) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """What the merge must give, tensor by tensor, from direct calls of the contract in NumPy."""
+    """Return the tensors that the merge must give, from direct calls of the contract in NumPy."""
     return {
         name: (dtype, shape, _expected(sft[name], (dtype, shape, data), alpha))
         for name, (dtype, shape, data) in aligned.items()
@@ -124,9 +124,15 @@ def nothing_but(folder: Path, *names: str) -> bool:
 
 
 def resumes(pair: Pair, folder: Path, *outs: Path, alpha: Any = 0.3, out: Path | None = None, **options: Any) -> bool:
-    """Whether a merge that failed left its staging folders alone, and --resume makes an undisturbed merge's of them.
+    """Return True if a resumed merge gives an undisturbed one's outputs; check that only staging folders were left.
 
-    folder: where nothing else may be but the inputs. out: what merge() was told, where it is a pattern.
+    Args:
+        pair: The inputs.
+        folder: The folder of the inputs and of the outputs, which may contain nothing else.
+        outs: The paths of the outputs.
+        alpha: The alpha or alphas.
+        out: The template of the outputs' paths; None for a single output.
+        options: Further options of the merge.
     """
     assert nothing_but(folder, "sft", "aligned", *(staging_folder(each).name for each in outs))
     template = out or outs[0]
@@ -140,7 +146,7 @@ def resumes(pair: Pair, folder: Path, *outs: Path, alpha: Any = 0.3, out: Path |
 
 
 def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Every call of the engine takes that long, so that other things can happen meanwhile."""
+    """Let every call of the engine take this many seconds, so that a test can act in the meantime."""
     real = choose()
 
     def run(*arguments: Any) -> Statistics | None:
@@ -434,7 +440,7 @@ def test_parents_of_the_output_are_made(pair: Pair, tmp_path: Path) -> None:
 
 
 def sha256sum(sums: Path) -> list[str]:
-    """The names of the files that `sha256sum -c` finds to be as the list says; fails where one is not."""
+    """Return the names of the files that `sha256sum -c` confirms; fail if a file has another digest."""
     done = subprocess.run(["sha256sum", "-c", "--strict", sums.name], cwd=sums.parent, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     return [line.removesuffix(": OK") for line in os.fsdecode(done.stdout).splitlines()]
@@ -452,7 +458,7 @@ def test_digests_of_a_folder_are_what_sha256sum_checks(pair: Pair, tmp_path: Pat
 
 
 def test_digests_of_aligned_are_not_taken_for_those_of_the_output(pair: Pair, tmp_path: Path) -> None:
-    """Aligned may itself be an output."""
+    """aligned may itself be an output, with digests of its own."""
     expo.merge(*pair, 0.3, tmp_path / "first", digest=True)
     expo.merge(pair[0], tmp_path / "first", 0.3, tmp_path / "second")
     assert not (tmp_path / "second" / "SHA256SUMS").exists()
@@ -511,7 +517,7 @@ def test_a_digest_does_not_outlive_a_merge_that_failed(tmp_path: Path, monkeypat
         with pytest.raises(expo.OutputError, match="Input/output error"):
             expo.merge(*files, 0.3, tmp_path / "out", digest=True)
     assert nothing_but(tmp_path, "sft", "aligned", ".out.expo-staging")
-    expo.merge(*files, 0.3, tmp_path / "out", resume=True)  # and without --digest there is none
+    expo.merge(*files, 0.3, tmp_path / "out", resume=True)  # a merge without --digest writes none
     assert nothing_but(tmp_path, "sft", "aligned", "out")
 
 
@@ -613,13 +619,13 @@ def test_a_folder_that_an_inputs_links_lead_into_is_not_overwritten(tmp_path: Pa
 
 
 def test_an_empty_output_name_is_refused(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = tmp_path / "here"
-    here.mkdir()
-    (here / "thesis.tex").write_text("years of work")
-    monkeypatch.chdir(here)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    monkeypatch.chdir(folder)
     with pytest.raises((expo.OutputError, expo.UsageError)):
         expo.merge(*pair, 0.3, "")
-    assert nothing_but(here, "thesis.tex")
+    assert nothing_but(folder, "thesis.tex")
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -652,7 +658,7 @@ def test_what_appears_at_out_during_a_merge_is_not_replaced(tmp_path: Path, kind
         assert contents(out) == contents(tmp_path / "plain")
 
 
-# --- being watched, stopped and run beside others ---------------------------------------------------------------------
+# --- progress, cancellation and merges side by side -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -669,7 +675,7 @@ def test_progress_grows_to_the_total_in_the_callers_thread(
 
     merged = expo.merge(*pair, [0.3, 0.5], tmp_path / "out{alpha}", progress=progress, verify=verify)
     dones = [done for done, _ in calls]
-    work = merged.bytes_written  # with verify writing is one half of the way, and reading back the other
+    work = merged.bytes_written  # with verify, writing is one half of the progress and reading back the other
     assert dones == sorted(dones)
     assert {total for _, total in calls} == {work}
     assert dones[-1] == work
@@ -679,7 +685,7 @@ def test_progress_grows_to_the_total_in_the_callers_thread(
 
 
 class Stop(Exception):
-    """The callback's own."""
+    """An exception of the test's callback."""
 
 
 @pytest.mark.parametrize(("share", "verify"), [(0, False), (1, False), (0.5, True), (1, True)])
@@ -759,7 +765,7 @@ FIXES = "`resume=True` continues it, `overwrite=True` starts anew"
 def test_a_leftover_without_room_beside_it_is_named_all_the_same(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It holds the room that the output needs: that is no reason to ask for more."""
+    """The staging folder takes the space that the output needs, so the message must not ask for more space."""
 
     def stop(*_: Any) -> None:
         raise Stop
@@ -843,7 +849,7 @@ def test_an_input_that_changes_under_the_merge_is_noticed(
     file.write_bytes(data)
     what = f"{which}: another size, time of change or header of model.safetensors"
     with pytest.raises(expo.OutputError, match=rf"^{staging_folder(out)} holds another merge \({what}\): choose"):
-        expo.merge(*pair, 0.3, out, resume=True)  # a later time of change: who knows what else is different
+        expo.merge(*pair, 0.3, out, resume=True)  # with another time of change the contents may differ too
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert resumes(pair, tmp_path, out)
 
@@ -853,9 +859,10 @@ def test_an_input_that_changes_under_the_merge_is_noticed(
 def test_what_was_computed_from_an_input_that_was_changed_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, verify: bool
 ) -> None:
-    """Its bytes and its time of change come back afterwards, as a copying tool would do it."""
+    """The test restores the bytes and the time of change afterwards, as a copying tool would do."""
     pair = make_pair(tmp_path, shards=(0, 0))
-    monkeypatch.setattr(expo.checkpoints.reader, "LOCAL", set())  # this process has a lease of its own
+    # This process writes to the file itself, so it takes no lease.
+    monkeypatch.setattr(expo.checkpoints.reader, "LOCAL", set())
     monkeypatch.setattr(expo.execution.worker_pool, "CHUNK", 4096)
     file, out = tmp_path / which / "model.safetensors", tmp_path / "out"
     before, data = file.stat(), file.read_bytes()
@@ -912,7 +919,7 @@ def test_a_file_that_is_not_carried_any_more_does_not_come_along_from_what_was_l
     assert resumes(pair, tmp_path, out)
 
 
-# --- what it reports --------------------------------------------------------------------------------------------------
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_are_those_of_a_direct_computation(pair: Pair, tmp_path: Path) -> None:
@@ -944,7 +951,7 @@ def wide(tensor: tuple[str, tuple[int, ...], bytes]) -> Any:
 def test_unrelated_models_are_merged_with_a_warning(pair: Pair, tmp_path: Path) -> None:
     merged = expo.merge(*pair, 0.3, tmp_path / "out")
     assert merged.relative_distance > 1
-    assert any("are these two unrelated?" in warning for warning in merged.warnings)
+    assert any("are the two models unrelated?" in warning for warning in merged.warnings)
 
 
 def test_identical_models_are_merged_with_a_warning(pair: Pair, tmp_path: Path) -> None:
@@ -961,7 +968,7 @@ def test_related_models_are_merged_without_a_warning(tmp_path: Path) -> None:
 
 
 def corrupt(out: Path, change: Callable[[Path], None]) -> Callable[[int, int], None]:
-    """Progress that changes a staged file when half is done: all are written, none is read back yet."""
+    """Return a callback that changes a staged file at half the progress, when all is written and nothing read back."""
     calls = itertools.count()
 
     def progress(done: int, total: int) -> None:
@@ -1005,7 +1012,7 @@ def test_verify_names_the_tensor_and_the_byte(
 
 
 def layout(tensors: Tensors) -> dict[str, int]:
-    """Where each tensor of an output file starts: widest dtype first, then by name."""
+    """Return the start of each tensor in an output file: the widest dtype first, then by name."""
     rank = ["I64", "F64", "F32", "BF16", "F16", "U8", "BOOL"]
     at, starts = 4096, {}
     for name in sorted(tensors, key=lambda name: (rank.index(tensors[name][0]), name)):
@@ -1035,7 +1042,7 @@ def test_verify_sees_the_header_and_a_short_file(
 
 @pytest.mark.parametrize("alphas", [["0.3"], ["0.1", "0.3", "0.5"]])
 def test_memory_stays_small_whatever_the_models_size(tmp_path: Path, alphas: list[str]) -> None:
-    """0.75 GB each; pages of the inputs count as this process's memory while they are mapped."""
+    """The models have 0.75 GB each. Pages of the inputs count as this process's memory while they are mapped."""
     rows = 24000 if len(alphas) == 1 else 8000
     sft, aligned = (
         sparse_file(tmp_path / f"{name}.safetensors", {f"w{i}": ("BF16", (rows, 4096)) for i in range(4)})
@@ -1058,7 +1065,7 @@ def test_memory_stays_small_whatever_the_models_size(tmp_path: Path, alphas: lis
 def memory(pid: int) -> dict[str, int]:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+    except (FileNotFoundError, ProcessLookupError):  # the process has just ended
         return {}
     fields = (line.split() for line in lines if line.startswith(("VmRSS", "RssAnon")))
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}

@@ -1,4 +1,4 @@
-"""The model card: what the Hub reads out of it, what a person reads, and that no name can break either."""
+"""The model card: the fields that the Hub reads, the text that a person reads, and names that could break either."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HOSTILE = [
 
 
 def make(**changes: Any) -> str:
-    """A card of an ordinary merge, but for what is said here."""
+    """Return the card of an ordinary merge with these changes."""
     arguments: dict[str, Any] = {
         "sft": Origin("HuggingFaceH4/mistral-7b-sft-beta", "1" * 40),
         "aligned": Origin("HuggingFaceH4/zephyr-7b-beta", "2" * 40),
@@ -68,12 +68,12 @@ def make(**changes: Any) -> str:
 
 
 def split(text: str) -> tuple[dict[str, Any], str]:
-    """Front matter and body, taken apart as the Hub does it."""
-    found = re.search(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))", text)
-    assert found
-    fields = yaml.safe_load(found[2])
+    """Return the front matter and the body, split as the Hub splits them."""
+    match = re.search(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))", text)
+    assert match
+    fields = yaml.safe_load(match[2])
     assert isinstance(fields, dict)
-    return fields, text[found.end() :]
+    return fields, text[match.end() :]
 
 
 def front(**changes: Any) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def body(**changes: Any) -> str:
 
 
 def with_matter(matter: str) -> dict[str, Any]:
-    """The front matter of a merge whose aligned has this front matter."""
+    """Return the front matter of the output of an aligned with this front matter."""
     return front(readme=f"---\n{matter}\n---\n# A model\n")
 
 
@@ -230,7 +230,7 @@ def test_no_name_breaks_the_card(name: str) -> None:
 
 
 def _outside_fences(text: str) -> list[str]:
-    """The lines that are in no block of code."""
+    """Return the lines outside the blocks of code."""
     lines, fence = [], ""
     for line in re.split(r"\r\n|\r|\n", text):
         if fence:

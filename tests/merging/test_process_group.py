@@ -1,4 +1,7 @@
-"""Several processes that make one merge: the bytes of one alone, whatever dies; as threads here, and under torchrun."""
+"""Several processes that make one merge: they give the bytes of one process, and survive the failure of any rank.
+
+The ranks are threads of one process in most tests, and processes under torchrun in the last ones.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_files import MIXED_SHAPES, files, mixed_pair, random_tensors, staging, write_folder
+from checkpoint_files import MIXED_SHAPES, contents, kept, mixed_pair, random_tensors, staging_folder, write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
 import expo
+from expo.cli import with_options
 from expo.errors import RankError
 from expo.merging import rank_worker
 from expo.merging.launcher import join
@@ -41,7 +45,7 @@ Pair = tuple[Path, Path]
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many chunks, each written down at once, and a quick eye on the others."""
+    """Make many chunks, record each at once, and exchange heartbeats quickly."""
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 8 << 10)
     monkeypatch.setattr(journal, "INTERVAL", 0.0)
     monkeypatch.setattr("expo.execution.worker_pool.TICK", 0.001)
@@ -57,7 +61,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 class Host:
-    """A store, and the threads of one process as the ranks that meet in it."""
+    """Ranks that are threads of one process, and their store."""
 
     def __init__(self, world: int, **options: Any) -> None:
         self.store, self.world = dist.HashStore(), world
@@ -81,14 +85,14 @@ class Host:
         return exchange
 
     def run(self, work: Callable[[ProcessGroup], Any]) -> list[Any]:
-        """What work returns or raises, by rank."""
-        found: list[Any] = [None] * self.world
+        """Run the work on every rank, and return the result or the exception of each, by rank."""
+        results: list[Any] = [None] * self.world
 
         def one(ranks: ProcessGroup) -> None:
             try:
-                found[ranks.rank] = work(ranks)
+                results[ranks.rank] = work(ranks)
             except BaseException as error:
-                found[ranks.rank] = error
+                results[ranks.rank] = error
 
         threads = [threading.Thread(target=one, args=(ranks,)) for ranks in self.ranks]
         for thread in threads:
@@ -97,11 +101,11 @@ class Host:
             thread.join()
         for ranks in self.ranks:
             ranks.close()
-        return found
+        return results
 
 
-def merged_by(world: int, pair: Pair, alpha: Any, out: Path, **options: Any) -> Merged:
-    """All ranks return the same."""
+def merge_by(world: int, pair: Pair, alpha: Any, out: Path, **options: Any) -> Merged:
+    """Merge with this many ranks, check that all return the same result, and return it."""
     first, *others = Host(world).run(lambda ranks: expo.merge(*pair, alpha, out, ranks=ranks, **options))
     if isinstance(first, BaseException):
         raise first
@@ -111,12 +115,12 @@ def merged_by(world: int, pair: Pair, alpha: Any, out: Path, **options: Any) -> 
 
 
 def report(merged: Merged) -> Merged:
-    """What a merge reports but for time, place and who did it."""
+    """Return the result of a merge without the time, the path and the processes."""
     outputs = tuple(replace(output, path="") for output in merged.outputs)
     return replace(merged, outputs=outputs, seconds=0.0, workers=0, ranks=0, resumed=0, shares={})
 
 
-# The ranges.
+# The division into ranges.
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 9), st.data())
@@ -137,9 +141,9 @@ def test_every_chunk_is_one_ranks_and_all_have_the_same_bytes(sizes: list[int], 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_the_bytes_and_the_report_of_one_process(pair: Pair, tmp_path: Path, world: int) -> None:
     alone = expo.merge(*pair, [0.3, 1.0], tmp_path / "one-{alpha}", digest=True)
-    together = merged_by(world, pair, [0.3, 1.0], tmp_path / "all-{alpha}", digest=True)
+    together = merge_by(world, pair, [0.3, 1.0], tmp_path / "all-{alpha}", digest=True)
     for alpha in ("0.3", "1"):
-        assert files(tmp_path / f"one-{alpha}") == files(tmp_path / f"all-{alpha}")
+        assert contents(tmp_path / f"one-{alpha}") == contents(tmp_path / f"all-{alpha}")
     assert report(alone) == report(together)
     assert sum(together.shares.values()) == together.bytes_written
     assert [path.name for path in tmp_path.glob(".*")] == []
@@ -148,8 +152,8 @@ def test_the_bytes_and_the_report_of_one_process(pair: Pair, tmp_path: Path, wor
 def test_more_ranks_than_chunks(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 1 << 20)
     expo.merge(*pair, 0.3, tmp_path / "one")
-    merged_by(6, pair, 0.3, tmp_path / "all", verify=True)
-    assert files(tmp_path / "one") == files(tmp_path / "all")
+    merge_by(6, pair, 0.3, tmp_path / "all", verify=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "all")
 
 
 def test_a_bare_file_and_a_replaced_output(pair: Pair, tmp_path: Path) -> None:
@@ -158,8 +162,8 @@ def test_a_bare_file_and_a_replaced_output(pair: Pair, tmp_path: Path) -> None:
         for seed, name in enumerate(("sft", "aligned"))
     )
     expo.merge(*single, 0.3, tmp_path / "one.safetensors")
-    merged_by(3, single, 0.1, tmp_path / "all.safetensors")  # type: ignore[arg-type]
-    merged_by(3, single, 0.3, tmp_path / "all.safetensors", overwrite=True)  # type: ignore[arg-type]
+    merge_by(3, single, 0.1, tmp_path / "all.safetensors")  # type: ignore[arg-type]
+    merge_by(3, single, 0.3, tmp_path / "all.safetensors", overwrite=True)  # type: ignore[arg-type]
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "all.safetensors").read_bytes()
 
 
@@ -171,7 +175,7 @@ def test_every_rank_does_its_part(pair: Pair, tmp_path: Path, monkeypatch: pytes
         by.setdefault(self._job.ranks.rank, []).append(chunk.stop - chunk.start)
 
     monkeypatch.setattr(rank_worker.RankWorker, "_write", counting)
-    together = merged_by(3, pair, 0.3, tmp_path / "all")
+    together = merge_by(3, pair, 0.3, tmp_path / "all")
     sizes = [sum(by[rank]) for rank in range(3)]
     assert sum(sizes) == together.bytes_written
     assert max(sizes) - min(sizes) <= 2 * (8 << 10)
@@ -187,12 +191,12 @@ input()
 
 
 class Stop(Exception):
-    """What a test interrupts a rank with."""
+    """The exception with which a test interrupts a rank."""
 
 
 @contextlib.contextmanager
 def failing(monkeypatch: pytest.MonkeyPatch, rank: int, chunks: int, error: BaseException) -> Iterator[None]:
-    """This rank fails after so many chunks; the others are slow enough to notice."""
+    """Let a rank fail after this many chunks, and slow the other ranks down so that they can notice."""
     sink, seen = rank_worker.RankWorker._write, iter(range(10**6))
 
     def sinking(self: Any, *arguments: Any) -> None:
@@ -214,26 +218,24 @@ def test_a_rank_that_fails_stops_the_others_and_any_number_of_ranks_go_on(
     out = tmp_path / "out"
     expo.merge(*pair, 0.3, tmp_path / "one")
     with failing(monkeypatch, rank, 3, Stop("the lights went out")):
-        found = Host(3).run(lambda ranks: expo.merge(*pair, 0.3, out, ranks=ranks))
-    assert isinstance(found[rank], Stop)
+        results = Host(3).run(lambda ranks: expo.merge(*pair, 0.3, out, ranks=ranks))
+    assert isinstance(results[rank], Stop)
     for other in {0, 1, 2} - {rank}:
-        assert isinstance(found[other], RankError)
+        assert isinstance(results[other], RankError)
         assert re.match(
             rf"rank {rank} of 3 on .+ failed: Stop: the lights went out; rank {other} of 3 has stopped too",
-            str(found[other]),
+            str(results[other]),
         )
     if rank:
-        assert str(found[0]).endswith(
-            f"what is done is kept in {staging(out)}: repeat the merge with `resume=True` to continue"
-        )
+        assert str(results[0]).endswith(kept(out))
     assert not out.exists()
-    assert journals_of_ranks(str(staging(out))) == [f"{JOURNAL}.1", f"{JOURNAL}.2"]
-    written = [read_journal(str(staging(out) / name)) for name in (JOURNAL, f"{JOURNAL}.1", f"{JOURNAL}.2")]
+    assert journals_of_ranks(str(staging_folder(out))) == [f"{JOURNAL}.1", f"{JOURNAL}.2"]
+    written = [read_journal(str(staging_folder(out) / name)) for name in (JOURNAL, f"{JOURNAL}.1", f"{JOURNAL}.2")]
     left = sum(stop - start for each in written if each for (_, start), (stop, _) in each.done.items())
     assert left >= 3 * 8 << 10
-    resumed = merged_by(again, pair, 0.3, out, resume=True) if again > 1 else expo.merge(*pair, 0.3, out, resume=True)
+    resumed = merge_by(again, pair, 0.3, out, resume=True) if again > 1 else expo.merge(*pair, 0.3, out, resume=True)
     assert resumed.resumed == left
-    assert files(out) == files(tmp_path / "one")
+    assert contents(out) == contents(tmp_path / "one")
     assert report(resumed) == report(expo.merge(*pair, 0.3, tmp_path / "two"))
     assert [path.name for path in tmp_path.glob(".*")] == []
 
@@ -244,15 +246,15 @@ def test_what_ranks_left_is_not_touched_while_one_is_still_writing(
     out = tmp_path / "out"
     with failing(monkeypatch, 1, 3, Stop()):
         Host(2).run(lambda ranks: expo.merge(*pair, 0.3, out, ranks=ranks))
-    before = files(staging(out))
-    command = [sys.executable, "-c", HOLDING, str(staging(out) / f"{JOURNAL}.1")]
+    before = contents(staging_folder(out))
+    command = [sys.executable, "-c", HOLDING, str(staging_folder(out) / f"{JOURNAL}.1")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        for how in ({"resume": True}, {"overwrite": True}):
+        for option in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(expo.OutputError, match="are still stopping: try again"):
-                expo.merge(*pair, 0.3, out, **how)  # type: ignore[arg-type]
-        assert files(staging(out)) == before
+                expo.merge(*pair, 0.3, out, **option)  # type: ignore[arg-type]
+        assert contents(staging_folder(out)) == before
         process.communicate(b"\n")
     expo.merge(*pair, 0.3, out, overwrite=True)
 
@@ -264,14 +266,14 @@ def test_a_journal_of_another_merge_and_a_damaged_one_do_not_count(
     expo.merge(*pair, 0.3, tmp_path / "one")
     with failing(monkeypatch, 1, 3, Stop()):
         Host(2).run(lambda ranks: expo.merge(*pair, 0.3, out, ranks=ranks))
-    own = read_journal(str(staging(out) / JOURNAL))
+    own = read_journal(str(staging_folder(out) / JOURNAL))
     assert own is not None
-    other = (staging(out) / f"{JOURNAL}.1").read_bytes()
-    (staging(out) / f"{JOURNAL}.1").write_bytes(b"junk " + other)
-    (staging(out) / f"{JOURNAL}.7").write_bytes(journal.encode({"merge": {}, "chunk": own.chunk_size}) + other)
+    other = (staging_folder(out) / f"{JOURNAL}.1").read_bytes()
+    (staging_folder(out) / f"{JOURNAL}.1").write_bytes(b"junk " + other)
+    (staging_folder(out) / f"{JOURNAL}.7").write_bytes(journal.encode({"merge": {}, "chunk": own.chunk_size}) + other)
     resumed = expo.merge(*pair, 0.3, out, resume=True)
     assert resumed.resumed == sum(stop - start for (_, start), (stop, _) in own.done.items())
-    assert files(out) == files(tmp_path / "one")
+    assert contents(out) == contents(tmp_path / "one")
 
 
 def test_a_rank_whose_journal_is_lost_at_the_end_is_no_silent_gap(
@@ -285,9 +287,9 @@ def test_a_rank_whose_journal_is_lost_at_the_end_is_no_silent_gap(
         return collect(self, size)
 
     monkeypatch.setattr(journal.Journal, "collect", losing)
-    found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
-    assert isinstance(found[0], expo.OutputError)
-    assert "a rank's journal cannot be read" in str(found[0])
+    results = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert isinstance(results[0], expo.OutputError)
+    assert "a rank's journal cannot be read" in str(results[0])
     assert not (tmp_path / "out").exists()
 
 
@@ -296,23 +298,23 @@ def test_ranks_that_see_other_inputs_name_the_difference(pair: Pair, tmp_path: P
         shutil.copytree(pair[1], tmp_path / f"host{k}")
     shard = next(iter(sorted((tmp_path / "host1").glob("*.safetensors"))))
     os.utime(shard, ns=(1, 1))
-    found = Host(2).run(
+    results = Host(2).run(
         lambda ranks: expo.merge(pair[0], tmp_path / f"host{ranks.rank}", 0.3, tmp_path / "out", ranks=ranks)
     )
-    assert [type(each) for each in found] == [RankError, RankError]
+    assert [type(each) for each in results] == [RankError, RankError]
     assert f"do not see the same merge: for 1, aligned: another size, time of change or header of {shard.name}" in str(
-        found[0]
+        results[0]
     )
-    found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3 + ranks.rank, tmp_path / "out", ranks=ranks))
-    assert "do not see the same merge: for 0, --alpha was [0.3], is [1.3]" in str(found[1])
+    results = Host(2).run(lambda ranks: expo.merge(*pair, 0.3 + ranks.rank, tmp_path / "out", ranks=ranks))
+    assert "do not see the same merge: for 0, --alpha was [0.3], is [1.3]" in str(results[1])
     assert list(tmp_path.glob("*out*")) == []
 
 
 def test_an_error_before_the_start_is_told_to_all(pair: Pair, tmp_path: Path) -> None:
     places = (pair[0], tmp_path / "nothing")
-    found = Host(2).run(lambda ranks: expo.merge(places[ranks.rank], pair[1], 0.3, tmp_path / "out", ranks=ranks))
-    assert isinstance(found[1], expo.CheckpointError)
-    assert re.match(r"rank 1 of 2 on .* failed: .*nothing: no such file", str(found[0]))
+    results = Host(2).run(lambda ranks: expo.merge(places[ranks.rank], pair[1], 0.3, tmp_path / "out", ranks=ranks))
+    assert isinstance(results[1], expo.CheckpointError)
+    assert re.match(r"rank 1 of 2 on .* failed: .*nothing: no such file", str(results[0]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -328,16 +330,16 @@ def test_a_rank_that_finds_damage_has_the_output_discarded(
         return count
 
     monkeypatch.setattr(rank_worker, "read_back", spoiled)
-    found = Host(3).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", verify=True, ranks=ranks))
-    assert sum(isinstance(each, Corrupt) for each in found) >= 1
-    assert all(isinstance(each, Corrupt | RankError) for each in found)
+    results = Host(3).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", verify=True, ranks=ranks))
+    assert sum(isinstance(each, Corrupt) for each in results) >= 1
+    assert all(isinstance(each, Corrupt | RankError) for each in results)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damage_that_a_rank_finds_is_not_gone_on_with_by_whoever_was_not_told(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
 ) -> None:
-    """As where a launcher stops rank 0 before it can know why."""
+    """Rank 0 is interrupted before it learns of the damage, as by a launcher that stops all ranks."""
     write, compare = rank_worker.ShardWriter.write, rank_worker.RankWorker._compare
 
     def damaging(self: Any, offset: int, data: memoryview, length: int) -> None:
@@ -354,12 +356,12 @@ def test_damage_that_a_rank_finds_is_not_gone_on_with_by_whoever_was_not_told(
         patch.setattr(rank_worker.ShardWriter, "write", damaging)
         patch.setattr(rank_worker.RankWorker, "_compare", comparing)
         patch.setattr(ProcessGroup, "report_failure", lambda *_: None)
-        found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", verify=True, ranks=ranks))
-    assert isinstance(found[0], KeyboardInterrupt)
-    assert isinstance(found[1], Corrupt)
+        results = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", verify=True, ranks=ranks))
+    assert isinstance(results[0], KeyboardInterrupt)
+    assert isinstance(results[1], Corrupt)
     assert expo.merge(*pair, 0.3, tmp_path / "out", resume=True).resumed == 0
     expo.merge(*pair, 0.3, tmp_path / "one")
-    assert files(tmp_path / "out") == files(tmp_path / "one")
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
 def test_an_interrupt_is_explained_by_the_failure_behind_it(
@@ -373,8 +375,8 @@ def test_an_interrupt_is_explained_by_the_failure_behind_it(
 
     with monkeypatch.context() as patch:
         patch.setattr(rank_worker.RankWorker, "_write", sinking)
-        found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
-    assert "failed: the disk of rank 1 is full; rank 0 of 2 has stopped too; what is done is kept" in str(found[0])
+        results = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert "failed: the disk of rank 1 is full; rank 0 of 2 has stopped too; what is done is kept" in str(results[0])
     assert expo.merge(*pair, 0.3, tmp_path / "out", resume=True).resumed == 0
 
 
@@ -398,14 +400,14 @@ def test_an_error_is_told_and_raised_though_the_launcher_stops_its_rank_meanwhil
 def test_overwrite_starts_anew_where_going_on_is_not_possible(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
 ) -> None:
-    """A launcher that restarts implies --resume."""
+    """A launcher that restarts ranks implies --resume, so --overwrite must still work with it."""
     with failing(monkeypatch, 1, 3, Stop()):
         Host(2).run(lambda ranks: expo.merge(*pair, 0.1, tmp_path / "out", ranks=ranks))
     with pytest.raises(expo.OutputError, match="holds another merge"):
         expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
-    assert merged_by(2, pair, 0.3, tmp_path / "out", resume=True, overwrite=True).resumed == 0
+    assert merge_by(2, pair, 0.3, tmp_path / "out", resume=True, overwrite=True).resumed == 0
     expo.merge(*pair, 0.3, tmp_path / "one")
-    assert files(tmp_path / "out") == files(tmp_path / "one")
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize("restarts", [True, False])
@@ -415,12 +417,12 @@ def test_a_rank_lost_after_the_commit_takes_nothing_away(
     commit, follow = expo.merging.coordinator.Coordinator.commit, expo.merging.merge._follow
 
     def late(self: Any) -> Any:
-        """Commit, and wait until the other has failed."""
-        found = commit(self)
+        """Commit, and wait until the other rank has failed."""
+        warnings = commit(self)
         deadline = time.monotonic() + 10
         while self._job.ranks._watcher.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        return found
+        return warnings
 
     def losing(job: Any, fill: Callable[[Any], Any]) -> Any:
         def filled(worker: Any) -> None:
@@ -432,12 +434,12 @@ def test_a_rank_lost_after_the_commit_takes_nothing_away(
     with monkeypatch.context() as patch:
         patch.setattr(expo.merging.coordinator.Coordinator, "commit", late)
         patch.setattr(expo.merging.merge, "_follow", losing)
-        found = Host(2, restarts=restarts).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
-    assert isinstance(found[0], Merged)
-    assert isinstance(found[1], Stop)
+        results = Host(2, restarts=restarts).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert isinstance(results[0], Merged)
+    assert isinstance(results[1], Stop)
     assert [path.name for path in tmp_path.glob(".*")] == ([".out.expo-journal"] if restarts else [])
-    if restarts:  # and the next attempt finds that there is nothing left to do
-        again = merged_by(2, pair, 0.3, tmp_path / "out", resume=True)
+    if restarts:  # the next attempt finds every output in place
+        again = merge_by(2, pair, 0.3, tmp_path / "out", resume=True)
         assert again.resumed == again.bytes_written
         assert [path.name for path in tmp_path.glob(".*")] == []
 
@@ -454,8 +456,8 @@ def test_a_rank_that_cannot_begin_lets_go_of_its_journal(
 
     with monkeypatch.context() as patch:
         patch.setattr(journal.Journal, "_append", full)
-        found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
-    assert all(isinstance(each, expo.OutputError | RankError) for each in found)
+        results = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert all(isinstance(each, expo.OutputError | RankError) for each in results)
     expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
 
 
@@ -474,9 +476,9 @@ def test_a_journal_that_is_late_is_waited_for_and_another_merges_is_not_joined(
     with contextlib.closing(journal.Journal([str(folder)], {"alpha": 1}, 3)) as mine:
         mine.join(4096)
     thread.join()
-    found = read_journal(str(folder / f"{JOURNAL}.3"))
-    assert found is not None
-    assert (found.merge, found.chunk_size, found.done) == ({"alpha": 1}, 4096, {})
+    written = read_journal(str(folder / f"{JOURNAL}.3"))
+    assert written is not None
+    assert (written.merge, written.chunk_size, written.done) == ({"alpha": 1}, 4096, {})
     monkeypatch.setattr(journal, "JOIN_TIMEOUT", 0.0)
     with (
         contextlib.closing(journal.Journal([str(folder)], {"alpha": 2}, 4)) as other,
@@ -488,7 +490,7 @@ def test_a_journal_that_is_late_is_waited_for_and_another_merges_is_not_joined(
 def test_a_rank_that_begins_late_divides_the_work_as_the_others_do(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path
 ) -> None:
-    """Rank 0 has written much of its own part down by then."""
+    """Rank 0 has recorded much of its own part before the others begin."""
     real = journal.Journal.join
 
     def late(self: Any, size: int) -> None:
@@ -496,9 +498,9 @@ def test_a_rank_that_begins_late_divides_the_work_as_the_others_do(
         real(self, size)
 
     monkeypatch.setattr(journal.Journal, "join", late)
-    merged_by(3, pair, 0.3, tmp_path / "all")
+    merge_by(3, pair, 0.3, tmp_path / "all")
     expo.merge(*pair, 0.3, tmp_path / "one")
-    assert files(tmp_path / "all") == files(tmp_path / "one")
+    assert contents(tmp_path / "all") == contents(tmp_path / "one")
 
 
 def test_cancel_ends_the_waiting_for_others(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
@@ -511,17 +513,17 @@ def test_cancel_ends_the_waiting_for_others(monkeypatch: pytest.MonkeyPatch, pai
         sink(self, *arguments)
 
     def fill(*arguments: Any, **named: Any) -> Any:
-        threading.Timer(0.4, cancel.set).start()  # rank 0 has done its part by then
+        threading.Timer(0.4, cancel.set).start()  # rank 0 has finished its part before
         return filled(*arguments, **{**named, "cancel": None})
 
     filled = expo.merging.merge._fill
     monkeypatch.setattr(rank_worker.RankWorker, "_write", slow)
     monkeypatch.setattr(expo.merging.merge, "_fill", fill)
-    found = Host(2).run(
+    results = Host(2).run(
         lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks, cancel=None if ranks.rank else cancel)
     )
-    assert isinstance(found[0], expo.Cancelled)
-    assert isinstance(found[1], RankError)
+    assert isinstance(results[0], expo.Cancelled)
+    assert isinstance(results[1], RankError)
     assert not (tmp_path / "out").exists()
 
 
@@ -537,7 +539,7 @@ def test_a_store_that_does_not_answer_is_not_waited_for(pair: Pair, tmp_path: Pa
         with pytest.raises(RankError, match="the store of the ranks has not answered rank 1 of 2"):
             expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks)
         interrupt = KeyboardInterrupt()
-        assert ranks.find_cause(interrupt) is interrupt  # nobody has said why
+        assert ranks.find_cause(interrupt) is interrupt  # no rank has reported a failure
     finally:
         release.set()
         ranks.close()
@@ -592,13 +594,13 @@ def test_a_store_that_is_gone_is_said(pair: Pair, tmp_path: Path) -> None:
 
 def test_an_interrupt_says_who_was_told_to_stop(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
     with failing(monkeypatch, 1, 2, KeyboardInterrupt()):
-        found = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
-    assert isinstance(found[1], KeyboardInterrupt)
-    assert str(found[1]) == (
+        results = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
+    assert isinstance(results[1], KeyboardInterrupt)
+    assert str(results[1]) == (
         "rank 1 of 2 on " + socket.gethostname() + " was stopped by Ctrl-C or by the launcher, which stops every rank "
         "when another rank has died"
     )
-    assert isinstance(found[0], RankError)
+    assert isinstance(results[0], RankError)
 
 
 @pytest.mark.parametrize(
@@ -616,11 +618,11 @@ def test_each_rank_takes_the_gpu_of_its_local_rank_and_its_share_of_the_processo
 ) -> None:
     asked: list[tuple[str, int]] = []
 
-    def crew(engine: str, device: str, processes: int) -> Any:
+    def engines(engine: str, device: str, processes: int) -> Any:
         asked.append((device, processes))
         raise expo.EngineError("no GPU here")
 
-    monkeypatch.setattr(expo.merging.job, "engines_for", crew)
+    monkeypatch.setattr(expo.merging.job, "engines_for", engines)
     ranks = ProcessGroup(dist.HashStore(), lambda value: [value], 7, 8, local_rank=3, local_world=4)
     with contextlib.closing(ranks), pytest.raises(expo.EngineError):
         expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks, **options)  # type: ignore[arg-type]
@@ -629,7 +631,7 @@ def test_each_rank_takes_the_gpu_of_its_local_rank_and_its_share_of_the_processo
 
 def test_progress_of_rank_0_is_that_of_all(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
-    with failing(monkeypatch, 9, 0, Stop()):  # nobody does, and all are slow
+    with failing(monkeypatch, 9, 0, Stop()):  # no rank fails, because rank 9 does not exist, but all are slow
         Host(3).run(
             lambda ranks: expo.merge(
                 *pair, 0.3, tmp_path / "out", ranks=ranks, progress=lambda *at: seen[ranks.rank].append(at)
@@ -640,7 +642,7 @@ def test_progress_of_rank_0_is_that_of_all(pair: Pair, tmp_path: Path, monkeypat
     assert all(done <= total for done, _ in seen[0])
 
 
-# Processes.
+# Processes as ranks.
 
 ROOT = Path(__file__).parents[2]
 SLOW = """
@@ -683,10 +685,10 @@ def inputs(pair: Pair, out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a merge in one process."""
+    """Return the digests of the output of a merge in one process."""
     out = tmp_path_factory.mktemp("whole") / "out"
     expo.merge(*pair, 0.3, out)
-    return files(out)
+    return contents(out)
 
 
 def free_port() -> int:
@@ -697,7 +699,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def slow(tmp_path: Path) -> list[str]:
-    """A program that merges slowly, and whose rank 2 is killed in the middle, once."""
+    """Write a program that merges slowly and whose rank 2 is killed once in the middle; return its command."""
     (tmp_path / "slow.py").write_text(SLOW)
     return [str(tmp_path / "slow.py"), "2", str(tmp_path / "killed")]
 
@@ -706,8 +708,8 @@ def test_two_processes_under_torchrun_make_the_same_bytes(pair: Pair, tmp_path: 
     command = torchrun("--standalone", "--nproc-per-node", 2, "-m", "expo.fast")
     done = run([*command, *inputs(pair, tmp_path / "out"), "--json"])
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ranks"] == 2  # one object: of rank 0
-    assert files(tmp_path / "out") == whole
+    assert json.loads(done.stdout)["ranks"] == 2  # only rank 0 prints
+    assert contents(tmp_path / "out") == whole
     planned = run([*command, *inputs(pair, tmp_path / "new"), "--plan", "--json"])
     assert json.loads(planned.stdout)["outputs"] == [str(tmp_path / "new")]
 
@@ -720,13 +722,13 @@ def test_a_killed_process_of_four_stops_all_and_resume_goes_on(
     assert done.returncode == 1
     assert (tmp_path / "killed").exists()
     assert "when another rank has died" in done.stderr
-    assert f"what is done is kept in {staging(out)}: repeat the merge with --resume to continue" in done.stderr
+    assert with_options(kept(out)) in done.stderr
     assert "Traceback" not in done.stderr.partition("torch/distributed")[0]
     assert not out.exists()
     resumed = run([*four, *slow, *inputs(pair, out), "--resume", "--json"])
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["resumed"] > 0
-    assert files(out) == whole
+    assert contents(out) == whole
 
 
 @pytest.mark.exhaustive
@@ -738,11 +740,11 @@ def test_torchrun_starts_again_and_goes_on_by_itself(
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "killed").exists()
     assert json.loads(done.stdout)["resumed"] > 0
-    assert files(tmp_path / "out") == whole
+    assert contents(tmp_path / "out") == whole
 
 
 def two_hosts(commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
-    """Two launchers at once; the exit code and stderr of each."""
+    """Run two launchers at the same time, and return the exit code and stderr of each."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(each, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment) for each in commands
@@ -766,12 +768,12 @@ def test_two_hosts_by_two_loopback_addresses(pair: Pair, tmp_path: Path, whole: 
         for k in range(2)
     ]  # fmt: skip
     assert [code for code, _ in two_hosts(commands)] == [0, 0]
-    assert files(tmp_path / "out") == whole
+    assert contents(tmp_path / "out") == whole
 
 
 @pytest.fixture
 def namespaces() -> Iterator[list[str]]:
-    """Two network namespaces with a wire between them, 10.77.0.1 and 10.77.0.2: what two hosts see of each other."""
+    """Yield two network namespaces with a link between them, 10.77.0.1 and 10.77.0.2, which act as two hosts."""
     names = [f"expo{os.getpid()}{end}" for end in "ab"]
     made = ["ip netns add {0}", "ip netns add {1}", "ip -n {0} link add wire type veth peer name wire netns {1}"]
     for k in (0, 1):
@@ -802,4 +804,4 @@ def test_two_hosts_by_two_network_namespaces(
         for k, name in enumerate(namespaces)
     ]  # fmt: skip
     assert [code for code, _ in two_hosts(commands)] == [0, 0]
-    assert files(tmp_path / "out") == whole
+    assert contents(tmp_path / "out") == whole

@@ -1,4 +1,4 @@
-"""--resume: what an interrupted merge has left, gone on with to the same bytes; and merges killed at any moment."""
+"""The option --resume: an interrupted or killed merge continues, and gives the bytes of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_files import MIXED_SHAPES, files, fingerprint, mixed_pair, random_tensors, staging, write_folder
+from checkpoint_files import (
+    MIXED_SHAPES,
+    contents,
+    fingerprint,
+    kept,
+    mixed_pair,
+    random_tensors,
+    staging_folder,
+    write_folder,
+)
 from interrupting import Stop, interrupted
 
 import expo
+from expo.cli import with_options
 from expo.fast import main
 from expo.merging import merge as merge_module
 from expo.merging import rank_worker
@@ -31,7 +41,7 @@ Pair = tuple[Path, Path]
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many chunks, each written down at once."""
+    """Make many chunks, and record each at once."""
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 8 << 10)
     monkeypatch.setattr(journal, "INTERVAL", 0.0)
     monkeypatch.setattr("expo.execution.worker_pool.TICK", 0.001)
@@ -45,9 +55,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture
 def whole(pair: Pair, tmp_path: Path) -> dict[str, bytes]:
-    """The files of an undisturbed merge."""
+    """Return the digests of the output of an undisturbed merge."""
     expo.merge(*pair, 0.3, tmp_path / "whole")
-    return files(tmp_path / "whole")
+    return contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 5, 20, 33])
@@ -55,28 +65,27 @@ def test_the_same_bytes_and_the_same_report(
     monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, whole: dict[str, bytes], chunks: int
 ) -> None:
     out = tmp_path / "out"
-    said = interrupted(monkeypatch, chunks, expo.OutputError("the disk is full"), lambda: expo.merge(*pair, 0.3, out))
-    assert (
-        said
-        == f"the disk is full; what is done is kept in {staging(out)}: repeat the merge with `resume=True` to continue"
+    message = interrupted(
+        monkeypatch, chunks, expo.OutputError("the disk is full"), lambda: expo.merge(*pair, 0.3, out)
     )
+    assert message == f"the disk is full; {kept(out)}"
     assert not out.exists()
-    found = read_journal(journal_path(str(staging(out))))
-    assert found is not None
+    written = read_journal(journal_path(str(staging_folder(out))))
+    assert written is not None
     resumed = expo.merge(*pair, 0.3, out, resume=True)
-    assert resumed.resumed == sum(stop - start for (_, start), (stop, _) in found.done.items())
+    assert resumed.resumed == sum(stop - start for (_, start), (stop, _) in written.done.items())
     assert (resumed.resumed > 0) is (chunks > 0)
-    assert files(out) == whole
-    assert not staging(out).exists()
+    assert contents(out) == whole
+    assert not staging_folder(out).exists()
     plain = expo.merge(*pair, 0.3, tmp_path / "again")
     for name in ("outputs", "relative_distance", "max_abs_difference", "extrapolated", "copied"):
-        ours, theirs = getattr(resumed, name), getattr(plain, name)
+        resumed_value, plain_value = getattr(resumed, name), getattr(plain, name)
         if name == "outputs":
-            ours, theirs = (
-                [each.__dict__ | {"path": ""} for each in ours],
-                [each.__dict__ | {"path": ""} for each in theirs],
+            resumed_value, plain_value = (
+                [each.__dict__ | {"path": ""} for each in resumed_value],
+                [each.__dict__ | {"path": ""} for each in plain_value],
             )
-        assert ours == theirs
+        assert resumed_value == plain_value
 
 
 def test_without_resume_what_is_left_is_named_and_kept(
@@ -84,26 +93,27 @@ def test_without_resume_what_is_left_is_named_and_kept(
 ) -> None:
     out = tmp_path / "out"
     interrupted(monkeypatch, 5, Stop(), lambda: expo.merge(*pair, 0.3, out))
-    before = files(staging(out))
+    before = contents(staging_folder(out))
     with pytest.raises(expo.OutputError) as caught:
         expo.merge(*pair, 0.3, out)
     assert str(caught.value) == (
-        f"{staging(out)} was left by an interrupted merge: `resume=True` continues it, `overwrite=True` starts anew"
+        f"{staging_folder(out)} was left by an interrupted merge: `resume=True` continues it, `overwrite=True` starts "
+        "anew"
     )
-    assert files(staging(out)) == before
+    assert contents(staging_folder(out)) == before
     assert expo.merge(*pair, 0.3, out, overwrite=True).resumed == 0
-    assert files(out) == whole
+    assert contents(out) == whole
 
 
 def test_resume_where_nothing_was_left_starts_anew(pair: Pair, tmp_path: Path, whole: dict[str, bytes]) -> None:
     assert expo.merge(*pair, 0.3, tmp_path / "out", resume=True).resumed == 0
-    assert files(tmp_path / "out") == whole
+    assert contents(tmp_path / "out") == whole
     with pytest.raises(expo.OutputError, match="exists; choose another `out`"):
         expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"alpha": 0.5}, r"--alpha was \[0.3\], is \[0.5\]"),
         ({"alpha_for": {"half": 0.1}}, r"--alpha-for was \[\], is \[\[\"half\", 0.1\]\]"),
@@ -112,22 +122,22 @@ def test_resume_where_nothing_was_left_starts_anew(pair: Pair, tmp_path: Path, w
     ],
 )
 def test_another_merge_is_refused_and_the_difference_named(
-    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, whole: dict[str, bytes], change: Any, said: str
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, whole: dict[str, bytes], change: Any, message: str
 ) -> None:
     out = tmp_path / "out"
     interrupted(monkeypatch, 5, Stop(), lambda: expo.merge(*pair, 0.3, out))
-    before = files(staging(out))
+    before = contents(staging_folder(out))
     with pytest.raises(
-        expo.OutputError, match=rf"holds another merge \({said}\): choose another `out`, or `overwrite=True`"
+        expo.OutputError, match=rf"holds another merge \({message}\): choose another `out`, or `overwrite=True`"
     ):
         expo.merge(*pair, **{"alpha": 0.3, **change}, out=out, resume=True)
-    assert files(staging(out)) == before
+    assert contents(staging_folder(out)) == before
     expo.merge(*pair, 0.3, out, resume=True)
-    assert files(out) == whole
+    assert contents(out) == whole
 
 
 def test_the_order_of_rules_is_part_of_a_merge(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
-    one, other = {"f": 0.1, "l": 0.9}, {"l": 0.9, "f": 0.1}  # of both that match "half" and "full" the last one counts
+    one, other = {"f": 0.1, "l": 0.9}, {"l": 0.9, "f": 0.1}  # both match "half" and "full", and the last one counts
     interrupted(monkeypatch, 20, Stop(), lambda: expo.merge(*pair, 0.3, tmp_path / "out", alpha_for=one))
     with pytest.raises(expo.OutputError, match=r'--alpha-for was \[\["f", 0.1\], \["l", 0.9\]\], is \[\["l"'):
         expo.merge(*pair, 0.3, tmp_path / "out", alpha_for=other, resume=True)
@@ -140,7 +150,7 @@ def test_what_a_config_says_of_a_tie_is_part_of_a_merge(
     shapes = {"model.embed_tokens.weight": ("BF16", (301, 97)), "lm_head.weight": ("BF16", (301, 97))}
     tensors = random_tensors(shapes, 1)
     aligned = write_folder(tmp_path / "aligned", random_tensors(shapes, 2))
-    del tensors["lm_head.weight"]  # its counterpart is the embedding, where the config does not say otherwise
+    del tensors["lm_head.weight"]  # the counterpart of the head is the embedding, unless the config says otherwise
     sft = write_folder(tmp_path / "sft", tensors, config={"tie_word_embeddings": tied})
     work = (sft, aligned, 0.3, tmp_path / "out")
     interrupted(monkeypatch, 5, Stop(), lambda: expo.merge(*work, on_unpaired="aligned"))
@@ -184,11 +194,11 @@ def test_several_outputs(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: 
     interrupted(monkeypatch, chunks, Stop(), lambda: work("out"))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".0.3.expo-staging", ".1.expo-staging"]
     assert work("out", resume=True, verify=True).verified
-    assert files(tmp_path / "out") == files(tmp_path / "plain")
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
 
 
 def test_a_stop_between_two_commits(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
-    """The first output is in place and stays as it is; the second is put in place without any work."""
+    """The first output is in place and stays; a resumed merge puts the second in place and computes nothing."""
     work = lambda folder, **more: expo.merge(*pair, ALPHAS, str(tmp_path / folder / "{alpha}"), **more)  # noqa: E731
     work("plain")
     commit, calls = merge_module.Staging.commit, iter(range(10))
@@ -207,45 +217,45 @@ def test_a_stop_between_two_commits(monkeypatch: pytest.MonkeyPatch, pair: Pair,
     first = (tmp_path / "out" / "0.3").stat().st_ino
     report = work("out", resume=True)
     assert (tmp_path / "out" / "0.3").stat().st_ino == first
-    assert files(tmp_path / "out") == files(tmp_path / "plain")
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
     assert [Path(each.path).name for each in report.outputs] == ["0.3", "1"]
 
 
 @pytest.mark.parametrize("left", [1, 2])
 def test_a_stop_after_the_last_commit(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, left: int) -> None:
-    """All outputs are in place, and of the journals beside them one is left or both: nothing is left to do but that."""
+    """All outputs are in place, and one or both journals are left; a resumed merge only removes them."""
     work = lambda folder, **more: expo.merge(*pair, ALPHAS, str(tmp_path / folder / "{alpha}"), **more)  # noqa: E731
     plain = work("plain")
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "remove", lambda self: [])
         work("out")
-    asides = sorted((tmp_path / "out").glob(".*.expo-journal"))
-    assert len(asides) == 2
-    for path in asides[left:]:
+    journals = sorted((tmp_path / "out").glob(".*.expo-journal"))
+    assert len(journals) == 2
+    for path in journals[left:]:
         path.unlink()
-    before = files(tmp_path / "out" / "1")
+    before = contents(tmp_path / "out" / "1")
     report = work("out", resume=True)
     assert report.resumed == report.bytes_written == plain.bytes_written
     assert [each.changed for each in report.outputs] == [each.changed for each in plain.outputs]
-    assert files(tmp_path / "out" / "1") == before
+    assert contents(tmp_path / "out" / "1") == before
     assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_a_shard_that_has_gone_from_staging(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupted(monkeypatch, 30, Stop(), lambda: expo.merge(*pair, 0.3, out))
-    found = read_journal(journal_path(str(staging(out))))
-    assert found is not None
-    name = next(iter(found.done))[0]
-    (staging(out) / name).unlink()
+    written = read_journal(journal_path(str(staging_folder(out))))
+    assert written is not None
+    name = next(iter(written.done))[0]
+    (staging_folder(out) / name).unlink()
     with pytest.raises(expo.OutputError, match=rf"{name}: No such file"):
         expo.merge(*pair, 0.3, out, resume=True)
-    (staging(out) / name).write_bytes(b"short")
+    (staging_folder(out) / name).write_bytes(b"short")
     with pytest.raises(expo.OutputError, match=rf"{name} is shorter than it was left: `overwrite=True` starts anew"):
         expo.merge(*pair, 0.3, out, resume=True)
 
 
-# The journal
+# Journals
 
 
 def lines(folder: Path) -> list[bytes]:
@@ -258,15 +268,15 @@ def test_what_follows_a_damaged_line_counts_as_not_written(
 ) -> None:
     out = tmp_path / "out"
     interrupted(monkeypatch, 30, Stop(), lambda: expo.merge(*pair, 0.3, out))
-    good = lines(staging(out))
+    good = lines(staging_folder(out))
     assert len(good) > 2
     last = {"torn": good[-1][:-3], "flipped": good[-1].replace(b"model", b"modem", 1), "garbage": b"\xff\0{[" * 9}
-    (staging(out) / JOURNAL).write_bytes(b"".join(good[:-1]) + last[damage])
-    found = read_journal(journal_path(str(staging(out))))
-    assert found is not None
-    assert len(found.done) < 30
+    (staging_folder(out) / JOURNAL).write_bytes(b"".join(good[:-1]) + last[damage])
+    written = read_journal(journal_path(str(staging_folder(out))))
+    assert written is not None
+    assert len(written.done) < 30
     expo.merge(*pair, 0.3, out, resume=True)
-    assert files(out) == whole
+    assert contents(out) == whole
 
 
 @pytest.mark.parametrize("text", [b"", b"\n", b"00000000 {}\n", b"\xff" * 100])
@@ -275,13 +285,13 @@ def test_a_journal_without_a_first_line_is_as_none(
 ) -> None:
     out = tmp_path / "out"
     interrupted(monkeypatch, 30, Stop(), lambda: expo.merge(*pair, 0.3, out))
-    (staging(out) / JOURNAL).write_bytes(text)
+    (staging_folder(out) / JOURNAL).write_bytes(text)
     assert expo.merge(*pair, 0.3, out, resume=True).resumed == 0
-    assert files(out) == whole
+    assert contents(out) == whole
 
 
 def test_a_line_follows_the_sync_of_what_it_says(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
-    """At every line, all shards that it names have been synced since their last write."""
+    """When a line is written, all chunks that it names have been synced since their last write."""
     dirty: set[str] = set()
     write, sync, append = rank_worker.ShardWriter.write, rank_worker.ShardWriter.sync, Journal._append
 
@@ -294,11 +304,11 @@ def test_a_line_follows_the_sync_of_what_it_says(monkeypatch: pytest.MonkeyPatch
         sync(self)
         dirty.difference_update(before)
 
-    said = []
+    recorded = []
 
     def appending(self: Any, record: Any) -> None:
         for name, start, *_ in record.get("done", []):
-            said.append(f"{name} {start}")
+            recorded.append(f"{name} {start}")
             assert f"{name} {start}" not in dirty
         append(self, record)
 
@@ -306,7 +316,7 @@ def test_a_line_follows_the_sync_of_what_it_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rank_worker.ShardWriter, "sync", syncing)
     monkeypatch.setattr(Journal, "_append", appending)
     expo.merge(*pair, 0.3, tmp_path / "out")
-    assert len(said) > 5
+    assert len(recorded) > 5
 
 
 def test_no_journal_in_the_output(pair: Pair, tmp_path: Path) -> None:
@@ -314,7 +324,7 @@ def test_no_journal_in_the_output(pair: Pair, tmp_path: Path) -> None:
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-# The command line, and kills
+# The command line, and killed processes
 
 DRIVER = """
 import sys
@@ -343,23 +353,22 @@ def test_a_signal_leaves_what_a_resume_goes_on_with(
     def signalling(self: Any, *arguments: Any) -> None:
         if next(seen) == 9:
             os.kill(os.getpid(), number)
-            time.sleep(0.5)  # the merge cannot end before a busy machine has the main thread hear of it
+            time.sleep(0.5)  # a busy machine may deliver the signal to the main thread late
         sink(self, *arguments)
-        time.sleep(0.003)  # so that some ticks pass
+        time.sleep(0.003)  # some reports of progress must happen before the end
 
     arguments = ["--sft", str(pair[0]), "--aligned", str(pair[1]), "--alpha", "0.3", "--out", str(out), "--quiet"]
     with monkeypatch.context() as patch:
         patch.setattr(rank_worker.RankWorker, "_write", signalling)
         assert main(arguments) == 130
-    note = f"what is done is kept in {staging(out)}: repeat the merge with --resume to continue"
-    assert capsys.readouterr().err == f"expo: interrupted; {note}\n"
+    assert capsys.readouterr().err == f"expo: interrupted; {with_options(kept(out))}\n"
     assert main([*arguments, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["resumed"] > 0
-    assert files(out) == whole
+    assert contents(out) == whole
 
 
 def killed(pair: Pair, out: Path, after: float) -> bool:
-    """Start a merge, kill it after so many seconds; whether it was still at work. Never is there part of an output."""
+    """Start a merge, kill it after this many seconds, and return True if it was still running."""
     process = subprocess.Popen(command(pair, out, "--resume"), cwd=ROOT, stderr=subprocess.DEVNULL)
     began = time.perf_counter()
     while time.perf_counter() - began < after and process.poll() is None:
@@ -369,7 +378,7 @@ def killed(pair: Pair, out: Path, after: float) -> bool:
 
 
 def kill_at_random(pair: Pair, tmp_path: Path, whole: dict[str, bytes], times: int) -> None:
-    """Kill a merge so often, at any moment, going on each time; then let it end."""
+    """Kill a merge this many times at random moments, resume it each time, and check every output."""
     dice, before = random.Random(times), fingerprint(*pair)
     out, kills = tmp_path / "out", 0
     began = time.perf_counter()
@@ -379,10 +388,10 @@ def kill_at_random(pair: Pair, tmp_path: Path, whole: dict[str, bytes], times: i
         if killed(pair, out, dice.uniform(0.3, 1.05) * whole_time):
             kills += 1
         if out.exists():
-            assert files(out) == whole
+            assert contents(out) == whole
             out = tmp_path / f"out{kills}"
     subprocess.run(command(pair, out, "--resume"), cwd=ROOT, check=True)
-    assert files(out) == whole
+    assert contents(out) == whole
     assert fingerprint(*pair) == before
 
 
