@@ -1,4 +1,4 @@
-"""config.json of an output: aligned's, but for its dtype, its number of tokens and its tie. Pure."""
+"""Make the config.json of an output: aligned's, with another dtype, vocabulary size or tie where the output needs it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..dtypes import TABLE
 from .steps import Step
 
 
-def rewritten(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None) -> dict[str, bytes]:
-    """Return config.json by its name where the output needs another than aligned's own; {} where it does not.
+def rewrite_config(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None) -> dict[str, bytes]:
+    """Return the bytes of config.json by the file's name; {} if the output can have aligned's config.json unchanged.
 
     Args:
         aligned: The checkpoint whose config the output takes over.
         steps: The steps of the output's tensors.
-        dtype: The safetensors name of the output's dtype, None for aligned's own.
+        dtype: The safetensors name of the output's dtype; None if every tensor keeps its dtype in aligned.
     """
     config = aligned.config
     if CONFIG not in aligned.files:
@@ -33,12 +33,15 @@ def rewritten(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None) -> 
         names = {step.name for step in steps if is_embedding(step.name)} & set(aligned.adapter.full)
         sizes = {aligned.tensors[name].shape[0] for name in names}
         config = _with_vocabulary(config, sizes.pop()) if len(sizes) == 1 else config
-        config = _untied(config) if aligned.adapter.unties else config
+        config = _untie(config) if aligned.adapter.unties else config
     return {} if config == aligned.config else {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def _with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
-    """Return a config with another number of tokens where it, or its text model's, says one."""
+    """Return the config with another vocabulary size, at the top level or in its text model's config.
+
+    A config that states no vocabulary size is returned unchanged.
+    """
     inner = config.get("text_config")
     if "vocab_size" not in config and isinstance(inner, dict):
         return {**config, "text_config": _with_vocabulary(inner, size)}
@@ -46,7 +49,7 @@ def _with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
 
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a config with another dtype wherever it or one of its parts names one or leaves it open."""
+    """Return the config with this dtype in place of every dtype, null included, of itself and of its parts."""
     return {
         key: name if key in ("dtype", "torch_dtype") and isinstance(value, str | None)
         else _with_dtype(value, name) if isinstance(value, dict) and key.endswith("config")
@@ -55,8 +58,8 @@ def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _untied(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config that says that the head is not the embedding."""
+def _untie(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with a statement that the head is not tied to the embedding."""
     inner = config.get("text_config")
     text = {"text_config": {**inner, "tie_word_embeddings": False}} if isinstance(inner, dict) else {}
     return {**config, **text, "tie_word_embeddings": False}

@@ -1,6 +1,7 @@
-"""The fate of every tensor of two models: which belong together, and what happens to each. Pure.
+"""Match the tensors of two models: find the pairs, and decide what happens to each tensor.
 
-A merge, a stream, a live model, a search and a comparison all match tensors here; `plan.py` adds a merge's files.
+A merge, a stream, a live model, a search and a comparison all match tensors here. Only a merge has files, which
+`plan.py` adds.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ from .steps import NOT_IN_SFT, ONLY_IN_SFT, SFT_HAS, UNTOUCHED, Action, Step, so
 if TYPE_CHECKING:
     from ..checkpoints.adapter import Adapter
 
-MOST_LINES = 40  # of an error's text
+MOST_LINES = 40  # lines of an error's message
 
 
 @dataclass(frozen=True)
 class Matched:
-    """The fates of the tensors of two models.
+    """The steps for the tensors of two models.
 
     Attributes:
-        steps: One or two for each tensor of aligned, in its order, those of one tensor together; without alphas.
-        dropped: The tensors of sft that no step reads, and the reason.
-        problems: Why the two cannot be merged; empty where they can. Steps with problems must not be carried out.
-        notes: Sentences about what a user should know of an output that is made all the same.
+        steps: One or two steps for each tensor of aligned, in aligned's order. The steps of one tensor follow each
+            other, and have no alphas yet.
+        dropped: The reason for each tensor of sft that no step reads, by the tensor's name.
+        problems: The reasons why the two models cannot be merged; empty if they can. If there is a problem, the steps
+            must not be carried out.
+        notes: Sentences that warn the user of something that does not prevent the merge.
     """
 
     steps: tuple[Step, ...]
@@ -42,16 +45,16 @@ class Matched:
     notes: tuple[str, ...]
 
     def at(self, alphas: Sequence[float]) -> tuple[Step, ...]:
-        """Return the steps of outputs with these alphas."""
+        """Return the steps with one alpha for each output."""
         return tuple(step.at(alphas) for step in self.steps)
 
     def check(self) -> None:
-        """Raise PlanError where there is a problem."""
+        """Raise PlanError if there is a problem."""
         refuse(self.problems)
 
 
 def refuse(problems: Sequence[str]) -> None:
-    """Raise PlanError with all problems, in at most MOST_LINES lines; return where there is none."""
+    """Raise PlanError with the problems, in at most MOST_LINES lines; do nothing if there is no problem."""
     lines = "\n".join(problems).splitlines()
     if len(lines) > MOST_LINES:
         rest = len(lines) - MOST_LINES + 1
@@ -65,11 +68,11 @@ def match_tensors(sft: ModelTensors, aligned: ModelTensors, options: MergeOption
 
     Args:
         sft: The model that aligned was trained from.
-        aligned: The model whose names, order and shapes the output has.
-        options: `alpha_for`, `on_unpaired`, `on_mismatch` and `dtype` count here.
+        aligned: The model that gives the output its names, order and shapes.
+        options: Matching uses `alpha_for`, `on_unpaired`, `on_mismatch` and `dtype`.
 
     Returns:
-        The fates; what makes a merge impossible is in `problems`.
+        The steps, and the problems that prevent a merge. This function raises no error for a problem.
     """
     pairs = pair(sft, aligned)
     steps: list[Step] = []
@@ -79,8 +82,8 @@ def match_tensors(sft: ModelTensors, aligned: ModelTensors, options: MergeOption
             continue
         counterpart = pairs.counterparts.get(name)
         dtype = _output_dtype(aligned, name, counterpart, options.dtype)
-        own = _fates(aligned, name, counterpart, dtype, options.on_mismatch == "rows")
-        steps += [_with_own_alpha(step, options.alpha_of(name)) for step in own]
+        new = _steps_of(aligned, name, counterpart, dtype, options.on_mismatch == "rows")
+        steps += [_with_own_alpha(step, options.alpha_of(name)) for step in new]
     problems = model_problems(sft, aligned)
     problems += tensor_problems(sft, aligned, pairs, options.on_unpaired, options.on_mismatch)
     for rule in options.alpha_rules:
@@ -90,8 +93,20 @@ def match_tensors(sft: ModelTensors, aligned: ModelTensors, options: MergeOption
     return Matched(tuple(steps), dropped, tuple(problems), _notes(sft, aligned, steps))
 
 
-def _fates(aligned: ModelTensors, name: str, counterpart: Counterpart | None, dtype: str, by_rows: bool) -> list[Step]:
-    """Return the steps of one tensor; `tensor_problems` says which of these copies need an option first."""
+def _steps_of(
+    aligned: ModelTensors, name: str, counterpart: Counterpart | None, dtype: str, by_rows: bool
+) -> list[Step]:
+    """Return the steps of one tensor: one step, or two if the rows of both models differ in number.
+
+    A tensor that cannot be extrapolated is a copy here. `tensor_problems` reports it if no option allows the copy.
+
+    Args:
+        aligned: The model that has the tensor.
+        name: The tensor's name in aligned.
+        counterpart: The tensor of sft that belongs to it; None if there is none.
+        dtype: The safetensors name of the output's dtype.
+        by_rows: True to extrapolate the rows that both tensors have, where only the numbers of rows differ.
+    """
     tensor = aligned.tensors[name]
     if counterpart is None:
         return [_copy(name, tensor, dtype, NOT_IN_SFT)]
@@ -115,12 +130,12 @@ def _fates(aligned: ModelTensors, name: str, counterpart: Counterpart | None, dt
 
 def _extrapolate(name: str, aligned: TensorInfo, sft: TensorInfo, dtype: str, reason: str) -> Step:
     if aligned.dtype not in ITEMSIZE:
-        return _copy(name, aligned, dtype, f"{aligned.dtype} is no floating-point dtype")
+        return _copy(name, aligned, dtype, f"{aligned.dtype} is not a floating-point dtype")
     return Step(name, Action.EXTRAPOLATE, reason, aligned, sft, dtype)
 
 
 def _adapted(name: str, adapter: Adapter, base: TensorInfo, dtype: str) -> Step:
-    """Return the step of a tensor that an adapter changes by a product of two small matrices, or leaves alone."""
+    """Return the step of a tensor of the base: an extrapolation if the adapter changes the tensor, else a copy."""
     delta = adapter.low_rank.get(name)
     if delta is None:
         return _copy(name, base, dtype, UNTOUCHED)
@@ -132,7 +147,7 @@ def _copy(name: str, tensor: TensorInfo, dtype: str, reason: str) -> Step:
 
 
 def _with_own_alpha(step: Step, alpha: float | None) -> Step:
-    """Return the step with the alpha of its own; with one that is 0 in the tensor's dtypes it is a copy."""
+    """Return the step with the alpha that `alpha_for` gives it; a copy if this alpha is 0 in the step's arithmetic."""
     if step.sft is None or alpha is None:
         return step
     if working_alpha(alpha, step.aligned.dtype, step.sft.dtype):
@@ -142,7 +157,10 @@ def _with_own_alpha(step: Step, alpha: float | None) -> Step:
 
 
 def _output_dtype(aligned: ModelTensors, name: str, counterpart: Counterpart | None, dtype: str | None) -> str:
-    """Return the dtype of a tensor of the output; a tensor that an adapter has whole takes the base's dtype."""
+    """Return the safetensors name of the output tensor's dtype.
+
+    A tensor that an adapter stores as a whole takes the base's dtype, as the other tensors of the output have it.
+    """
     tensor = aligned.tensors[name]
     if tensor.dtype not in ITEMSIZE:
         return tensor.dtype
@@ -155,15 +173,15 @@ def _output_dtype(aligned: ModelTensors, name: str, counterpart: Counterpart | N
 
 
 def _notes(sft: ModelTensors, aligned: ModelTensors, steps: Sequence[Step]) -> tuple[str, ...]:
-    """Return what a user should know of an output that is made all the same."""
-    adapted = aligned.adapter.note if aligned.adapter else None
-    found = [adapted, _mostly_copied(aligned, steps)]
-    return (*dict.fromkeys((*sft.notes, *aligned.notes)), *filter(None, found))
+    """Return the notes of both models and of their matching, each once."""
+    adapter = aligned.adapter.note if aligned.adapter else None
+    own = [adapter, _warn_of_copies(aligned, steps)]
+    return (*dict.fromkeys((*sft.notes, *aligned.notes)), *filter(None, own))
 
 
-def _mostly_copied(aligned: ModelTensors, steps: Sequence[Step]) -> str | None:
-    """Return a warning where the options, and not the tensors, leave most of the numbers as aligned has them."""
-    if aligned.adapter is not None:  # an adapter leaves most tensors alone, and so should its merge
+def _warn_of_copies(aligned: ModelTensors, steps: Sequence[Step]) -> str | None:
+    """Return a warning if the options have most floating-point bytes copied from aligned; else None."""
+    if aligned.adapter is not None:  # an adapter changes few tensors, so its merge may copy most of the model
         return None
     copied = [step for step in steps if step.action is Action.COPY]
     kept = float_bytes(step.aligned for step in copied if step.reason.startswith((NOT_IN_SFT, SFT_HAS)))
@@ -171,6 +189,6 @@ def _mostly_copied(aligned: ModelTensors, steps: Sequence[Step]) -> str | None:
     if 2 * kept <= total:
         return None
     return (
-        f"{kept / total:.0%} of the floating-point bytes are copied from aligned and not extrapolated, as "
-        "`on_unpaired` or `on_mismatch` says: are sft and aligned saved in two forms, or two different models?"
+        f"{kept / total:.0%} of the floating-point bytes are copied from aligned and not extrapolated, because "
+        "of `on_unpaired` or `on_mismatch`: check that sft and aligned are checkpoints of one model in the same form"
     )

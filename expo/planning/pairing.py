@@ -1,7 +1,7 @@
-"""The counterpart in sft of each tensor of aligned: by name, else under an older name, else as a tied weight.
+"""Find the counterpart in sft of each tensor of aligned: under the same name, under an older name, or as a tied weight.
 
-Pure. Nothing is guessed: a counterpart under another name has the same shape (rows of the same width, where it is a
-tie), is the only tensor that fits, and its step says so.
+Pairing does not guess. A counterpart under another name has the same shape (a tied weight has rows of the same width)
+and is the only tensor that fits, and the reason of its step names the rename or the tie.
 """
 
 from __future__ import annotations
@@ -18,21 +18,26 @@ from ..dtypes import ITEMSIZE
 
 
 class Counterpart(NamedTuple):
-    """The tensor of sft that belongs to a tensor of aligned; reason: why, "" where the names are the same."""
+    """The tensor of sft that belongs to a tensor of aligned.
+
+    Attributes:
+        tensor: The tensor of sft.
+        reason: The rename or the tie that pairs the two; "" if both have the same name.
+    """
 
     tensor: TensorInfo
     reason: str
 
 
 class Pairs(NamedTuple):
-    """The pairs of tensors of two models, and what has no counterpart.
+    """The pairs of tensors of two models, and the tensors without a counterpart.
 
     Attributes:
-        counterparts: By aligned's name for the tensor.
-        kept: The tensors of aligned that need no counterpart, and the reason.
-        dropped: The tensors of sft that need none, and the reason.
-        only_in_aligned: The names of aligned's other tensors.
-        only_in_sft: The names of sft's other tensors.
+        counterparts: The counterpart of each paired tensor, by the tensor's name in aligned.
+        kept: The reason for each tensor of aligned that needs no counterpart, by name.
+        dropped: The reason for each tensor of sft that needs no counterpart, by name.
+        only_in_aligned: The names of aligned's unpaired tensors.
+        only_in_sft: The names of sft's unpaired tensors.
     """
 
     counterparts: dict[str, Counterpart]
@@ -43,52 +48,63 @@ class Pairs(NamedTuple):
 
 
 def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
-    """Return the counterpart of each of aligned's tensors: by name, else under an older name, else as a tied weight."""
-    ours, theirs = aligned.tensors, sft.tensors
-    kept = {name: "a buffer, which the model computes, and no weight" for name, tensor in ours.items()
-            if is_buffer(tensor) and is_buffer(theirs.get(name, tensor))}  # fmt: skip
-    dropped = {name: "a buffer, which the model computes" for name, tensor in theirs.items()
-               if is_buffer(tensor) and name not in ours}  # fmt: skip
-    counterparts = {name: Counterpart(theirs[name], "") for name in ours if name in theirs and name not in kept}
-    only_ours = {name: tensor for name, tensor in ours.items() if name not in counterparts and name not in kept}
-    only_theirs = {name: tensor for name, tensor in theirs.items() if name not in ours and name not in dropped}
-    for name, other in _renamed(only_ours, only_theirs).items():
-        counterparts[name] = Counterpart(only_theirs.pop(other), f"sft calls it {other}")
-        del only_ours[name]
+    """Return the counterpart of each tensor of aligned, and the tensors of both models that have none."""
+    of_aligned, of_sft = aligned.tensors, sft.tensors
+    kept = {name: "a buffer, which the model computes, and no weight" for name, tensor in of_aligned.items()
+            if is_buffer(tensor) and is_buffer(of_sft.get(name, tensor))}  # fmt: skip
+    dropped = {name: "a buffer, which the model computes" for name, tensor in of_sft.items()
+               if is_buffer(tensor) and name not in of_aligned}  # fmt: skip
+    counterparts = {name: Counterpart(of_sft[name], "") for name in of_aligned if name in of_sft and name not in kept}
+    only_aligned = {
+        name: tensor for name, tensor in of_aligned.items() if name not in counterparts and name not in kept
+    }
+    only_sft = {name: tensor for name, tensor in of_sft.items() if name not in of_aligned and name not in dropped}
+    for name, old_name in _find_renames(only_aligned, only_sft).items():
+        counterparts[name] = Counterpart(only_sft.pop(old_name), f"sft calls it {old_name}")
+        del only_aligned[name]
     flags = tie_flag(sft.config), tie_flag(aligned.config)
-    tied = _tied(only_ours, theirs, flags[0] is not False and flags != (None, False))
-    counterparts |= {name: Counterpart(theirs[other], f"sft ties it to {other}") for name, other in tied.items()}
-    read = set(tied.values())
-    only_theirs = {name: tensor for name, tensor in only_theirs.items() if name not in read}
-    ties = _tied(only_theirs, ours, False not in flags)
-    dropped |= {name: f"aligned ties it to {other}" for name, other in ties.items()}
-    unpaired = [name for name in only_ours if name not in tied], [name for name in only_theirs if name not in ties]
-    return Pairs(counterparts, kept, dropped, *unpaired)
+    sft_ties = _find_ties(only_aligned, of_sft, flags[0] is not False and flags != (None, False))
+    counterparts |= {name: Counterpart(of_sft[other], f"sft ties it to {other}") for name, other in sft_ties.items()}
+    read = set(sft_ties.values())
+    only_sft = {name: tensor for name, tensor in only_sft.items() if name not in read}
+    aligned_ties = _find_ties(only_sft, of_aligned, False not in flags)
+    dropped |= {name: f"aligned ties it to {other}" for name, other in aligned_ties.items()}
+    only_in_aligned = [name for name in only_aligned if name not in sft_ties]
+    only_in_sft = [name for name in only_sft if name not in aligned_ties]
+    return Pairs(counterparts, kept, dropped, only_in_aligned, only_in_sft)
 
 
-def _renamed(here: Mapping[str, TensorInfo], there: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """From names of one side to names of the other that mean the same; both sides' names are alone so far."""
-    if not here or not there:
-        return {}
-    index = NameIndex(there)
-    found: dict[str, str] = {}
-    for name, tensor in here.items():
-        fits = {old for old in index.find(name) if there[old].shape == tensor.shape}
-        if len(fits) == 1:
-            found[name] = fits.pop()
-    taken = Counter(found.values())
-    return {name: old for name, old in found.items() if taken[old] == 1}
+def _find_renames(unpaired: Mapping[str, TensorInfo], candidates: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Return the candidate's name for each unpaired tensor that has the same shape and means the same by its name.
 
-
-def _tied(alone: Mapping[str, TensorInfo], lacking: Mapping[str, TensorInfo], tied: bool) -> dict[str, str]:
-    """From the names that one side has alone to the tensor that the other uses in their place, where there is one.
-
-    A head that is missing is the embedding, or the embedding the head, where the two are tied; an encoder and a decoder
-    share their embedding.
+    A tensor with two candidates stays unpaired, and so do two tensors with the same candidate.
     """
-    heads, embeddings, shared = ([name for name in lacking if kind.search(name)] for kind in (HEAD, EMBEDDING, SHARED))
-    found: dict[str, str] = {}
-    for name, tensor in alone.items():
+    if not unpaired or not candidates:
+        return {}
+    index = NameIndex(candidates)
+    renames: dict[str, str] = {}
+    for name, tensor in unpaired.items():
+        fits = {other for other in index.find(name) if candidates[other].shape == tensor.shape}
+        if len(fits) == 1:
+            renames[name] = fits.pop()
+    uses = Counter(renames.values())
+    return {name: other for name, other in renames.items() if uses[other] == 1}
+
+
+def _find_ties(unpaired: Mapping[str, TensorInfo], others: Mapping[str, TensorInfo], tied: bool) -> dict[str, str]:
+    """Return the name of the tensor that the other model uses in the place of each unpaired tensor.
+
+    A model without a head uses its embedding, and a model without an embedding uses its head, if the two are tied. An
+    encoder and a decoder share their embedding.
+
+    Args:
+        unpaired: The tensors that one model alone has.
+        others: All tensors of the other model.
+        tied: True if a head may be tied to an embedding.
+    """
+    heads, embeddings, shared = ([name for name in others if kind.search(name)] for kind in (HEAD, EMBEDDING, SHARED))
+    ties: dict[str, str] = {}
+    for name, tensor in unpaired.items():
         if HEAD.search(name) and not heads and tied:
             fits = [other for other in shared if other.endswith("shared.weight")] or embeddings
         elif EMBEDDING.search(name) and not embeddings and tied:
@@ -97,18 +113,18 @@ def _tied(alone: Mapping[str, TensorInfo], lacking: Mapping[str, TensorInfo], ti
             fits = [other for other in shared if other.endswith("shared.weight")] or shared
         else:
             continue
-        if len(fits) == 1 and lacking[fits[0]].shape[1:] == tensor.shape[1:]:
-            found[name] = fits[0]
-    return found
+        if len(fits) == 1 and others[fits[0]].shape[1:] == tensor.shape[1:]:
+            ties[name] = fits[0]
+    return ties
 
 
 def mismatched(aligned: TensorInfo, sft: TensorInfo) -> bool:
-    """Return True if a pair cannot be extrapolated as it is: by shape, or as one of the two has no numbers."""
+    """Return True if the two shapes differ, or if one dtype alone can be extrapolated."""
     return aligned.shape != sft.shape or (aligned.dtype in ITEMSIZE) != (sft.dtype in ITEMSIZE)
 
 
 def rows_in_common(aligned: TensorInfo, sft: TensorInfo) -> int:
-    """Return how many first rows could be extrapolated where only the numbers of rows differ; 0 for none."""
+    """Return the number of first rows that both tensors have; 0 if they differ in more than the number of rows."""
     floating = aligned.dtype in ITEMSIZE and sft.dtype in ITEMSIZE
     if not floating or not aligned.shape or not sft.shape or aligned.shape[1:] != sft.shape[1:]:
         return 0

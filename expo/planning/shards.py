@@ -1,7 +1,7 @@
-"""The output's files: which tensor goes into which, every byte's place, and the index. Pure.
+"""Lay out the output's weight files: the tensors of each file, the place of every byte, and the index.
 
-Shards are aligned's, or new ones of a size that the user names; every header is ours. A run of bytes of the output is a
-Chunk, cut by bytes and never by tensor.
+An output has aligned's division into shards, or new shards of the size that the user names, and always headers of its
+own. A chunk is a run of bytes of an output shard, of a fixed size, whatever the sizes of the tensors in it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from ..checkpoints.files import SINGLE
 from ..checkpoints.safetensors_header import TensorInfo, emit
 from ..checkpoints.weight_files import PICKLED
 from ..kernels.contract import Statistics
-from .steps import Step, joined
+from .steps import Step, join_shapes
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
 
 
 class OutputShard(NamedTuple):
-    """One file of the output: its first bytes, its size in bytes, and the steps in the order of their data.
+    """One weight file of the output.
 
-    A step's TensorInfo says where its bytes are in this file.
+    Attributes:
+        name: The file's name.
+        header: The first bytes of the file: the length of the safetensors header, and the header.
+        size: The size of the file in bytes.
+        steps: The steps in the order of their data, each with a TensorInfo of the place of its bytes in this file.
     """
 
     name: str
@@ -35,7 +39,13 @@ class OutputShard(NamedTuple):
 
 
 def lay_out(aligned: Checkpoint, steps: Sequence[Step], most: int | None) -> tuple[OutputShard, ...]:
-    """Aligned's files and assignment, or files of at most `most` bytes of tensors in the same order."""
+    """Return the weight files of an output.
+
+    Args:
+        aligned: The checkpoint whose shards the output takes over if `most` is None.
+        steps: The steps of the output; the steps of one tensor go into one file.
+        most: The largest number of tensor bytes in a file; None for aligned's division into files.
+    """
     tensors: dict[str, list[Step]] = {}
     for step in steps:
         tensors.setdefault(step.name, []).append(step)
@@ -47,35 +57,40 @@ def lay_out(aligned: Checkpoint, steps: Sequence[Step], most: int | None) -> tup
     else:
         groups, metadata = _by_size(tensors, most), {}
     return tuple(
-        _file(name, {each: tensors[each] for each in group}, metadata.get(name, {})) for name, group in groups.items()
+        _make_shard(file, {name: tensors[name] for name in group}, metadata.get(file, {}))
+        for file, group in groups.items()
     )
 
 
 def output_name(shard: str) -> str:
-    """The file that the tensors of an input's file go to: pytorch_model-00001-of-00002.bin has another name here."""
+    """Return the name of the output's file for a shard of aligned: that of `pytorch_model.bin` is `model.safetensors`."""
     stem, suffix = os.path.splitext(shard)
     return stem.replace("pytorch_model", "model", 1) + ".safetensors" if suffix in PICKLED else shard
 
 
 def _by_size(tensors: Mapping[str, Sequence[Step]], most: int) -> dict[str, list[str]]:
-    """Names by file, as save_pretrained names files: a tensor larger than `most` has one of its own."""
+    """Return the names of the tensors in each file, with the file names that save_pretrained gives.
+
+    A file has at most `most` bytes of tensors; a larger tensor has a file to itself.
+    """
     groups: list[list[str]] = []
-    room = 0
+    free = 0  # bytes that the last file can still take
     for name, steps in tensors.items():
         size = sum(step.nbytes for step in steps)
-        if size > max(room, 0) or not groups:
+        if size > max(free, 0) or not groups:
             groups.append([])
-            room = most
+            free = most
         groups[-1].append(name)
-        room -= size
+        free -= size
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{k + 1:05}-of-{len(groups):05}.safetensors": group for k, group in enumerate(groups)}
 
 
-def _file(name: str, tensors: Mapping[str, Sequence[Step]], metadata: Mapping[str, str]) -> OutputShard:
-    entries = ((each, steps[0].dtype, joined([step.shape for step in steps])) for each, steps in tensors.items())
-    header, placed = emit(entries, {"format": "pt", **metadata})  # transformers wants to know the format
+def _make_shard(file: str, tensors: Mapping[str, Sequence[Step]], metadata: Mapping[str, str]) -> OutputShard:
+    """Return the weight file that holds these tensors."""
+    entries = ((name, steps[0].dtype, join_shapes([step.shape for step in steps])) for name, steps in tensors.items())
+    header, placed = emit(entries, {"format": "pt", **metadata})  # transformers expects a format
     parts = []
     for tensor in placed.values():
         start = tensor.start
@@ -83,11 +98,17 @@ def _file(name: str, tensors: Mapping[str, Sequence[Step]], metadata: Mapping[st
             parts.append((step, TensorInfo(tensor.name, step.dtype, step.shape, start, start + step.nbytes)))
             start += step.nbytes
     size = len(header) + sum(tensor.nbytes for tensor in placed.values())
-    return OutputShard(name, header, size, tuple(parts))
+    return OutputShard(file, header, size, tuple(parts))
 
 
-def index_of(aligned: Checkpoint, shards: Sequence[OutputShard], resharded: bool) -> bytes | None:
-    """The index file's bytes; None for an output without one."""
+def make_index(aligned: Checkpoint, shards: Sequence[OutputShard], resharded: bool) -> bytes | None:
+    """Return the bytes of the index file; None for an output without an index.
+
+    Args:
+        aligned: The checkpoint whose index's metadata the output takes over.
+        shards: The weight files of the output.
+        resharded: True if the output has shards of a new size; False if it has aligned's division into files.
+    """
     if len(shards) == 1 if resharded else aligned.index is None:
         return None
     metadata = aligned.index.get("metadata") if aligned.index else None
@@ -97,11 +118,18 @@ def index_of(aligned: Checkpoint, shards: Sequence[OutputShard], resharded: bool
         "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
         "weight_map": dict(sorted(placed.items())),
     }
-    return (json.dumps(index, indent=2) + "\n").encode("ascii")  # escaped as transformers does it
+    return (json.dumps(index, indent=2) + "\n").encode("ascii")  # transformers writes an index with escapes, in ASCII
 
 
 class Piece(NamedTuple):
-    """A run of one step's bytes in a chunk: [start, stop) of the step's own bytes of output, at `at` in the chunk."""
+    """The part of a chunk that belongs to one step.
+
+    Attributes:
+        step: The step that computes the piece.
+        start: The piece's first byte, counted from the first byte of the step's output.
+        stop: The byte after the piece's last, counted likewise.
+        at: The piece's first byte, counted from the first byte of the chunk.
+    """
 
     step: Step
     start: int
@@ -110,7 +138,14 @@ class Piece(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Bytes [start, stop) of an output shard, cut by bytes: part of a tensor, or many tensors, or header too."""
+    """Bytes [start, stop) of an output shard, which may be a part of a tensor, many tensors, and a part of the header.
+
+    Attributes:
+        shard: The output shard.
+        start: The chunk's first byte in the shard's file.
+        stop: The byte after the chunk's last.
+        pieces: The parts of the chunk that belong to steps, in the order of their bytes.
+    """
 
     shard: OutputShard
     start: int
@@ -118,11 +153,14 @@ class Chunk(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-Measured = dict[int, Statistics]  # the statistics of a chunk's pieces, by the number of the piece
+Measured = dict[int, Statistics]  # the statistics of a chunk's pieces, by the piece's position in `Chunk.pieces`
 
 
 def cut(shards: Sequence[OutputShard], size: int) -> Iterator[Chunk]:
-    """The output's chunks of `size` bytes, a multiple of 4096, so that no element straddles a cut."""
+    """Yield the chunks of the output, each of `size` bytes at most.
+
+    `size` is a multiple of 4096, so no element lies in two chunks.
+    """
     for shard in shards:
         first = 0  # the first step that reaches into the chunk
         for start in range(0, shard.size, size):
@@ -142,15 +180,23 @@ def cut(shards: Sequence[OutputShard], size: int) -> Iterator[Chunk]:
 def portion(
     shards: Sequence[OutputShard], size: int, done: Mapping[tuple[str, int], tuple[int, Any]], rank: int, world: int
 ) -> Iterator[Chunk]:
-    """One rank's run of the chunks that are not done: the same number of bytes for each, to within a chunk.
+    """Yield the chunks that one rank computes: a run of the chunks that are not done.
 
-    done: (shard's name, start) to the byte after the chunk's last, and what the caller knows of it.
+    All ranks have the same number of bytes, with a difference of one chunk at most.
+
+    Args:
+        shards: The weight files of the output.
+        size: The size of a chunk in bytes, a multiple of 4096.
+        done: The chunks that are done, by the shard's name and the chunk's start: the byte after the chunk's last, and
+            a value that this function ignores.
+        rank: The number of the rank, from 0.
+        world: The number of ranks.
     """
     total = sum(shard.size for shard in shards) - sum(stop - start for (_, start), (stop, _) in done.items())
-    at = 0  # bytes before the chunk
+    at = 0  # bytes of the chunks to do that come before this one
     for chunk in cut(shards, size):
         if (chunk.shard.name, chunk.start) not in done:
             length = chunk.stop - chunk.start
-            if (2 * at + length) * world // (2 * total) == rank:  # the rank whose run its middle is in
+            if (2 * at + length) * world // (2 * total) == rank:  # the chunk's middle lies in this rank's run
                 yield chunk
             at += length
