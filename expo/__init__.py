@@ -1,10 +1,11 @@
-"""ExPO: a better-aligned language model out of two checkpoints, without training.
+"""Make a better-aligned language model from two checkpoints, without training: model extrapolation (ExPO).
 
     out = aligned + alpha * (aligned - sft)
 
-merge() reads and writes files; stream() reads files and yields tensors; extrapolate() computes arrays and tensors; Live
-sets the alpha of a model that is in memory. search_alpha() finds the best alpha, and compare() shows what training
-changed. torch.ops.expo.extrapolate is extrapolate() as an operator: torch must be imported first, or expo.op.
+merge() reads and writes files, stream() reads files and yields tensors, extrapolate() computes arrays and tensors, and
+Live sets the alpha of a model in memory. search_alpha() finds the best alpha, and compare() shows the changes of
+training. torch.ops.expo.extrapolate is extrapolate() as an operator of torch; it exists after `import expo.op`, or if
+torch is imported before expo.
 """
 
 import sys
@@ -22,7 +23,9 @@ from .errors import (
     UsageError,
 )
 
-if "torch" in sys.modules:  # the operator is no reason to import torch
+if (
+    "torch" in sys.modules
+):  # a program that has not imported torch needs no operator, and torch takes a second to import
     from . import op as _op  # noqa: F401
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ __all__ = [
     "stream",
 ]
 
-# The module of each name that is imported when a program asks for it.
+# The module of each public name, which is imported when a program first uses the name.
 _MODULES = {
     "Comparison": "diff",
     "Live": "tensors.live",
@@ -71,10 +74,11 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    """Import the module of a public name and return the name's value."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
     value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # Python finds the name without this function from now on
     return value

@@ -1,4 +1,4 @@
-"""The one table of dtypes: safetensors' names, their bits, and the names that torch, NumPy and `--dtype` have for them.
+"""List the dtypes: their names in safetensors, torch, NumPy and `--dtype`, and their bits. No other module has a list.
 
 Source of the names and bits: github.com/huggingface/safetensors, `Dtype` in tensor.rs.
 """
@@ -15,8 +15,8 @@ class Dtype(NamedTuple):
     Attributes:
         bits: Bits of one element.
         torch: The name of torch's dtype; "" where torch has none.
-        extrapolated: True if tensors of this dtype are extrapolated; all others are copied or refused.
-        option: The word for it on the command line, where an output may be written in this dtype; else "".
+        extrapolated: True if tensors of this dtype are extrapolated. Tensors of other dtypes are copied or refused.
+        option: The word for the dtype on the command line; "" if an output cannot be written in this dtype.
     """
 
     bits: int
@@ -25,7 +25,7 @@ class Dtype(NamedTuple):
     option: str = ""
 
 
-# The order is the one in which safetensors' own writer sorts tensors, the last first.
+# safetensors' own writer sorts tensors by dtype in this order, the last dtype first.
 TABLE = {
     "BOOL": Dtype(8, "bool"),
     "F4": Dtype(4),
@@ -51,7 +51,7 @@ TABLE = {
     "U64": Dtype(64, "uint64"),
 }
 BITS = {name: dtype.bits for name, dtype in TABLE.items()}
-# Bytes of one element of the dtypes that are extrapolated, the ones with fewer bytes first.
+# The bytes of one element of each dtype that is extrapolated; dtypes with fewer bytes come first.
 ITEMSIZE = {name: TABLE[name].bits // 8 for name in ("BF16", "F16", "F32", "F64")}
 INTEGERS = frozenset(name for name in TABLE if name[0] in "IU" or name == "BOOL")
 OUTPUT_DTYPES = {TABLE[name].option: name for name in ("BF16", "F16", "F32")}

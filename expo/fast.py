@@ -1,8 +1,8 @@
-"""The command line of a merge: python -m expo.fast --sft A --aligned B --alpha 0.3 [--out C]
+"""Run a merge from the command line: python -m expo.fast --sft A --aligned B --alpha 0.3 [--out C]
 
-This module turns arguments into a merge and the merge into a summary. Results go to stdout, progress and messages to
-stderr. Exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the output could not be written;
-130 interrupted.
+This module makes options from arguments, runs the merge, and prints its summary. Results go to stdout; progress and
+messages go to stderr. Exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the output could not be
+written; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from .errors import UsageError
 from .options import ENGINES, ON_MISMATCH, ON_UNPAIRED, MergeOptions
 from .text import size_text
 
-if TYPE_CHECKING:  # what a merge needs is imported when the arguments are known: --help takes a third of the time
+# The functions below import the modules that they need: --help then takes a third of the time.
+if TYPE_CHECKING:
     from .inputs.resolve import PairRequest
     from .merging.job import MergeJob
     from .merging.result import Merged
 
-SHOWN = 8  # copied or dropped tensors and left-out files that the summary names one by one
+SHOWN = 8  # tensors or files that each list of the summary names
 EPILOG = """\
 out = aligned + alpha * (aligned - sft), in fp32, rounded once to aligned's dtype (ExPO, arXiv 2404.16792).
 exit codes: 0 done; 1 a bug; 2 usage; 3 the inputs cannot be merged; 4 the output could not be written; 130 interrupted
@@ -40,12 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    """List the recipes, print the plan, or merge, and return the exit code."""
     if options.list_recipes:
         return _list_recipes(options)
     return _plan(options) if options.plan else _merge(options)
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m expo.fast",
         description="Extrapolate two checkpoints of a language model to a better-aligned third.",
@@ -53,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # argparse takes -0.1 for a number, but -1e-3 for an option.
+    # By default argparse reads -0.1 as a number, but -1e-3 as an option.
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     _add_inputs(parser.add_argument)
     _add_content(parser.add_argument)
@@ -71,7 +74,7 @@ def _add_inputs(add: Callable[..., Any]) -> None:
     add(
         "--aligned", metavar="B", help="the checkpoint trained from it, named likewise, or a LoRA adapter folder over A"
     )
-    add("--alpha", nargs="+", type=float, help="how far to go past B; several alphas: one read, one output for each")
+    add("--alpha", nargs="+", type=float, help="how far the output goes past B; each of several alphas has an output")
     add(
         "--recipe",
         metavar="NAME",
@@ -82,18 +85,18 @@ def _add_inputs(add: Callable[..., Any]) -> None:
 
 
 def _add_content(add: Callable[..., Any]) -> None:
-    """Add the options that decide what an output holds."""
+    """Add the options that decide the content of an output."""
     add(
         "--alpha-for", action="append", default=[], metavar="REGEX=FLOAT",
-        help="use this alpha for tensors whose name matches; repeatable, the last match wins, 0 keeps B's tensor",
+        help="use this alpha for tensors whose name matches; repeatable, the last match counts, 0 keeps B's tensor",
     )  # fmt: skip
     add(
         "--on-unpaired", choices=ON_UNPAIRED, default="error",
-        help="a tensor is in one input only: refuse, or do as aligned does",
+        help="if a tensor is in one input alone: refuse the merge, or keep B's tensors and drop A's",
     )  # fmt: skip
     add(
         "--on-mismatch", choices=ON_MISMATCH, default="error",
-        help="a tensor has two shapes: refuse, extrapolate the rows that both have, or keep B's tensor",
+        help="if a tensor has two shapes: refuse the merge, extrapolate the rows that both have, or keep B's tensor",
     )  # fmt: skip
     add("--dtype", choices=OUTPUT_DTYPES, help="write the output in this dtype, rounded once (default: B's dtypes)")
     add("--max-shard-size", metavar="SIZE", help="the largest size of a file, such as 5GB (default: B's own files)")
@@ -104,23 +107,27 @@ def _add_content(add: Callable[..., Any]) -> None:
 
 
 def _add_execution(add: Callable[..., Any]) -> None:
-    """Add the options that decide how the output is made and what is printed."""
+    """Add the options that decide how the output is made, and the output of the command."""
     add("--engine", choices=ENGINES, default="auto", help="auto: compiled CPU code, else NumPy; triton needs a GPU")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, or cuda[:index], with which a GPU computes too")
+    add(
+        "--device", default="auto", metavar="DEVICE", help="auto, cpu, or cuda[:index], which adds a GPU to the workers"
+    )
     add("--plan", action="store_true", help="read headers only, print what happens to every tensor, write nothing")
     add("--json", action="store_true", help="print the result, or the plan, as one JSON object")
     add("--overwrite", action="store_true", help="replace an output that exists")
-    add("--resume", action="store_true", help="continue an interrupted merge, if one is there")
+    add("--resume", action="store_true", help="continue an interrupted merge, if there is one")
     add("--digest", action="store_true", help="write SHA256SUMS too, which sha256sum -c checks")
     add("--verify", action="store_true", help="read the output back and compare it with a second computation")
     add(
-        "--check", action="store_true", help="let transformers load the output, without its data, before it is in place"
+        "--check",
+        action="store_true",
+        help="let transformers load the output's headers before the output is put in place",
     )
     add("--quiet", action="store_true", help="print no progress and no summary")
 
 
 def _rules(texts: Sequence[str]) -> dict[str, float]:
-    """Return the alphas of `--alpha-for` by regular expression. Raises UsageError."""
+    """Return the alphas of `--alpha-for`, by their regular expressions. Raises UsageError."""
     rules: dict[str, float] = {}
     for text in texts:
         pattern, equals, value = text.rpartition("=")
@@ -130,13 +137,13 @@ def _rules(texts: Sequence[str]) -> dict[str, float]:
             equals = ""
         if not equals:
             raise UsageError(f"--alpha-for takes REGEX=FLOAT, got {text!r}")
-        rules.pop(pattern, None)  # a repeated pattern counts at its last place
+        rules.pop(pattern, None)  # the last match counts, so a repeated pattern moves to its last place
         rules[pattern] = alpha
     return rules
 
 
 def _request(options: argparse.Namespace) -> tuple[PairRequest, MergeOptions]:
-    """Return what to merge and how. Raises UsageError."""
+    """Return the pair to merge, and the options. Raises UsageError."""
     from .inputs.resolve import complete_request
 
     pair = complete_request(options.sft, options.aligned, options.alpha, options.recipe)
@@ -145,6 +152,7 @@ def _request(options: argparse.Namespace) -> tuple[PairRequest, MergeOptions]:
 
 
 def _list_recipes(options: argparse.Namespace) -> int:
+    """Print the published pairs."""
     from .inputs import recipes
 
     show(recipes.as_json() if options.json else recipes.table())
@@ -152,6 +160,7 @@ def _list_recipes(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    """Merge, and print the summary on rank 0."""
     from .merging.launcher import join
     from .merging.merge import merge_pair
 
@@ -175,13 +184,14 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _summary(merged: Merged) -> Iterator[str]:
+    """Yield the lines of a merge's summary."""
     moved = merged.bytes_read + merged.bytes_written
     yield (
         f"{size_text(merged.bytes_read)} read, {size_text(merged.bytes_written)} written in {merged.seconds:.2f} s, "
         f"{size_text(moved / merged.seconds)}/s moved"
     )
     if merged.resumed:
-        yield f"  resumed  {size_text(merged.resumed)} of it were there already"
+        yield f"  resumed  {size_text(merged.resumed)} of the output were already done"
     yield f"  tensors  {merged.extrapolated} extrapolated, {len(merged.copied)} copied, {len(merged.dropped)} dropped"
     yield from _some([f"copied {name}: {reason}" for name, reason in merged.copied])
     yield from _some([f"extrapolated {name}: {reason}" for name, reason in merged.noted])
@@ -201,12 +211,13 @@ def _summary(merged: Merged) -> Iterator[str]:
 
 
 def _some(lines: Sequence[str]) -> Iterator[str]:
-    """Yield the first lines, and the number of the others."""
-    shown = [*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more; --plan names them all"] if len(lines) > SHOWN else [])]
+    """Yield the first SHOWN lines, indented, and a line with the number of the others."""
+    shown = [*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more; --plan lists them all"] if len(lines) > SHOWN else [])]
     yield from (f"           {line}" for line in shown)
 
 
 def _plan(options: argparse.Namespace) -> int:
+    """Print the plan on rank 0, and raise its error if the merge cannot be done."""
     from .merging.launcher import launched_rank
     from .merging.merge import preview
 
@@ -224,6 +235,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _plan_text(job: MergeJob) -> Iterator[str]:
+    """Yield the lines of a printed plan."""
     from .checkpoints.safetensors_header import describe
     from .planning.steps import Action
 
@@ -253,6 +265,7 @@ def _plan_text(job: MergeJob) -> Iterator[str]:
 
 
 def _plan_object(job: MergeJob) -> dict[str, Any]:
+    """Return the object that --plan --json prints."""
     plan, engine = job.plan, job.engines[0]
     files = {step.name: shard.name for shard in plan.shards for step, _ in shard.steps}
     return {

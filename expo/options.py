@@ -1,4 +1,4 @@
-"""The options of a merge: one frozen object, checked once, passed whole, and turned back into words to type."""
+"""Define the options of a merge: one frozen object, which checks itself and can write its command line."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ON_UNPAIRED = ("error", "aligned")
 ON_MISMATCH = ("error", "rows", "aligned")
 MAX_ALPHAS = 64
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-# The options that decide what an output holds; the others decide how it is made.
+# The options that decide the content of an output; the others decide how the output is made.
 CONTENT = ("alpha_for", "on_unpaired", "on_mismatch", "dtype", "max_shard_size", "carry")
 
 
 class AlphaRule(NamedTuple):
-    """One `--alpha-for`: tensors in whose name the pattern is found take this alpha in every output."""
+    """One rule of `alpha_for`: a tensor whose name the pattern matches has this alpha in every output."""
 
     pattern: re.Pattern[str]
     alpha: float
@@ -31,13 +31,13 @@ class AlphaRule(NamedTuple):
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What a user may choose about a merge; `merge()` explains each option.
+    """The options of a merge; the docstring of `merge()` explains each of them.
 
     Attributes:
-        alphas: One alpha for each output; None where the caller sets alphas later, as a live model does.
+        alphas: One alpha for each output; None if the caller sets alphas later, as a live model does.
 
     Raises:
-        UsageError: An option makes no sense by itself.
+        UsageError: An option has a value that is not allowed.
     """
 
     alphas: tuple[float, ...] | None = None
@@ -57,6 +57,7 @@ class MergeOptions:
     quiet: bool = True
 
     def __post_init__(self) -> None:
+        """Check every option. Raises UsageError."""
         _check_alphas(self.alphas, self.alpha_for)
         choices: tuple[tuple[str, str, Iterable[str]], ...] = (
             ("on_unpaired", self.on_unpaired, ON_UNPAIRED),
@@ -68,11 +69,11 @@ class MergeOptions:
                 raise UsageError(f"`{option}` must be one of {', '.join(known)}, got {value!r}")
         if isinstance(self.carry, str) or not all(isinstance(pattern, str) and pattern for pattern in self.carry):
             raise UsageError(f"`carry` must be a list of patterns, such as ['*.png'], got {self.carry!r}")
-        _ = self.alpha_rules, self.shard_bytes  # both are checked here, before anything is downloaded
+        _ = self.alpha_rules, self.shard_bytes  # computed here, so that an error comes before a download
 
     @cached_property
     def alpha_rules(self) -> tuple[AlphaRule, ...]:
-        """The compiled `alpha_for`, in the order given: the last match wins."""
+        """The rules of `alpha_for` with compiled patterns, in their order; the last rule that matches a name counts."""
         rules = []
         for pattern, alpha in self.alpha_for.items():
             try:
@@ -85,29 +86,29 @@ class MergeOptions:
 
     @cached_property
     def shard_bytes(self) -> int | None:
-        """The largest size of an output's file in bytes; None for aligned's own files."""
+        """The largest number of tensor bytes in a file; None for aligned's division into files."""
         return _bytes_of(self.max_shard_size)
 
     def alpha_of(self, name: str) -> float | None:
-        """Return the alpha that `alpha_for` gives the tensor of this name; None where the output's alpha counts."""
+        """Return the alpha that `alpha_for` gives the tensor of this name; None if the output's alpha applies."""
         return next((rule.alpha for rule in reversed(self.alpha_rules) if rule.pattern.search(name)), None)
 
     def content(self) -> dict[str, Any]:
-        """Return the options that decide what an output holds, by their names on the command line."""
+        """Return the options that decide the content of an output, by their names on the command line."""
         return {_option(name): getattr(self, name) for name in CONTENT}
 
     def changed(self) -> dict[str, str]:
-        """Return the options of `content` that are not at their defaults, as text, apart from `--alpha-for`."""
+        """Return the options of `content`, except `--alpha-for`, that do not have their default values, as text."""
         defaults = {each.name: each.default for each in fields(self)}
-        found = {
+        changed = {
             _option(name): str(getattr(self, name))
             for name in ("on_unpaired", "on_mismatch", "dtype", "max_shard_size")
             if getattr(self, name) != defaults[name]
         }
-        return found | ({"--carry": " ".join(self.carry)} if self.carry else {})
+        return changed | ({"--carry": " ".join(self.carry)} if self.carry else {})
 
     def to_argv(self, alpha: float) -> list[str]:
-        """Return the words of the command line that make the output of one alpha again, without its path."""
+        """Return the command-line words that make the output of one alpha again, without paths."""
         words = ["--alpha", alpha_text(alpha)]
         for pattern, value in self.alpha_for.items():
             words += ["--alpha-for", f"{pattern}={alpha_text(value)}"]
@@ -116,11 +117,12 @@ class MergeOptions:
 
 
 def _option(name: str) -> str:
+    """Return the option's name on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
 def _check_alphas(alphas: Sequence[float] | None, alpha_for: Mapping[str, float]) -> None:
-    """Raise UsageError for an alpha that is not finite in fp32, and for too many alphas or two equal ones."""
+    """Raise UsageError if an alpha is not finite in fp32, if two alphas are equal, or if there are too many."""
     for number in (*(alphas or ()), *alpha_for.values()):
         try:
             working_alpha(number)
@@ -131,11 +133,11 @@ def _check_alphas(alphas: Sequence[float] | None, alpha_for: Mapping[str, float]
 
 
 def _bytes_of(text: str | int | None) -> int | None:
-    """Return the bytes that "5GB", "500MB", "2GiB" or a number mean. Raises UsageError."""
+    """Return the number of bytes that a text such as "5GB" or "2GiB", or a number, means. Raises UsageError."""
     if text is None:
         return None
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]I?|)B?", str(text).strip().upper())
-    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]I?|)B?", str(text).strip().upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
     if size < 1:
         raise UsageError(f"`max_shard_size` takes bytes, or a size such as 5GB or 500MiB, got {text!r}")
     return size

@@ -1,4 +1,4 @@
-"""A lane through a GPU with an engine of the CPU in reserve: a GPU that fails does not end a merge."""
+"""Define the lane on a GPU that has an engine of the CPU in reserve, so that a GPU's failure does not end a merge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class FallbackLane:
-    """A lane through a GPU; after the GPU has failed, the reserve computes the chunks."""
+    """A lane on a GPU; after a failure of the GPU, the reserve computes the chunks."""
 
     depth = RING_SLOTS
 
@@ -24,18 +24,18 @@ class FallbackLane:
         """Make the GPU's lane.
 
         Args:
-            make_gpu: Returns the GPU's lane; it may fail as the lane may.
-            reserve: The lane that computes after a failure.
+            make_gpu: Returns the GPU's lane; if this call fails, the reserve computes every chunk.
+            reserve: The lane on the CPU that computes after a failure.
             name: The name of the reserve's engine.
-            report: Called with the text of the GPU's error.
+            report: Takes the text of the GPU's error.
         """
         self._reserve, self._name, self._report = reserve, name, report
-        self._chunks: deque[Chunk] = deque()  # begun and not finished
+        self._chunks: deque[Chunk] = deque()  # chunks that are begun and not finished
         self._gpu: Lane | None = None
         self._gpu = self._attempt(make_gpu)
 
     def begin(self, chunk: Chunk) -> None:
-        """Start a chunk on the GPU; without the GPU, `finish` computes it."""
+        """Start a chunk on the GPU; after a failure, `finish` computes it."""
         self._chunks.append(chunk)
         if self._gpu is not None:
             lane = self._gpu
@@ -51,15 +51,15 @@ class FallbackLane:
         return self._reserve.finish()._replace(engine=self._name)
 
     def close(self) -> None:
-        """Wait for the GPU."""
+        """Close the GPU's lane."""
         if self._gpu is not None:
             self._gpu.close()
 
     def _attempt(self, work: Callable[[], T]) -> T | None:
-        """Return what the GPU's work returns; where it fails, close the GPU's lane, report, and return None."""
+        """Return the result of the GPU's work; after a failure close the GPU's lane, report, and return None."""
         try:
             return work()
-        except (ExpoError, OSError):  # an input's error, which the reserve would meet too
+        except (ExpoError, OSError):  # an error of an input, with which the reserve would fail too
             raise
         except Exception as error:
             lane, self._gpu = self._gpu, None

@@ -1,4 +1,7 @@
-"""Lanes: how one worker computes chunks. A lane on the CPU computes a chunk when it begins; one on a GPU runs ahead."""
+"""Define lanes, which compute the chunks of one worker.
+
+A lane on the CPU computes a chunk in `begin`. A lane on a GPU has several chunks under way.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ from ..planning.shards import Chunk, Measured
 from .engines import Engine
 from .tensor_source import TensorSource
 
-RING_SLOTS = 3  # chunks under way on a GPU: one that the host fills or empties, one going up, one coming down
+RING_SLOTS = 3  # chunks under way on a GPU: the host fills or empties one, one goes to the device, one comes back
 
 
 class ComputedChunk(NamedTuple):
-    """A chunk after its computation.
+    """The bytes and statistics of a chunk that a lane has computed.
 
     Attributes:
         buffers: The bytes of the chunk, one page-aligned buffer for each output.
         measured: The statistics of the pieces that have any.
-        engine: The name of the engine that computed the chunk, where it is not the worker's own; else "".
+        engine: The name of the engine that computed the chunk; "" if it is the worker's own engine.
     """
 
     buffers: Sequence[memoryview]
@@ -28,7 +31,11 @@ class ComputedChunk(NamedTuple):
 
 
 class Lane(Protocol):
-    """What a worker computes chunks with, in one thread; at most `depth` chunks are under way."""
+    """An object that computes chunks in one thread.
+
+    Attributes:
+        depth: The largest number of chunks that are begun and not finished.
+    """
 
     depth: int
 
@@ -36,10 +43,10 @@ class Lane(Protocol):
         """Start a chunk."""
 
     def finish(self) -> ComputedChunk:
-        """Return the chunk that was begun first; its buffers stay as they are until `depth` more have begun."""
+        """Return the chunk that was begun first; its buffers keep their bytes until `depth` more chunks are begun."""
 
     def close(self) -> None:
-        """Wait for all that is under way, and release memory."""
+        """Wait for the chunks that are under way, and release memory."""
 
 
 class CpuLane:
@@ -51,17 +58,18 @@ class CpuLane:
         """Allocate buffers.
 
         Args:
-            engine: What computes.
+            engine: The engine that computes.
             source: The bytes of both inputs.
             outputs: The number of outputs.
-            chunk_bytes: The size of the largest chunk.
-            measure: True to return statistics of every piece.
+            chunk_bytes: The size of the largest chunk in bytes.
+            measure: True to measure the statistics of every piece.
         """
         self._engine, self._source, self._measure = engine, source, measure
         self._buffers = [page_aligned(chunk_bytes) for _ in range(outputs)]
         self._measured: Measured = {}
 
     def begin(self, chunk: Chunk) -> None:
+        """Compute a chunk."""
         write_header(chunk, self._buffers)
         self._measured = {}
         for i, (step, start, stop, at) in enumerate(chunk.pieces):
@@ -71,14 +79,15 @@ class CpuLane:
                 self._measured[i] = statistics
 
     def finish(self) -> ComputedChunk:
+        """Return the chunk that `begin` has computed."""
         return ComputedChunk(self._buffers, self._measured)
 
     def close(self) -> None:
-        pass
+        """Do nothing, because no chunk is under way."""
 
 
 def write_header(chunk: Chunk, buffers: Sequence[memoryview]) -> None:
-    """Write the part of the file's header that lies in the chunk into every buffer."""
+    """Copy the part of the file's header that lies in the chunk into every buffer."""
     header = chunk.shard.header[chunk.start : chunk.stop]
     for buffer in buffers:
         buffer[: len(header)] = header

@@ -1,4 +1,4 @@
-"""The lanes of a merge's workers: which lane an engine has, and what takes over where a GPU fails."""
+"""Make the lane that fits a worker's engine: on the CPU, on a GPU, or on a GPU with an engine of the CPU in reserve."""
 
 from __future__ import annotations
 
@@ -14,13 +14,21 @@ if TYPE_CHECKING:
 
 
 class LaneMaker:
-    """Makes the lane of each worker of one pass over a plan.
+    """A maker of lanes for the workers of one pass over a plan.
 
     Attributes:
-        notes: Sentences for warnings about GPUs that failed, in order, each once.
+        notes: Warnings about GPUs that failed, in order, each once. The values of the dictionary mean nothing.
     """
 
     def __init__(self, plan: Plan, source: TensorSource, chunk_bytes: int, measure: bool) -> None:
+        """Keep what all lanes share.
+
+        Args:
+            plan: The plan whose chunks the lanes compute.
+            source: The bytes of both inputs.
+            chunk_bytes: The size of the largest chunk in bytes.
+            measure: True to measure the statistics of every piece.
+        """
         self._plan, self._source = plan, source
         self._chunk_bytes, self._measure = chunk_bytes, measure
         self.notes: dict[str, None] = {}
@@ -36,10 +44,10 @@ class LaneMaker:
         reserve, device = engine.reserve, engine.gpu.device
 
         def report(reason: str) -> None:
-            note = (
-                f"{device} failed, and `engine={reserve.name!r}` did its part, with the same bits. The reason: {reason}"
-            )
-            self.notes[note] = None
+            self.notes[
+                f"{device} failed, and `engine={reserve.name!r}` computed its part of the output, with the same bits. "
+                f"The reason: {reason}"
+            ] = None
 
         return FallbackLane(lambda: self._on_gpu(engine), self._on_cpu(reserve), reserve.name, report)
 

@@ -1,4 +1,4 @@
-"""Both checkpoints' bytes, and a step's bytes of output computed from any run of them."""
+"""Read both checkpoints' bytes, and compute any run of a step's output bytes from them."""
 
 from __future__ import annotations
 
@@ -21,48 +21,58 @@ if TYPE_CHECKING:
     from ..checkpoints.adapter import LowRank
     from ..checkpoints.checkpoint import Checkpoint
 
-READ = 256 << 10  # bytes read of each input at a time where it is not mapped: both stay in the second-level cache
-WIDEST = 8  # bytes of an element
-CONVERTED = (
-    1 << 17
-)  # elements converted at a time: of 2^15 to 2^19 it was the fastest, more cost cache, and less Python
-CONVERSION_BYTES = 7 * CONVERTED * WIDEST  # bytes that a worker takes for it: inputs, and up to five fp32 or fp64 forms
-MOST_FACTORS = 8  # adapters' matrices held at a time; neighbouring chunks need the same
+# Bytes of each input that are read at a time if it is not mapped: blocks of both fit into the second-level cache.
+READ = 256 << 10
+WIDEST = 8  # bytes of an element of the widest dtype
+# Elements that are converted at a time. This size was the fastest of 2^15 to 2^19: larger blocks leave the cache, and
+# with smaller blocks Python takes more of the time.
+CONVERTED = 1 << 17
+CONVERSION_BYTES = 7 * CONVERTED * WIDEST  # bytes of a worker: two inputs, and at most five fp32 or fp64 forms
+MOST_FACTORS = 8  # deltas whose matrices stay in memory, because neighbouring chunks need the same ones
 
 
 class Span(NamedTuple):
-    """Bytes [start, stop) of a tensor's file, or of what stands for one."""
+    """Bytes [start, stop) that a reader reads: a run of a tensor's bytes in one input.
+
+    Attributes:
+        reader: The reader of the shard, or of a tensor whose elements do not follow each other in its file.
+        start: The first byte, counted as the reader counts.
+        stop: The byte after the last.
+    """
 
     reader: ByteReader
     start: int
     stop: int
 
     def mapped(self) -> AbstractContextManager[memoryview | None]:
+        """Return a context with the bytes mapped into memory, or with None if they cannot be mapped safely."""
         return self.reader.mapped(self.start, self.stop)
 
 
 class TensorSource:
-    """Has any run of a step's bytes computed. Safe for any number of threads."""
+    """The bytes of both inputs, from which it computes any run of a step's output; safe for any number of threads."""
 
     def __init__(self, sft: Checkpoint, aligned: Checkpoint) -> None:
+        """Take both inputs; nothing is read before the first call of a method."""
         self._sft = sft
         self._aligned = aligned
         self._scratch = threading.local()
         self._factors = lru_cache(MOST_FACTORS)(self._read_factors)
-        self._reads_factors = threading.Lock()  # all workers come to a tensor at once: one reads for all
+        # All workers need a tensor's matrices at the same time, and one of them reads the matrices for all.
+        self._factors_lock = threading.Lock()
 
     def read_ahead(self, piece: Piece) -> None:
-        """Ask the system to start reading what a piece will need."""
+        """Ask the system to start reading the inputs' bytes of a piece."""
         for span in self.spans(piece.step, piece.start, piece.stop):
             span.reader.read_ahead(span.start, span.stop)
 
     def yield_to_writers(self) -> None:
-        """Let go of inputs that somebody wants to write to; call it now and then."""
+        """Unmap each input file that another process wants to write to; the caller repeats this regularly."""
         for reader in self._readers():
             reader.answer_lease_break()
 
     def check(self) -> None:
-        """Raise CheckpointError if an input is not what it was when its header was read."""
+        """Raise CheckpointError if an input file has changed since its header was read."""
         for reader in self._readers():
             reader.check()
 
@@ -70,28 +80,43 @@ class TensorSource:
         return (file.reader for inputs in (self._sft, self._aligned) for file in inputs.weight_files.values())
 
     def spans(self, step: Step, start: int, stop: int) -> list[Span]:
-        """Where bytes [start, stop) of the step's output come from: aligned's and, but for a copy, sft's.
+        """Return the inputs' bytes for bytes [start, stop) of the step's output.
 
-        Where there is a delta both are the base, which is there once.
+        Returns:
+            The span of aligned, and the span of sft if the step is no copy. A step with a delta has one span, of the
+            base.
         """
         bits = BITS[step.dtype]
-        found = []
+        spans = []
         for checkpoint, tensor in ((self._aligned, step.aligned), (self._sft, None if step.delta else step.sft)):
             if tensor is not None:
                 low, high = (tensor.start + at * BITS[tensor.dtype] // bits for at in (start, stop))
                 reader = self._aligned.reader(step.name) if checkpoint is self._aligned else None
-                found.append(Span(reader or self._sft.reader(tensor.name), low, high))
-        return found
+                spans.append(Span(reader or self._sft.reader(tensor.name), low, high))
+        return spans
 
     def compute(
         self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], measure: bool = False
     ) -> Statistics | None:
-        """Fill outs[k], one for each alpha, with bytes [start, stop) of the step's output; cut between elements.
+        """Fill outs[k] with bytes [start, stop) of the step's output k.
 
-        Statistics of the outputs that are `counted` where `measure`, else None. Raises EngineError, CheckpointError.
+        Args:
+            engine: The engine that computes.
+            step: The step of the output.
+            start: The first byte, counted from the first byte of the step's output; it begins an element.
+            stop: The byte after the last; it ends an element.
+            outs: One buffer of stop - start bytes for each alpha.
+            measure: True to return statistics.
+
+        Returns:
+            The statistics of the outputs that `step.counted` lists; None without `measure`, and for a plain copy.
+
+        Raises:
+            EngineError: The engine failed.
+            CheckpointError: An input cannot be read, or has changed.
         """
         if not step.plain:
-            return self._converted(engine, step, start, stop, outs, measure)
+            return self._convert(engine, step, start, stop, outs, measure)
         active = step.active
         aligned, *sft = self.spans(step, start, stop)
         copies = [out for k, out in enumerate(outs) if k not in active]
@@ -106,11 +131,11 @@ class TensorSource:
             return run(s, a, 0) if a is not None and s is not None else self._in_blocks(run, sft[0], aligned)
 
     def _in_blocks(self, run: Run, sft: Span, aligned: Span) -> Statistics | None:
-        """What cannot be mapped, by way of buffers that stay in the cache."""
+        """Run the engine over spans that are not mapped: read blocks into buffers that stay in the cache."""
         sizes = sft.stop - sft.start, aligned.stop - aligned.start
         n = sizes[1] * 8 // BITS[run.step.aligned.dtype]
         items = [size // max(n, 1) for size in sizes]
-        most = READ // max(items)  # elements of a block
+        most = READ // max(items)  # elements of a block; items has the bytes of an element of each input
         parts = []
         for at in range(0, n, most):
             views = []
@@ -121,22 +146,22 @@ class TensorSource:
         return total([part for part in parts if part is not None], len(run.active)) if run.measure else None
 
     def _buffers(self, size: int) -> tuple[memoryview, memoryview]:
-        """This thread's two, of `size` bytes each."""
+        """Return this thread's two buffers of `size` bytes each."""
         if not hasattr(self._scratch, "buffers"):
             self._scratch.buffers = {}
-        held: dict[int, tuple[memoryview, memoryview]] = self._scratch.buffers
-        if size not in held:
-            held[size] = page_aligned(size), page_aligned(size)
-        return held[size]
+        buffers: dict[int, tuple[memoryview, memoryview]] = self._scratch.buffers
+        if size not in buffers:
+            buffers[size] = page_aligned(size), page_aligned(size)
+        return buffers[size]
 
-    def _converted(
+    def _convert(
         self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], measure: bool
     ) -> Statistics | None:
-        """An output in another dtype than aligned's, or with an adapter's delta: through fp32, rounded once."""
-        from . import conversion as converting
+        """Fill the outputs of a step that has a delta or another dtype than aligned: compute in fp32, round once."""
+        from .conversion import Block
 
         item = BITS[step.dtype] // 8
-        with self._reads_factors:
+        with self._factors_lock:
             factors = None if step.delta is None else self._factors(step.delta)
         parts = []
         for low in range(start, stop, CONVERTED * item):
@@ -147,14 +172,14 @@ class TensorSource:
                 span.reader.read(span.start, inputs[-1])
             views = [out[low - start : high - start] for out in outs]
             try:
-                block = converting.Block(step, low // item, (high - low) // item, inputs, factors)
+                block = Block(step, low // item, (high - low) // item, inputs, factors)
                 parts.append(block.compute(engine, views, measure))
             except RuntimeError as error:
                 raise EngineError(f"`engine={engine.name!r}` failed on {step.name}: {error}") from error
         return total([part for part in parts if part is not None], len(step.counted)) if measure else None
 
     def _read_factors(self, delta: LowRank) -> Any:
-        """An adapter's two matrices as fp32 [M, r] and [r, N], and the scale."""
+        """Return a delta's two matrices in fp32, of shapes [M, r] and [r, N], and its scale."""
         from ..checkpoints.lora_data import read_factors
         from .conversion import factor_in_fp32
 

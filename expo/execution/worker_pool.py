@@ -1,7 +1,7 @@
-"""The workers: threads that take chunks from one queue, compute them in lanes, and hand the buffers to a sink.
+"""Run the workers: threads that take chunks from one queue, compute them in lanes, and give the buffers to a sink.
 
-A worker does all of a chunk, so reading, computing and writing overlap without queues between them. The buffers bound
-the memory, whatever the size of a tensor, a shard or a model.
+One worker reads, computes and writes a chunk, so these three overlap between workers without further queues. The size
+of the buffers bounds the memory, whatever the sizes of tensors, shards and models.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .gpu_kernels import error_text
 from .lanes import Lane
 from .tensor_source import TensorSource
 
-MOST_BUFFER_BYTES = 32 * MIB  # of all workers together
-CHUNK = 4 * MIB  # bytes of one output; 2 to 8 MiB were equally fast, and a smaller chunk takes less memory
+MOST_BUFFER_BYTES = 32 * MIB  # bytes of the buffers of all workers together
+CHUNK = 4 * MIB  # bytes of a chunk of one output; 2 to 8 MiB were equally fast, and smaller chunks take less memory
 TICK = 0.05  # seconds between two reports of progress
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -30,18 +30,19 @@ Landed = Callable[[Chunk, Measured], None]
 
 
 def chunk_size(workers: int, outputs: int) -> int:
-    """Return the bytes of a chunk with which all buffers stay within MOST_BUFFER_BYTES; a multiple of 4096."""
+    """Return the number of bytes of a chunk, a multiple of 4096, with which all buffers fit into MOST_BUFFER_BYTES."""
     return max(min(CHUNK, MOST_BUFFER_BYTES // (workers * outputs)) // PAGE, 1) * PAGE
 
 
 class ChunkQueue:
-    """Chunks for any number of threads; the system reads the next chunk's inputs meanwhile.
+    """A queue of chunks for any number of threads, which has the system read the inputs of the next chunk.
 
-    The queue reads one chunk ahead and no more: from a cold cache 1, 4, 16 and 64 chunks took 0.88, 1.12, 1.0 and 1.08
-    of the time of reading the inputs with `cat`.
+    The queue reads one chunk ahead and no more: from a cold cache, a merge that read 1, 4, 16 or 64 chunks ahead took
+    0.88, 1.12, 1.0 or 1.08 times as long as `cat` of both inputs.
     """
 
     def __init__(self, chunks: Iterator[Chunk], source: TensorSource) -> None:
+        """Start to read the inputs of the first chunk."""
         self._chunks = chunks
         self._source = source
         self._lock = threading.Lock()
@@ -62,10 +63,10 @@ class ChunkQueue:
 
 
 class WorkerPool:
-    """One pass over chunks: a thread for each engine; faster workers take more chunks.
+    """The workers of one pass over chunks, each a thread with an engine; faster workers take more chunks.
 
     Attributes:
-        shares: Bytes of output by the name of the engine that computed them.
+        shares: The number of bytes of output that each engine has computed, by the engine's name.
     """
 
     def __init__(
@@ -80,10 +81,10 @@ class WorkerPool:
 
         Args:
             source: The bytes of both inputs, which the pool reads ahead.
-            engines: One for each worker.
-            make_lane: Returns the lane of a worker; called in the worker's thread.
-            sink: Takes the bytes of a chunk, once for each output; called in the worker's thread.
-            landed: Called in the thread of `run` with every chunk that the sink has taken for all outputs.
+            engines: One engine for each worker.
+            make_lane: Returns the lane of a worker. The worker's thread calls it.
+            sink: Takes the bytes of a chunk, once for each output. The worker's thread calls it.
+            landed: Takes every chunk that the sink has taken for all outputs. The thread of `run` calls it.
         """
         self._source, self._engines, self._make_lane = source, engines, make_lane
         self._sink, self._landed = sink, landed
@@ -93,16 +94,18 @@ class WorkerPool:
         self._failure: BaseException | None = None
 
     def run(self, chunks: Iterator[Chunk], tick: Tick, cancel: threading.Event | None = None) -> None:
-        """Compute all chunks; afterwards no thread runs, and `landed` has got every chunk that was done.
+        """Compute all chunks.
+
+        When this method returns or raises, no worker runs, and `landed` has taken every chunk that is done.
 
         Args:
-            chunks: Chunks of the size that the lanes were made for, at most.
-            tick: Called in this thread, every TICK seconds, with the bytes of output done.
-            cancel: Stops the work when it is set.
+            chunks: The chunks, none larger than the lanes' buffers.
+            tick: Takes the number of output bytes done. This thread calls it every TICK seconds.
+            cancel: An event that stops the workers when another thread sets it.
 
         Raises:
             Cancelled: `cancel` was set.
-            ExpoError, OSError: A worker or `tick` failed; their errors pass unchanged.
+            ExpoError, OSError: A worker or `tick` failed; the error is the worker's or `tick`'s own.
         """
         queue = ChunkQueue(chunks, self._source)
         threads = [
@@ -138,16 +141,17 @@ class WorkerPool:
                 self._landed(chunk, measured)
 
     def _work(self, engine: Engine, queue: ChunkQueue) -> None:
+        """Run one worker: make its lane, compute chunks, and record the error if one is raised."""
         try:
             with closing(self._make_lane(engine)) as lane:
                 self._drive(lane, engine.name, queue)
-        except (ExpoError, OSError) as error:  # their messages are complete
+        except (ExpoError, OSError) as error:  # the messages of these errors are complete
             self._fail(error)
         except Exception as error:
-            # A GPU runs out of memory, or a kernel does not compile; a compiler's errors are of no common kind.
+            # A GPU may run out of memory, or a kernel may not compile. Errors of a compiler have no common base class.
             known = isinstance(error, RuntimeError) or engine.name == "triton"
             self._fail(EngineError(f"`engine={engine.name!r}` failed: {error_text(error)}") if known else error)
-        except BaseException as error:  # the thread that called run() raises it, whatever it is
+        except BaseException as error:  # the thread that called run() raises every error
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
@@ -155,7 +159,7 @@ class WorkerPool:
         self._stop.set()
 
     def _drive(self, lane: Lane, name: str, queue: ChunkQueue) -> None:
-        """Begin chunks until `depth` of them are under way, then hand the first to the sink for every one begun."""
+        """Begin chunks until `depth` of them are under way; then finish one, for the sink, before the next begins."""
         under_way: deque[Chunk] = deque()
         while not self._stop.is_set():
             chunk = queue.take()
@@ -169,5 +173,7 @@ class WorkerPool:
                 computed = lane.finish()
                 for k, buffer in enumerate(computed.buffers):
                     self._sink(k, done, buffer)
-                size = (done.stop - done.start) * max(len(computed.buffers), 1)  # a lane that only measures has none
+                size = (done.stop - done.start) * max(
+                    len(computed.buffers), 1
+                )  # a lane that only measures has no buffers
                 self._landing.append((computed.engine or name, size, done, computed.measured))

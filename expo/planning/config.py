@@ -1,4 +1,4 @@
-"""Make the config.json of an output: aligned's, with another dtype, vocabulary size or tie where it is needed."""
+"""Make an output's config.json: aligned's, with another dtype, vocabulary size or tie where the output needs it."""
 
 from __future__ import annotations
 

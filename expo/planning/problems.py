@@ -132,7 +132,7 @@ def _unknown_prefix(sft: ModelTensors, aligned: ModelTensors) -> str | None:
 def _likely_cause(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str:
     """Return the likely cause of the unpaired tensors and its fix.
 
-    The fix is the option --on-unpaired only if no other cause fits: then the tensors are parts that one model has and
+    The fix is the option `on_unpaired` only if no other cause fits: then the tensors are parts that one model has and
     the other has not.
     """
     if any(map(_PEFT.search, [*pairs.only_in_aligned, *pairs.only_in_sft])):

@@ -63,7 +63,7 @@ def lay_out(aligned: Checkpoint, steps: Sequence[Step], most: int | None) -> tup
 
 
 def output_name(shard: str) -> str:
-    """Return the name of the output's file for a shard of aligned: `model.safetensors` for `pytorch_model.bin`."""
+    """Return the output's file name for a shard of aligned, such as `model.safetensors` for `pytorch_model.bin`."""
     stem, suffix = os.path.splitext(shard)
     return stem.replace("pytorch_model", "model", 1) + ".safetensors" if suffix in PICKLED else shard
 

@@ -116,7 +116,7 @@ ODD_SUMMARY = """\
            copied a: alpha is 0
            copied e: sft has BF16 [9]
            copied new: not in sft
-           copied i: I64 is no floating-point dtype
+           copied i: I64 is not a floating-point dtype
            dropped gone: only in sft
            left out README.md: describes aligned; the output has a card of its own
   engine   ENGINE, N workers (WHY); written past the page cache
@@ -190,7 +190,7 @@ copy         a    BF16 [8, 8]             alpha is 0  128 bytes
 extrapolate  b    F32 [8, 8]              alpha 0.7 0.7  256 bytes
 copy         e    BF16 [8]                sft has BF16 [9]  16 bytes
 copy         new  BF16 [3]                not in sft  6 bytes
-copy         i    I64 [4]                 I64 is no floating-point dtype  32 bytes
+copy         i    I64 [4]                 I64 is not a floating-point dtype  32 bytes
 drop         gone  only in sft
 carry        config.json
 leave out    README.md: describes aligned; the output has a card of its own
@@ -237,10 +237,10 @@ def test_plan_is_printed_even_where_the_merge_would_fail(tmp_path: Path) -> None
     assert ran.out.startswith("extrapolate  a    BF16 [8, 8]")
     assert ran.out.endswith(f"-> {tmp_path}/out\n")
     assert ran.err == (
-        "expo: error: 2 tensors without a counterpart; --on-unpaired aligned keeps aligned's, drops sft's:\n"
+        "expo: error: 2 tensors without a counterpart; --on-unpaired aligned keeps aligned's tensors and drops sft's:\n"
         "  new (aligned only)\n"
         "  gone (sft only)\n"
-        "1 tensor whose counterpart has another shape; --on-mismatch aligned keeps aligned's:\n"
+        "1 tensor whose counterpart has another shape; --on-mismatch aligned keeps aligned's tensors:\n"
         "  e: sft BF16 [9], aligned BF16 [8]\n"
     )
 

@@ -282,7 +282,7 @@ NOTED = {
 COPIED = {
     "grown[10:12]": "sft has BF16 [10, 4]", "bias[5:9]": "sft has F32 [5]",
     "wide.grown[211:300]": "sft has BF16 [211, 37]", "cube[33:70]": "sft has F64 [33, 9, 8]",
-    "count": "I64 is no floating-point dtype",
+    "count": "I64 is not a floating-point dtype",
 }  # fmt: skip
 
 
@@ -378,7 +378,7 @@ def test_rows_are_of_no_help_where_something_else_differs(tmp_path: Path) -> Non
         with pytest.raises(expo.PlanError) as caught:
             work(sft, aligned, 0.3, on_mismatch="rows")
         assert str(caught.value).splitlines() == [
-            "2 tensors whose counterpart has another shape; `on_mismatch='aligned'` keeps aligned's:",
+            "2 tensors whose counterpart has another shape; `on_mismatch='aligned'` keeps aligned's tensors:",
             "  e: sft BF16 [4, 5], aligned BF16 [4, 6]",
             "  i: sft I64 [3], aligned I64 [4]",
         ]

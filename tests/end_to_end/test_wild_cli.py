@@ -95,7 +95,7 @@ PLAN = f"""\
 extrapolate  embed.weight[0:10]   BF16 [10, 4] to F16     alpha 0.3, sft has BF16 [10, 4]  80 bytes
 copy         embed.weight[10:12]  BF16 [2, 4] to F16      sft has BF16 [10, 4]  16 bytes
 extrapolate  up.weight            BF16 [6, 5] to F16      alpha 0.3  60 bytes
-copy         n                    I64 [3]                 I64 is no floating-point dtype  24 bytes
+copy         n                    I64 [3]                 I64 is not a floating-point dtype  24 bytes
 drop         old                  only in sft
 rewrite      config.json
 carry        tokenizer.json
@@ -147,7 +147,7 @@ def test_a_plan_as_json_is_what_the_merge_does(
     assert done["dropped"] == [["old", "only in sft"]]
     assert done["noted"] == [["embed.weight[0:10]", "sft has BF16 [10, 4]"]]
     assert done["copied"] == [
-        ["embed.weight[10:12]", "sft has BF16 [10, 4]"], ["n", "I64 is no floating-point dtype"]
+        ["embed.weight[10:12]", "sft has BF16 [10, 4]"], ["n", "I64 is not a floating-point dtype"]
     ]  # fmt: skip
     assert done["warnings"][0] == TOKENS
     assert json.loads((tmp_path / "1" / "config.json").read_text()) == {"dtype": "float16"}

@@ -495,7 +495,7 @@ def test_a_gpu_that_fails_in_the_middle(
     monkeypatch.setattr("expo.merging.job.engines_for", two_of("auto"))
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     assert [note for note in merged.warnings if "unspecified" in note] == [
-        f"cpu failed, and `engine={choose().name!r}` did its part, with the same bits. "
+        f"cpu failed, and `engine={choose().name!r}` computed its part of the output, with the same bits. "
         "The reason: CUDA error: unspecified launch failure"
     ]
     assert len(closed) == 2

@@ -103,7 +103,7 @@ def test_a_link_out_of_the_folder_that_nobody_asked_for_is_left_out(aligned: Pat
 def test_a_bare_file_takes_nothing_along(tmp_path: Path) -> None:
     tensors = random_tensors({"w": ("BF16", (8, 8))}, 1)
     pair = [write_folder(tmp_path / name, tensors) / "model.safetensors" for name in ("sft", "aligned")]
-    with pytest.raises(expo.UsageError, match="is one bare file: nothing comes with it"):
+    with pytest.raises(expo.UsageError, match="is one bare file"):
         expo.merge(*pair, 0.3, tmp_path / "out.safetensors", carry=["*.png"])
 
 

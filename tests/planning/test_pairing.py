@@ -1,4 +1,4 @@
-"""Twins under other names: renames, ties and buffers of real models; and what must never be paired."""
+"""Tests of pairing: renames, ties and buffers of real models are found, and other tensors are never paired."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def named(*names: str, shape: tuple[int, ...] = (V, D)) -> Shapes:
 def pairs(
     sft: Shapes, aligned: Shapes, sft_config: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None
 ) -> Pairs:
-    """And each name of both sides has one fate."""
-    found = pair(checkpoint(sft, "/models/sft", config=sft_config), checkpoint(aligned, config=config))
-    assert sorted([*found.counterparts, *found.kept, *found.only_in_aligned]) == sorted(aligned)
-    used = {other.tensor.name for other in found.counterparts.values()} | (set(found.kept) & set(sft))
-    ends = [*used, *found.dropped, *found.only_in_sft]
-    assert sorted(ends) == sorted(sft), "none twice and none lost"
-    assert all(reason for reason in [*found.kept.values(), *found.dropped.values()])
-    for name, (tensor, reason) in found.counterparts.items():
-        assert bool(reason) is (tensor.name != name), "a reason where the names differ, and nowhere else"
-    return found
+    """Pair two models, and assert that each tensor of both has one place in the result."""
+    matched = pair(checkpoint(sft, "/models/sft", config=sft_config), checkpoint(aligned, config=config))
+    assert sorted([*matched.counterparts, *matched.kept, *matched.only_in_aligned]) == sorted(aligned)
+    used = {other.tensor.name for other in matched.counterparts.values()} | (set(matched.kept) & set(sft))
+    of_sft = [*used, *matched.dropped, *matched.only_in_sft]
+    assert sorted(of_sft) == sorted(sft), "no tensor is listed twice or lost"
+    assert all(reason for reason in [*matched.kept.values(), *matched.dropped.values()])
+    for name, (tensor, reason) in matched.counterparts.items():
+        assert bool(reason) is (tensor.name != name), "a pair has a reason exactly if its names differ"
+    return matched
 
 
-def counterparts(found: Pairs) -> dict[str, str]:
-    return {name: other.tensor.name for name, other in found.counterparts.items()}
+def counterparts(matched: Pairs) -> dict[str, str]:
+    return {name: other.tensor.name for name, other in matched.counterparts.items()}
 
 
 def planned(sft: Shapes, aligned: Shapes, **options: Any) -> Plan:
@@ -102,9 +102,9 @@ def planned(sft: Shapes, aligned: Shapes, **options: Any) -> Plan:
 )  # fmt: skip
 def test_a_known_rename_works_both_ways(one: str, other: str) -> None:
     for sft, aligned in ((one, other), (other, one)):
-        found = pairs(named("same", sft), named("same", aligned))
-        assert counterparts(found) == {"same": "same", aligned: sft}
-        assert found.counterparts[aligned].reason == f"sft calls it {sft}"
+        matched = pairs(named("same", sft), named("same", aligned))
+        assert counterparts(matched) == {"same": "same", aligned: sft}
+        assert matched.counterparts[aligned].reason == f"sft calls it {sft}"
         plan = planned(named("same", sft), named("same", aligned))
         plan.check()
         assert plan.noted == ((aligned, f"sft calls it {sft}"),)
@@ -131,11 +131,11 @@ def test_a_known_rename_works_both_ways(one: str, other: str) -> None:
         pytest.param(named("model.mlp.experts.gate_up_proj"), named("model.mlp.experts.0.gate_proj.weight"), id="MoE"),
     ],
 )  # fmt: skip
-def test_what_fits_no_rename_or_two_stays_alone(sft: Shapes, aligned: Shapes) -> None:
+def test_a_tensor_that_fits_no_rename_or_two_stays_unpaired(sft: Shapes, aligned: Shapes) -> None:
     config = {"tie_word_embeddings": False}
-    found = pairs({**sft, "same": bf16(1)}, {**aligned, "same": bf16(1)}, config, config)
-    assert counterparts(found) == {"same": "same"}
-    assert (found.only_in_aligned, found.only_in_sft) == (list(aligned), list(sft))
+    matched = pairs({**sft, "same": bf16(1)}, {**aligned, "same": bf16(1)}, config, config)
+    assert counterparts(matched) == {"same": "same"}
+    assert (matched.only_in_aligned, matched.only_in_sft) == (list(aligned), list(sft))
     (problem,) = planned(sft, aligned).problems
     for name in aligned:
         assert f"{name} (aligned only)" in problem
@@ -146,16 +146,16 @@ def test_what_fits_no_rename_or_two_stays_alone(sft: Shapes, aligned: Shapes) ->
 def test_a_name_that_both_have_is_never_renamed() -> None:
     shared = named("model.x.weight", "x.weight")
     assert counterparts(pairs(shared, shared)) == {name: name for name in shared}
-    found = pairs(shared, named("model.x.weight"))
-    assert counterparts(found) == {"model.x.weight": "model.x.weight"}
-    assert found.only_in_sft == ["x.weight"]
+    matched = pairs(shared, named("model.x.weight"))
+    assert counterparts(matched) == {"model.x.weight": "model.x.weight"}
+    assert matched.only_in_sft == ["x.weight"]
 
 
-def test_of_two_that_a_rename_may_mean_the_shape_decides() -> None:
+def test_the_shape_decides_between_two_candidates_of_a_rename() -> None:
     sft = {"x.weight": bf16(3), "module.model.x.weight": bf16(4)}
-    found = pairs(sft, {"model.x.weight": bf16(4)})
-    assert counterparts(found) == {"model.x.weight": "module.model.x.weight"}
-    assert found.only_in_sft == ["x.weight"]
+    matched = pairs(sft, {"model.x.weight": bf16(4)})
+    assert counterparts(matched) == {"model.x.weight": "module.model.x.weight"}
+    assert matched.only_in_sft == ["x.weight"]
 
 
 def llama(prefix: str, layers: int = 3) -> Shapes:
@@ -170,8 +170,8 @@ def llama(prefix: str, layers: int = 3) -> Shapes:
 def test_a_whole_model_under_another_prefix_in_aligneds_order() -> None:
     aligned = {**llama("model."), HEAD: bf16(V, D)}
     sft = dict(reversed({**llama("module.model."), "module.lm_head.weight": bf16(V, D)}.items()))
-    found = pairs(sft, aligned, UNTIED, UNTIED)
-    assert counterparts(found) == {name: f"module.{name}" for name in aligned}
+    matched = pairs(sft, aligned, UNTIED, UNTIED)
+    assert counterparts(matched) == {name: f"module.{name}" for name in aligned}
     plan = planned(sft, aligned)
     plan.check()
     assert [step.name for step in plan.steps] == list(aligned)
@@ -180,9 +180,9 @@ def test_a_whole_model_under_another_prefix_in_aligneds_order() -> None:
 
 def test_a_base_model_saved_without_its_head() -> None:
     sft, aligned = llama(""), {**llama("model."), HEAD: bf16(V, D)}
-    found = pairs(sft, aligned, UNTIED, UNTIED)
-    assert found.only_in_aligned == [HEAD], "no head to be had: the user decides"
-    assert counterparts(found) == {name: name.removeprefix("model.") for name in aligned if name != HEAD}
+    matched = pairs(sft, aligned, UNTIED, UNTIED)
+    assert matched.only_in_aligned == [HEAD], "the models are not tied, so the user decides about the head"
+    assert counterparts(matched) == {name: name.removeprefix("model.") for name in aligned if name != HEAD}
     tied = pairs(sft, aligned, TIED, TIED)
     assert counterparts(tied)[HEAD] == "embed_tokens.weight"
     assert tied.counterparts[HEAD].reason == "sft ties it to embed_tokens.weight"
@@ -203,21 +203,21 @@ def test_tens_of_thousands_of_names_take_no_time(old: str, new: str, n: int, pai
     sft, aligned = ({name.format(i // 500, i % 500): bf16(D, D) for i in range(n)} for name in (old, new))
     one, other = checkpoint(sft), checkpoint(aligned)
     started = time.process_time()
-    found = pair(one, other)
+    matched = pair(one, other)
     assert time.process_time() - started < 3
-    assert len(found.counterparts) == (n if paired else 0)
-    assert len(found.only_in_sft) == len(found.only_in_aligned) == (n if paired is False else 0)
-    assert len(found.kept) == len(found.dropped) == (n if paired is None else 0)
+    assert len(matched.counterparts) == (n if paired else 0)
+    assert len(matched.only_in_sft) == len(matched.only_in_aligned) == (n if paired is False else 0)
+    assert len(matched.kept) == len(matched.dropped) == (n if paired is None else 0)
 
 
 def test_the_numbers_are_those_of_the_counterpart_wherever_it_lies(tmp_path: Path) -> None:
-    """A rename, a tie and a buffer, in shards that are not aligned's: the same bytes as with everything spelt out."""
+    """A merge with a rename, a tie and a buffer in other shards gives the bytes of a merge without them."""
     weights = {**llama("model."), "model.norm.weight": ("F32", (D,))}
-    weak, strong = random_tensors(weights, 1), random_tensors({**weights, HEAD: bf16(V, D)}, 2)
-    write_folder(tmp_path / "aligned", strong, shards=2)
-    write_folder(tmp_path / "plain", {**weak, HEAD: weak[EMBED]})
+    tensors = random_tensors(weights, 1)
+    write_folder(tmp_path / "aligned", random_tensors({**weights, HEAD: bf16(V, D)}, 2), shards=2)
+    write_folder(tmp_path / "plain", {**tensors, HEAD: tensors[EMBED]})
     old = {"module.rotary_emb.inv_freq": ("F32", (2,), bytes(8))}
-    old |= {f"module.{name}": tensor for name, tensor in reversed(weak.items())}
+    old |= {f"module.{name}": tensor for name, tensor in reversed(tensors.items())}
     write_folder(tmp_path / "old", old, shards=3)
     for sft in ("plain", "old"):
         expo.merge(tmp_path / sft, tmp_path / "aligned", ALPHA, tmp_path / f"from-{sft}", quiet=True)
@@ -248,23 +248,23 @@ def test_the_numbers_are_those_of_the_counterpart_wherever_it_lies(tmp_path: Pat
 )
 def test_a_tie_stored_on_one_side(embedding: str, head: str, config: dict[str, Any]) -> None:
     one, both = named(embedding), named(embedding, head)
-    found = pairs(one, both, config, config)
-    assert counterparts(found) == {embedding: embedding, head: embedding}
-    assert found.counterparts[head].reason == f"sft ties it to {embedding}"
-    found = pairs(both, one, config, config)
-    assert counterparts(found) == {embedding: embedding}
-    assert found.dropped == {head: f"aligned ties it to {embedding}"}
-    # Where a file holds tied tensors once, it may be under the head's name.
+    matched = pairs(one, both, config, config)
+    assert counterparts(matched) == {embedding: embedding, head: embedding}
+    assert matched.counterparts[head].reason == f"sft ties it to {embedding}"
+    matched = pairs(both, one, config, config)
+    assert counterparts(matched) == {embedding: embedding}
+    assert matched.dropped == {head: f"aligned ties it to {embedding}"}
+    # A file that has tied tensors once may have them under the head's name.
     head_alone = named(head)
     assert counterparts(pairs(head_alone, both, config, config)) == {embedding: head, head: head}
     assert pairs(both, head_alone, config, config).dropped == {embedding: f"aligned ties it to {head}"}
-    found = pairs(head_alone, one, config, config)
-    assert counterparts(found) == {embedding: head}
-    assert (found.dropped, found.only_in_sft) == ({}, []), "it is read, and so not dropped"
+    matched = pairs(head_alone, one, config, config)
+    assert counterparts(matched) == {embedding: head}
+    assert (matched.dropped, matched.only_in_sft) == ({}, []), "a tensor that is read is not dropped"
 
 
 @pytest.mark.parametrize(
-    ("sft", "aligned", "other", "dropped"),
+    ("sft", "aligned", "paired", "dropped"),
     [
         ({}, {}, True, True),
         (TIED, TIED, True, True),
@@ -274,7 +274,7 @@ def test_a_tie_stored_on_one_side(embedding: str, head: str, config: dict[str, A
         (UNTIED, {}, False, False),
         (UNTIED, TIED, False, False),
         ({}, UNTIED, False, False),
-        pytest.param(TIED, UNTIED, True, False, id="sft's head is its embedding whatever aligned's is"),
+        pytest.param(TIED, UNTIED, True, False, id="sft's head is its embedding, and aligned's is not"),
         ({"text_config": UNTIED}, {}, False, False),
         ({}, {"text_config": UNTIED}, False, False),
         ({**TIED, "text_config": UNTIED}, TIED, False, False),
@@ -282,14 +282,21 @@ def test_a_tie_stored_on_one_side(embedding: str, head: str, config: dict[str, A
         ({"tie_word_embeddings": None}, {"tie_word_embeddings": "yes"}, True, True),
     ],
 )
-def test_a_config_that_denies_a_tie_is_believed(
-    sft: dict[str, Any], aligned: dict[str, Any], other: bool, dropped: bool
+def test_a_config_without_a_tie_prevents_it(
+    sft: dict[str, Any], aligned: dict[str, Any], paired: bool, dropped: bool
 ) -> None:
-    """other: aligned's head has sft's embedding for one. dropped: a head that sft has alone may go."""
-    found = pairs(named(EMBED), named(EMBED, HEAD), sft, aligned)
-    assert found.only_in_aligned == ([] if other else [HEAD])
-    found = pairs(named(EMBED, HEAD), named(EMBED), sft, aligned)
-    assert found.only_in_sft == ([] if dropped else [HEAD])
+    """The configs decide about a head that one model has alone.
+
+    Args:
+        sft: The config of sft.
+        aligned: The config of aligned.
+        paired: True if sft's embedding is the counterpart of a head that aligned has alone.
+        dropped: True if a head that sft has alone is dropped without an option.
+    """
+    matched = pairs(named(EMBED), named(EMBED, HEAD), sft, aligned)
+    assert matched.only_in_aligned == ([] if paired else [HEAD])
+    matched = pairs(named(EMBED, HEAD), named(EMBED), sft, aligned)
+    assert matched.only_in_sft == ([] if dropped else [HEAD])
 
 
 @pytest.mark.parametrize(
@@ -311,7 +318,7 @@ def test_a_dropped_head_needs_no_option_and_is_named() -> None:
     assert fates(plan) == {EMBED: (EXTRAPOLATE, "")}
 
 
-def test_a_tie_of_other_sizes_is_a_mismatch_which_rows_solves() -> None:
+def test_a_tie_of_other_sizes_is_a_mismatch_that_rows_solves() -> None:
     sft, aligned = {EMBED: bf16(V, D)}, {EMBED: bf16(V + 2, D), HEAD: bf16(V + 2, D)}
     (problem,) = planned(sft, aligned).problems
     assert f"{HEAD}: sft BF16 [10, 4], aligned BF16 [12, 4]" in problem
@@ -333,14 +340,14 @@ def test_a_tie_needs_the_same_width() -> None:
         "talker.model.embed_tokens.weight",
     ],
 )  # fmt: skip
-def test_a_head_with_two_embeddings_to_choose_from_stays_alone(extra: str) -> None:
+def test_a_head_with_two_embeddings_to_choose_from_stays_unpaired(extra: str) -> None:
     assert pairs(named(EMBED, extra), named(EMBED, extra, HEAD)).only_in_aligned == [HEAD]
     assert pairs(named(EMBED, extra, HEAD), named(EMBED, extra)).only_in_sft == [HEAD]
 
 
 def test_a_second_head_is_no_tie() -> None:
-    found = pairs(named(EMBED, HEAD), named(EMBED, HEAD, "draft.lm_head.weight"))
-    assert found.only_in_aligned == ["draft.lm_head.weight"]
+    matched = pairs(named(EMBED, HEAD), named(EMBED, HEAD, "draft.lm_head.weight"))
+    assert matched.only_in_aligned == ["draft.lm_head.weight"]
 
 
 T5 = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -349,17 +356,17 @@ BART = tuple(f"model.{name}" for name in T5)
 
 @pytest.mark.parametrize("names", [T5, BART], ids=["T5", "BART"])
 @pytest.mark.parametrize("config", [{}, UNTIED], ids=str)
-def test_an_encoder_and_a_decoder_share_their_embedding_even_where_the_head_is_another(
+def test_an_encoder_and_a_decoder_share_their_embedding_even_with_another_head(
     names: tuple[str, ...], config: dict[str, Any]
 ) -> None:
     shared = names[0]
-    found = pairs(named(shared), named(*names), config, config)
-    assert counterparts(found) == dict.fromkeys(names, shared)
-    found = pairs(named(*names), named(shared), config, config)
-    assert found.dropped == dict.fromkeys(names[1:], f"aligned ties it to {shared}")
-    found = pairs(named(shared), named(*names[1:]), config, config)
-    assert counterparts(found) == dict.fromkeys(names[1:], shared)
-    assert (found.only_in_sft, found.dropped) == ([], {}), "the shared one is read"
+    matched = pairs(named(shared), named(*names), config, config)
+    assert counterparts(matched) == dict.fromkeys(names, shared)
+    matched = pairs(named(*names), named(shared), config, config)
+    assert matched.dropped == dict.fromkeys(names[1:], f"aligned ties it to {shared}")
+    matched = pairs(named(shared), named(*names[1:]), config, config)
+    assert counterparts(matched) == dict.fromkeys(names[1:], shared)
+    assert (matched.only_in_sft, matched.dropped) == ([], {}), "the shared embedding is read"
 
 
 def test_t5_with_and_without_its_head() -> None:
@@ -368,10 +375,10 @@ def test_t5_with_and_without_its_head() -> None:
     assert pairs(named(*T5), named(*T5, HEAD), UNTIED, UNTIED).only_in_aligned == [HEAD], "T5 v1.1"
 
 
-def test_two_embeddings_that_are_not_shared_are_not_taken_for_it() -> None:
-    found = pairs(named(*T5[1:]), named("shared.weight"))
-    assert found.only_in_aligned == ["shared.weight"]
-    assert found.dropped == dict.fromkeys(T5[1:], "aligned ties it to shared.weight")
+def test_two_embeddings_are_no_counterpart_of_a_shared_one() -> None:
+    matched = pairs(named(*T5[1:]), named("shared.weight"))
+    assert matched.only_in_aligned == ["shared.weight"]
+    assert matched.dropped == dict.fromkeys(T5[1:], "aligned ties it to shared.weight")
 
 
 @pytest.mark.parametrize(
@@ -429,20 +436,20 @@ def test_a_buffer_is_kept_or_dropped_and_needs_no_counterpart(name: str, dtype: 
     plan = planned(weights, old, dtype=dtype)
     plan.check()
     assert fates(plan)[name] == (COPY, BUFFER)
-    assert {step.name: step.dtype for step in plan.steps}[name] == shapes[0], "never converted"
+    assert {step.name: step.dtype for step in plan.steps}[name] == shapes[0], "a buffer keeps its dtype"
     plan = planned(old, weights, dtype=dtype)
     plan.check()
     assert plan.dropped == {name: DROPPED_BUFFER}
     plan = planned({**old, name: ("F32", (1, 1, 2, 2))}, old, dtype=dtype)
     plan.check()
-    assert fates(plan)[name] == (COPY, BUFFER), "whatever sft's is"
+    assert fates(plan)[name] == (COPY, BUFFER), "sft's buffer does not count"
     assert plan.dropped == {}
 
 
 def test_a_buffer_is_not_renamed() -> None:
     sft, aligned = {"rotary_emb.inv_freq": ("F32", (2,))}, {"model.rotary_emb.inv_freq": ("F32", (2,))}
-    found = pairs(sft, aligned)
-    assert (list(found.kept), list(found.dropped)) == (list(aligned), list(sft))
+    matched = pairs(sft, aligned)
+    assert (list(matched.kept), list(matched.dropped)) == (list(aligned), list(sft))
 
 
 @pytest.mark.parametrize(
@@ -455,12 +462,12 @@ def test_a_buffer_is_not_renamed() -> None:
         ("model.layers.0.self_attn.q_proj.bias", (8,)), ("my_rotary_emb.inv_freq", (8,)), ("inv_freq", (8,)),
     ],
 )  # fmt: skip
-def test_what_only_looks_like_a_buffer_is_extrapolated(name: str, shape: tuple[int, ...]) -> None:
+def test_a_tensor_that_only_looks_like_a_buffer_is_extrapolated(name: str, shape: tuple[int, ...]) -> None:
     weights = {name: bf16(*shape)}
     plan = planned(weights, weights)
     plan.check()
     assert fates(plan) == {name: (EXTRAPOLATE, "")}
-    assert len(planned({**weights, "w": bf16(1)}, {"w": bf16(1)}).problems) == 1, "and must have a other"
+    assert len(planned({**weights, "w": bf16(1)}, {"w": bf16(1)}).problems) == 1, "an unpaired one is a problem"
 
 
 @pytest.mark.parametrize("mask", ["sft", "aligned"])

@@ -1,4 +1,4 @@
-"""The plan: which tensor has which fate, every problem at once, the output's files, and how its bytes are cut."""
+"""Tests of the plan: the steps, all problems at once, the output's files, and the chunks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_floating_point_is_extrapolated_and_integers_are_copied() -> None:
     plan = make_plan(*pair(MODEL, MODEL), [ALPHA])
     assert fates(plan) == {
         **dict.fromkeys(MODEL, (EXTRAPOLATE, "")),
-        "steps": (COPY, "I64 is no floating-point dtype"),
+        "steps": (COPY, "I64 is not a floating-point dtype"),
     }
 
 
@@ -75,14 +75,14 @@ def test_floating_point_is_extrapolated_and_integers_are_copied() -> None:
 def test_integers_are_copied_even_where_sft_has_other_integers(dtype: str, other: str) -> None:
     plan = make_plan(*pair({"t": (other, (8,))}, {"t": (dtype, (8,))}), [ALPHA])
     plan.check()
-    assert fates(plan) == {"t": (COPY, f"{dtype} is no floating-point dtype")}
+    assert fates(plan) == {"t": (COPY, f"{dtype} is not a floating-point dtype")}
     assert only_step(plan).alphas == (0.0,)
 
 
 @pytest.mark.parametrize("aligned", ["BF16", "F16", "F32", "F64"])
 @pytest.mark.parametrize("sft", ["BF16", "F16", "F32", "F64"])
 def test_any_two_floating_dtypes_are_extrapolated_and_steps_keep_the_alpha_given(sft: str, aligned: str) -> None:
-    """An alpha that is 0 in the arithmetic of the two is 0 in the step; rounding others is the engine's business."""
+    """An alpha that is 0 in the arithmetic of both dtypes is 0 in the step; the engine rounds any other alpha."""
     step = only_step(make_plan(*pair({"t": (sft, (8,))}, {"t": (aligned, (8,))}), [ALPHA, 1e-46]))
     assert step.action is EXTRAPOLATE
     assert step.alphas == (ALPHA, 1e-46 if "F64" in (sft, aligned) else 0.0)
@@ -193,7 +193,7 @@ def test_alpha_for_0_keeps_the_tensor_and_reads_no_counterpart() -> None:
     assert plan.steps[0].sft is None
 
 
-def test_alpha_for_is_the_same_in_every_output_and_can_bring_0_to_life() -> None:
+def test_alpha_for_is_the_same_in_every_output_and_replaces_alpha_0() -> None:
     plan = make_plan(*pair(MODEL, MODEL), [0, 1, 2], {"layers": 0.5})
     assert {step.name: step.alphas for step in plan.steps} == {
         **dict.fromkeys(MODEL, (0.0, 1.0, 2.0)),
@@ -250,8 +250,8 @@ def test_alpha_for_on_the_command_line_is_cut_at_its_last_equals_sign(
     options = [text for rule in rules for text in ("--alpha-for", rule)]
     assert main(["--sft", folders[0], "--aligned", folders[1], "--alpha", "2", "--plan", "--json", *options]) == 0
     steps = json.loads(capsys.readouterr().out)["steps"]
-    found = {step["name"]: pytest.approx(step["alphas"][0], rel=1e-6) for step in steps}
-    assert expected == found
+    alphas = {step["name"]: pytest.approx(step["alphas"][0], rel=1e-6) for step in steps}
+    assert expected == alphas
 
 
 @pytest.mark.parametrize("rule", ["c", "c=", "c=x", "=", ""])
@@ -281,13 +281,13 @@ def test_unpaired_and_mismatched_are_all_listed_at_once_with_their_options() -> 
         plan.check()
     message = str(caught.value)
     assert message == "\n".join(plan.problems)
-    unpaired = message[: message.index("tensors", message.index("`on_unpaired="))]
+    unpaired = message[: message.index("tensors whose")]
     assert "4 tensors without a counterpart" in unpaired
     assert "`on_unpaired='aligned'`" in unpaired
     for name, side in (("mine.0", "aligned"), ("mine.1", "aligned"), ("sft.0", "sft"), ("sft.1", "sft")):
         assert f"{name} ({side} only)" in unpaired
     assert "2 tensors whose counterpart has another shape" in message
-    assert "1 tensor with integers in the one and numbers in the other" in message
+    assert "1 tensor with integers in one checkpoint and floating-point numbers in the other" in message
     assert "`on_mismatch='aligned'`" in message
     assert "resized.0: sft BF16 [4, 2], aligned BF16 [5, 2]" in message
     assert "resized.1: sft BF16 [], aligned F32 [1]" in message
@@ -324,7 +324,7 @@ def test_number_of_unpaired_tensors(n: int, words: str) -> None:
     assert problem.count("\n") == 1
 
 
-def test_aligned_is_kept_where_the_user_says_so() -> None:
+def test_the_options_keep_aligneds_tensors() -> None:
     plan = make_plan(*pair(SFT, ALIGNED), [ALPHA], on_unpaired="aligned", on_mismatch="aligned")
     plan.check()
     assert plan.dropped == {"sft.0": "only in sft", "sft.1": "only in sft"}
@@ -472,7 +472,7 @@ def test_index_with_metadata_of_another_kind(metadata: Any) -> None:
 
 @pytest.mark.parametrize("metadata", [{"by": "\ud800"}, {"\udfff": 1}])
 def test_index_with_a_lone_surrogate_in_its_metadata(metadata: dict[str, Any]) -> None:
-    """JSON can say it, UTF-8 cannot."""
+    """A lone surrogate is valid in JSON and cannot be encoded in UTF-8."""
     aligned = checkpoint(MODEL, shards=GROUPS, index={"metadata": metadata, "weight_map": {}})
     plan = make_plan(checkpoint(MODEL), aligned, [ALPHA])
     assert plan.index is not None
@@ -518,7 +518,7 @@ def test_planning_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     aligned = open_checkpoint(write_folder(tmp_path / "aligned", random_tensors(shapes, 2), shards=2))
 
     def refuse(*arguments: object, **_: object) -> Any:
-        raise AssertionError(f"the plan reached for the disk: {arguments}")
+        raise AssertionError(f"planning opened a file: {arguments}")
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "open", refuse)
@@ -565,7 +565,7 @@ def test_planning_imports_neither_numpy_nor_torch(tmp_path: Path) -> None:
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Checkpoint:
-    """Any dtypes and sizes in any number of shards; elements of 4 and 6 bits in whole bytes, as everywhere."""
+    """Return a checkpoint of any dtypes and sizes in any number of shards; elements of 4 and 6 bits fill bytes."""
     n = draw(st.integers(1, 25))
     tensors = {}
     for i in range(n):

@@ -1,4 +1,4 @@
-"""What a refusal says and offers: whoever does as it says gets the right model."""
+"""Tests of the problems: a user who follows the advice of a message gets the right model."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ SMALL: dict[str, Any] = {
 EXPERTS = "model.layers.{0}.mlp.experts.{1}"
 
 
-def assert_same(folder: Path, wanted: Path) -> None:
-    """Compare two outputs as bf16: transformers keeps some routers in fp32 when it saves what it has loaded."""
-    ours, theirs = (loaded(each).state_dict() for each in (folder, wanted))
-    assert ours.keys() == theirs.keys()
-    assert not [name for name, tensor in theirs.items() if not torch.equal(ours[name].bfloat16(), tensor.bfloat16())]
+def assert_same(folder: Path, expected: Path) -> None:
+    """Assert that two outputs are equal as bf16: transformers saves some routers that it has loaded in fp32."""
+    one, other = (loaded(path).state_dict() for path in (folder, expected))
+    assert one.keys() == other.keys()
+    assert not [name for name, tensor in other.items() if not torch.equal(one[name].bfloat16(), tensor.bfloat16())]
 
 
-def refusal(sft: Path, aligned: Path, out: Path, **options: Any) -> str:
+def refuse_merge(sft: Path, aligned: Path, out: Path, **options: Any) -> str:
+    """Return the message with which a merge is refused."""
     with pytest.raises(expo.PlanError) as caught:
         expo.merge(sft, aligned, 0.3, out, **options)
     text = str(caught.value)
@@ -61,14 +62,14 @@ MIXTURES: dict[str, Callable[[], Any]] = {
 def test_fused_experts_are_named_and_the_advice_is_right(family: str, fused: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     folders = dict(zip(("sft", "aligned"), pair_of(MIXTURES[family](), tmp_path), strict=True))
-    expo.merge(folders["sft"], folders["aligned"], 0.3, tmp_path / "wanted")
+    expo.merge(folders["sft"], folders["aligned"], 0.3, tmp_path / "expected")
     with quiet():
         model = LOAD(folders[fused], dtype="auto")
     raw = tmp_path / "raw"
     shutil.copytree(folders[fused], raw, ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save(model.state_dict(), raw / "pytorch_model.bin")  # what FSDP and zero_to_fp32 leave
+    torch.save(model.state_dict(), raw / "pytorch_model.bin")  # as FSDP and zero_to_fp32.py save it
     given = {**folders, fused: raw}
-    text = refusal(given["sft"], given["aligned"], tmp_path / "out")
+    text = refuse_merge(given["sft"], given["aligned"], tmp_path / "out")
     assert "experts" in text.splitlines()[0]
     assert "on_unpaired" not in text
     apart = "aligned" if fused == "sft" else "sft"
@@ -76,7 +77,7 @@ def test_fused_experts_are_named_and_the_advice_is_right(family: str, fused: str
         LOAD(given[apart], dtype="auto").save_pretrained(tmp_path / "again", save_original_format=False)
     given[apart] = tmp_path / "again"
     expo.merge(given["sft"], given["aligned"], 0.3, tmp_path / "out")
-    assert_same(tmp_path / "out", tmp_path / "wanted")
+    assert_same(tmp_path / "out", tmp_path / "expected")
 
 
 def test_a_thousand_experts_are_a_few_lines() -> None:
@@ -110,7 +111,7 @@ def test_an_option_that_copies_most_of_the_model_is_a_warning(
     assert "of the floating-point bytes are copied from aligned and not extrapolated" in capsys.readouterr().err
 
 
-def test_live_warns_of_it_too(tmp_path: Path) -> None:
+def test_live_warns_of_an_option_that_copies_most_of_the_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sft, aligned = pair_of(MIXTURES["Qwen 3 MoE"](), tmp_path)
     small = {name: tensor for name, tensor in read_folder(sft).items() if "experts" in name or "norm" in name}
@@ -126,10 +127,10 @@ def test_live_warns_of_it_too(tmp_path: Path) -> None:
 
 def test_the_same_tensors_under_other_names_are_not_offered_the_option() -> None:
     body: Shapes = {"norm.weight": ("BF16", (4,))}
-    ours: Shapes = {f"blocks.{i}.attention.query.weight": ("BF16", (4, 4)) for i in range(3)}
-    theirs: Shapes = {f"layers.{i}.attn.q.weight": ("BF16", (4, 4)) for i in range(3)}
+    in_aligned: Shapes = {f"blocks.{i}.attention.query.weight": ("BF16", (4, 4)) for i in range(3)}
+    in_sft: Shapes = {f"layers.{i}.attn.q.weight": ("BF16", (4, 4)) for i in range(3)}
     (problem,) = make_plan(
-        checkpoint({**body, **theirs}, "/models/sft"), checkpoint({**body, **ours}), [ALPHA]
+        checkpoint({**body, **in_sft}, "/models/sft"), checkpoint({**body, **in_aligned}), [ALPHA]
     ).problems
     assert "the same tensors under other names" in problem
     assert "on_unpaired" not in problem
@@ -151,7 +152,7 @@ FORMS: dict[str, tuple[Shapes, Shapes]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("turned", [False, True])
-def test_one_form_of_the_same_tensors_is_not_taken_for_parts_of_one_side(form: str, turned: bool) -> None:
+def test_another_form_of_the_same_tensors_is_not_offered_the_option(form: str, turned: bool) -> None:
     body: Shapes = {"model.norm.weight": ("BF16", (4,))}
     one, other = reversed(FORMS[form]) if turned else FORMS[form]
     sft, aligned = checkpoint({**body, **one}, "/models/sft"), checkpoint({**body, **other})
@@ -161,7 +162,7 @@ def test_one_form_of_the_same_tensors_is_not_taken_for_parts_of_one_side(form: s
     assert "tie_word_embeddings" not in problem
 
 
-def test_layers_that_aligned_lacks_are_no_parts_of_sft() -> None:
+def test_layers_that_aligned_lacks_are_not_offered_the_option() -> None:
     layers: Shapes = {f"model.layers.{i}.mlp.up_proj.weight": ("BF16", (4, 4)) for i in LAYERS}
     fewer = {name: layers[name] for name in list(layers)[:-1]}
     (problem,) = make_plan(checkpoint(layers, "/models/sft"), checkpoint(fewer), [ALPHA]).problems
@@ -169,29 +170,29 @@ def test_layers_that_aligned_lacks_are_no_parts_of_sft() -> None:
     assert "on_unpaired" not in problem
 
 
-def test_a_layer_beyond_those_that_the_config_counts_is_a_part_of_sft() -> None:
+def test_a_layer_that_the_config_does_not_count_is_offered_the_option() -> None:
     layers: Shapes = {f"model.layers.{i}.mlp.up_proj.weight": ("BF16", (4, 4)) for i in LAYERS}
     fewer = {name: layers[name] for name in list(layers)[:-1]}
     aligned = checkpoint(fewer, config={"num_hidden_layers": len(fewer)})
     (problem,) = make_plan(checkpoint(layers, "/models/sft"), aligned, [ALPHA]).problems
-    assert "`on_unpaired='aligned'` keeps aligned's, drops sft's" in problem
+    assert "`on_unpaired='aligned'` keeps aligned's tensors and drops sft's" in problem
 
 
 @pytest.mark.parametrize("alone", ["sft", "aligned"])
-def test_parts_of_one_side_are_offered_the_option_and_it_is_right(alone: str, tmp_path: Path) -> None:
+def test_parts_of_one_checkpoint_are_offered_the_option_and_it_is_right(alone: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
     folders = dict(zip(("sft", "aligned"), pair_of(model, tmp_path), strict=True))
-    expo.merge(folders["sft"], folders["aligned"], 0.3, tmp_path / "wanted")
+    expo.merge(folders["sft"], folders["aligned"], 0.3, tmp_path / "expected")
     file = folders[alone] / "model.safetensors"
     extra = ("BF16", (1, 32), bytes(range(64)))
     file.write_bytes(safetensors_bytes({**read_folder(folders[alone]), "v_head.summary.weight": extra}))
-    text = refusal(folders["sft"], folders["aligned"], tmp_path / "out")
-    assert "`on_unpaired='aligned'` keeps aligned's, drops sft's" in text
+    text = refuse_merge(folders["sft"], folders["aligned"], tmp_path / "out")
+    assert "`on_unpaired='aligned'` keeps aligned's tensors and drops sft's" in text
     expo.merge(folders["sft"], folders["aligned"], 0.3, tmp_path / "out", on_unpaired="aligned")
     out = read_folder(tmp_path / "out")
     assert out.pop("v_head.summary.weight", None) == (extra if alone == "aligned" else None)
-    assert out == read_folder(tmp_path / "wanted")
+    assert out == read_folder(tmp_path / "expected")
 
 
 def llama(folder: Path, tied: bool) -> tuple[Path, Path]:
@@ -208,26 +209,26 @@ def edit_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("side", ["sft", "aligned"])
 def test_a_head_that_is_missing_though_nothing_says_that_it_is_tied(side: str, tmp_path: Path) -> None:
     folders = dict(zip(("sft", "aligned"), llama(tmp_path, True), strict=True))
-    expo.merge(folders["sft"], folders["aligned"], 0.3, tmp_path / "wanted")
-    edit_config(folders[side], tie_word_embeddings=False)  # wrong: its head is the embedding
+    expo.merge(folders["sft"], folders["aligned"], 0.3, tmp_path / "expected")
+    edit_config(folders[side], tie_word_embeddings=False)  # the config is wrong: the head is the embedding
     other = folders["aligned" if side == "sft" else "sft"]
     tensors = read_folder(other)
     with_head = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     (other / "model.safetensors").write_bytes(safetensors_bytes(with_head))
-    text = refusal(folders["sft"], folders["aligned"], tmp_path / "out")
+    text = refuse_merge(folders["sft"], folders["aligned"], tmp_path / "out")
     assert "on_unpaired" not in text
-    assert f'{side} {folders[side]} has no head: if it uses its embedding for that, say so by "tie_word' in text
+    assert f'{side} {folders[side]} has no head: if the model uses its embedding as its head, write "tie_word' in text
     edit_config(folders[side], tie_word_embeddings=True)
     expo.merge(folders["sft"], folders["aligned"], 0.3, tmp_path / "out")
-    assert_same(tmp_path / "out", tmp_path / "wanted")
+    assert_same(tmp_path / "out", tmp_path / "expected")
 
 
 def test_a_tied_aligned_over_an_sft_with_a_head_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "apart").mkdir()
     sft = llama(tmp_path / "apart", False)[0]
     aligned = llama(tmp_path, True)[1]
-    text = refusal(sft, aligned, tmp_path / "out")
-    assert "aligned ties its head to its embedding and the other has a head of its own" in text
+    text = refuse_merge(sft, aligned, tmp_path / "out")
+    assert "aligned ties its head to its embedding and sft has a head of its own" in text
     assert "on_unpaired" not in text
     with quiet():
         model = LOAD(aligned, dtype="auto")
@@ -236,9 +237,9 @@ def test_a_tied_aligned_over_an_sft_with_a_head_of_its_own(tmp_path: Path) -> No
     model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path / "advised")
     expo.merge(sft, tmp_path / "advised", 0.3, tmp_path / "out")
-    found, start = loaded(tmp_path / "out").state_dict(), loaded(sft).state_dict()
+    output, start = loaded(tmp_path / "out").state_dict(), loaded(sft).state_dict()
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        assert torch.equal(found[name], expo.extrapolate(start[name], before[name], 0.3)), name
+        assert torch.equal(output[name], expo.extrapolate(start[name], before[name], 0.3)), name
 
 
 def test_a_classifier_over_a_model_with_a_head_is_offered_the_option() -> None:
@@ -250,7 +251,7 @@ def test_a_classifier_over_a_model_with_a_head_is_offered_the_option() -> None:
         {**body, "score.weight": ("BF16", (1, 4))}, config={"architectures": ["XForSequenceClassification"]}
     )
     (problem,) = make_plan(sft, aligned, [ALPHA]).problems
-    assert "`on_unpaired='aligned'` keeps aligned's, drops sft's" in problem
+    assert "`on_unpaired='aligned'` keeps aligned's tensors and drops sft's" in problem
 
 
 # Empty tensors.
@@ -267,7 +268,7 @@ def test_weights_that_were_not_gathered_are_refused(
             tensors = {key: (dtype, (0,), b"") if not some or "mlp" in key else (dtype, shape, data)
                        for key, (dtype, shape, data) in read_folder(folder).items()}  # fmt: skip
             (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors))
-    text = refusal(tmp_path / "sft", tmp_path / "aligned", tmp_path / "out", **options)
+    text = refuse_merge(tmp_path / "sft", tmp_path / "aligned", tmp_path / "out", **options)
     assert "DeepSpeed ZeRO-3 and FSDP leave empty ones unless the weights are gathered before saving" in text
     assert [line.split()[0] for line in text.splitlines()] == list(hollow)
     assert "--on" not in text

@@ -1,4 +1,4 @@
-"""Where every byte of the output goes: rows of a tensor, files of a size, names, the index, another dtype."""
+"""Tests of the output's layout: rows of a tensor, shards of a size, names, the index, and another dtype."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from expo.errors import UsageError
 from expo.options import MergeOptions
 from expo.planning.plan import Plan
 from expo.planning.shards import OutputShard, cut, output_name
-from expo.planning.steps import by_tensor, joined, some_rows
+from expo.planning.steps import by_tensor, join_shapes, some_rows
 
 LIMITS = st.integers(1, 40_000)
 
 
 def make(sft: Shapes, aligned: Shapes | Checkpoint, alphas: Sequence[float] = (ALPHA,), **options: Any) -> Plan:
-    strong = aligned if isinstance(aligned, Checkpoint) else checkpoint(aligned)
-    return make_plan(checkpoint(sft, "/models/sft"), strong, alphas, **options)
+    second = aligned if isinstance(aligned, Checkpoint) else checkpoint(aligned)
+    return make_plan(checkpoint(sft, "/models/sft"), second, alphas, **options)
 
 
 def check_headers(plan: Plan, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """The headers are valid, hold each of these tensors once, and agree with the steps about every byte."""
-    found = {}
+    """Assert that the headers are valid, list each of these tensors once, and give every step its place."""
+    listed = {}
     for shard in plan.shards:
         header = parse(shard.name, shard.header[8:], shard.size)
         assert int.from_bytes(shard.header[:8], "little") == len(shard.header) - 8
@@ -50,9 +50,9 @@ def check_headers(plan: Plan, shapes: Mapping[str, tuple[str, tuple[int, ...]]])
                     rows = step.rows[1]
                 at = placed.stop
             assert at == tensor.stop
-            assert name not in found
-            found[name] = (tensor.dtype, tensor.shape)
-    assert found == dict(shapes)
+            assert name not in listed
+            listed[name] = (tensor.dtype, tensor.shape)
+    assert listed == dict(shapes)
     assert [tensor.name for tensor, _ in by_tensor(plan.steps)] == list(shapes)
     for tensor, steps in by_tensor(plan.steps):
         assert (tensor.dtype, tensor.shape) == shapes[tensor.name]
@@ -86,7 +86,7 @@ def test_more_rows_in_aligned_are_kept(tail: tuple[int, ...], sft: str, aligned:
     assert (rest.aligned.start, rest.aligned.stop) == (101 + 10 * row, 101 + 12 * row)
     assert first.sft.nbytes == 10 * element_count(tail) * BITS[sft] // 8
     assert plan.input_bytes == 12 * row + first.sft.nbytes + 2 * 3 * 2
-    assert plan.extrapolated() == 2, "tensors, not steps"
+    assert plan.extrapolated() == 2, "tensors are counted, not steps"
     assert plan.copied() == (("w[10:12]", reason),)
     assert plan.noted == (("w[0:10]", reason),)
 
@@ -106,7 +106,7 @@ def test_more_rows_in_sft_are_not_read(tail: tuple[int, ...]) -> None:
     assert plan.dropped == {}
 
 
-def test_as_many_rows_are_what_they_are_without_the_option() -> None:
+def test_tensors_with_equal_rows_are_the_same_without_the_option() -> None:
     shapes: Shapes = {"w": ("BF16", (10, 4)), "s": ("F32", ()), "i": ("I64", (3,)), "e": ("BF16", (0, 4))}
     assert make(shapes, shapes, on_mismatch="rows") == make(shapes, shapes)
 
@@ -135,12 +135,14 @@ def test_rows_do_not_solve_every_mismatch(sft: Any, aligned: Any) -> None:
     (problem,) = plan.problems
     if 0 in (*sft[1], *aligned[1]):
         assert "empty" in problem
-        assert "on_mismatch" not in problem, "an empty tensor is no part of a model, on either side"
+        assert "on_mismatch" not in problem, "no option is offered for an empty tensor, which is no part of a model"
         assert make({**rest, "w": sft}, {**rest, "w": aligned}, on_mismatch="aligned").problems
         return
     assert f"w: sft {sft[0]} {list(sft[1])}, aligned {aligned[0]} {list(aligned[1])}" in problem
-    assert ("`on_mismatch='aligned'`" in problem) is (sft[0] == aligned[0]), "integers for numbers are codes"
-    assert "rows extrapolates" not in problem, "no use in offering what was asked for"
+    assert ("`on_mismatch='aligned'`" in problem) is (sft[0] == aligned[0]), (
+        "no option is offered for integers in a weight's place"
+    )
+    assert "rows extrapolates" not in problem, "an option that is given already is not offered"
     check_headers(plan, {**rest, "w": aligned})
     make({**rest, "w": sft}, {**rest, "w": aligned}, on_mismatch="aligned").check()
 
@@ -153,7 +155,7 @@ def test_no_option_is_offered_where_most_of_the_model_differs_in_shape() -> None
     assert "on_mismatch" not in problem
 
 
-def test_only_what_rows_do_not_solve_is_listed() -> None:
+def test_only_mismatches_that_rows_do_not_solve_are_listed() -> None:
     sft: Shapes = {"a": ("BF16", (4, 2)), "b": ("BF16", (4, 2))}
     (problem,) = make(sft, {"a": ("BF16", (5, 2)), "b": ("BF16", (4, 3))}, on_mismatch="rows").problems
     assert problem.startswith("1 tensor whose")
@@ -195,7 +197,7 @@ def test_some_rows() -> None:
     tensor = checkpoint({"w": ("F32", (6, 5, 2))}).tensors["w"]
     parts = [some_rows(tensor, start, stop) for start, stop in ((0, 1), (1, 4), (4, 4), (4, 6))]
     assert [part.shape for part in parts] == [(1, 5, 2), (3, 5, 2), (0, 5, 2), (2, 5, 2)]
-    assert joined([part.shape for part in parts]) == tensor.shape
+    assert join_shapes([part.shape for part in parts]) == tensor.shape
     assert (parts[0].start, parts[-1].stop) == (tensor.start, tensor.stop)
     assert all(one.stop == other.start for one, other in itertools.pairwise(parts))
     assert all(part.nbytes == element_count(part.shape) * 4 for part in parts)
@@ -205,7 +207,7 @@ def test_some_rows() -> None:
 
 @st.composite
 def resized(draw: st.DrawFn) -> tuple[Shapes, Checkpoint]:
-    """A pair in which tensors have other numbers of rows, in any number of shards."""
+    """Return a pair whose tensors differ in the number of rows, in any number of shards."""
     dtypes = st.sampled_from(["BF16", "F16", "F32", "F64"])
     sft: dict[str, tuple[str, tuple[int, ...]]] = {}
     aligned: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -232,7 +234,7 @@ def test_chunks_tile_split_tensors(
 
 
 def check_split(plan: Plan, size: int) -> None:
-    """Each byte of each step is in one piece, at its place, and no element straddles two."""
+    """Assert that each byte of each step is in one piece, at its place, and that no element is in two pieces."""
     reached: dict[str, int] = {}
     for chunk in cut(plan.shards, size):
         assert chunk.stop - chunk.start <= size
@@ -273,7 +275,7 @@ def test_sizes(text: Any, size: int | None) -> None:
     ],
     ids=lambda text: repr(text)[:12],
 )  # fmt: skip
-def test_what_is_no_size(text: Any) -> None:
+def test_a_text_that_is_no_size(text: Any) -> None:
     with pytest.raises(UsageError, match="`max_shard_size` takes bytes, or a size such as 5GB") as caught:
         MergeOptions(max_shard_size=text)
     assert repr(text) in str(caught.value)
@@ -289,7 +291,7 @@ def payload(shard: OutputShard) -> int:
 
 
 def grouped(plan: Plan) -> dict[str, list[str]]:
-    """Names by file, sorted, as their order in a file is the header's."""
+    """Return the sorted names of the tensors in each file, because their order in a file is the header's."""
     return {shard.name: sorted(step.name for step, _ in shard.steps) for shard in plan.shards}
 
 
@@ -313,17 +315,17 @@ SIZES: Shapes = {f"t{i}": ("F32", (n,)) for i, n in enumerate((10, 20, 30, 100, 
 def test_files_are_filled_in_order_up_to_the_limit(most: Any, groups: list[str]) -> None:
     plan = make(SIZES, SIZES, max_shard_size=most)
     plan.check()
-    found = grouped(plan)
-    assert [" ".join(names) for names in found.values()] == groups
+    files = grouped(plan)
+    assert [" ".join(names) for names in files.values()] == groups
     if len(groups) == 1:
-        assert list(found) == [SINGLE]
+        assert list(files) == [SINGLE]
         assert plan.index is None
     else:
         n = len(groups)
-        assert list(found) == [f"model-{k + 1:05}-of-{n:05}.safetensors" for k in range(n)]
+        assert list(files) == [f"model-{k + 1:05}-of-{n:05}.safetensors" for k in range(n)]
         assert plan.index is not None
         index = json.loads(plan.index)
-        assert index["weight_map"] == {name: file for file, names in found.items() for name in names}
+        assert index["weight_map"] == {name: file for file, names in files.items() for name in names}
         assert list(index["weight_map"]) == sorted(SIZES)
         assert index["metadata"] == {"total_size": 720}
 
@@ -342,12 +344,12 @@ def test_no_file_is_larger_than_the_limit_unless_one_tensor_is(lengths: list[int
     assert order == list(shapes)
     for one, other in itertools.pairwise(plan.shards):
         following = min(other.steps, key=lambda part: part[0].name)[0]
-        assert payload(one) + following.nbytes > most, "a file is closed only when it is full"
+        assert payload(one) + following.nbytes > most, "the next tensor does not fit into the file"
     check_cut(plan, list(cut(plan.shards, ALIGNMENT)), ALIGNMENT)
 
 
 @pytest.mark.parametrize("shards", [None, [["a"], ["b"], ["c"]]], ids=["one file", "three"])
-def test_the_metadata_of_the_index_comes_along_and_that_of_the_files_not(shards: list[list[str]] | None) -> None:
+def test_new_shards_take_the_metadata_of_the_index_and_not_of_the_files(shards: list[list[str]] | None) -> None:
     shapes: Shapes = dict.fromkeys("abc", ("F32", (10,)))
     index = {"metadata": {"total_size": 1, "total_parameters": 30}, "weight_map": {}} if shards else None
     aligned = checkpoint(shapes, shards=shards, metadata={"made": "by"}, index=index)
@@ -362,7 +364,7 @@ def test_the_metadata_of_the_index_comes_along_and_that_of_the_files_not(shards:
     assert (list(grouped(whole)), whole.index) == ([SINGLE], None)
 
 
-def test_the_size_that_counts_is_the_outputs() -> None:
+def test_a_shard_is_measured_in_the_outputs_dtype() -> None:
     shapes: Shapes = dict.fromkeys("abcd", ("F32", (10,)))
     assert len(make(shapes, shapes, max_shard_size=80).shards) == 2
     assert len(make(shapes, shapes, max_shard_size=80, dtype="bf16").shards) == 1
@@ -377,7 +379,7 @@ def test_rows_of_one_tensor_are_in_one_file() -> None:
     assert [set(names) for names in grouped(plan).values()] == [{"a"}, {"b"}]
 
 
-def test_a_bare_file_is_not_cut_up() -> None:
+def test_a_bare_file_is_not_divided_into_shards() -> None:
     bare = dataclasses.replace(checkpoint(SIZES, "/models/aligned.safetensors"), folder=None)
     make(SIZES, bare).check()
     with pytest.raises(
@@ -407,7 +409,7 @@ def test_output_names(shard: str, output: str) -> None:
 
 
 def renamed(aligned: Checkpoint, names: Sequence[str]) -> Checkpoint:
-    """A checkpoint whose shards have other names."""
+    """Return the checkpoint with other names of its shards."""
     known = dict(zip(aligned.shards, names, strict=True))
     return dataclasses.replace(
         aligned,
@@ -463,7 +465,9 @@ def test_floats_take_the_dtype_and_integers_and_buffers_keep_theirs(dtype: str, 
     data = 3 * 8 * BITS[name] // 8 + 64 + 8 + 32 + 16
     assert plan.output_bytes == 2 * (ALIGNMENT + data)
     assert plan.input_bytes == 2 * (16 + 32 + 64) + 64 + 8 + 32 + 16
-    assert {step.aligned.dtype for step in plan.steps} == {dtype for dtype, _ in MIXED.values()}, "the inputs' own"
+    assert {step.aligned.dtype for step in plan.steps} == {dtype for dtype, _ in MIXED.values()}, (
+        "the inputs keep their dtypes"
+    )
 
 
 def test_copies_take_the_dtype_too() -> None:
@@ -504,23 +508,23 @@ def test_copies_take_the_dtype_too() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_the_config_says_the_new_dtype(config: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_the_config_has_the_new_dtype(config: dict[str, Any], expected: dict[str, Any]) -> None:
     before = json.dumps(config)
     aligned = checkpoint(MIXED, config=config, files=["config.json", "tokenizer.json"])
     plan = make(MIXED, aligned, dtype="bf16")
     assert json.loads(plan.rewritten["config.json"]) == expected
     assert list(json.loads(plan.rewritten["config.json"])) == list(expected), "in aligned's order"
-    assert plan.carried == ("tokenizer.json",), "made anew, and not copied as well"
+    assert plan.carried == ("tokenizer.json",), "a rewritten file is not copied too"
     assert json.dumps(aligned.config) == before
 
 
 @pytest.mark.parametrize("config", [{"dtype": "bfloat16"}, {"torch_dtype": "bfloat16", "text_config": {}}], ids=str)
-def test_a_config_that_says_so_already_is_copied(config: dict[str, Any]) -> None:
+def test_a_config_with_the_new_dtype_is_copied(config: dict[str, Any]) -> None:
     plan = make(MIXED, checkpoint(MIXED, config=config, files=["config.json"]), dtype="bf16")
     assert (plan.rewritten, plan.carried) == ({}, ("config.json",))
 
 
-def test_without_the_option_or_a_config_none_is_made() -> None:
+def test_no_config_is_made_without_the_option_or_a_config() -> None:
     config = {"dtype": "float64"}
     assert make(MIXED, checkpoint(MIXED, config=config, files=["config.json"])).rewritten == {}
     assert make(MIXED, checkpoint(MIXED), dtype="bf16").rewritten == {}
