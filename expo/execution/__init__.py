@@ -1,1 +1,1 @@
-"""From bytes of inputs to computed buffers: engines, lanes of workers, and the pool that runs them."""
+"""The way from bytes of inputs to computed buffers: engines, lanes of workers, and the pool that runs them."""

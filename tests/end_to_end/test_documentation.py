@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -176,6 +177,21 @@ def test_every_refusal_of_the_docs_names_a_test_that_exists() -> None:
     assert len(rows) > 15
     assert all(re.search(r"`test_\w+`", row) for row in rows)
     check_names(text)
+
+
+def test_every_message_of_the_docs_is_one_of_the_code() -> None:
+    """The first cell of a row has parts of a message, between dots; what stands in brackets is an explanation."""
+    strings = [
+        node.value
+        for path in (ROOT / "expo").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    code = " ".join(" ".join(strings).split())
+    rows = [line for line in text_of(INDEX.with_name("refusals.md")).splitlines() if line.startswith("| ")]
+    cells = [re.sub(r" \(.*\)", "", row.split("|")[1]) for row in rows if "the message says" not in row]
+    parts = [part.strip(" ,") for cell in cells if "the note says" not in cell for part in cell.split("...")]
+    assert [part for part in parts if part and part not in code] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
