@@ -284,7 +284,7 @@ def test_plan_of_an_output_that_is_there(tmp_path: Path, options: Sequence[str])
         (["--alpha", "0.1", "--device", "tpu"], "--device must be auto, cpu or cuda[:index], got 'tpu'"),
         (
             ["--alpha", "0.1", "--engine", "cpu", "--device", "cuda:0"],
-            "--engine cpu computes on the CPU, but `device` is cuda:0; leave one of them out",
+            "--engine cpu computes on the CPU, but --device is cuda:0; leave one of them out",
         ),
     ],
 )

@@ -74,7 +74,7 @@ def test_the_plan_lists_every_file(aligned: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("*.pdf", "`carry` '*.pdf' matches no file beside the weights of "),
+        ("*.pdf", "--carry '*.pdf' matches no file beside the weights of "),
         ("SHA*", "matches no file"),
         ("model.safetensors.index.json", "matches no file"),
         (".*", ".hidden cannot be carried: hidden; leave the pattern out"),
