@@ -69,8 +69,8 @@ def fetch(
 ) -> Snapshot:
     """Download the files of a repository that a merge needs and the cache does not have.
 
-    The weights are fetched in the one form that transformers would choose. If the hub cannot be reached, the cache
-    serves alone, as long as it has all files of the revision.
+    The weights are fetched in the one form that transformers would choose. If the hub cannot be reached, the files in
+    the cache are used, provided that the cache has all files of the revision.
 
     Args:
         hub_id: The repository and the revision.

@@ -51,9 +51,9 @@ def _explain(hub_id: HubId, error: BaseException) -> str:
         return f"{constants.ENDPOINT} forbids it, and {_token_state()} ({error_line(error)}); use one with read access"
     if _is_file_error(error):
         assert isinstance(error, OSError)
-        place = os.fspath(error.filename) if error.filename else constants.HF_HUB_CACHE
+        path = os.fspath(error.filename) if error.filename else constants.HF_HUB_CACHE
         fix = "make room there, or set" if error.errno in FULL_DISK else "set"
-        return f"{place!s}: {error.strerror}; {fix} HF_HOME to another folder, then {AGAIN}"
+        return f"{path!s}: {error.strerror}; {fix} HF_HOME to another folder, then {AGAIN}"
     if is_unreachable(error):
         return "; ".join(explain_unreachable(error))
     return f"it cannot be downloaded ({error_line(error)})"

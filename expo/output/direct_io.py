@@ -88,7 +88,7 @@ class ShardWriter:
         """Write data[:length] at an offset.
 
         Args:
-            offset: The first byte's place in the file, a multiple of 4096.
+            offset: The first byte's offset in the file, a multiple of 4096.
             data: Page-aligned memory, at least as long as the next multiple of 4096 after `length`: O_DIRECT writes the
                 file's last block whole, and the excess is cut off afterwards.
             length: How many bytes belong to the file: a multiple of 4096, except at the file's end.
@@ -177,7 +177,7 @@ def read_back(path: str, start: int, memory: memoryview) -> int:
 
     Args:
         path: The file's path.
-        start: The first byte's place in the file, a multiple of 4096.
+        start: The first byte's offset in the file, a multiple of 4096.
         memory: Page-aligned memory, a multiple of 4096 bytes long.
 
     Returns:

@@ -6,7 +6,7 @@ crash cut short, or that is damaged, does not count, nor does any line after it.
 writes this journal, and every other rank writes one of its own beside it, `.expo-journal.RANK`, until rank 0 collects
 the lines of all.
 
-While an output is put in place, its journal stands beside it as `.NAME.expo-journal`: a journal beside an output proves
+While an output is put in place, its journal is beside it as `.NAME.expo-journal`: a journal beside an output proves
 that the output is complete.
 """
 
@@ -30,8 +30,8 @@ INTERVAL = 2.0  # seconds of work that a crash can cost; a sync after direct wri
 JOIN_TIMEOUT = 40.0  # seconds; a client of NFS may show other hosts' files up to 30 seconds late
 MAX_JOURNAL_SIZE = 1 << 30  # bytes; the journal of a terabyte of output takes a tenth of this
 
-ChunkKey = tuple[str, int]  # the name of the chunk's shard, and the place of the chunk's first byte in it
-DoneChunks = dict[ChunkKey, tuple[int, Measured]]  # the place after the chunk's last byte, and its statistics
+ChunkKey = tuple[str, int]  # the name of the chunk's shard, and the offset of the chunk's first byte in it
+DoneChunks = dict[ChunkKey, tuple[int, Measured]]  # the offset after the chunk's last byte, and its statistics
 
 
 class JournalContents(NamedTuple):

@@ -251,7 +251,7 @@ class Staging:
                 self._remove_on_exit = False
             self.committed = True
         if self.single_file:
-            self._remove_on_exit = True  # the rest of the folder serves nobody, also if an earlier merge began it
+            self._remove_on_exit = True  # nobody needs the rest of the folder, also if an earlier merge began it
             warnings += self._place_digest()
         try:
             for folder in (self.parent, *map(os.path.dirname, self._created_parents)):
