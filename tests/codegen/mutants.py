@@ -91,9 +91,14 @@ MUTANTS = [
 
 
 def package(folder: Path, name: str, file: str, old: str, new: str, patch: pytest.MonkeyPatch, times: int = 1) -> Any:
-    """aot.py of a copy of kernels/ with `new` for `old`, which stands there `times` times; Triton reads the file."""
-    copy = folder / f"mutant_{name}"
-    copy.mkdir()
+    """Return aot.py of a copy of kernels/ with `new` for `old`, which stands there `times` times.
+
+    Triton reads the source of a kernel from its file. The modules of expo/ that kernels/ needs are copied too.
+    """
+    copy = folder / f"mutant_{name}" / "kernels"
+    copy.mkdir(parents=True)
+    for needed in ("dtypes.py", "errors.py"):
+        (copy.parent / needed).write_text((KERNELS.parent / "expo" / needed).read_text())
     for source in KERNELS.glob("*.py"):
         text = source.read_text()
         if source.name == file:
@@ -101,4 +106,4 @@ def package(folder: Path, name: str, file: str, old: str, new: str, patch: pytes
             text = text.replace(old, new)
         (copy / source.name).write_text(text)
     patch.syspath_prepend(folder)
-    return importlib.import_module(f"{copy.name}.aot")
+    return importlib.import_module(f"{copy.parent.name}.kernels.aot")

@@ -20,7 +20,7 @@ import expo
 from expo.demo import ALIGNED, SFT
 from expo.dtypes import ITEMSIZE, torch_dtypes
 from expo.kernels import extrapolate, host, numerics, sweep, whole_model
-from expo.kernels.contract import Statistics, tensor_extrapolation, working_alpha
+from expo.kernels.contract import Operand, Statistics, Term, tensor_extrapolation, working_alpha
 
 NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
@@ -314,6 +314,23 @@ def test_host_engine_with_memory_longer_than_the_anchor() -> None:
     sft, aligned, out = pack([0x3F80] * 11, "BF16"), pack([0x4000] * 9, "BF16"), bytearray([POISON]) * 18
     run_engine(host.HostEngine("cuda"), sft, aligned[:10], ("BF16", "BF16"), [out], [0.5])
     assert out == pack([0x4020] * 5, "BF16") + bytes([POISON]) * 8
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F64"])
+def test_other_combinations_are_refused(dtype: str) -> None:
+    """The host engine and both launchers compute the term of ExPO, from tensors without scales, and nothing else."""
+    o, x = (Operand(bytes(16), dtype) for _ in range(2))
+    engine, out = host.HostEngine("cuda"), bytearray([POISON]) * 16
+    for anchor, terms in ((o, []), (o, [Term([1.0], o, x)] * 2), (x, [Term([1.0], o, x)])):
+        with pytest.raises(expo.EngineError, match="the engine triton computes the one term"):
+            engine(anchor, terms, [out], False)
+    with pytest.raises(expo.EngineError, match="an operand has scales"):
+        engine(o, [Term([1.0], o, x._replace(scales=bytes(4)))], [out], False)
+    assert set(out) == {POISON}
+    t = Operand.of_tensor(torch.zeros(4))
+    for launch in (extrapolate.launch, sweep.launch):
+        with pytest.raises(expo.EngineError, match="and got 2 terms"):
+            launch(t, [Term(torch.ones(1), t, t)] * 2, torch.zeros(1, 4))
 
 
 @pytest.mark.parametrize("engine", ["cpu", "numpy"])
