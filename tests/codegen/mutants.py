@@ -33,7 +33,7 @@ mixed = partial(Mutant, "extrapolate.py", "extrapolate_fp32_bf16")
 sweep = partial(Mutant, "sweep.py", "sweep2_bf16")
 whole = partial(Mutant, "whole_model.py", "whole_model_bf16")
 
-POINTERS = "block(sft_ptr + start, aligned_ptr + start"
+POINTERS = "write_block(sft_ptr + start, aligned_ptr + start"
 PRODUCT = "[d, alpha]"
 ROUND = "return (a + p).to(dtype)"
 BITS = "(a + p).to(tl.uint32, bitcast=True)"
@@ -44,7 +44,7 @@ TWO_PRODUCTS = "((1 + alpha) * a - alpha * widen(sft)).to(out_ptr.dtype.element_
 
 MUTANTS = [
     plain("offset_in_32_bits", "tl.program_id(0).to(tl.int64) * BLOCK", "tl.program_id(0) * BLOCK", OUTSIDE),
-    plain("body_mask_too_wide", "at, at < body,", "at, at < body + LANES,", OUTSIDE),
+    plain("body_mask_too_wide", "at, at < body,", "at, at < body + TAIL_ELEMENTS,", OUTSIDE),
     plain("body_mask_of_all", "at, at < body,", "at, at < left,", DIFFERENT),
     plain("body_not_masked", "at, at < body,", "at, None,", OUTSIDE),
     plain("body_lost", "at, at < body,", "at, at < 0,", DIFFERENT),
@@ -54,7 +54,7 @@ MUTANTS = [
     plain("tail_one_short", "tail, tail < left,", "tail, tail < left - 1,", DIFFERENT),
     plain("full_one_too_soon", "if left >= BLOCK:", "if left >= BLOCK - 1:", OUTSIDE),
     plain("sft_for_aligned", "aligned = tl.load(aligned_ptr", "aligned = tl.load(sft_ptr", DIFFERENT),
-    plain("pointers_swapped", POINTERS, "block(aligned_ptr + start, sft_ptr + start", DIFFERENT),
+    plain("pointers_swapped", POINTERS, "write_block(aligned_ptr + start, sft_ptr + start", DIFFERENT),
     plain("operands_swapped", "d = a - widen(sft)", "d = widen(sft) - a", DIFFERENT),
     plain("no_alpha", PRODUCT, "[d, 1.0 + 0.0 * d]", DIFFERENT),
     plain("square_of_d", PRODUCT, "[d, d]", DIFFERENT),

@@ -26,7 +26,7 @@ NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
 WIDE_PAIRS = [("F64", "BF16"), ("F64", "F16"), ("BF16", "F64"), ("F64", "F64")]
 ALPHAS = (0.3, 0.5, 1.0, -0.7, 2.5, 25.0, 1e-30, 3e38)
-BLOCK = extrapolate.BLOCK
+BLOCK = extrapolate.PROGRAM_ELEMENTS
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 POISON, GUARD = 0xA5, 32  # the byte that fills outputs; elements beside a tensor that must not be touched
 
@@ -213,7 +213,8 @@ def test_offsets_past_two_to_the_31(fence: Fence, monkeypatch: pytest.MonkeyPatc
 def test_sweep(fence: Fence, pair: tuple[str, str], measured: bool) -> None:
     """Around tails, parts and blocks: outputs a pitch apart, nothing between them touched, every row written."""
     alphas = torch.tensor([0.3, -2.5, 1.0])
-    for n in (0, 1, 7, 8, 9, 2047, 2049, sweep.BLOCK - 1, sweep.BLOCK, sweep.BLOCK + 1, 2 * sweep.BLOCK + 13):
+    block = sweep.PROGRAM_ELEMENTS
+    for n in (0, 1, 7, 8, 9, 2047, 2049, block - 1, block, block + 1, 2 * block + 13):
         sft, aligned = random_bits(n, pair, n)
         s, a = Fenced.of(sft, pair[0], n % 2), Fenced.of(aligned, pair[1], n % 2)
         outs = Fenced.of(bytes([POISON]) * (3 * (n + 5) * ITEMSIZE[pair[1]]), pair[1])
