@@ -160,7 +160,7 @@ def whole_model_in_place(t: Tensors) -> Job:
     """Merge all tensors in one launch, in place, over the copies of aligned in the first output."""
     outputs = t.split(t.out[0])
     table = whole_model.Table(t.split(t.sft), outputs, outputs)
-    rows = sum(-(-n // (whole_model.SEGMENT * extrapolate.BLOCK)) for n in t.lengths)
+    rows = sum(-(-n // (whole_model.SEGMENT * extrapolate.PROGRAM_ELEMENTS)) for n in t.lengths)
     return _make_job(t, lambda: table.launch(ALPHA), 32 * rows)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from expo.execution.engines import cpu_count
 from expo.kernels.contract import Address, Operand
-from expo.tensors.arrays import THREADS, compute_on_cpu
+from expo.tensors.arrays import MOST_THREADS, compute_on_cpu
 from expo.tensors.live import Live
 
 SIDE, MATRICES = 4096, 16
@@ -40,7 +40,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self._tensors = [torch.empty(ELEMENTS, dtype=torch.bfloat16).fill_(value) for value in (0.5, 0.51, 0.0)]
-        threads = min(cpu_count(), THREADS)
+        threads = min(cpu_count(), MOST_THREADS)
         size = 2 * (ELEMENTS // threads)  # bytes of one thread's share of a tensor
         self._shares = [
             [Operand(Address(each.data_ptr() + k * size, size), "BF16") for each in self._tensors]

@@ -68,12 +68,15 @@ def torch_dtypes() -> dict[str, Any]:
 
 @cache
 def numpy_dtypes() -> dict[str, Any]:
-    """Return NumPy's dtypes by the safetensors name, for the dtypes that are extrapolated; this imports ml_dtypes."""
+    """Return NumPy's dtypes by the safetensors name, for the dtypes that are extrapolated and for integers.
+
+    NumPy has the names of torch, except for bf16: this imports ml_dtypes.
+    """
     import ml_dtypes
     import numpy as np
 
-    kinds = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-    return {name: np.dtype(kind) for name, kind in kinds.items()}
+    kinds: dict[str, Any] = {name: TABLE[name].torch for name in (*ITEMSIZE, *INTEGERS)}
+    return {name: np.dtype(kind) for name, kind in (kinds | {"BF16": ml_dtypes.bfloat16}).items()}
 
 
 @cache
@@ -86,5 +89,5 @@ def torch_names() -> dict[Any, str]:
 
 @cache
 def numpy_names() -> dict[Any, str]:
-    """Return the safetensors name of NumPy's dtypes, for the dtypes that are extrapolated; this imports ml_dtypes."""
+    """Return the safetensors name of NumPy's dtypes, for those of `numpy_dtypes`."""
     return {dtype: name for name, dtype in numpy_dtypes().items()}

@@ -1,12 +1,12 @@
-/* The compiled CPU engine: out = aligned + alpha * (aligned - sft), one pass; and convert.py's cast and low_rank.
+/* The engine cpu: out = aligned + alpha * (aligned - sft) in one pass; and the cast and low_rank of convert.py.
  *
  *   d = f32(a) - f32(s);  p = alpha * d;  r = f32(a) + p;  out = round-to-nearest-even(r -> dtype of a)
  *
  * Every fp32 operation rounds once, to nearest even: build with -ffp-contract=off and without -ffast-math.
- * The calling thread's floating-point mode (flush-denormal, rounding) is set to IEEE's default for the
- * computation and restored after it.  Bytes moved: one read of sft, one of aligned, one write per alpha.
- * Inputs and outputs may be unaligned.  With one alpha and no statistics the output may be the very memory of an
- * input; overlapping in part is never right.
+ * The computation sets the calling thread's floating-point mode (flush-denormal, rounding) to IEEE's default and
+ * restores it.  Bytes moved: one read of sft, one of aligned, and one write for each alpha.
+ * Inputs and outputs may be unaligned.  With one alpha and no statistics the output may be the memory of an input;
+ * memories that overlap in part give wrong results.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* One build for every x86-64: the loader picks the variant.  Older compilers do not know these levels. */
+/* One build serves every x86-64: the loader picks the variant.  Older compilers do not know these levels. */
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -26,8 +26,10 @@
 #endif
 
 #define MAX_ALPHAS 64
-#define BLOCK 2048 /* elements: both inputs and an output stay in the L1 cache between the passes over a block */
-#define LANES 32   /* independent fp32 sums in a block: order fixed by this number, not by the vector width */
+/* Both inputs and an output of a block of this many elements stay in the L1 cache between the passes over it. */
+#define CACHE_ELEMENTS 2048
+/* Independent fp32 sums in a block: this number fixes the order of the additions, not the width of a vector. */
+#define SUMS 32
 
 typedef uint16_t BF16 __attribute__((aligned(1), may_alias));
 typedef uint16_t F16 __attribute__((aligned(1), may_alias));
@@ -40,15 +42,15 @@ static inline float load_BF16(const BF16 *p) { return as_float((uint32_t)*p << 1
 static inline float load_F32(const F32 *p) { return *p; }
 static inline void store_F32(F32 *p, float r) { *p = r; }
 
-/* NaN is tested before rounding: adding to 0x7fffffff would carry into the sign and give -0. */
+/* The test for NaN comes before the rounding: an addition to 0x7fffffff would carry into the sign and give -0. */
 static inline void store_BF16(BF16 *p, float r) {
     uint32_t bits = as_bits(r);
     uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
     *p = r != r ? 0x7fc0 : (uint16_t)rounded;
 }
 
-/* fp16 goes through a block of fp32 in the L1 cache.  Widening is exact: the exponent is moved to fp32's place and
- * rebiased by a multiplication, which serves subnormals too. */
+/* fp16 goes through a block of fp32 in the L1 cache.  Widening is exact: the exponent moves to its place in fp32, and a
+ * multiplication rebiases it, for subnormals too. */
 CLONES static void widen_portable(const F16 *from, float *to, Py_ssize_t n) {
     for (Py_ssize_t i = 0; i < n; i++) {
         uint32_t half = from[i], magnitude = (half & 0x7fff) << 13;
@@ -119,59 +121,59 @@ typedef struct {
 
 typedef struct { int64_t changed, non_finite; } Count;
 
-/* One merge kernel and one distance kernel for each pair of input dtypes, fp16 being fp32 by now. */
-#define PAIR(S, A)                                                                                        \
-    CLONES static void merge_##S##_##A(const char *sft, const char *aligned, char *out, Py_ssize_t n,    \
-                                       float alpha) {                                                     \
-        const S *s = (const S *)sft;                                                                      \
-        const A *a = (const A *)aligned;                                                                  \
-        A *o = (A *)out;                                                                                  \
-        for (Py_ssize_t i = 0; i < n; i++) {                                                              \
-            float x = load_##A(a + i), d = x - load_##S(s + i), p = alpha * d;                            \
-            store_##A(o + i, x + p);                                                                      \
-        }                                                                                                 \
-    }                                                                                                     \
-    CLONES static void distance_##S##_##A(const char *sft, const char *aligned, Py_ssize_t n,            \
-                                          Distance *total) {                                              \
-        const S *s = (const S *)sft;                                                                      \
-        const A *a = (const A *)aligned;                                                                  \
-        float dd[LANES] = {0}, aa[LANES] = {0}, top[LANES] = {0};                                         \
-        Py_ssize_t i = 0;                                                                                 \
-        for (; i + LANES <= n; i += LANES)                                                                \
-            for (int l = 0; l < LANES; l++) LANE(S, A)                                                    \
-        for (int l = 0; l < n - i; l++) LANE(S, A)                                                        \
-        for (int l = 0; l < LANES; l++) {                                                                 \
-            total->d_squared += dd[l];                                                                    \
-            total->aligned_squared += aa[l];                                                              \
-            total->max_abs_d = top[l] > total->max_abs_d ? top[l] : total->max_abs_d;                     \
-        }                                                                                                 \
+/* Each pair of input dtypes has one merge kernel and one distance kernel; fp16 elements are fp32 by now. */
+#define PAIR(S, A)                                                                                    \
+    CLONES static void merge_##S##_##A(const char *sft, const char *aligned, char *out, Py_ssize_t n, \
+                                       float alpha) {                                                 \
+        const S *s = (const S *)sft;                                                                  \
+        const A *a = (const A *)aligned;                                                              \
+        A *o = (A *)out;                                                                              \
+        for (Py_ssize_t i = 0; i < n; i++) {                                                          \
+            float x = load_##A(a + i), d = x - load_##S(s + i), p = alpha * d;                        \
+            store_##A(o + i, x + p);                                                                  \
+        }                                                                                             \
+    }                                                                                                 \
+    CLONES static void distance_##S##_##A(const char *sft, const char *aligned, Py_ssize_t n,         \
+                                          Distance *total) {                                          \
+        const S *s = (const S *)sft;                                                                  \
+        const A *a = (const A *)aligned;                                                              \
+        float dd[SUMS] = {0}, aa[SUMS] = {0}, top[SUMS] = {0};                                        \
+        Py_ssize_t i = 0;                                                                             \
+        for (; i + SUMS <= n; i += SUMS)                                                              \
+            for (int l = 0; l < SUMS; l++) MEASURE(S, A)                                              \
+        for (int l = 0; l < n - i; l++) MEASURE(S, A)                                                 \
+        for (int l = 0; l < SUMS; l++) {                                                              \
+            total->d_squared += dd[l];                                                                \
+            total->aligned_squared += aa[l];                                                          \
+            total->max_abs_d = top[l] > total->max_abs_d ? top[l] : total->max_abs_d;                 \
+        }                                                                                             \
     }
 
-#define LANE(S, A)                                                                                        \
-    {                                                                                                     \
-        float x = load_##A(a + i + l), d = x - load_##S(s + i + l);                                       \
-        float size = as_float(as_bits(d) & 0x7fffffff);                                                   \
-        x = size < INFINITY ? x : 0.0f;                                                                   \
-        size = size < INFINITY ? size : 0.0f;                                                             \
-        dd[l] += size * size;                                                                             \
-        aa[l] += x * x;                                                                                   \
-        top[l] = size > top[l] ? size : top[l];                                                           \
+#define MEASURE(S, A)                                               \
+    {                                                               \
+        float x = load_##A(a + i + l), d = x - load_##S(s + i + l); \
+        float size = as_float(as_bits(d) & 0x7fffffff);             \
+        x = size < INFINITY ? x : 0.0f;                             \
+        size = size < INFINITY ? size : 0.0f;                       \
+        dd[l] += size * size;                                       \
+        aa[l] += x * x;                                             \
+        top[l] = size > top[l] ? size : top[l];                     \
     }
 
 /* Changed is IEEE's "not equal": -0 equals +0, NaN equals nothing. */
-#define ALIGNED(A)                                                                                        \
-    CLONES static void count_##A(const char *aligned, const char *out, Py_ssize_t n, Count *total) {     \
-        const A *a = (const A *)aligned, *o = (const A *)out;                                             \
-        uint32_t changed = 0, non_finite = 0;                                                             \
-        for (Py_ssize_t i = 0; i < n; i++) {                                                              \
-            float before = load_##A(a + i), after = load_##A(o + i);                                      \
-            changed += before != after ? 1u : 0u;                                                          \
-            non_finite += ((as_bits(after) >> 23 & 0xff) + 1) >> 8; /* exponent 255 */                         \
-        }                                                                                                 \
-        total->changed += changed;                                                                        \
-        total->non_finite += non_finite;                                                                  \
-    }                                                                                                     \
-    PAIR(BF16, A)                                                                                         \
+#define ALIGNED(A)                                                                                   \
+    CLONES static void count_##A(const char *aligned, const char *out, Py_ssize_t n, Count *total) { \
+        const A *a = (const A *)aligned, *o = (const A *)out;                                        \
+        uint32_t changed = 0, non_finite = 0;                                                        \
+        for (Py_ssize_t i = 0; i < n; i++) {                                                         \
+            float before = load_##A(a + i), after = load_##A(o + i);                                 \
+            changed += before != after ? 1u : 0u;                                                    \
+            non_finite += ((as_bits(after) >> 23 & 0xff) + 1) >> 8; /* exponent 255 */               \
+        }                                                                                            \
+        total->changed += changed;                                                                   \
+        total->non_finite += non_finite;                                                             \
+    }                                                                                                \
+    PAIR(BF16, A)                                                                                    \
     PAIR(F32, A)
 
 ALIGNED(BF16)
@@ -202,13 +204,14 @@ typedef struct {
     Count count[MAX_ALPHAS];
 } Job;
 
-/* Block by block, so that fp16's fp32 copies, the second alpha and the statistics find their inputs in the cache. */
+/* The blocks are small, so that the fp32 copies of fp16, the second alpha and the statistics find their inputs in the
+ * cache. */
 static void run(Job *job) {
     const int half = job->aligned_dtype == CODE_F16, sft_half = job->sft_dtype == CODE_F16;
     const Kernels kernels = KERNELS[job->sft_dtype != CODE_BF16][job->aligned_dtype != CODE_BF16];
     const Py_ssize_t sft_item = ITEMSIZE[job->sft_dtype], item = ITEMSIZE[job->aligned_dtype];
-    const Py_ssize_t block = job->measure || job->alphas > 1 || half || sft_half ? BLOCK : job->n;
-    float wide_sft[BLOCK], wide_aligned[BLOCK], wide_out[BLOCK];
+    const Py_ssize_t block = job->measure || job->alphas > 1 || half || sft_half ? CACHE_ELEMENTS : job->n;
+    float wide_sft[CACHE_ELEMENTS], wide_aligned[CACHE_ELEMENTS], wide_out[CACHE_ELEMENTS];
     if (half && sft_half && merge_F16_F16 && job->alphas == 1 && !job->measure) {
         merge_F16_F16((const F16 *)job->sft, (const F16 *)job->aligned, (F16 *)job->out[0], job->n, (float)job->alpha[0]);
         return;
@@ -229,8 +232,8 @@ static void run(Job *job) {
     }
 }
 
-/* A buffer's memory, or an address passed as an int (for tensors that export no buffer; the caller vouches for it).
- * On success view->obj is NULL where there is nothing to release. */
+/* Return the memory of a buffer, or the address that an int is: cpu.py has checked the size of the memory there.
+ * After a success view->obj is NULL if there is nothing to release. */
 static char *memory(PyObject *object, Py_ssize_t bytes, int writable, Py_buffer *view) {
     view->obj = NULL;
     if (PyLong_Check(object)) return PyLong_AsVoidPtr(object);
@@ -258,7 +261,7 @@ static PyObject *extrapolate(PyObject *module, PyObject *args) {
     Job job = {0};
     PyObject *sft, *aligned, *outs, *alphas;
     Py_buffer views[MAX_ALPHAS + 2] = {{0}};
-    int held = 0;
+    int used = 0;
     PyObject *result = NULL;
     fenv_t mode;
     (void)module;
@@ -273,14 +276,14 @@ static PyObject *extrapolate(PyObject *module, PyObject *args) {
     }
     job.alphas = (int)PyTuple_GET_SIZE(outs);
     const Py_ssize_t bytes = job.n * ITEMSIZE[job.aligned_dtype];
-    job.sft = memory(sft, job.n * ITEMSIZE[job.sft_dtype], 0, &views[held++]);
+    job.sft = memory(sft, job.n * ITEMSIZE[job.sft_dtype], 0, &views[used++]);
     if (PyErr_Occurred()) goto release;
-    job.aligned = memory(aligned, bytes, 0, &views[held++]);
+    job.aligned = memory(aligned, bytes, 0, &views[used++]);
     if (PyErr_Occurred()) goto release;
     for (int k = 0; k < job.alphas; k++) {
         job.alpha[k] = PyFloat_AsDouble(PyTuple_GET_ITEM(alphas, k));
         if (PyErr_Occurred()) goto release;
-        job.out[k] = memory(PyTuple_GET_ITEM(outs, k), bytes, 1, &views[held++]);
+        job.out[k] = memory(PyTuple_GET_ITEM(outs, k), bytes, 1, &views[used++]);
         if (PyErr_Occurred()) goto release;
     }
     Py_BEGIN_ALLOW_THREADS
@@ -294,11 +297,11 @@ static PyObject *extrapolate(PyObject *module, PyObject *args) {
     else
         result = Py_NewRef(Py_None);
 release:
-    for (int v = 0; v < held; v++) PyBuffer_Release(&views[v]);
+    for (int v = 0; v < used; v++) PyBuffer_Release(&views[v]);
     return result;
 }
 
-/* dtype to dtype, rounded once, through a block of fp32 in the L1 cache. */
+/* Conversions from dtype to dtype round once, through a block of fp32 in the L1 cache. */
 CLONES static void widen_BF16(const BF16 *from, float *to, Py_ssize_t n) {
     for (Py_ssize_t i = 0; i < n; i++) to[i] = load_BF16(from + i);
 }
@@ -313,11 +316,11 @@ static void widen(const char *from, int dtype, float *wide, Py_ssize_t n) {
     else memcpy(wide, from, 4 * n);
 }
 
-/* before: fp32 to count against what was written, or NULL. */
+/* The argument before is fp32 to compare the result with, for the counts, or NULL. */
 static void convert(const char *from, int source, char *to, int target, Py_ssize_t n, const char *before, Count *count) {
-    float wide[BLOCK];
-    for (Py_ssize_t i = 0; i < n; i += BLOCK) {
-        const Py_ssize_t some = n - i < BLOCK ? n - i : BLOCK;
+    float wide[CACHE_ELEMENTS];
+    for (Py_ssize_t i = 0; i < n; i += CACHE_ELEMENTS) {
+        const Py_ssize_t some = n - i < CACHE_ELEMENTS ? n - i : CACHE_ELEMENTS;
         const char *x = from + i * ITEMSIZE[source];
         char *out = to + i * ITEMSIZE[target];
         widen(x, source, wide, some);
@@ -362,28 +365,29 @@ release:
     return result;
 }
 
-/* delta = scale * left @ right, each sum from the left: tiles change which elements are together, and no bit of one.
- * A tile's sums stay in registers over all of r: WIDE columns of one row, or of ROWS rows, which share right's loads. */
-#define ROWS 4
-#define LANE_BYTES 64
-#define VECTORS 4
-typedef float V __attribute__((vector_size(LANE_BYTES), aligned(4), may_alias));
-enum { PER_VECTOR = LANE_BYTES / 4, WIDE = VECTORS * PER_VECTOR };
+/* delta = scale * left @ right, and each sum runs from the left, so the size of the tiles changes no bit of an element.
+ * The sums of a tile stay in registers over all of r.  A tile has TILE_COLUMNS columns of one row, or of TILE_ROWS rows
+ * that share the loads of right. */
+#define TILE_ROWS 4
+#define VECTOR_BYTES 64
+#define TILE_VECTORS 4
+typedef float V __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+enum { VECTOR_COLUMNS = VECTOR_BYTES / 4, TILE_COLUMNS = TILE_VECTORS * VECTOR_COLUMNS };
 
-#define TILE(NAME, M)                                                                                           \
-    CLONES static void NAME(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width, \
-                            Py_ssize_t stride, float *out) {                                                    \
-        V sum[M][VECTORS] = {{{0}}};                                                                            \
-        for (Py_ssize_t k = 0; k < r; k++)                                                                      \
-            for (int v = 0; v < VECTORS; v++) {                                                                 \
-                const V x = *(const V *)(right + k * width + v * PER_VECTOR);                                   \
-                for (int m = 0; m < M; m++) sum[m][v] += left[m * r + k] * x;                                   \
-            }                                                                                                   \
-        for (int m = 0; m < M; m++)                                                                             \
-            for (int v = 0; v < VECTORS; v++) *(V *)(out + m * stride + v * PER_VECTOR) = sum[m][v] * scale;    \
+#define TILE(NAME, M)                                                                                                 \
+    CLONES static void NAME(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,       \
+                            Py_ssize_t stride, float *out) {                                                          \
+        V sum[M][TILE_VECTORS] = {{{0}}};                                                                             \
+        for (Py_ssize_t k = 0; k < r; k++)                                                                            \
+            for (int v = 0; v < TILE_VECTORS; v++) {                                                                  \
+                const V x = *(const V *)(right + k * width + v * VECTOR_COLUMNS);                                     \
+                for (int m = 0; m < M; m++) sum[m][v] += left[m * r + k] * x;                                         \
+            }                                                                                                         \
+        for (int m = 0; m < M; m++)                                                                                   \
+            for (int v = 0; v < TILE_VECTORS; v++) *(V *)(out + m * stride + v * VECTOR_COLUMNS) = sum[m][v] * scale; \
     }
 TILE(one_row, 1)
-TILE(some_rows, ROWS)
+TILE(some_rows, TILE_ROWS)
 
 static void few_columns(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,
                         Py_ssize_t n, float *out) {
@@ -398,11 +402,11 @@ static void product(const float *left, const float *right, float scale, Py_ssize
                     Py_ssize_t first, Py_ssize_t n, float *out) {
     while (n > 0) {
         const Py_ssize_t row = first / width, column = first % width;
-        const Py_ssize_t rows = column == 0 && n >= ROWS * width ? ROWS : 1;
+        const Py_ssize_t rows = column == 0 && n >= TILE_ROWS * width ? TILE_ROWS : 1;
         const Py_ssize_t some = width - column < n ? width - column : n; /* of each row */
         const float *a = left + row * r;
         Py_ssize_t j = 0;
-        for (; j + WIDE <= some; j += WIDE)
+        for (; j + TILE_COLUMNS <= some; j += TILE_COLUMNS)
             (rows == 1 ? one_row : some_rows)(a, right + column + j, scale, r, width, width, out + j);
         for (Py_ssize_t m = 0; m < rows; m++)
             few_columns(a + m * r, right + column + j, scale, r, width, some - j, out + m * width + j);

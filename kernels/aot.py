@@ -1,7 +1,7 @@
-"""python -m expo.kernels.aot: compile the Triton kernels for GPUs that need not be there, and say what came out.
+"""python -m expo.kernels.aot: compile the Triton kernels ahead of time, on a machine that needs no GPU.
 
-Into one folder for each target: every stage of every variant, from Triton's IR to the machine code, and kernels.json,
-with each variant's arguments, registers, spills, bytes moved and instructions.
+The command writes one folder for each target: every stage of every variant, from Triton's IR to the machine code, and
+kernels.json with the arguments, registers, spills, bytes moved and instructions of each variant.
 """
 
 from __future__ import annotations
@@ -19,36 +19,39 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .extrapolate import BLOCK, OPTIONS, extrapolate
-from .sweep import BLOCK as SWEEP_BLOCK
-from .sweep import sweep
-from .whole_model import ELEMENTS, SEGMENT, WIDE, whole_model
+from ..dtypes import ITEMSIZE, OUTPUT_DTYPES
+from . import sweep as sweeping
+from . import whole_model as tables
+from .extrapolate import OPTIONS, PROGRAM_ELEMENTS, extrapolate
 
 TARGETS = (
     *(f"cuda:{arch}" for arch in (80, 86, 89, 90, 100, 120)),
     *(f"hip:{arch}" for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")),
 )
 STAGES = ("ttir", "ttgir", "llir", "ptx", "cubin", "amdgcn", "hsaco")
-OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)  # it takes other descriptions of arguments
+TOO_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)  # it takes other descriptions of arguments
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ITEM = {name: kind.itemsize for name, kind in KINDS.items()}  # bytes
+ITEM = {name: ITEMSIZE[dtype] for name, dtype in OUTPUT_DTYPES.items()}  # bytes, by Triton's names: those of --dtype
 
 
 class CompilerError(RuntimeError):
-    """The compiler printed something: LLVM reports errors so, and Triton goes on and returns code that lacks a part."""
+    """The compiler printed something: LLVM prints its errors, and Triton still returns code that lacks a part."""
 
 
 class Variant(NamedTuple):
-    """A kernel for certain dtypes and constants; PTX, which is the target's, is left to `compiled`.
+    """A kernel for certain dtypes and constants, for any target.
 
-    types: of its arguments, in order, "constexpr" for those in `constants`. wide: arguments that are multiples of 16.
-    bytes_per_element: what it reads and writes for every element of the tensor.
+    Attributes:
+        name: The name of the variant.
+        kernel: The Triton kernel.
+        types: The types of its arguments, in order; "constexpr" for those in `constants`.
+        constants: The values of its constants, but for PTX, which depends on the target: see `compiled`.
+        wide: The arguments that are multiples of 16.
+        bytes_per_element: The bytes that the kernel reads and writes for every element of the tensor.
     """
 
     name: str
@@ -60,7 +63,7 @@ class Variant(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, str]:
-        """Those that the compiled kernel takes."""
+        """The arguments that the compiled kernel takes."""
         return {name: kind for name, kind in self.types.items() if kind != "constexpr"}
 
 
@@ -68,32 +71,33 @@ def _plain(sft: str, aligned: str, name: str, wide: bool = True) -> Variant:
     types = {"sft_ptr": f"*{sft}", "aligned_ptr": f"*{aligned}", "out_ptr": f"*{aligned}", "n": "i64", "alpha": "fp32"}
     pointers = ("sft_ptr", "aligned_ptr", "out_ptr") if wide else ()
     moved = ITEM[sft] + 2 * ITEM[aligned]
-    return Variant(name, extrapolate, types | {"BLOCK": "constexpr"}, {"BLOCK": BLOCK}, pointers, moved)
+    return Variant(name, extrapolate, types | {"BLOCK": "constexpr"}, {"BLOCK": PROGRAM_ELEMENTS}, pointers, moved)
 
 
 def _sweep(dtype: str, alphas: int, measured: bool) -> Variant:
     pointers = {"sft_ptr": f"*{dtype}", "aligned_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "alphas_ptr": "*fp32"}
     partials = {"sums_ptr": "*fp32", "counts_ptr": "*i32"} if measured else {}
     absent = {} if measured else {"sums_ptr": None, "counts_ptr": None}
-    constants = {**absent, "K": alphas, "BLOCK": SWEEP_BLOCK}
+    block = sweeping.PROGRAM_ELEMENTS
+    constants = {**absent, "K": alphas, "BLOCK": block}
     sizes = {"n": "i64", "pitch": "i64"}
     types = {**pointers, **partials, **dict.fromkeys(absent, "constexpr"), **sizes, "K": "constexpr"}
-    moved = (2 + alphas) * ITEM[dtype] + (2 * (12 + 4 * alphas) / SWEEP_BLOCK if measured else 0)
+    moved = (2 + alphas) * ITEM[dtype] + (2 * (12 + 4 * alphas) / block if measured else 0)
     name = f"statistics{alphas}_{dtype}" if measured else f"sweep{alphas}_{dtype}"
     wide = (*pointers, *partials, "pitch")
-    return Variant(name, sweep, types | {"BLOCK": "constexpr"}, constants, wide, moved)
+    return Variant(name, sweeping.sweep, types | {"BLOCK": "constexpr"}, constants, wide, moved)
 
 
 def _whole_model(dtype: str) -> Variant:
-    kind = ELEMENTS[KINDS[dtype]]
-    constants = {"SFT": kind, "ALIGNED": kind, "ALIGNMENT": WIDE, "SEGMENT": SEGMENT, "BLOCK": BLOCK}
+    kinds = tables.constants(OUTPUT_DTYPES[dtype], OUTPUT_DTYPES[dtype], tables.ACCESS_BYTES)
+    constants = {**kinds, "SEGMENT": tables.SEGMENT, "BLOCK": PROGRAM_ELEMENTS}
     types = {"table_ptr": "*i64", "alpha": "fp32"} | dict.fromkeys(constants, "constexpr")
-    moved = 3 * ITEM[dtype] + 32 / (SEGMENT * BLOCK)
-    return Variant(f"whole_model_{dtype}", whole_model, types, constants, ("table_ptr",), moved)
+    moved = 3 * ITEM[dtype] + 32 / (tables.SEGMENT * PROGRAM_ELEMENTS)
+    return Variant(f"whole_model_{dtype}", tables.whole_model, types, constants, ("table_ptr",), moved)
 
 
 def variants() -> dict[str, Variant]:
-    """Every variant by its name; a kernel is added by adding a row."""
+    """Return every variant by its name; a new kernel needs a new row here."""
     rows = [
         *(_plain(dtype, dtype, f"extrapolate_{dtype}") for dtype in ITEM),
         *(_plain(s, a, f"extrapolate_{s}_{a}") for s, a in product(ITEM, ITEM) if s != a),
@@ -107,7 +111,7 @@ def variants() -> dict[str, Variant]:
 
 
 def target_of(text: str) -> GPUTarget:
-    """cuda:90 or hip:gfx942. Raises ValueError."""
+    """Return the target that a text such as cuda:90 or hip:gfx942 names. Raises ValueError."""
     if match := re.fullmatch(r"cuda:(\d{2,3})", text):
         return GPUTarget("cuda", int(match[1]), 32)
     if match := re.fullmatch(r"hip:(gfx\w+)", text):
@@ -116,7 +120,7 @@ def target_of(text: str) -> GPUTarget:
 
 
 def compiled(variant: Variant, target: GPUTarget, **options: Any) -> Any:
-    """Return Triton's compiled kernel, with the launchers' options unless others are given. Raises CompilerError."""
+    """Return Triton's compiled kernel, with the options of the launchers and `options`. Raises CompilerError."""
     index = {name: i for i, name in enumerate(variant.types)}
     attributes = {(index[name],): [["tt.divisibility", 16]] for name in variant.wide}
     constants = {"PTX": target.backend == "cuda", **variant.constants}
@@ -127,9 +131,9 @@ def compiled(variant: Variant, target: GPUTarget, **options: Any) -> Any:
 
 @contextmanager
 def _nothing_printed(what: str) -> Iterator[None]:
-    """Raise CompilerError in the end if anything was written to file descriptor 2, where it still arrives.
+    """Raise CompilerError at the end if anything was written to file descriptor 2, which still shows it.
 
-    A process of its own passes it on, so that the last words of a compiler that aborts are not lost.
+    A process of its own copies the output, so that the last message of a compiler that aborts is not lost.
     """
     sys.stderr.flush()
     kept = os.dup(2)
@@ -150,13 +154,13 @@ def _nothing_printed(what: str) -> Iterator[None]:
 
 
 def hidden_arguments(kernel: Any, variant: Variant) -> int:
-    """How many parameters the entry has beyond the kernel's arguments: Triton's scratch pointers, null here."""
+    """Return the number of parameters beyond the kernel's arguments: Triton's scratch pointers, which are null here."""
     (entry,) = re.findall(rf"^define [^@]*@{kernel.metadata.name}\((.*)\)", kernel.asm["llir"], re.MULTILINE)
     return len(re.findall(r"%\d+", entry)) - len(variant.arguments)
 
 
 def nvidia_tool(name: str, cubin: bytes, *options: str) -> str | None:
-    """What one of NVIDIA's tools, which Triton ships, prints about a cubin; None where it is not there."""
+    """Return the output of one of NVIDIA's tools for a cubin; None if this Triton does not ship the tool."""
     if not (TOOLS / name).exists():
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -166,27 +170,27 @@ def nvidia_tool(name: str, cubin: bytes, *options: str) -> str | None:
 
 
 def machine_code(cubin: bytes) -> list[str] | None:
-    """The instructions of a cubin, in order, without the padding after the end."""
+    """Return the instructions of a cubin, in order, without the padding after the end; None without the tool."""
     text = nvidia_tool("nvdisasm", cubin, "-c")
     if text is None:
         return None
-    # For Blackwell nvdisasm 12.8 adds what an instruction waits for: &req={0} ?trans1
+    # For Blackwell nvdisasm 12.8 appends the conditions that an instruction waits for: &req={0} ?trans1
     lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)(?:\s+[&?]\w[^;]*)?\s*;", text, re.MULTILINE)
     return [line for line in lines if line != "NOP"]
 
 
 def opcodes(instructions: Sequence[str]) -> list[str]:
-    """Their names, without the predicate before them and the operands after."""
+    """Return the names of instructions, without the predicate before a name and the operands after it."""
     return [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in instructions]
 
 
 def full_program(instructions: Sequence[str]) -> Sequence[str]:
-    """What a program with a full block executes: the code up to its EXIT, which stands first in all kernels."""
+    """Return the code that a program with a full block executes: in all kernels, the code up to the first EXIT."""
     return instructions[: instructions.index("EXIT") + 1]
 
 
 def _usage(asm: dict[str, Any]) -> dict[str, int | None]:
-    """Registers of a thread, and bytes that it spills to memory or has on a stack."""
+    """Return the registers of a thread, and the bytes that it spills to memory or has on a stack."""
     if "amdgcn" in asm:
         pairs = re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", asm["amdgcn"])
         found = {name: int(value) for name, value in pairs}
@@ -199,7 +203,7 @@ def _usage(asm: dict[str, Any]) -> dict[str, int | None]:
 
 
 def described(variant: Variant, kernel: Any) -> dict[str, Any]:
-    """The variant's entry in kernels.json; null where a tool is missing, and for AMD's instructions."""
+    """Return the variant's entry in kernels.json: null if a tool is missing, and for the instructions of AMD's GPUs."""
     block, warps = variant.constants["BLOCK"], kernel.metadata.num_warps
     per_thread = block / (warps * kernel.metadata.target.warp_size)
     code = machine_code(kernel.asm["cubin"]) if "cubin" in kernel.asm else None
@@ -221,7 +225,7 @@ def described(variant: Variant, kernel: Any) -> dict[str, Any]:
 
 
 def write(target: str, folder: Path) -> None:
-    """Compile every variant for one target into folder."""
+    """Compile every variant for one target, and write the stages and kernels.json to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for variant in variants().values():
@@ -235,10 +239,10 @@ def write(target: str, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 where a compiler printed something, or 2 for arguments that make no sense."""
+    """Run the command, and return 0, or 1 if a compiler printed something; bad arguments exit with 2."""
     parser = argparse.ArgumentParser(prog="python -m expo.kernels.aot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--target", action="append", default=[], metavar="NAME", help="cuda:90, hip:gfx942; repeatable")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the folders go, one for each target")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the parent of the folders, one for each target")
     parser.add_argument("--list", action="store_true", help="name the targets that are tested, and the variants")
     options = parser.parse_args(arguments)
     if options.list:
@@ -246,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not options.target or options.out is None:
         parser.error("name at least one --target, and the folder --out")
-    if OLD:
+    if TOO_OLD:
         parser.error(f"Triton 3.3 or later is needed, this is {triton.__version__}")
     try:
         for target in options.target:
@@ -267,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _fresh_cache() -> Iterator[None]:
-    """Have Triton compile anew: what comes from its cache was compiled when nobody looked at what was printed."""
+    """Give Triton an empty cache: nobody checked what the compiler printed for the code in its own cache."""
     before = os.environ.get("TRITON_CACHE_DIR")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder

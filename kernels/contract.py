@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 from ..dtypes import ITEMSIZE, torch_names
 from ..errors import EngineError
 
+CODES = {"BF16": 0, "F16": 1, "F32": 2}  # the numbers of the dtypes that `_cpu.c` knows
+
 
 class Address(NamedTuple):
     """Memory of the host at a bare address, for tensors that export no buffer; the caller keeps it alive.
@@ -99,7 +101,7 @@ class Term(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """The distance between the inputs of a piece of a tensor, and counts of its outputs.
+    """Sums over the difference of two tensors, or of pieces of them, and counts of the outputs.
 
     The letter d stands for aligned - sft in fp32, in fp64 for F64 tensors; for a term other than that of ExPO it stands
     for plus - minus, and the word aligned for the anchor.

@@ -1,13 +1,13 @@
-"""What a merge needs besides extrapolation: another dtype for the output, and the delta of a low-rank adapter.
+"""Operations besides the engines' one: conversion to another dtype, and the delta of a low-rank adapter.
 
     cast        out = round-to-nearest-even(x -> dtype of out), once; widening is exact
     low_rank    delta[i, j] = scale * (left[i, 0] * right[0, j] + left[i, 1] * right[1, j] + ...)
     apply       out = f32(base) + f32(beta) * delta
 
-All of low_rank is fp32, each multiplication and each addition rounds once, and the sum runs from the left: the same
-bits from NumPy as from C, however the matrix is cut. The formula is LoRA's, "LoRA: Low-Rank Adaptation of Large
-Language Models" (arXiv 2106.09685), section 4.1. Compiled where the CPU engine is built, NumPy elsewhere.
-Bytes moved: cast one read and one write; low_rank one write, the factors stay in the cache.
+All of low_rank is fp32, each multiplication and each addition rounds once, and the sum runs from the left: NumPy and C
+give the same bits, and so does every part of the matrix by itself. The formula is LoRA's, "LoRA: Low-Rank Adaptation of
+Large Language Models" (arXiv 2106.09685), section 4.1. The operations are compiled where the engine cpu is built, and
+NumPy's elsewhere. Bytes moved: cast has a read and a write; low_rank has a write, as the factors stay in the cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import numerics
+from .contract import CODES
 from .numerics import STORAGE, Array, check_floating_point_mode, narrow, widen
 
 try:
@@ -24,21 +25,31 @@ try:
 except ImportError:
     _cpu = None  # type: ignore[assignment]
 
-CODE = {"BF16": 0, "F16": 1, "F32": 2}
-COLUMNS = 1 << 14  # of a block in NumPy
+CACHE_COLUMNS = 1 << 14  # that NumPy computes at a time
 
 
 def cast(
     source: Any, source_dtype: str, out: Any, out_dtype: str, n: int, before: Array | None = None
 ) -> tuple[int, int] | None:
-    """Write n elements of source as out_dtype; both are buffers of raw bytes of "BF16", "F16", "F32" or "F64".
+    """Write n elements of source in out_dtype, rounded once.
 
-    Returns (changed, non_finite), as `Statistics` has them, against `before` of fp32 or fp64; None without it.
-    Raises RuntimeError where the thread's floating-point mode would give other bits.
+    Args:
+        source: A buffer of raw bytes.
+        source_dtype: "BF16", "F16", "F32" or "F64".
+        out: A writable buffer of raw bytes.
+        out_dtype: A dtype of the same four.
+        n: The number of elements.
+        before: An array of fp32 or fp64 to compare the result with, or None.
+
+    Returns:
+        The counts (changed, non_finite) of `Statistics` against `before`; None without it.
+
+    Raises:
+        RuntimeError: The floating-point mode of this thread would give other bits.
     """
-    simple = source_dtype in CODE and out_dtype in CODE and (before is None or before.dtype == np.float32)
-    if _cpu is not None and simple:
-        return _cpu.cast(source, CODE[source_dtype], out, CODE[out_dtype], n, before)
+    compiled = source_dtype in CODES and out_dtype in CODES and (before is None or before.dtype == np.float32)
+    if _cpu is not None and compiled:
+        return _cpu.cast(source, CODES[source_dtype], out, CODES[out_dtype], n, before)
     check_floating_point_mode()
     x = widen(np.frombuffer(source, STORAGE[source_dtype], n), source_dtype)
     result = np.frombuffer(out, STORAGE[out_dtype], n)
@@ -48,9 +59,17 @@ def cast(
 
 
 def low_rank(left: Array, right: Array, scale: float, first: int, out: Array) -> None:
-    """Fill out (fp32, 1-D) with delta's elements from number `first` on, in C order.
+    """Fill out with the elements of delta from number `first` on, in C order.
 
-    left: fp32 [M, r]; right: fp32 [r, N]; both C-contiguous. Raises RuntimeError as `cast` does.
+    Args:
+        left: fp32 of shape (M, r), C-contiguous.
+        right: fp32 of shape (r, N), C-contiguous.
+        scale: The factor of the product.
+        first: The number of the first element.
+        out: fp32, one-dimensional.
+
+    Raises:
+        RuntimeError: The floating-point mode of this thread would give other bits.
     """
     if _cpu is not None:
         _cpu.low_rank(left, right, scale, left.shape[0], left.shape[1], right.shape[1], first, out.size, out)
@@ -60,7 +79,7 @@ def low_rank(left: Array, right: Array, scale: float, first: int, out: Array) ->
     with np.errstate(all="ignore"):
         while done < out.size:
             row, column = divmod(first + done, width)
-            stop = min(width, column + COLUMNS, column + out.size - done)
+            stop = min(width, column + CACHE_COLUMNS, column + out.size - done)
             part = out[done : done + stop - column]
             part[:] = 0
             for k in range(left.shape[1]):
@@ -70,7 +89,7 @@ def low_rank(left: Array, right: Array, scale: float, first: int, out: Array) ->
 
 
 def apply(base: Array, delta: Array, beta: float, out: Array) -> None:
-    """base + beta * delta, in base's dtype (fp32 or fp64), each operation rounded once; delta is fp32."""
+    """Write base + beta * delta to out in base's dtype, fp32 or fp64; each operation rounds once, and delta is fp32."""
     check_floating_point_mode()
     with np.errstate(all="ignore"):
         np.multiply(delta.astype(base.dtype, copy=False), base.dtype.type(beta), out=out)

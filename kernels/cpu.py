@@ -11,9 +11,7 @@ from typing import Any
 
 from ..dtypes import ITEMSIZE
 from . import _cpu
-from .contract import Address, Operand, Statistics, Term, extrapolation_term
-
-CODE = {"BF16": 0, "F16": 1, "F32": 2}  # the numbers that `_cpu.c` gives to dtypes
+from .contract import CODES, Address, Operand, Statistics, Term, extrapolation_term
 
 
 def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
@@ -32,9 +30,9 @@ def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], 
     size = n * ITEMSIZE[anchor.dtype]
     moved = _cpu.extrapolate(
         _memory(sft.memory, n * ITEMSIZE[sft.dtype]),
-        CODE[sft.dtype],
+        CODES[sft.dtype],
         _memory(anchor.memory, size),
-        CODE[anchor.dtype],
+        CODES[anchor.dtype],
         n,
         tuple([_memory(output, size) for output in outputs]),
         tuple(alphas),

@@ -1,4 +1,4 @@
-"""The lines that need CUDA (or ROCm), and nothing else: memory, streams and events for the ring."""
+"""All code that needs CUDA or ROCm: memory, streams and events of a GPU, for a lane that streams chunks through it."""
 
 from __future__ import annotations
 
@@ -6,53 +6,62 @@ from collections.abc import Callable
 
 import torch
 
+from ..memory import PAGE
 from .extrapolate import available
-
-PAGE = 4096  # what O_DIRECT wants a buffer to start at
 
 
 class Cuda:
-    """One GPU. Work is enqueued on streams, each in its order; across streams only events order it."""
+    """One GPU.
+
+    The work on a stream is done in the order in which it was enqueued; between streams only events fix an order.
+    """
 
     def __init__(self, device: str) -> None:
-        """device: "cuda[:index]". Raises RuntimeError where torch sees none, or not this one."""
+        """Find the GPU.
+
+        Args:
+            device: "cuda" or "cuda:index".
+
+        Raises:
+            RuntimeError: torch sees no GPU, or none of that index.
+        """
         reason = available()
         if reason:
             raise RuntimeError(reason)
-        # An index that is not there fails here, not in the middle of a merge.
+        # An index without a GPU fails here, and not in the middle of a merge.
         self.device = torch.empty(0, device=device).device
 
     def pinned(self, size: int) -> torch.Tensor:
-        """uint8 memory of the host that the GPU reads and writes by itself, from the start of a page on."""
+        """Return uint8 memory of the host that the GPU can read and write itself, from the start of a page on."""
         memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=True)
         start = -memory.data_ptr() % PAGE
         return memory[start : start + size]
 
     def memory(self, size: int) -> torch.Tensor:
-        """uint8 memory of the GPU."""
+        """Return uint8 memory of the GPU."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def stream(self) -> torch.cuda.Stream:
-        """A stream for memory that is allocated by now."""
+        """Return a new stream for work on memory that is allocated before this call."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        # Memory that was freed a moment ago may still be in use there.
+        # The current stream may still use that memory for what freed it a moment ago.
         stream.wait_stream(torch.cuda.current_stream(self.device))
         return stream
 
     def enqueue(self, stream: torch.cuda.Stream, work: Callable[[], None]) -> None:
-        """Have `work` start copies and kernels on the stream."""
+        """Call `work`, and put the copies and kernels that it starts on the stream."""
         with torch.cuda.stream(stream):
             work()
 
     def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        """An event that happens when what is on the stream by now is done."""
-        # A thread that waits for it sleeps.
+        """Return an event that happens when all work that is on the stream now is done."""
+        # A thread that waits for a blocking event sleeps.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(stream)
         return event
 
     def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
-        """Have what is enqueued on the stream from now on wait for the event."""
+        """Make later work on the stream wait for the event."""
         stream.wait_event(event)
 
     def synchronize(self, event: torch.cuda.Event) -> None:
@@ -60,5 +69,5 @@ class Cuda:
         event.synchronize()
 
     def drain(self, stream: torch.cuda.Stream) -> None:
-        """Wait in this thread for all that is on the stream."""
+        """Wait in this thread for all work on the stream."""
         stream.synchronize()

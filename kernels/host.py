@@ -1,6 +1,7 @@
-"""The Triton kernels behind the contract's signature: memory of the host in and out, computed on the GPU.
+"""The engine triton: an engine for memory of the host that computes with the Triton kernels on a GPU.
 
-Bytes moved: each input up and each output down the bus, once; `sweep.py` says what the GPU's memory sees.
+Bytes moved: each input goes up the bus once, and each output comes down once; `sweep.py` has the bytes that the GPU's
+own memory moves.
 """
 
 from __future__ import annotations
@@ -19,14 +20,21 @@ from .sweep import Partials, launch, statistics
 
 
 class HostEngine:
-    """An engine for one thread at a time."""
+    """The engine triton on one GPU, for one thread at a time."""
 
     def __init__(self, device: str) -> None:
-        """device: "cuda[:index]". Raises RuntimeError where the kernels cannot run."""
+        """Find the GPU.
+
+        Args:
+            device: "cuda" or "cuda:index"; Triton's interpreter computes on the CPU.
+
+        Raises:
+            RuntimeError: The kernels cannot run here.
+        """
         reason = available()
         if reason:
             raise RuntimeError(reason)
-        # An index that is not there fails here, not in the middle of a merge.
+        # An index without a GPU fails here, and not in the middle of a merge.
         self.device = torch.empty(0, device="cpu" if interpreted() else device).device
 
     def __call__(

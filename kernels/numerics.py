@@ -89,7 +89,7 @@ def _sum(o: Array, coefficients: Sequence[Any], differences: Sequence[Array]) ->
 
 
 def widen(x: Array, dtype: str) -> Array:
-    """Elements of storage dtype to float32, exactly; F64 and F32 stay what they are."""
+    """Return elements of a storage dtype in float32, which is exact; F64 and F32 are returned as they are."""
     if dtype == "BF16":
         bits = x.astype(np.uint32)
         bits <<= np.uint32(16)
@@ -98,7 +98,7 @@ def widen(x: Array, dtype: str) -> Array:
 
 
 def narrow(r: Array, dtype: str, out: Array) -> None:
-    """Round r (float32 or float64) once, to nearest even, into out of storage dtype."""
+    """Round r, of float32 or float64, to nearest even once, and write the result to out of a storage dtype."""
     if dtype != "BF16":
         out[...] = r
         return
@@ -110,16 +110,16 @@ def narrow(r: Array, dtype: str, out: Array) -> None:
     rounded += np.uint32(0x7FFF)
     rounded += bits
     rounded >>= np.uint32(16)
-    nan = r != r  # tested before rounding, which would carry 0x7fffffff over into -0
+    nan = r != r  # This test comes before the rounding, which would carry 0x7fffffff over into -0.
     if nan.any():
         rounded[nan] = 0x7FC0
     out[...] = rounded
 
 
 def round_to_odd(r: Array) -> Array:
-    """float64 to float32 such that a second rounding, to 8 bits, is the rounding of r itself.
+    """Round float64 to float32 such that a second rounding, to 8 bits, is the rounding of r itself.
 
-    Inexact values take the neighbour towards zero with its last bit set (Boldo and Melquiond, "Emulation of FMA and
+    Inexact values become the neighbour towards zero with its last bit set (Boldo and Melquiond, "Emulation of FMA and
     correctly rounded sums", 2008).
     """
     near = r.astype(np.float32)
@@ -131,13 +131,13 @@ def round_to_odd(r: Array) -> Array:
 
 
 def count(before: Array, out: Array, dtype: str) -> tuple[int, int]:
-    """Elements of out that changed from `before` (aligned, widened), and that are not finite."""
+    """Return the number of elements of out that differ from `before`, which is wide, and that are not finite."""
     after = widen(out, dtype)
     return int(np.count_nonzero(after != before)), int(out.size - np.count_nonzero(np.isfinite(after)))
 
 
 def accumulate(totals: list[float], x: Array, d: Array) -> None:
-    """Add a block to [sum of d*d, sum of aligned*aligned, max |d|], elements with finite d alone."""
+    """Add elements to the totals [sum of d*d, sum of x*x, max |d|]; those whose d is not finite are left out."""
     finite = np.isfinite(d)
     if not finite.all():
         x, d = x[finite], d[finite]
@@ -148,15 +148,15 @@ def accumulate(totals: list[float], x: Array, d: Array) -> None:
         totals[2] = max(totals[2], float(np.abs(d).max()))
 
 
-# 2^-149, 2^-126, 1 and 1 + 2^-23 by their bits: a conversion would flush them if the mode is set at import.
+# These are 2^-149, 2^-126, 1 and 1 + 2^-23 by their bits: a conversion would flush them if the mode is set at import.
 _TINY = np.array([1, 0x00800000, 0x3F800000, 0x3F800001], np.uint32).view(np.float32)
 _HALF = np.array([1.0, 0.5, 2.0**-24, 2.0**-24], np.float32)
 
 
 def check_floating_point_mode() -> None:
-    """Refuse a thread that flushes subnormals or does not round to nearest even: NumPy would follow it.
+    """Raise RuntimeError in a thread that flushes subnormals or does not round to nearest even, as NumPy would follow.
 
-    Raises RuntimeError; torch.set_flush_denormal(True) sets such a mode.
+    The call torch.set_flush_denormal(True) sets such a mode.
     """
     product = _TINY[:2] * _HALF[:2]
     total = _TINY[2:] + _HALF[2:]

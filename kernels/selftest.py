@@ -1,8 +1,8 @@
-"""A tiny run of each kernel on a GPU shows, once for each device, whether it gives the definition's bits.
+"""The self-test of the Triton kernels: once for each GPU, a tiny run of each kernel is compared with the definition.
 
-A compiler may fuse the product and the sum whatever it is told (ptxas 12.8 and 12.9 do so for Blackwell). So the
-elements are such that one rounding in place of two gives another bf16, and another fp32, at every place in a block and
-in a tail.
+A compiler may fuse the product and the sum in spite of its options, as ptxas 12.8 and 12.9 do for Blackwell. The
+elements of the test are such that one rounding in place of two gives another bf16, and another fp32, at every place in
+a block and in a tail.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from .extrapolate import current, interpreted
 from .numerics import narrow
 
 ALPHA = working_alpha(2.975)
-STEPS, DIFFERENCE = 11, np.float32(25 / 128)  # a = 1 + k/128 for k < STEPS, s = a + DIFFERENCE: all of them tell
-N = sweep.BLOCK + 13  # a full block of each kernel and one that is not
+STEPS, DIFFERENCE = 11, np.float32(25 / 128)  # a = 1 + k/128 for k < STEPS, and s = a + DIFFERENCE
+N = sweep.PROGRAM_ELEMENTS + 13  # elements: each kernel has a full block and one that is not full
 
 _passed: set[torch.device] = set()
 _lock = threading.Lock()
 
 
 def passed(device: torch.device) -> bool:
-    """Return whether a device has passed in this process, or needs no test, as Triton's interpreter."""
+    """Return True if a device has passed in this process, or needs no test, as Triton's interpreter does not."""
     return device in _passed or interpreted()
 
 
 def check(device: torch.device) -> None:
-    """Raise RuntimeError if a kernel gives other bits than the definition, or else whatever stops it from running.
+    """Test the kernels on a device, unless the device has passed in this process.
 
-    A device that has passed is not tested again in this process. The test synchronizes, so no graph may be captured.
+    The test waits for the device, so no graph may be captured meanwhile.
+
+    Raises:
+        RuntimeError: A kernel gives other bits than the definition.
+        Exception: A kernel cannot run. The errors of compilers have no type in common.
     """
     if passed(device):
         return
@@ -44,7 +48,7 @@ def check(device: torch.device) -> None:
 
 
 def elements(dtype: str = "BF16") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return sft and aligned, on the host, and the result as the definition has it; dtype: "BF16" or "F32"."""
+    """Return sft, aligned and the result that the definition gives, on the host; the dtype is "BF16" or "F32"."""
     a = (1 + np.arange(N) % STEPS / 128).astype(np.float32)
     s = a + DIFFERENCE
     r = a + np.float32(ALPHA) * (a - s)
@@ -58,7 +62,7 @@ def elements(dtype: str = "BF16") -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def _run(device: torch.device) -> None:
-    """Launch each kernel and compare its results."""
+    """Launch each kernel, and compare its results with the definition's."""
     sft, aligned, expected = elements()
     s, a = sft.to(device), aligned.to(device)
     outs = {name: torch.zeros_like(a) for name in ("extrapolate", "sweep", "sweep without statistics", "whole_model")}
@@ -80,9 +84,9 @@ def _run(device: torch.device) -> None:
 
 
 def _compare(name: str, out: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise RuntimeError where a kernel's bits are not those expected, and name the likely reason.
+    """Raise RuntimeError if a kernel's bits are not those expected, with the likely reason.
 
-    Results that are all the next number above or below are rounded once.
+    If the wrong results are the next number above or below the right one, they were rounded once in place of twice.
     """
     integer = torch.int16 if expected.dtype == torch.bfloat16 else torch.int32
     apart = (out.cpu().view(integer).long() - expected.view(integer).long()).abs()

@@ -1,9 +1,10 @@
-"""Several alphas from one read of the inputs, with statistics on request: the Triton kernel and its launcher.
+"""The Triton kernel for K alphas from one read of the inputs, with statistics on request, and its launcher.
 
     d = f32(a) - f32(s);  out[k] = round-to-nearest-even(f32(a) + alpha[k] * d)     as in extrapolate.py
 
-Bytes moved per element: itemsize of sft + (1 + K) * itemsize of aligned; 4 + 2K for bf16. Statistics add 12 + 4K bytes
-for every 2048 elements: sums of a part, in fp32, and counts, which `statistics` adds up in fp64 and in a fixed order.
+Bytes moved for each element: the itemsize of sft and 1 + K times that of aligned, which is 4 + 2K for bf16. Statistics
+add 12 + 4K bytes for every 2048 elements: sums of a part in fp32, and counts. `statistics` adds them up in fp64 and in
+a fixed order.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import triton
 import triton.language as tl
 
 from .contract import Operand, Statistics, Term, extrapolation_term
-from .extrapolate import LANES, OPTIONS, current, ptx, rounded, widen
+from .extrapolate import OPTIONS, TAIL_ELEMENTS, current, ptx, rounded, widen
 
-PART = 2048  # elements at a time: 16 for each of 128 threads
-BLOCK = 2 * PART  # elements a program: what K addresses cost is paid once for two parts
+PART_ELEMENTS = 2048  # computed at a time: 16 for each of 128 threads
+PROGRAM_ELEMENTS = 2 * PART_ELEMENTS  # the kernel's BLOCK: two parts share the cost of K addresses
 
 
 @triton.jit
 def _measure(a, d, sums_ptr):  # type: ignore[no-untyped-def]
-    """Sum of d*d, sum of a*a and the largest |d|, over the elements whose d is finite."""
+    """Store the sum of d*d, the sum of a*a and the largest |d| over the elements whose d is finite."""
     finite = tl.abs(d) < float("inf")
     d = tl.where(finite, d, 0.0)
     a = tl.where(finite, a, 0.0)
@@ -35,7 +36,7 @@ def _measure(a, d, sums_ptr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _count(a, out, counts_ptr):  # type: ignore[no-untyped-def]
-    """How many outputs differ from a in value, and 2^16 times how many are inf or NaN."""
+    """Store the number of outputs that differ from a in value, plus 2^16 times the number that are inf or NaN."""
     value = widen(out)
     changed = (value != a).to(tl.int32)
     finite = (tl.abs(value) < float("inf")).to(tl.int32)
@@ -43,16 +44,16 @@ def _count(a, out, counts_ptr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _write(  # type: ignore[no-untyped-def]
+def _write_elements(  # type: ignore[no-untyped-def]
     sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row, at, inside,
     K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Write the results of the elements `at`, where `inside` unless that is None; and statistics if it has sums_ptr."""
+    """Write the results of the elements `at` inside the mask, which None opens to all, and statistics to sums_ptr."""
     if inside is None:
         sft = tl.load(sft_ptr + at)
         aligned = tl.load(aligned_ptr + at)
     else:
-        # The zeros elsewhere add nothing to the statistics.
+        # The zeros outside the mask add nothing to the statistics.
         sft = tl.load(sft_ptr + at, mask=inside, other=0.0)
         aligned = tl.load(aligned_ptr + at, mask=inside, other=0.0)
     a = widen(aligned)
@@ -71,9 +72,10 @@ def sweep(  # type: ignore[no-untyped-def]
     sft_ptr, aligned_ptr, out_ptr, alphas_ptr, sums_ptr, counts_ptr, n, pitch,
     K: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Compute n elements, BLOCK for each program in two parts; output k starts k * pitch elements after out_ptr.
+    """Compute n elements, BLOCK in each program in two parts; output k starts k * pitch elements after out_ptr.
 
-    sums_ptr, counts_ptr: None, or where rows of 3 and of K are written: one for each part, and one for the tail.
+    Both sums_ptr and counts_ptr are None, or the kernel writes rows of 3 and of K there: a row for each part, and one
+    for the tail.
     """
     PART: tl.constexpr = BLOCK // 2
     row = tl.program_id(0).to(tl.int64) * 2
@@ -82,42 +84,49 @@ def sweep(  # type: ignore[no-untyped-def]
     aligned_ptr += start
     out_ptr += start
     left = n - start
-    pitch = tl.cast(pitch, tl.int64)  # it comes as an int32 where it fits, and K times it may not
+    pitch = tl.cast(pitch, tl.int64)  # Triton passes an int32 if the pitch fits, and K times the pitch may not fit
     if left >= BLOCK:
         for part in tl.static_range(2):
             at = part * PART + tl.arange(0, PART)
-            _write(sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row + part, at, None, K, PTX)
+            _write_elements(
+                sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row + part, at, None, K, PTX
+            )
     else:
-        body = (left.to(tl.int32) // LANES) * LANES
+        body = (left.to(tl.int32) // TAIL_ELEMENTS) * TAIL_ELEMENTS
         for part in tl.static_range(2):
             here = part * PART + tl.arange(0, PART)
-            _write(
+            _write_elements(
                 sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row + part,
                 here, here < body, K, PTX,
             )  # fmt: skip
-        tail = body + tl.arange(0, LANES)
-        _write(
+        tail = body + tl.arange(0, TAIL_ELEMENTS)
+        _write_elements(
             sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row + 2, tail, tail < left, K, PTX
         )
 
 
 class Partials(NamedTuple):
-    """A launch's statistics as the kernel writes them: sums, fp32 of shape (rows, 3); counts, int32 of (rows, K)."""
+    """The statistics of one launch as the kernel writes them.
+
+    Attributes:
+        sums: fp32 of shape (rows, 3).
+        counts: int32 of shape (rows, K).
+    """
 
     sums: torch.Tensor
     counts: torch.Tensor
 
     @classmethod
     def empty(cls, n: int, alphas: int, device: torch.device) -> Partials:
-        """Room for n elements."""
+        """Allocate memory on a device for the statistics of n elements and K = `alphas`."""
         rows = partial_rows(n)
         sums = torch.empty((rows, 3), dtype=torch.float32, device=device)
         return cls(sums, torch.empty((rows, alphas), dtype=torch.int32, device=device))
 
 
 def partial_rows(n: int) -> int:
-    """A row for each part of each program, and one for the tail where the last block is not full."""
-    return 2 * -(-n // BLOCK) + (n % BLOCK > 0)
+    """Return the rows for n elements: one for each part of each program, and one for the tail if there is any."""
+    return 2 * -(-n // PROGRAM_ELEMENTS) + (n % PROGRAM_ELEMENTS > 0)
 
 
 def launch(anchor: Operand, terms: Sequence[Term], outputs: torch.Tensor, partials: Partials | None = None) -> None:
@@ -141,14 +150,14 @@ def launch(anchor: Operand, terms: Sequence[Term], outputs: torch.Tensor, partia
     sums, counts = partials or (None, None)
     if n:
         with current(aligned):
-            sweep[triton.cdiv(n, BLOCK),](
+            sweep[triton.cdiv(n, PROGRAM_ELEMENTS),](
                 sft.memory, aligned, outputs, alphas, sums, counts, n, outputs.stride(0),
-                K=len(alphas), BLOCK=BLOCK, PTX=ptx(), **OPTIONS,
+                K=len(alphas), BLOCK=PROGRAM_ELEMENTS, PTX=ptx(), **OPTIONS,
             )  # fmt: skip
 
 
 def statistics(partials: Partials) -> Statistics:
-    """The contract's statistics from partials on the host; added in fp64, in the order of the elements."""
+    """Return the contract's statistics from partials on the host, added in fp64 in the order of the elements."""
     sums, counts = partials.sums.double().numpy(), partials.counts.long().numpy()
     d_squared, aligned_squared, _ = sums.sum(0)
     by_alpha = zip((counts & 0xFFFF).sum(0).tolist(), (counts >> 16).sum(0).tolist(), strict=True)

@@ -1,8 +1,8 @@
-"""All tensors of a model in one launch, in place or not: the Triton kernel, and the table of addresses it works from.
+"""The Triton kernel for all tensors of a model in one launch, in place or not, and its table of addresses.
 
-The formula is extrapolate.py's. A row of the table is a run of at most SEGMENT blocks of one tensor, and every program
-finds its row by a shift: no search, no copy, no launch for each tensor. Bytes moved per element: those of
-extrapolate.py, and 32 for each row.
+The formula is the one of extrapolate.py. A row of the table is a run of one tensor for at most SEGMENT programs, and
+every program finds its row by a shift: no program searches, and no tensor needs a copy or a launch of its own. Bytes
+moved for each element: those of extrapolate.py, and 32 for each row.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .extrapolate import BLOCK, OPTIONS, block, current, ptx
+from ..dtypes import TABLE, torch_names
+from .extrapolate import OPTIONS, PROGRAM_ELEMENTS, current, ptx, write_block
 
-SEGMENT = 128  # blocks of a row: 2^18 elements, so a tensor wastes at most 127 programs, and 7B parameters take 0.9 MB
+# The programs of a row, for 2^18 elements: a tensor wastes at most 127 programs, and 7B parameters take 0.9 MB.
+SEGMENT = 128
+ACCESS_BYTES = 16  # 128-bit accesses need addresses that are multiples of this number
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-WIDE = 16  # bytes of the alignment that 128-bit accesses need
-
-
-ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -31,12 +30,12 @@ def whole_model(  # type: ignore[no-untyped-def]
     table_ptr, alpha, SFT: tl.constexpr, ALIGNED: tl.constexpr, ALIGNMENT: tl.constexpr,
     SEGMENT: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Rows of int64: the addresses of sft, aligned and out, multiples of ALIGNMENT bytes, and the elements there.
+    """Compute the rows of a table: int64 addresses of sft, aligned and out, and the number of elements there.
 
-    SFT, ALIGNED: the dtypes of the elements. They are not types of pointers, which Triton can neither hash nor write as
-    JSON, and it writes the constants of a kernel so for a compile hook.
+    The addresses are multiples of ALIGNMENT bytes. SFT and ALIGNED are the dtypes of the elements, and not types of
+    pointers: Triton can neither hash such a type nor write it as JSON, as it writes constants for a compile hook.
     """
-    # Triton's compiler passes constants in a wrapper that `pointer_type` does not take, and its interpreter bare.
+    # Triton's compiler passes constants in a wrapper that `pointer_type` does not take; its interpreter uses none.
     program = tl.program_id(0)
     row = table_ptr + (program // SEGMENT).to(tl.int64) * 4
     start = (program % SEGMENT) * BLOCK
@@ -44,14 +43,16 @@ def whole_model(  # type: ignore[no-untyped-def]
     sft_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.constexpr(SFT).value)), ALIGNMENT)
     aligned_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
     out_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
-    block(sft_ptr + start, aligned_ptr + start, out_ptr + start, left, alpha, BLOCK, PTX)
+    write_block(sft_ptr + start, aligned_ptr + start, out_ptr + start, left, alpha, BLOCK, PTX)
 
 
 class Group(NamedTuple):
-    """Tensors that one launch does: (sft, aligned, out) of one pair of dtypes, and the kernel's table of them.
+    """The tensors of one launch, of one pair of dtypes.
 
-    constants: the kernel's, for the dtypes of sft and aligned and for the alignment of all addresses. The tensors are
-    held, so that the addresses stay theirs.
+    Attributes:
+        triples: The tensors (sft, aligned, out). This reference to them keeps their memory from being freed.
+        table: The kernel's table, as `rows` makes it.
+        constants: The kernel's constants for the dtypes of sft and aligned and for the alignment of all addresses.
     """
 
     triples: list[Triple]
@@ -59,45 +60,57 @@ class Group(NamedTuple):
     constants: dict[str, Any]
 
     def launch(self, alpha: float) -> None:
-        """Run the kernel; alpha not 0, finite in fp32."""
+        """Run the kernel for an alpha that is not 0, and finite in fp32."""
         if len(self.table):
             with current(self.table):
                 whole_model[len(self.table) * SEGMENT,](
-                    self.table, alpha, **self.constants, SEGMENT=SEGMENT, BLOCK=BLOCK, PTX=ptx(), **OPTIONS
+                    self.table, alpha, **self.constants, SEGMENT=SEGMENT, BLOCK=PROGRAM_ELEMENTS, PTX=ptx(), **OPTIONS
                 )
 
 
 class Table:
-    """Where the tensors of a model are on the GPU: made once, launched for every alpha.
+    """The addresses of the tensors of a model on a GPU: made once, and launched for every alpha.
 
-    groups: one for each pair of dtypes, and for odd addresses.
+    Attributes:
+        groups: One group for each pair of dtypes, and one more for tensors of that pair at other addresses than
+            multiples of ACCESS_BYTES.
     """
 
     def __init__(
         self, sft: Iterable[torch.Tensor], aligned: Iterable[torch.Tensor], out: Iterable[torch.Tensor]
     ) -> None:
-        """Tensors in the same order: three by three contiguous, of one shape, on one device; out has aligned's dtype.
+        """Make the table of tensors in the same order, all contiguous and on one device.
 
-        dtypes BF16, F16 and F32 in any mix; out[i] may be sft[i] or aligned[i]; nothing is checked but the lengths.
+        The three tensors at one position have one shape, and out has aligned's dtype; out[i] may be sft[i] or
+        aligned[i]. The dtypes are BF16, F16 and F32 in any mix. The tensors are not checked.
+
+        Raises:
+            ValueError: The numbers of tensors differ.
         """
         kinds: defaultdict[tuple[torch.dtype, torch.dtype, int], list[Triple]] = defaultdict(list)
         for s, a, o in zip(sft, aligned, out, strict=True):
-            apart = any(tensor.data_ptr() % WIDE for tensor in (s, a, o))
-            kinds[s.dtype, a.dtype, 1 if apart else WIDE].append((s, a, o))
+            apart = any(tensor.data_ptr() % ACCESS_BYTES for tensor in (s, a, o))
+            kinds[s.dtype, a.dtype, 1 if apart else ACCESS_BYTES].append((s, a, o))
         self.groups = [
-            Group(triples, rows(triples), {"SFT": ELEMENTS[s], "ALIGNED": ELEMENTS[a], "ALIGNMENT": alignment})
+            Group(triples, rows(triples), constants(torch_names()[s], torch_names()[a], alignment))
             for (s, a, alignment), triples in kinds.items()
         ]
 
     def launch(self, alpha: float) -> None:
-        """Run the kernel for all groups; alpha not 0, finite in fp32."""
+        """Run the kernel for all groups and an alpha that is not 0, and finite in fp32."""
         for group in self.groups:
             group.launch(alpha)
 
 
+def constants(sft: str, aligned: str, alignment: int) -> dict[str, Any]:
+    """Return the kernel's constants for the dtypes of sft and aligned and an alignment of all addresses in bytes."""
+    kinds = [getattr(tl, TABLE[dtype].torch) for dtype in (sft, aligned)]  # Triton's dtypes have the names of torch's
+    return {"SFT": kinds[0], "ALIGNED": kinds[1], "ALIGNMENT": alignment}
+
+
 def rows(triples: Sequence[Triple]) -> torch.Tensor:
-    """The table, int64 of shape (rows, 4), on the tensors' device; without rows for empty tensors."""
-    run = SEGMENT * BLOCK
+    """Return the table, int64 of shape (rows, 4), on the tensors' device; an empty tensor has no row."""
+    run = SEGMENT * PROGRAM_ELEMENTS
     addresses = np.array([[tensor.data_ptr() for tensor in triple] for triple in triples], np.int64).reshape(-1, 3)
     items = np.array([[tensor.element_size() for tensor in triple] for triple in triples], np.int64).reshape(-1, 3)
     lengths = np.array([aligned.numel() for _, aligned, _ in triples], np.int64)

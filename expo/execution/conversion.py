@@ -1,10 +1,11 @@
-"""A block of an output whose dtype is not aligned's, or to which an adapter's delta is added: in fp32, rounded once.
+"""The conversion of elements whose output has another dtype than aligned, or which have the delta of an adapter.
 
-Without a delta the engine extrapolates from aligned widened, which is exact, and its fp32 result is rounded. With one
+The arithmetic is fp32, and the result is rounded once to the output's dtype. Without a delta, the engine extrapolates
+from aligned in fp32. With a delta,
 
     out = round(f32(base) + f32(1 + alpha) * delta),   aligned = f32(base) + delta
 
-which is the formula of ExPO with aligned - sft = delta. Where a tensor is F64 all but delta is fp64.
+which is the formula of ExPO with aligned - sft = delta. If a tensor is F64, all but delta is fp64.
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ def factor_in_fp32(factor: Array, dtype: str) -> Array:
     return np.ascontiguousarray(widen(factor.view(STORAGE[dtype]), dtype), np.float32)
 
 
-class Block:
-    """Elements [first, first + n) of a step's output."""
+class Conversion:
+    """The conversion of elements [first, first + n) of a step's output."""
 
     def __init__(self, step: Step, first: int, n: int, inputs: Sequence[Any], factors: Factors | None) -> None:
-        """inputs: the bytes of aligned and, but for a copy and below a delta, of sft."""
+        """Compute aligned in fp32.
+
+        Args:
+            step: The step.
+            first: The number of the first element.
+            n: The number of elements.
+            inputs: The bytes of aligned and of sft; of aligned alone for a copy; of the base alone with a delta.
+            factors: The adapter's factors of shapes (M, r) and (r, N), in fp32, and their scale; None without a delta.
+        """
         self._step = step
         self._n = n
         self._sft = inputs[-1]
@@ -49,7 +58,7 @@ class Block:
             convert.apply(self._base, self._delta, 1.0, self._aligned)
 
     def _as_written(self) -> Array:
-        """Aligned rounded to the output's dtype: what `changed` compares with."""
+        """Return aligned rounded to the output's dtype, with which the count of changed elements compares."""
         out = np.empty(self._n, STORAGE[self._step.dtype])
         convert.cast(self._aligned, self._work, out, self._step.dtype, self._n)
         back = np.empty_like(self._aligned)
@@ -57,7 +66,14 @@ class Block:
         return back
 
     def compute(self, engine: Engine, outs: Sequence[Any], measure: bool) -> Statistics | None:
-        """Fill outs[k] for each alpha. Raises RuntimeError where the engine does."""
+        """Fill one output for each alpha.
+
+        Returns:
+            The statistics if `measure`, else None.
+
+        Raises:
+            RuntimeError: The engine failed.
+        """
         step, counts, sums = self._step, [], Statistics(0.0, 0.0, 0.0, ())
         against = self._as_written() if measure else None
         result = np.empty_like(self._aligned)
@@ -65,7 +81,7 @@ class Block:
             alpha = step.alphas[k]
             if not alpha:
                 found = convert.cast(self._aligned, self._work, out, step.dtype, self._n, against)
-                counts.append(found and (0, found[1]))  # NaN would count as changed
+                counts.append(found and (0, found[1]))  # a copy changes nothing, but NaN compares as changed
                 continue
             assert step.sft is not None
             if self._delta is None or (measure and not sums.aligned_squared):

@@ -1,7 +1,7 @@
-"""Which engine computes here, and why.
+"""The choice of the engine that computes on this machine.
 
-An engine is a function with the contract's signature (`kernels.contract.EngineFunction`); every worker has one, and
-all workers take chunks from one queue, so it does not matter for the result which engine met which chunk.
+An engine is a function with the contract's signature (`kernels.contract.EngineFunction`). Every worker has one, and all
+workers take chunks from one queue: all engines give the same bits, so any of them may compute any chunk.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from typing import Any, NamedTuple
 from ..errors import EngineError, ExpoError, UsageError
 from ..kernels.contract import EngineFunction, Operand, Statistics, Term, is_extrapolation
 from ..options import ENGINES
-from .gpu_kernels import attempt, error_text, reason_given_up
+from .gpu_fallback import attempt, error_text, reason_given_up
 
 MOST_WORKERS = 8
 
 
 class Engine(NamedTuple):
-    """An engine, and what it needs.
+    """An engine with its name and its devices.
 
-    name: as in `--engine`. run: the function. why: one phrase for the summary. gpu: a `ring.Device` to stream to.
-    reserve: the engine of the CPU that takes over if the GPU fails; None where nothing may.
-    note: a sentence for a warning where this engine takes the place of a GPU; "" elsewhere.
+    Attributes:
+        name: The name in `--engine`.
+        run: The function.
+        why: A phrase for the summary: why this engine computes.
+        gpu: The `gpu_lane.Device` that a GpuLane streams chunks through; None for an engine on the CPU.
+        reserve: The engine of the CPU that takes over if the GPU fails; None if none may.
+        note: A sentence for a warning if this engine takes the place of a GPU, else "".
     """
 
     name: str
@@ -36,7 +40,12 @@ class Engine(NamedTuple):
 
 
 class UnusableGpu(EngineError):
-    """A GPU that is there, whose kernels fail; device: a torch.device; reason: the error's text."""
+    """The kernels fail on a GPU.
+
+    Attributes:
+        device: The torch.device.
+        reason: The text of the error.
+    """
 
     def __init__(self, device: Any, reason: str) -> None:
         super().__init__(f"`engine='triton'` cannot be used on {device}: {reason}; `engine='cpu'` needs no GPU")
@@ -44,12 +53,17 @@ class UnusableGpu(EngineError):
 
 
 def choose(engine: str = "auto", device: str = "auto") -> Engine:
-    """The engine that is asked for, or the best for the CPU.
+    """Return the engine that the caller names, or the best one for the CPU.
 
-    engine: "auto", "numpy", "cpu" or "triton"; device: "auto", "cpu" or "cuda[:index]". auto is the compiled engine,
-    or NumPy where that is not built: from file to file the disk is the limit, and a GPU has nothing to add. Where
-    kernels fail on a GPU that only `device` names, the CPU computes, and the engine's note says so.
-    Raises UsageError for an unknown name, EngineError for an engine asked for by name that cannot run here.
+    Args:
+        engine: "auto", "numpy", "cpu" or "triton". The engine of "auto" is the compiled one, or NumPy if that is not
+            built: from file to file the disk is the limit, so a GPU would not help.
+        device: "auto", "cpu" or "cuda[:index]". If `device` alone names a GPU, and the kernels fail there, the CPU
+            computes, and the engine's note says so.
+
+    Raises:
+        UsageError: A name is unknown, or the two do not fit together.
+        EngineError: The engine that the caller names cannot run here.
     """
     if engine not in ENGINES:
         raise UsageError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}")
@@ -78,18 +92,20 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
 
 
 def check_device(device: str) -> None:
-    """Raise UsageError where it is no device's name."""
+    """Raise UsageError if the text is not the name of a device."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"`device` must be auto, cpu or cuda[:index], got {device!r}")
 
 
 def _numpy(why: str) -> Engine:
+    """Return the engine numpy."""
     from ..kernels import numerics
 
     return Engine("numpy", numerics.extrapolate, why)
 
 
 def _triton(device: str) -> Engine:
+    """Return the engine triton after its self-test. Raises EngineError, and UnusableGpu if the kernels fail."""
     try:
         from ..kernels import device as gpu
         from ..kernels import extrapolate, host, selftest
@@ -100,23 +116,23 @@ def _triton(device: str) -> Engine:
         stream_to = None if extrapolate.interpreted() else gpu.Cuda(device)
         engine = host.HostEngine(device)
     except Exception as error:
-        reason = error_text(error)
-        raise EngineError(f"`engine='triton'` cannot run here: {reason}; `engine='cpu'` needs no GPU") from error
-    reason = reason_given_up(engine.device)  # by tensors in this process, for dtypes that the self-test lacks
+        text = error_text(error)
+        raise EngineError(f"`engine='triton'` cannot run here: {text}; `engine='cpu'` needs no GPU") from error
+    reason = reason_given_up(engine.device)  # a kernel has failed for dtypes that the self-test does not have
     if reason:
         raise UnusableGpu(engine.device, reason)
     try:
         selftest.check(engine.device)
-    except Exception as error:  # wrong bits, or a compiler's, of no common kind
+    except Exception as error:  # wrong bits, or an error of a compiler: those have no type in common
         raise UnusableGpu(engine.device, error_text(error)) from error
     return Engine("triton", _raising_runtime_errors(engine), f"asked for, on {device}", stream_to)
 
 
 def _raising_runtime_errors(engine: EngineFunction) -> EngineFunction:
-    """Return the engine with Triton's errors as RuntimeErrors, which callers expect of an engine.
+    """Return an engine that raises Triton's errors as RuntimeErrors, which callers expect of an engine.
 
-    An error of Triton's compiler is an Exception, and a cache folder that cannot be written to is an OSError, which
-    callers would take for one of the inputs.
+    An error of Triton's compiler is an Exception. An error of its cache folder is an OSError, and callers would take an
+    OSError for an error of the inputs.
     """
 
     def run(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
@@ -131,7 +147,7 @@ def _raising_runtime_errors(engine: EngineFunction) -> EngineFunction:
 
 
 def _triton_or_cpu(device: str) -> Engine:
-    """Return the GPU with the CPU's engine in reserve, or that engine alone if the GPU's kernels fail their test."""
+    """Return the engine triton with the CPU's engine as its reserve, or the reserve alone if the self-test fails."""
     reserve = choose("auto", "cpu")
     try:
         first = _triton(device)
@@ -157,11 +173,19 @@ def _triton_or_cpu(device: str) -> Engine:
 
 
 def engines_for(engine: str = "auto", device: str = "auto", processes: int = 1) -> tuple[Engine, ...]:
-    """An engine for each worker of a merge from file to file.
+    """Return an engine for each worker of a merge from file to file.
 
-    processes: how many such merges share the processors. On the CPU one more than processors, as a worker waits while
-    it writes, 8 at most. Two for a GPU: one reads while the other writes; with engine "auto" and a GPU as the device
-    those of the CPU help it. Raises what choose() raises.
+    On the CPU there is one worker more than processors, as a worker waits while it writes, and 8 at most. A GPU has two
+    workers: one reads while the other writes. With engine "auto" and a GPU as the device, the CPU has its workers too.
+
+    Args:
+        engine: As in `choose`.
+        device: As in `choose`.
+        processes: The number of merges that share the processors.
+
+    Raises:
+        UsageError: As in `choose`.
+        EngineError: As in `choose`.
     """
     first = choose(engine, device)
     many = min(cpu_count() // processes + 1, MOST_WORKERS)
@@ -172,5 +196,5 @@ def engines_for(engine: str = "auto", device: str = "auto", processes: int = 1) 
 
 
 def cpu_count() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

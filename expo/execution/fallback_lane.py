@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ..errors import ExpoError
 from ..planning.shards import Chunk
-from .gpu_kernels import error_text
+from .gpu_fallback import error_text
 from .lanes import RING_SLOTS, ComputedChunk, Lane
 
 T = TypeVar("T")

@@ -1,9 +1,10 @@
-"""A GPU as a worker of the queue: shards -> pinned memory -> GPU -> pinned memory -> the sink, three streams.
+"""The lane of a GPU: bytes go from the files through pinned memory to the GPU, and back through pinned memory.
 
-A ring of slots, each with its own buffers on both sides. While one chunk is written by the host, the next is coming
-down, another is computed or going up. A slot is filled again only after the host has waited for its last download, so
-three waits are all that order a chunk: its kernels wait for its uploads, its downloads for its kernels, and the host
-for its downloads. Bytes over the bus: every input up once, every output down once.
+The lane has a ring of slots, each with buffers of its own on the host and on the GPU, and three streams. While the
+worker writes one chunk, the next comes down the bus, and another goes up or is computed. A slot is filled again only
+after the host has waited for its last download, so three waits are enough for a chunk: its kernels wait for its
+uploads, its downloads wait for its kernels, and the host waits for its downloads. Every input goes up the bus once, and
+every output comes down once.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from ..planning.plan import Plan
 from ..planning.shards import Chunk, Measured, Piece
 from ..planning.steps import Step
 from .engines import choose
-from .gpu_kernels import error_text
+from .gpu_fallback import error_text
 from .lanes import RING_SLOTS, ComputedChunk, write_header
 from .tensor_source import TensorSource
 
-# Rings whose GPU failed for good are kept: where torch frees their memory and events after that, it aborts the process.
+# Lanes whose GPU failed for good stay in this list: torch aborts the process if it frees their memory and events then.
 _undrained: list[GpuLane] = []
-SMALL = 64 << 10  # bytes of a piece below which the CPU does it: it takes longer to launch a kernel
+LEAST_GPU_BYTES = 64 << 10  # of a piece: the CPU computes a smaller one in less time than a kernel's launch takes
 
 
 class Device(Protocol):
-    """What the ring asks of a GPU; `kernels.device.Cuda` is one."""
+    """The operations of a GPU that a lane needs; `kernels.device.Cuda` has them."""
 
     def pinned(self, size: int) -> torch.Tensor: ...
     def memory(self, size: int) -> torch.Tensor: ...
@@ -44,21 +45,32 @@ class Device(Protocol):
     def drain(self, stream: Any) -> None: ...
 
 
-class Part(NamedTuple):
-    """A piece of the chunk that the GPU computes: views of one slot's buffers, each on the host and on the GPU."""
+class GpuPiece(NamedTuple):
+    """A piece of the chunk that the GPU computes, as views of one slot's buffers.
+
+    Attributes:
+        number: The number of the piece in its chunk.
+        step: The step that the piece belongs to.
+        inputs: The bytes of sft and of aligned, each on the host and on the GPU.
+        operands: The operands sft and aligned on the GPU.
+        results: The outputs that differ from aligned, on the GPU, of shape (outputs, elements).
+        outputs: The bytes of these outputs, each on the host and on the GPU.
+        partials: The memory of the statistics on the GPU; None if nothing is measured.
+        measured: The same on the host.
+    """
 
     number: int
     step: Step
     inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]
-    operands: tuple[Operand, Operand]  # sft and aligned on the GPU, in their dtypes
-    results: torch.Tensor  # on the GPU: (active outputs, elements)
+    operands: tuple[Operand, Operand]
+    results: torch.Tensor
     outputs: Sequence[tuple[torch.Tensor, torch.Tensor]]
     partials: Partials | None
-    measured: Partials | None  # the same on the host
+    measured: Partials | None
 
 
-class Side(NamedTuple):
-    """A slot's buffers on one side of the bus, uint8."""
+class SlotBuffers(NamedTuple):
+    """The uint8 buffers of a slot that exist both on the host and on the GPU, on one of the two."""
 
     sft: torch.Tensor
     aligned: torch.Tensor
@@ -66,29 +78,52 @@ class Side(NamedTuple):
     counts: torch.Tensor
 
     def partials(self, first: int, rows: int, alphas: int, outputs: int) -> Partials:
-        """Statistics from row `first` on, where a row has room for the counts of all outputs."""
+        """Return the memory of the statistics of some rows.
+
+        Args:
+            first: The number of the first row.
+            rows: The number of rows.
+            alphas: The number of outputs that are counted.
+            outputs: The number of all outputs: a row of the buffer is as long as they need.
+        """
         counts = self.counts.view(torch.int32)[first * outputs : first * outputs + rows * alphas]
         return Partials(self.sums.view(torch.float32).view(-1, 3)[first : first + rows], counts.view(-1, alphas))
 
 
 class Slot:
-    """Buffers for one chunk, and what is under way in them."""
+    """The buffers of one chunk, and the state of the work on it."""
 
     def __init__(self, device: Device, size: int, sft_size: int, outputs: int) -> None:
-        rows = 2 * size // sweep.BLOCK + 8 * (size // SMALL + 1)  # an element has 2 bytes at least
+        """Allocate the buffers.
+
+        Args:
+            device: The GPU.
+            size: Bytes of the largest chunk of one output.
+            sft_size: Bytes of sft for such a chunk.
+            outputs: The number of outputs.
+        """
+        rows = 2 * size // sweep.PROGRAM_ELEMENTS + 8 * (size // LEAST_GPU_BYTES + 1)  # an element has at least 2 bytes
         sizes = (sft_size, size, rows * 12, rows * 4 * outputs)
-        self.host = Side(*map(device.pinned, sizes))
-        self.gpu = Side(*map(device.memory, sizes))
+        self.host = SlotBuffers(*map(device.pinned, sizes))
+        self.gpu = SlotBuffers(*map(device.memory, sizes))
         self.outs = [device.pinned(size) for _ in range(outputs)]
         self.results = device.memory(outputs * size).view(outputs, size)
         self.buffers = [out.numpy().data for out in self.outs]
-        self.parts: list[Part] = []
-        self.measured: Measured = {}  # what the CPU did
-        self.rows = 0
+        self.pieces: list[GpuPiece] = []
+        self.measured: Measured = {}  # the statistics of the pieces that the CPU computed
+        self.rows = 0  # of statistics that are in use
         self.done: Any = None
 
-    def part(self, number: int, piece: Piece, ratio: int, sft_bytes: int, measure: bool) -> Part:
-        """Views of what a piece needs; sft's bytes lie `ratio` times as far from the start as aligned's."""
+    def place(self, number: int, piece: Piece, ratio: int, sft_bytes: int, measure: bool) -> GpuPiece:
+        """Return the views of the buffers that a piece needs.
+
+        Args:
+            number: The number of the piece in its chunk.
+            piece: The piece, which aligned's bytes have the size of.
+            ratio: The bytes of sft lie this many times as far from the start of their buffer as those of aligned.
+            sft_bytes: The size of the piece's part of sft.
+            measure: True for statistics.
+        """
         step, start, stop, at = piece
         assert step.sft is not None
         s, a = slice(at * ratio, at * ratio + sft_bytes), slice(at, at + stop - start)
@@ -96,7 +131,7 @@ class Slot:
         results = self.results[: len(step.active), a]
         rows = sweep.partial_rows((stop - start) // ITEMSIZE[step.aligned.dtype])
         first, self.rows = self.rows, self.rows + -(-rows // 4) * 4  # so that every piece's rows start at 16 bytes
-        return Part(
+        return GpuPiece(
             number,
             step,
             inputs=[(self.host.sft[s], self.gpu.sft[s]), (self.host.aligned[a], self.gpu.aligned[a])],
@@ -112,14 +147,25 @@ class Slot:
 
 
 class GpuLane:
-    """A lane of RING_SLOTS chunks (see `lanes.Lane`) through one GPU; for one thread."""
+    """The lane of an engine on a GPU (see `lanes.Lane`), with a ring of RING_SLOTS slots."""
 
     depth = RING_SLOTS
 
     def __init__(self, device: Device, plan: Plan, source: TensorSource, size: int, measure: bool) -> None:
-        """size: bytes of a chunk, at most. Raises RuntimeError where the GPU or the host has too little memory left."""
+        """Allocate the ring.
+
+        Args:
+            device: The GPU.
+            plan: The plan whose chunks the lane computes.
+            source: The bytes of both inputs.
+            size: Bytes of the largest chunk.
+            measure: True to return statistics of every piece.
+
+        Raises:
+            RuntimeError: The GPU or the host has too little free memory.
+        """
         self._device = device
-        self._cpu = choose("auto", "cpu")  # for what the GPU does not do: F64, and small pieces
+        self._cpu = choose("auto", "cpu")  # for F64 and for small pieces
         self._source = source
         self._measure = measure
         self._ratio = max([1, *(_ratio(step) for step in plan.steps if _on_gpu(step))])
@@ -129,25 +175,25 @@ class GpuLane:
         self._busy: deque[Slot] = deque()
 
     def begin(self, chunk: Chunk) -> None:
-        """Read a chunk's inputs and start computing it; at most RING_SLOTS chunks may be under way."""
+        """Read a chunk's inputs and start its computation; at most RING_SLOTS chunks may be under way."""
         slot = self._free.popleft()
         self._busy.append(slot)
-        slot.parts, slot.measured, slot.rows = [], {}, 0
+        slot.pieces, slot.measured, slot.rows = [], {}, 0
         write_header(chunk, slot.buffers)
         for number, piece in enumerate(chunk.pieces):
             self._read(slot, number, piece)
         self._enqueue(slot)
 
     def finish(self) -> ComputedChunk:
-        """The chunk begun first; its buffers stay until RING_SLOTS more have begun."""
+        """Return the chunk that was begun first; its buffers stay as they are until RING_SLOTS more have begun."""
         slot = self._busy.popleft()
         self._device.synchronize(slot.done)
-        on_gpu = {part.number: sweep.statistics(part.measured) for part in slot.parts if part.measured is not None}
+        on_gpu = {piece.number: sweep.statistics(piece.measured) for piece in slot.pieces if piece.measured is not None}
         self._free.append(slot)
         return ComputedChunk(slot.buffers, slot.measured | on_gpu)
 
     def close(self) -> None:
-        """Wait for what is under way: its memory is about to go."""
+        """Wait for all that is under way, whose memory will be freed."""
         try:
             for stream in (self._up, self._compute, self._down):
                 self._device.drain(stream)
@@ -156,43 +202,43 @@ class GpuLane:
             raise
 
     def _read(self, slot: Slot, number: int, piece: Piece) -> None:
-        """Read a piece's inputs into the slot, or have the CPU compute it."""
+        """Read a piece's inputs into the slot, or compute the piece on the CPU."""
         step, start, stop, at = piece
         outs = [buffer[at : at + stop - start] for buffer in slot.buffers]
-        if not _on_gpu(step) or not step.active or stop - start < SMALL:
-            moved = self._source.compute(self._cpu, step, start, stop, outs, self._measure)
-            if moved is not None:
-                slot.measured[number] = moved
+        if not _on_gpu(step) or not step.active or stop - start < LEAST_GPU_BYTES:
+            statistics = self._source.compute(self._cpu, step, start, stop, outs, self._measure)
+            if statistics is not None:
+                slot.measured[number] = statistics
             return
         aligned, sft = self._source.spans(step, start, stop)
-        part = slot.part(number, piece, self._ratio, sft.stop - sft.start, self._measure)
-        for (host, _), span in zip(part.inputs, (sft, aligned), strict=True):
+        placed = slot.place(number, piece, self._ratio, sft.stop - sft.start, self._measure)
+        for (host, _), span in zip(placed.inputs, (sft, aligned), strict=True):
             span.reader.read(span.start, host.numpy().data)
         for k, out in enumerate(outs):
             if k not in step.active:
-                out[:] = part.inputs[1][0].numpy().data
-        slot.parts.append(part)
+                out[:] = placed.inputs[1][0].numpy().data
+        slot.pieces.append(placed)
 
     def _enqueue(self, slot: Slot) -> None:
-        """Everything of a chunk that the GPU does: the three streams, and two of the three waits."""
-        device, parts = self._device, slot.parts
-        alphas = [self._constants(tuple(part.step.alphas[k] for k in part.step.active)) for part in parts]
+        """Enqueue the GPU's work on a chunk on the three streams, with two of the three waits."""
+        device, pieces = self._device, slot.pieces
+        alphas = [self._constants(tuple(piece.step.alphas[k] for k in piece.step.active)) for piece in pieces]
 
         def upload() -> None:
-            for part in parts:
-                for host, gpu in part.inputs:
+            for piece in pieces:
+                for host, gpu in piece.inputs:
                     gpu.copy_(host, non_blocking=True)
 
         def compute() -> None:
             try:
-                for part, constants in zip(parts, alphas, strict=True):
-                    sweep.launch(*extrapolation(*part.operands, constants), part.results, part.partials)
-            except OSError as error:  # Triton's, whose cache cannot be written to: no input's, as callers would think
+                for piece, constants in zip(pieces, alphas, strict=True):
+                    sweep.launch(*extrapolation(*piece.operands, constants), piece.results, piece.partials)
+            except OSError as error:  # Triton cannot write to its cache; callers take an OSError for an input's
                 raise RuntimeError(error_text(error)) from error
 
         def download() -> None:
-            for part in parts:
-                for host, gpu in [*part.outputs, *zip(part.measured or (), part.partials or (), strict=True)]:
+            for piece in pieces:
+                for host, gpu in [*piece.outputs, *zip(piece.measured or (), piece.partials or (), strict=True)]:
                     host.copy_(gpu, non_blocking=True)
 
         device.enqueue(self._up, upload)
@@ -203,19 +249,20 @@ class GpuLane:
         slot.done = device.record(self._down)
 
     def _constants(self, alphas: tuple[float, ...]) -> torch.Tensor:
-        """Alphas on the GPU; a plan has few different ones."""
+        """Return alphas as a tensor on the GPU, which stays for later chunks: a plan has few different alphas."""
         if alphas not in self._alphas:
             memory = self._device.memory(4 * len(alphas)).view(torch.float32)
-            memory.copy_(torch.tensor(alphas, dtype=torch.float32))  # from pageable memory: done when it returns
+            memory.copy_(torch.tensor(alphas, dtype=torch.float32))  # a copy from pageable memory is done on return
             self._alphas[alphas] = memory
         return self._alphas[alphas]
 
 
 def _on_gpu(step: Step) -> bool:
+    """Return True if the kernels can compute the step."""
     return step.plain and step.sft is not None and "F64" not in (step.sft.dtype, step.aligned.dtype)
 
 
 def _ratio(step: Step) -> int:
-    """Bytes of sft for one of aligned, at least 1."""
+    """Return the bytes of sft for one byte of aligned, at least 1."""
     assert step.sft is not None
     return max(1, BITS[step.sft.dtype] // BITS[step.aligned.dtype])

@@ -158,7 +158,7 @@ class TensorSource:
         self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], measure: bool
     ) -> Statistics | None:
         """Fill the outputs of a step that has a delta or another dtype than aligned: compute in fp32, round once."""
-        from .conversion import Block
+        from .conversion import Conversion
 
         item = BITS[step.dtype] // 8
         with self._factors_lock:
@@ -172,8 +172,8 @@ class TensorSource:
                 span.reader.read(span.start, inputs[-1])
             views = [out[low - start : high - start] for out in outs]
             try:
-                block = Block(step, low // item, (high - low) // item, inputs, factors)
-                parts.append(block.compute(engine, views, measure))
+                conversion = Conversion(step, low // item, (high - low) // item, inputs, factors)
+                parts.append(conversion.compute(engine, views, measure))
             except RuntimeError as error:
                 raise EngineError(f"`engine={engine.name!r}` failed on {step.name}: {error}") from error
         return total([part for part in parts if part is not None], len(step.counted)) if measure else None

@@ -15,7 +15,7 @@ from ..errors import Cancelled, EngineError, ExpoError
 from ..memory import MIB, PAGE
 from ..planning.shards import Chunk, Measured
 from .engines import Engine
-from .gpu_kernels import error_text
+from .gpu_fallback import error_text
 from .lanes import Lane
 from .tensor_source import TensorSource
 

@@ -1,4 +1,4 @@
-"""extrapolate(): the formula over NumPy arrays and torch tensors, on any device."""
+"""extrapolate(): the formula for NumPy arrays and torch tensors, on any device."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from ..dtypes import ITEMSIZE, numpy_names, torch_names
 from ..errors import EngineError, UsageError
-from ..execution import gpu_kernels as gpu
 from ..execution.engines import Engine, choose, cpu_count
 from ..kernels.contract import Address, Operand, extrapolation, working_alpha
-from .memory_checks import check_memory, check_unmasked, first_ones
+from . import gpu_tensors
+from .memory_checks import check_memory, check_unmasked, mark_firsts
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     Array = TypeVar("Array", npt.NDArray[Any], torch.Tensor)
     Several = Sequence[Array] | Iterator[Array]
 
-SPLIT = 1 << 22  # elements from which several threads share a call: below, starting them costs more than it saves
-THREADS = 8  # at most; they saturate a memory controller
+SPLIT_ELEMENTS = 1 << 22  # several threads share a call of this many: for fewer, their start costs more than they save
+MOST_THREADS = 8  # they saturate a memory controller
 
 
 @overload
@@ -36,61 +36,71 @@ def extrapolate(
 def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any:
     """Return aligned + alpha * (aligned - sft), the formula of ExPO (arXiv 2404.16792), rounded once.
 
-    sft, aligned: two NumPy arrays or two torch tensors of one shape, any shape; torch tensors on one device, any
-        device. dtype bf16 (in NumPy: ml_dtypes.bfloat16), fp16, fp32 or fp64, which may differ; the arithmetic is fp32,
-        or fp64 where one of them is. The result has aligned's dtype, the same bits on every device.
-    alpha: any number that is finite in fp32; 0 copies aligned bit for bit.
-    out: where to put the result, of aligned's shape and dtype; it may be aligned or sft itself, else it must not
-        overlap them. Without it the result is a new array of the caller's own. autograd is not recorded.
+    The compiled engine computes contiguous memory on the CPU, and releases the GIL; NumPy computes it if that engine is
+    not built. The Triton kernel computes CUDA tensors. Torch's own operations compute them if the kernel cannot run or
+    fails its self-test, at first use; then a RuntimeWarning gives the reason, once for each device. A CUDA graph that
+    is captured before the self-test contains torch's operations too: call this function once, with the same dtypes,
+    before the capture. Autograd is not recorded.
 
-    All three may also be as many arrays or tensors in sequences or iterators, such as model.parameters(); the result
-    is then a list. On a GPU a whole model takes one launch. Tied weights that are listed twice are computed once; lists
-    whose result would depend on the order, as an out overlaps what belongs to another pair, are refused.
+    Args:
+        sft: A NumPy array or a torch tensor, of dtype bf16 (in NumPy: ml_dtypes.bfloat16), fp16, fp32 or fp64.
+        aligned: Another one of the same kind, shape and device, of the same or another of these dtypes. The arithmetic
+            is fp32, or fp64 if one of the two is.
+        alpha: Any number that is finite in fp32; 0 copies aligned bit for bit.
+        out: The array or tensor that takes the result, of aligned's shape and dtype. It may be aligned or sft itself,
+            and must not overlap them otherwise. Without it the result is new memory.
 
-    Contiguous memory on the CPU takes the compiled engine (NumPy where that is not built), which releases the GIL;
-    CUDA tensors take the Triton kernel. A kernel that fails its self-test, at first use, or cannot run is replaced by
-    torch's own operations, and a RuntimeWarning says so once for each device. A CUDA graph that is captured before the
-    self-test holds torch's operations too: call this once, with the same dtypes, before the capture.
-    Raises UsageError for arguments that do not fit together, and for tensors that have no memory of their own: DTensor,
-    FakeTensor, meta tensors, wrappers.
+        All but alpha may also be sequences or iterators of as many arrays or tensors, such as model.parameters(). On a
+        GPU a whole model takes one launch. Tied weights that are listed twice are computed once.
+
+    Returns:
+        The result in aligned's dtype, with the same bits on every device; a list for sequences.
+
+    Raises:
+        UsageError: The arguments do not fit together; a tensor has no memory of its own (DTensor, FakeTensor, meta
+            tensors, wrappers); or the result of a list would depend on its order, as an out overlaps the memory of
+            another pair.
+        EngineError: The floating-point mode of this thread would give other bits, and NumPy would follow it.
     """
-    torch = sys.modules.get("torch")  # who holds a tensor has imported it
+    torch = sys.modules.get("torch")  # a caller that passes a tensor has imported torch
     if torch is not None and isinstance(aligned, torch.Tensor):
-        return _tensors(torch, sft, aligned, alpha, out)
+        return _extrapolate_tensors(torch, sft, aligned, alpha, out)
     if isinstance(aligned, Iterable) and not isinstance(aligned, str | bytes) and not hasattr(aligned, "dtype"):
-        return _many(torch, list(sft), list(aligned), alpha, None if out is None else list(out))
-    return _arrays(sft, aligned, alpha, out)
+        return _extrapolate_lists(torch, list(sft), list(aligned), alpha, None if out is None else list(out))
+    return _extrapolate_arrays(sft, aligned, alpha, out)
 
 
-def _many(torch: Any, sft: list[Any], aligned: list[Any], alpha: float, out: list[Any] | None) -> list[Any]:
-    """Compute several pairs: all are checked first, and one launch on a GPU does together what it can."""
+def _extrapolate_lists(
+    torch: Any, sft: list[Any], aligned: list[Any], alpha: float, out: list[Any] | None
+) -> list[Any]:
+    """Compute several pairs after a check of all; those on one GPU share a launch if they can."""
     outs = [None] * len(aligned) if out is None else out
     if not len(sft) == len(aligned) == len(outs):
         raise UsageError(f"as many of each are needed, got sft {len(sft)}, aligned {len(aligned)}, out {len(outs)}")
     checked = []
     for s, a, o in zip(sft, aligned, outs, strict=True):
         is_tensor = torch is not None and isinstance(a, torch.Tensor)
-        checked.append(_checked(torch, s, a, alpha, o) if is_tensor else _checked_arrays(s, a, alpha, o))
+        checked.append(_check_tensors(torch, s, a, alpha, o) if is_tensor else _check_arrays(s, a, alpha, o))
     results = [each.out for each in checked]
     triples = list(zip(sft, aligned, results, strict=True))
-    wanted = [True] * len(triples) if out is None else first_ones(triples)  # new memory is nobody else's
-    together: defaultdict[Any, list[tuple[Any, Any, Any]]] = defaultdict(list)  # by device
-    for (s, a, o), each, first in zip(triples, checked, wanted, strict=True):
+    firsts = [True] * len(triples) if out is None else mark_firsts(triples)  # new memory overlaps no other
+    together: defaultdict[Any, list[tuple[Any, Any, Any]]] = defaultdict(list)  # for each device
+    for (s, a, o), each, first in zip(triples, checked, firsts, strict=True):
         if not first:
             continue
         if torch is None or not isinstance(a, torch.Tensor):
             _compute_arrays(s, a, each)
-        elif gpu.on_gpu(a) and each.addresses is not None and "F64" not in each.dtypes:
+        elif gpu_tensors.on_gpu(a) and each.addresses is not None and "F64" not in each.dtypes:
             together[a.device].append((s.detach(), a.detach(), o.detach()))
         else:
-            _compute(s, a, each)
-    for launched in together.values():
-        gpu.compute_together(launched, working_alpha(alpha))
+            _compute_tensors(s, a, each)
+    for same_device in together.values():
+        gpu_tensors.compute_together(same_device, working_alpha(alpha))
     return results
 
 
-class _Checked(NamedTuple):
-    """Arguments that fit together.
+class _CheckedPair(NamedTuple):
+    """The rest of a call's arguments, after the check that they fit together.
 
     Attributes:
         out: The array or tensor that takes the result.
@@ -107,10 +117,12 @@ class _Checked(NamedTuple):
 
 @cache
 def _cpu_engine() -> Engine:
+    """Return the engine for memory on the CPU."""
     return choose("auto", "cpu")
 
 
-def _check(sft: Any, aligned: Any, out: Any, kind: Any) -> None:
+def _check_kinds(sft: Any, aligned: Any, out: Any, kind: Any) -> None:
+    """Raise UsageError unless all three are of one kind and one shape, and out has aligned's dtype."""
     if not isinstance(sft, kind) or not isinstance(out, kind):
         raise UsageError(
             f"sft, aligned and out must all be {kind.__module__}.{kind.__name__}, got {type(sft).__name__}, "
@@ -124,7 +136,7 @@ def _check(sft: Any, aligned: Any, out: Any, kind: Any) -> None:
         raise UsageError(f"out is {out.dtype}, but the result has aligned's dtype {aligned.dtype}")
 
 
-def _dtypes(sft: Any, aligned: Any, names: dict[Any, str]) -> tuple[str, str]:
+def _check_dtypes(sft: Any, aligned: Any, names: dict[Any, str]) -> tuple[str, str]:
     """Return the names of the dtypes of sft and aligned. Raises UsageError for dtypes that are not extrapolated."""
     found = names.get(sft.dtype, ""), names.get(aligned.dtype, "")
     if found[0] not in ITEMSIZE or found[1] not in ITEMSIZE:
@@ -132,25 +144,27 @@ def _dtypes(sft: Any, aligned: Any, names: dict[Any, str]) -> tuple[str, str]:
     return found
 
 
-def _working(alpha: float, dtypes: tuple[str, str]) -> float:
+def _check_alpha(alpha: float, dtypes: tuple[str, str]) -> float:
+    """Return the working alpha. Raises UsageError."""
     try:
         return working_alpha(alpha, *dtypes)
     except (TypeError, ValueError) as error:
         raise UsageError(f"alpha must be a number that is finite in float32, got {alpha!r}") from error
 
 
-def _tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
-    checked = _checked(torch, sft, aligned, alpha, out)
-    _compute(sft, aligned, checked)
+def _extrapolate_tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
+    checked = _check_tensors(torch, sft, aligned, alpha, out)
+    _compute_tensors(sft, aligned, checked)
     return checked.out
 
 
-def _checked(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> _Checked:
+def _check_tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> _CheckedPair:
+    """Return the checked arguments for tensors of torch, with a new out if there is none. Raises UsageError."""
     given = aligned if out is None else out
-    _check(sft, aligned, given, torch.Tensor)
+    _check_kinds(sft, aligned, given, torch.Tensor)
     _check_layouts(torch, sft, aligned, given)
-    dtypes = _dtypes(sft, aligned, torch_names())
-    al = _working(alpha, dtypes)
+    dtypes = _check_dtypes(sft, aligned, torch_names())
+    al = _check_alpha(alpha, dtypes)
     device = aligned.device
     if sft.device != device or given.device != device:
         raise UsageError(f"devices differ: sft {sft.device}, aligned {device}, out {given.device}")
@@ -158,70 +172,74 @@ def _checked(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> _Che
         check_memory(torch, tensor, role)
     if out is None:
         out = torch.empty_like(aligned, requires_grad=False)
-        check_memory(torch, out, "out")  # a FakeTensorMode that is on gives none
+        check_memory(torch, out, "out")  # in a FakeTensorMode a new tensor has no memory
     elif out.numel() and any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
         raise UsageError(f"out has elements that share memory: shape {tuple(out.shape)}, strides {out.stride()}")
     addresses = None
-    if al and _plain(sft, aligned, out):
+    if al and _are_plain(sft, aligned, out):
         addresses = sft.data_ptr(), aligned.data_ptr(), out.data_ptr()
         _check_overlap(addresses, dtypes, aligned.numel())
-    return _Checked(out, dtypes, al, addresses)
+    return _CheckedPair(out, dtypes, al, addresses)
 
 
-def _plain(sft: Any, aligned: Any, out: Any) -> bool:
+def _are_plain(sft: Any, aligned: Any, out: Any) -> bool:
     """Return True if the memory of each tensor holds its elements one after the other, as they are."""
     contiguous = sft.is_contiguous() and aligned.is_contiguous() and out.is_contiguous()
     return contiguous and not (sft.is_neg() or aligned.is_neg() or out.is_neg())
 
 
-def _compute(sft: Any, aligned: Any, checked: _Checked) -> None:
+def _compute_tensors(sft: Any, aligned: Any, checked: _CheckedPair) -> None:
+    """Fill out for tensors of torch."""
     out, dtypes, al, addresses = checked
     if al == 0:
         source = aligned.detach()
         apart = out is aligned or out.untyped_storage().data_ptr() != aligned.untyped_storage().data_ptr()
-        out.detach().copy_(source if apart else source.clone())  # copy_ is wrong where they overlap
+        out.detach().copy_(source if apart else source.clone())  # copy_ gives wrong results if the two overlap
     elif addresses is None:
         plain = [x.detach().resolve_neg().contiguous() for x in (sft, aligned)]
         out.detach().copy_(extrapolate(plain[0], plain[1], al))
     elif aligned.device.type == "cpu":
         _on_cpu(addresses, dtypes, aligned.numel(), al)
     else:
-        gpu.compute(sft.detach(), aligned.detach(), al, out.detach())
+        gpu_tensors.compute(sft.detach(), aligned.detach(), al, out.detach())
 
 
 def _check_layouts(torch: Any, sft: Any, aligned: Any, out: Any) -> None:
+    """Raise UsageError for sparse tensors."""
     if not sft.layout == aligned.layout == out.layout == torch.strided:
         raise UsageError(f"tensors must be dense, got sft {sft.layout}, aligned {aligned.layout}, out {out.layout}")
 
 
-def _arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
-    checked = _checked_arrays(sft, aligned, alpha, out)
+def _extrapolate_arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
+    checked = _check_arrays(sft, aligned, alpha, out)
     _compute_arrays(sft, aligned, checked)
     return checked.out
 
 
-def _checked_arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> _Checked:
+def _check_arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> _CheckedPair:
+    """Return the checked arguments for arrays of NumPy, with a new out if there is none. Raises UsageError."""
     import numpy as np
 
     if not isinstance(aligned, np.ndarray):
         raise UsageError(f"aligned must be a NumPy array or a torch tensor, got {type(aligned).__name__}")
     if out is None:
         out = np.empty_like(aligned)
-    _check(sft, aligned, out, np.ndarray)
+    _check_kinds(sft, aligned, out, np.ndarray)
     for role, array in (("sft", sft), ("aligned", aligned), ("out", out)):
         check_unmasked(np, array, role)
-    dtypes = _dtypes(sft, aligned, numpy_names())
-    al = _working(alpha, dtypes)
+    dtypes = _check_dtypes(sft, aligned, numpy_names())
+    al = _check_alpha(alpha, dtypes)
     if not out.flags.writeable:
         raise UsageError("out is read-only")
     addresses = None
     if al and all(x.flags.c_contiguous for x in (sft, aligned, out)):
         addresses = tuple(x.__array_interface__["data"][0] for x in (sft, aligned, out))
         _check_overlap(addresses, dtypes, aligned.size)
-    return _Checked(out, dtypes, al, addresses)
+    return _CheckedPair(out, dtypes, al, addresses)
 
 
-def _compute_arrays(sft: Any, aligned: Any, checked: _Checked) -> None:
+def _compute_arrays(sft: Any, aligned: Any, checked: _CheckedPair) -> None:
+    """Fill out for arrays of NumPy."""
     import numpy as np
 
     out, dtypes, al, addresses = checked
@@ -234,14 +252,14 @@ def _compute_arrays(sft: Any, aligned: Any, checked: _Checked) -> None:
 
 
 def _on_cpu(addresses: tuple[int, ...], dtypes: tuple[str, str], n: int, alpha: float) -> None:
-    """Compute n contiguous elements at the addresses of sft, aligned and out, by as many threads as pay."""
+    """Compute n contiguous elements at the addresses of sft, aligned and out; several threads share a large tensor."""
     item = ITEMSIZE[dtypes[1]]
     sft = Operand(Address(addresses[0], n * ITEMSIZE[dtypes[0]]), dtypes[0])
     aligned = Operand(Address(addresses[1], n * item), dtypes[1])
     out = Address(addresses[2], n * item)
-    if n < SPLIT:
+    if n < SPLIT_ELEMENTS:
         return compute_on_cpu(sft, aligned, alpha, out)
-    threads = min(cpu_count(), THREADS, n // SPLIT + 1)
+    threads = min(cpu_count(), MOST_THREADS, n // SPLIT_ELEMENTS + 1)
     share = -(-n // threads)
     with ThreadPoolExecutor(threads) as pool:
         work = []
@@ -262,10 +280,12 @@ def compute_on_cpu(sft: Operand, aligned: Operand, alpha: float, out: Address) -
         raise EngineError(str(error)) from error
 
 
-def _check_overlap(addresses: tuple[int, ...], dtypes: tuple[Any, ...], n: int) -> None:
+def _check_overlap(addresses: tuple[int, ...], dtypes: tuple[str, str], n: int) -> None:
+    """Raise UsageError if out overlaps a part of sft or aligned."""
     sft_item, aligned_item = ITEMSIZE[dtypes[0]], ITEMSIZE[dtypes[1]]
     out, size = addresses[2], n * aligned_item
     for name, start, item in (("sft", addresses[0], sft_item), ("aligned", addresses[1], aligned_item)):
         same = start == out and item == aligned_item
-        if out and not same and start < out + size and out < start + n * item:  # 0: a tensor without memory
+        has_memory = out != 0  # an empty tensor may be at address 0
+        if has_memory and not same and start < out + size and out < start + n * item:
             raise UsageError(f"out overlaps {name} in part; it may be all of it, or none")

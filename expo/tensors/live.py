@@ -21,16 +21,17 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoints.model_tensors import ModelTensors
+from ..dtypes import torch_names
 from ..errors import PlanError, UsageError
-from ..execution import gpu_kernels as gpu
 from ..execution.engines import cpu_count
 from ..inputs.resolve import StrPath, open_one
 from ..kernels.contract import Address, Operand, working_alpha
 from ..options import MergeOptions
 from ..planning.matching import Matched, match_tensors
 from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT
-from .arrays import THREADS, compute_on_cpu
-from .model_weights import DTYPE_NAMES, model_tensors, saved_weights
+from . import gpu_tensors
+from .arrays import MOST_THREADS, compute_on_cpu
+from .model_weights import model_tensors, saved_weights
 from .originals import KEEP, LiveWeight, keep_originals, read_from_checkpoint, read_from_model
 
 CPU_ELEMENTS = 1 << 21  # elements that a thread of the CPU computes at a time
@@ -100,7 +101,7 @@ class Live:
         self._jobs = [job for weight in self._weights for job in _jobs(weight)] if self._device.type == "cpu" else []
         self._model = model
         self._former_addresses = self._addresses()
-        self._threads = min(cpu_count(), THREADS)
+        self._threads = min(cpu_count(), MOST_THREADS)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expo-live")
         self._tables: dict[float | None, Any] = {}
         self._launches = keep == "device" and self._device.type == "cuda"
@@ -145,10 +146,12 @@ class Live:
         list(self._pool.map(work, range(self._threads)))
 
     def _addresses(self) -> list[int]:
+        """Return the addresses of all weights, which are others after the model has been moved."""
         buffers = (self._model.get_buffer(name) for name in self._buffers)
         return [tensor.data_ptr() for tensor in (*self._model.parameters(), *buffers)]
 
     def _on_device(self, value: float) -> None:
+        """Compute all weights on a device that is not the CPU; those with one alpha share a launch if they can."""
         groups: dict[tuple[float | None, bool], list[LiveWeight]] = {}
         for weight in self._weights:
             together = self._launches and "F64" not in weight.dtypes
@@ -157,15 +160,18 @@ class Live:
             alpha = value if own is None else own
             table = self._table(own, weights) if together and working_alpha(alpha) else None
             if table is not None:
-                gpu.compute_table(table, working_alpha(alpha))
+                gpu_tensors.compute_table(table, working_alpha(alpha))
                 continue
             for weight in weights:
                 self._in_parts(weight, working_alpha(alpha, *weight.dtypes))
 
     def _table(self, own: float | None, weights: Sequence[LiveWeight]) -> Any:
-        """Return the table of all tensors that share this alpha, kept for later launches; None where there is none."""
+        """Return the pointer table of all weights that share this alpha, cached for later launches.
+
+        The result is None if no table can be made now.
+        """
         if own not in self._tables:
-            made = gpu.table((weight.sft, weight.aligned, weight.out) for weight in weights)
+            made = gpu_tensors.make_table((weight.sft, weight.aligned, weight.out) for weight in weights)
             if made is None:  # memory may have run out, so the next call tries again
                 return None
             self._tables[own] = made
@@ -177,7 +183,7 @@ class Live:
         for sft, aligned, out in zip(*columns, strict=True):
             s, a = (each.to(self._device, non_blocking=True) for each in (sft, aligned))
             if alpha:
-                gpu.compute(s, a, alpha, out)
+                gpu_tensors.compute(s, a, alpha, out)
             else:
                 out.copy_(a)
 
@@ -197,9 +203,9 @@ class Live:
 
 
 def _refuse(matched: Matched, by_files: bool) -> None:
-    """Raise PlanError with every problem, and what helps where names in memory are not those of the files."""
-    alone = any(reason == ONLY_IN_SFT for reason in matched.dropped.values())
-    if matched.problems and by_files and alone and any(step.reason == NOT_IN_SFT for step in matched.steps):
+    """Raise PlanError with every problem, and with advice if names in memory are not those of the files."""
+    only_in_sft = any(reason == ONLY_IN_SFT for reason in matched.dropped.values())
+    if matched.problems and by_files and only_in_sft and any(step.reason == NOT_IN_SFT for step in matched.steps):
         raise PlanError(
             "names in memory are not those of the files; where the library that loads them changes names, as "
             "transformers fuses experts, give sft as a model that it has loaded too\n" + "\n".join(matched.problems)
@@ -208,9 +214,9 @@ def _refuse(matched: Matched, by_files: bool) -> None:
 
 
 def _jobs(weight: LiveWeight) -> Iterator[_Job]:
-    """Yield the jobs that compute a tensor on the CPU."""
+    """Yield the jobs that compute a weight on the CPU."""
     sft, aligned, out = (
-        Operand(Address(tensor.data_ptr(), tensor.nbytes), DTYPE_NAMES[tensor.dtype])
+        Operand(Address(tensor.data_ptr(), tensor.nbytes), torch_names()[tensor.dtype])
         for tensor in (weight.sft, weight.aligned, weight.out)
     )
     n = aligned.elements
@@ -220,7 +226,14 @@ def _jobs(weight: LiveWeight) -> Iterator[_Job]:
 
 
 class _Job(NamedTuple):
-    """Some elements of one tensor on the CPU: those of sft and aligned, the memory of the weights, and their alpha."""
+    """Some elements of one weight on the CPU.
+
+    Attributes:
+        sft: The elements of sft.
+        aligned: The elements of aligned.
+        out: The memory of the weight's elements.
+        alpha: The weight's own alpha; None for the alpha of the model.
+    """
 
     sft: Operand
     aligned: Operand
@@ -228,6 +241,7 @@ class _Job(NamedTuple):
     alpha: float | None
 
     def __call__(self, value: float) -> None:
+        """Compute the elements for an alpha of the model."""
         alpha = working_alpha(value if self.alpha is None else self.alpha, self.sft.dtype, self.aligned.dtype)
         if alpha:
             compute_on_cpu(self.sft, self.aligned, alpha, self.out)

@@ -1,6 +1,6 @@
-"""Checks of the memory behind arrays and tensors: a tensor has some, and no result overwrites another's input.
+"""Checks of the memory of arrays and tensors: a tensor has memory, and no result overwrites another pair's input.
 
-A kernel gets bare addresses, so both must hold before it runs. No element is read here.
+A kernel gets bare addresses, so these checks come before it. They read no element.
 """
 
 from __future__ import annotations
@@ -11,44 +11,53 @@ from typing import Any, NamedTuple
 
 from ..errors import UsageError
 
-WORK = 1 << 16  # candidates that NumPy may try to tell two strided views apart; beyond, they count as overlapping
+# NumPy tries this many solutions to show that two strided views have no byte in common; then they count as overlapping.
+MOST_CANDIDATES = 1 << 16
 
 
 def check_memory(torch: Any, tensor: Any, role: str, advice: str = "") -> None:
-    """Raise UsageError, with the advice or one by the kind, for a torch tensor with elements and no memory of its own.
+    """Raise UsageError for a torch tensor that has elements, and no memory of its own.
 
     Tensors of a wrapper class (DTensor, FakeTensor, quantised tensors) and those inside torch.func report a dtype and a
     shape, but their storage is at address 0. A subclass that owns its memory passes.
+
+    Args:
+        torch: The module.
+        tensor: The tensor.
+        role: The name of the tensor in the message.
+        advice: The end of the message; without it, an advice for the type of the tensor.
     """
     if tensor.numel() and not _storage(torch, tensor):
         raise UsageError(f"{role} is a {_kind(tensor)} without memory of its own: {advice or _advice(torch, tensor)}")
 
 
 def check_unmasked(np: Any, array: Any, role: str) -> None:
-    """Raise UsageError for a masked array of NumPy, whose mask the formula does not know."""
+    """Raise UsageError for a masked array of NumPy, as the formula has no masks."""
     if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
         raise UsageError(f"{role} is a masked array, and masks are not followed: pass its .filled(value) or its .data")
 
 
 def _storage(torch: Any, tensor: Any) -> int:
-    """Return the address at which the tensor's storage begins, 0 where there is none.
+    """Return the address at which the tensor's storage begins, and 0 if it has none.
 
-    The tensor's own data_ptr() does not do: a subclass may override it, and a view of freed memory has an offset.
+    The tensor's own data_ptr() is of no use here: a subclass may override it, and a view of freed memory has an offset.
     """
     try:
         if type(tensor) is torch.Tensor:  # This is no subclass, and takes a fifth of the time.
             return int(tensor.untyped_storage().data_ptr())
         with torch._C.DisableTorchFunctionSubclass():
             return int(torch.Tensor.untyped_storage(tensor).data_ptr())
-    except RuntimeError:  # torch says so by itself for some
+    except RuntimeError:  # torch raises this error for some tensors without storage
         return 0
 
 
 def _kind(tensor: Any) -> str:
+    """Return the type and the device of a tensor for a message."""
     return f"{type(tensor).__name__} on {tensor.device}"
 
 
 def _advice(torch: Any, tensor: Any) -> str:
+    """Return the way out for a type of tensor without memory."""
     names = {kind.__name__ for kind in type(tensor).__mro__}
     if "DTensor" in names:
         return "pass .to_local() of each, all of the same placements, none of them Partial"
@@ -65,31 +74,32 @@ def _advice(torch: Any, tensor: Any) -> str:
     return "pass the plain tensors that it wraps, or what it stands for, such as its .dequantize()"
 
 
-def first_ones(triples: Sequence[tuple[Any, Any, Any]]) -> list[bool]:
-    """Return for each (sft, aligned, out) whether it is the first of its kind: tied weights may be listed twice.
+def mark_firsts(triples: Sequence[tuple[Any, Any, Any]]) -> list[bool]:
+    """Return True for each (sft, aligned, out) that is the first with its memory: tied weights may be listed twice.
 
-    Raises UsageError, with the positions, where the result would depend on the order in which the pairs are computed:
-    where two different pairs write to the same memory, or one reads what another writes.
+    Raises:
+        UsageError: The result would depend on the order in which the pairs are computed, as two different pairs write
+            to the same memory, or one reads memory that another writes. The message has their positions.
     """
     if _plainly_apart(triples):
         return [True] * len(triples)
     places = [(_place(s), _place(a), _place(o)) for s, a, o in triples]
     first: dict[tuple[_Place, ...], int] = {}
-    fresh = [first.setdefault(each, index) == index for index, each in enumerate(places)]
+    is_first = [first.setdefault(each, index) == index for index, each in enumerate(places)]
     uses: defaultdict[str, list[_Use]] = defaultdict(list)
     for index, (s, a, o) in enumerate(places):
-        if fresh[index]:
+        if is_first[index]:
             for role, place in (("out", o), ("sft", s), ("aligned", a)):
                 uses[place.device].append(_Use(*place.span, index, role, place))
-    for those in uses.values():
-        _check_apart(sorted((use for use in those if use.low < use.high), key=lambda use: use.low))
-    return fresh
+    for on_device in uses.values():
+        _check_apart(sorted((use for use in on_device if use.low < use.high), key=lambda use: use.low))
+    return is_first
 
 
 def _plainly_apart(triples: Sequence[tuple[Any, Any, Any]]) -> bool:
-    """Return True where no pair touches what another writes; False where that takes a closer look.
+    """Return True if no pair reads or writes memory that another writes; False if only `_check_apart` can decide that.
 
-    This is what holds for nearly every list, and takes a third of the time of the closer look.
+    Nearly every list passes this test, which takes a third of the time of the other.
     """
     spans = []
     for index, (s, a, o) in enumerate(triples):
@@ -108,7 +118,7 @@ def _plainly_apart(triples: Sequence[tuple[Any, Any, Any]]) -> bool:
         if written:
             write_end, writer = max(write_end, high), index
         else:
-            reader = index if low >= read_end or index == reader else -1  # -1: several
+            reader = index if low >= read_end or index == reader else -1  # -1: there are several readers
             read_end = max(read_end, high)
     return True
 
@@ -119,10 +129,15 @@ def _start(x: Any) -> int:
 
 
 class _Place(NamedTuple):
-    """The memory of an array or tensor: two with equal places hold the same elements in the same order.
+    """The memory of an array or tensor: equal places have the same elements in the same order.
 
-    start: the first element's address. strides: bytes from one element to the next, along each dimension. item: bytes
-    of an element. kind: dtype, and "-" where a tensor shows the negative of what its memory holds.
+    Attributes:
+        device: The device.
+        start: The address of the first element.
+        shape: The lengths of the dimensions.
+        strides: The bytes from one element to the next along each dimension.
+        item: The bytes of an element.
+        kind: The dtype, after a "-" if the tensor shows the negatives of the numbers in memory.
     """
 
     device: str
@@ -134,7 +149,7 @@ class _Place(NamedTuple):
 
     @property
     def span(self) -> tuple[int, int]:
-        """The first address and the one past the last; equal for an empty one."""
+        """The first address and the address after the last byte; both are equal for an empty tensor."""
         if 0 in self.shape:
             return self.start, self.start
         reach = [(size - 1) * step for size, step in zip(self.shape, self.strides, strict=True)]
@@ -142,12 +157,13 @@ class _Place(NamedTuple):
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """Return what NumPy needs to know to compare addresses."""
+        """Return the description of the memory with which NumPy compares addresses."""
         data = (self.start, False)
         return {"version": 3, "data": data, "shape": self.shape, "strides": self.strides, "typestr": f"|V{self.item}"}
 
 
 def _place(x: Any) -> _Place:
+    """Return the place of an array or tensor."""
     if hasattr(x, "data_ptr"):
         item: int = x.element_size()
         device, kind, shape, count = str(x.device), f"{'-' * x.is_neg()}{x.dtype}", tuple(x.shape), x.numel()
@@ -161,7 +177,15 @@ def _place(x: Any) -> _Place:
 
 
 class _Use(NamedTuple):
-    """One use of memory by the pair at this position of the lists."""
+    """One use of memory.
+
+    Attributes:
+        low: The first address.
+        high: The address after the last byte.
+        pair: The position of the pair in the lists.
+        role: "sft", "aligned" or "out".
+        place: The memory.
+    """
 
     low: int
     high: int
@@ -171,30 +195,31 @@ class _Use(NamedTuple):
 
 
 def _check_apart(uses: Iterable[_Use]) -> None:
-    """Compare each use with those that begin before it and are not over; `uses` ascend by their first address."""
-    open_ones: list[_Use] = []
+    """Raise UsageError if an out overlaps the memory of another pair; `uses` ascend by their first address."""
+    still_open: list[_Use] = []  # uses that begin before this one and end after its begin
     for use in uses:
-        open_ones = [other for other in open_ones if other.high > use.low]
-        for other in open_ones:
+        still_open = [other for other in still_open if other.high > use.low]
+        for other in still_open:
             if use.pair != other.pair and "out" in (use.role, other.role) and _share(use.place, other.place):
                 raise UsageError(_clash(*sorted((use, other), key=lambda each: (each.role != "out", each.pair))))
-        open_ones.append(use)
+        still_open.append(use)
 
 
 def _share(one: _Place, other: _Place) -> bool:
-    """Return True if two places whose spans overlap have a byte in common: columns of one matrix, say, have none."""
+    """Return True if two places whose spans overlap have a byte in common; two columns of one matrix have none."""
     if len(one.shape) == len(other.shape) == 1 and one.strides == (one.item,) and other.strides == (other.item,):
         return True
     import numpy
 
-    np: Any = numpy  # whose stubs know two values of max_work alone
+    np: Any = numpy  # NumPy's stubs allow two values of max_work alone
     try:
-        return bool(np.shares_memory(np.asarray(one), np.asarray(other), max_work=WORK))
+        return bool(np.shares_memory(np.asarray(one), np.asarray(other), max_work=MOST_CANDIDATES))
     except np.exceptions.TooHardError:
         return True
 
 
 def _clash(out: _Use, other: _Use) -> str:
+    """Return the message about an out that overlaps the memory of another pair."""
     if other.role == "out":
         what = "are the same memory" if out.place == other.place else "overlap"
         return (

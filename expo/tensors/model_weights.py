@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from ..checkpoints.safetensors_header import TensorInfo
-from ..dtypes import FROM_TORCH, torch_dtypes
+from ..dtypes import ITEMSIZE, torch_names
 from ..errors import UsageError
 from .memory_checks import check_memory
 
-DTYPE_NAMES = {dtype: name for name, dtype in torch_dtypes().items()}
 IN_MEMORY = "a live model has all its weights in the memory of one process, so load the whole model there"
 
 
@@ -22,7 +21,7 @@ def saved_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     A tied weight occurs once, under its first name.
     """
-    computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # transformers'
+    computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # an attribute of transformers' models
     weights: dict[str, torch.Tensor] = {
         name: parameter for name, parameter in model.named_parameters() if name not in computed
     }
@@ -58,13 +57,13 @@ class ModelInMemory:
 
 
 def model_tensors(model: torch.nn.Module, role: str) -> ModelInMemory:
-    """Return the tensors of a model by name. Raises UsageError for parameters that cannot change.
+    """Return the tensors of a model by name. Raises UsageError for parameters that cannot be rewritten in place.
 
     A buffer of a dtype that files of weights do not hold is left out.
     """
     tensors: dict[str, TensorInfo] = {}
     for name, tensor in saved_weights(model).items():
-        dtype = FROM_TORCH.get(str(tensor.dtype).removeprefix("torch."))
+        dtype = torch_names().get(tensor.dtype)
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         if dtype is None and not is_parameter:
             continue
@@ -82,12 +81,8 @@ def model_tensors(model: torch.nn.Module, role: str) -> ModelInMemory:
 
 
 def check_weight(tensor: torch.Tensor, name: str, role: str) -> None:
-    """Raise UsageError where the kernels cannot read and write the tensor in place."""
+    """Raise UsageError if the kernels cannot read and write the tensor in place."""
     what = "parameters" if isinstance(tensor, torch.nn.Parameter) else "buffers that files hold"
-    if (
-        tensor.dtype not in DTYPE_NAMES
-        or not tensor.is_contiguous()
-        or tensor.layout != torch.strided
-        or tensor.is_neg()
-    ):
+    is_known = torch_names().get(tensor.dtype) in ITEMSIZE
+    if not is_known or not tensor.is_contiguous() or tensor.layout != torch.strided or tensor.is_neg():
         raise UsageError(f"{role}: {name} is {tensor.dtype}: {what} must be contiguous bf16, fp16, fp32 or fp64")

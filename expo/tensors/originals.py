@@ -13,11 +13,11 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.safetensors_header import TensorInfo
-from ..dtypes import torch_dtypes
+from ..dtypes import torch_dtypes, torch_names
 from ..errors import EngineError, UsageError
 from ..planning.steps import Step
 from ..text import size_text
-from .model_weights import DTYPE_NAMES, check_weight, saved_weights
+from .model_weights import check_weight, saved_weights
 
 KEEP = ("device", "host", "disk")
 ALIGNMENT = 64  # bytes: the widest accesses need addresses that are multiples of it
@@ -33,7 +33,7 @@ class LiveWeight(NamedTuple):
         out: The weight itself.
         aligned: A copy of aligned's numbers.
         sft: The numbers of sft.
-        alpha: The alpha that `alpha_for` gives the weight; None where the model's alpha counts.
+        alpha: The alpha that `alpha_for` gives the weight; None for the alpha of the model.
     """
 
     out: torch.Tensor
@@ -43,7 +43,8 @@ class LiveWeight(NamedTuple):
 
     @property
     def dtypes(self) -> tuple[str, str]:
-        return DTYPE_NAMES[self.sft.dtype], DTYPE_NAMES[self.aligned.dtype]
+        """The dtypes of sft and aligned."""
+        return torch_names()[self.sft.dtype], torch_names()[self.aligned.dtype]
 
 
 def read_from_model(model: torch.nn.Module) -> ReadTensor:
@@ -112,11 +113,12 @@ def keep_originals(
 
 
 def _rows(tensor: torch.Tensor, step: Step) -> torch.Tensor:
+    """Return the rows of a tensor that a step covers."""
     return tensor if tuple(tensor.shape) == step.shape else tensor[: step.shape[0]]
 
 
 def _fill(tensor: torch.Tensor, source: TensorInfo, read: ReadTensor) -> None:
-    """Read an original into its memory, in parts where the memory is a device's."""
+    """Read an original into its memory, in parts if that is a device's memory."""
     flat = tensor.reshape(-1).view(torch.uint8)
     for start in range(0, source.nbytes, COPY_BYTES):
         part = flat[start : start + COPY_BYTES]
@@ -130,7 +132,7 @@ class OriginalsMemory:
     """Memory for originals on a device, in the host's memory or on the disk, which tensors take one after the other."""
 
     def __init__(self, needed: int, keep: str, device: torch.device) -> None:
-        """Allocate `needed` bytes. Raises EngineError where fewer are free."""
+        """Allocate `needed` bytes. Raises EngineError if fewer are free."""
         self._used = 0
         where, free = _free(keep, device)
         if free is not None and needed > free:
@@ -159,7 +161,7 @@ def _mapped(size: int) -> mmap.mmap:
 
 
 def _free(keep: str, device: torch.device) -> tuple[str, int | None]:
-    """Return the words for a place, and its free bytes; None where the system does not say."""
+    """Return the name of the place that `keep` means, and its free bytes; None if they are unknown."""
     if keep == "disk":
         folder = tempfile.gettempdir()
         return f"the disk of {folder}", shutil.disk_usage(folder).free
@@ -171,7 +173,7 @@ def _free(keep: str, device: torch.device) -> tuple[str, int | None]:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that programs may still take without swapping; None where the system does not say."""
+    """Return the bytes that programs may still take without swapping; None if they are unknown."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:

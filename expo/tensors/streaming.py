@@ -1,4 +1,4 @@
-"""stream(): the merged tensors, one by one, into the caller's memory."""
+"""stream(): the merged tensors, one after the other, in memory of the caller."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoints import tokenizer as tokens
 from ..checkpoints.safetensors_header import TensorInfo
+from ..dtypes import numpy_dtypes
 from ..errors import UsageError
 from ..execution.engines import Engine, choose
 from ..execution.tensor_source import TensorSource
@@ -21,8 +22,8 @@ from ..options import MergeOptions
 from ..planning.matching import match_tensors
 from ..planning.steps import Step, by_tensor
 
-Wrapper = Callable[[memoryview, TensorInfo], Any]
-AHEAD = 2  # tensors computed ahead of the consumer
+Wrapper = Callable[[memoryview, TensorInfo], Any]  # makes the framework's tensor of bytes
+AHEAD = 2  # tensors that are computed ahead of the consumer
 
 
 def stream(
@@ -42,15 +43,28 @@ def stream(
 ) -> Iterator[tuple[str, Any]]:
     """Yield (name, tensor) for every tensor of the merged model; nothing is written.
 
-    The arguments mean what they mean for merge(). With several alphas every item is (name, tuple of tensors), one for
-    each, from one read of the inputs. framework: "torch" for torch.Tensor, or "numpy" for numpy.ndarray (bf16 as
-    ml_dtypes.bfloat16). to: the torch device that tensors are copied to; the CPU by default. Shapes are aligned's, and
-    dtypes too unless `dtype` says otherwise; the order is that of aligned's files. Where the two tokenizers differ, a
-    UserWarning says so.
-    Each tensor is memory of the consumer's own; at most two are computed ahead of the one that is consumed. So it is
-    what a serving engine's load_weights() takes.
-    Bad arguments and inputs are reported by this call, before the first tensor; closing the iterator stops the work.
-    Raises what merge() raises, OutputError apart.
+    The load_weights() of a serving engine takes such an iterator. Each tensor has memory of its own, which belongs to
+    the consumer; at most two tensors are computed ahead of the consumer. The order is that of aligned's files, and so
+    are the shapes, and the dtypes unless `dtype` names another. If the two tokenizers differ, a UserWarning says so.
+    This call reports bad arguments and inputs before the first tensor. Closing the iterator stops the work.
+
+    Args:
+        sft: As for merge().
+        aligned: As for merge().
+        alpha: As for merge(). With several alphas every item is (name, tuple of tensors), with a tensor for each alpha,
+            from one read of the inputs.
+        recipe: As for merge().
+        framework: "torch" for torch.Tensor, or "numpy" for numpy.ndarray, which has bf16 as ml_dtypes.bfloat16.
+        to: The torch device that tensors are copied to; the CPU by default.
+        alpha_for: As for merge().
+        on_unpaired: As for merge().
+        on_mismatch: As for merge().
+        dtype: As for merge().
+        engine: As for merge().
+        device: As for merge().
+
+    Raises:
+        ExpoError: As for merge(), except OutputError.
     """
     if framework not in ("torch", "numpy"):
         raise UsageError(f"framework must be torch or numpy, got {framework!r}")
@@ -74,33 +88,32 @@ def stream(
 
 
 def _wrapper(framework: str, to: Any) -> Wrapper:
-    """A function that makes bytes the framework's tensor, without a copy but that to a device. Raises UsageError."""
-    import ml_dtypes
+    """Return a function that makes the framework's tensor of bytes, without a copy but the one to a device.
+
+    Raises:
+        UsageError: torch has no such device here.
+    """
     import numpy as np
 
-    kinds: dict[str, Any] = {
-        "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
-        "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-        "F32": np.float32, "F64": np.float64,
-    }  # fmt: skip
+    dtypes = numpy_dtypes()
 
     def as_array(memory: memoryview, tensor: TensorInfo) -> Any:
-        return np.frombuffer(memory, kinds[tensor.dtype]).reshape(tensor.shape)
+        return np.frombuffer(memory, dtypes[tensor.dtype]).reshape(tensor.shape)
 
     if framework == "numpy":
         return as_array
     import torch
 
     try:
-        there = torch.empty(0, device=to).device
-    except (RuntimeError, TypeError, AssertionError) as error:  # the last: torch built without CUDA
+        target = torch.empty(0, device=to).device
+    except (RuntimeError, TypeError, AssertionError) as error:  # AssertionError comes from a torch without CUDA
         raise UsageError(f"to={to!r} is no device that torch has here: {error}") from error
 
     def as_tensor(memory: memoryview, tensor: TensorInfo) -> Any:
-        if tensor.dtype == "BF16":  # torch does not know ml_dtypes
+        if tensor.dtype == "BF16":  # torch does not know the dtype of ml_dtypes
             bits = np.frombuffer(memory, np.int16).reshape(tensor.shape)
-            return torch.from_numpy(bits).view(torch.bfloat16).to(there)
-        return torch.from_numpy(as_array(memory, tensor)).to(there)
+            return torch.from_numpy(bits).view(torch.bfloat16).to(target)
+        return torch.from_numpy(as_array(memory, tensor)).to(target)
 
     return as_tensor
 
@@ -108,6 +121,7 @@ def _wrapper(framework: str, to: Any) -> Wrapper:
 def _stream(
     steps: Sequence[Step], source: TensorSource, engine: Engine, wrap: Wrapper, several: bool, stack: ExitStack
 ) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors, which threads compute ahead of the consumer; `stack` closes the inputs at the end."""
     stop = threading.Event()
 
     def compute(tensor: TensorInfo, own: list[Step]) -> Any:

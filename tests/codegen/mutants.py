@@ -33,7 +33,7 @@ mixed = partial(Mutant, "extrapolate.py", "extrapolate_fp32_bf16")
 sweep = partial(Mutant, "sweep.py", "sweep2_bf16")
 whole = partial(Mutant, "whole_model.py", "whole_model_bf16")
 
-POINTERS = "block(sft_ptr + start, aligned_ptr + start"
+POINTERS = "write_block(sft_ptr + start, aligned_ptr + start"
 PRODUCT = "[d, alpha]"
 ROUND = "return (a + p).to(dtype)"
 BITS = "(a + p).to(tl.uint32, bitcast=True)"
@@ -44,7 +44,7 @@ TWO_PRODUCTS = "((1 + alpha) * a - alpha * widen(sft)).to(out_ptr.dtype.element_
 
 MUTANTS = [
     plain("offset_in_32_bits", "tl.program_id(0).to(tl.int64) * BLOCK", "tl.program_id(0) * BLOCK", OUTSIDE),
-    plain("body_mask_too_wide", "at, at < body,", "at, at < body + LANES,", OUTSIDE),
+    plain("body_mask_too_wide", "at, at < body,", "at, at < body + TAIL_ELEMENTS,", OUTSIDE),
     plain("body_mask_of_all", "at, at < body,", "at, at < left,", DIFFERENT),
     plain("body_not_masked", "at, at < body,", "at, None,", OUTSIDE),
     plain("body_lost", "at, at < body,", "at, at < 0,", DIFFERENT),
@@ -54,7 +54,7 @@ MUTANTS = [
     plain("tail_one_short", "tail, tail < left,", "tail, tail < left - 1,", DIFFERENT),
     plain("full_one_too_soon", "if left >= BLOCK:", "if left >= BLOCK - 1:", OUTSIDE),
     plain("sft_for_aligned", "aligned = tl.load(aligned_ptr", "aligned = tl.load(sft_ptr", DIFFERENT),
-    plain("pointers_swapped", POINTERS, "block(aligned_ptr + start, sft_ptr + start", DIFFERENT),
+    plain("pointers_swapped", POINTERS, "write_block(aligned_ptr + start, sft_ptr + start", DIFFERENT),
     plain("operands_swapped", "d = a - widen(sft)", "d = widen(sft) - a", DIFFERENT),
     plain("no_alpha", PRODUCT, "[d, 1.0 + 0.0 * d]", DIFFERENT),
     plain("square_of_d", PRODUCT, "[d, d]", DIFFERENT),
@@ -91,9 +91,14 @@ MUTANTS = [
 
 
 def package(folder: Path, name: str, file: str, old: str, new: str, patch: pytest.MonkeyPatch, times: int = 1) -> Any:
-    """aot.py of a copy of kernels/ with `new` for `old`, which stands there `times` times; Triton reads the file."""
-    copy = folder / f"mutant_{name}"
-    copy.mkdir()
+    """Return aot.py of a copy of kernels/ with `new` for `old`, which stands there `times` times.
+
+    Triton reads the source of a kernel from its file. The modules of expo/ that kernels/ needs are copied too.
+    """
+    copy = folder / f"mutant_{name}" / "kernels"
+    copy.mkdir(parents=True)
+    for needed in ("dtypes.py", "errors.py"):
+        (copy.parent / needed).write_text((KERNELS.parent / "expo" / needed).read_text())
     for source in KERNELS.glob("*.py"):
         text = source.read_text()
         if source.name == file:
@@ -101,4 +106,4 @@ def package(folder: Path, name: str, file: str, old: str, new: str, patch: pytes
             text = text.replace(old, new)
         (copy / source.name).write_text(text)
     patch.syspath_prepend(folder)
-    return importlib.import_module(f"{copy.name}.aot")
+    return importlib.import_module(f"{copy.parent.name}.kernels.aot")

@@ -236,7 +236,9 @@ class Launches:
         self.arguments, self.options = arguments, options
 
 
-@pytest.mark.parametrize(("n", "programs"), [(1, 1), (extrapolate.BLOCK, 1), (extrapolate.BLOCK + 1, 2)])
+@pytest.mark.parametrize(
+    ("n", "programs"), [(1, 1), (extrapolate.PROGRAM_ELEMENTS, 1), (extrapolate.PROGRAM_ELEMENTS + 1, 2)]
+)
 def test_launch(monkeypatch: pytest.MonkeyPatch, n: int, programs: int) -> None:
     launches, tensor = Launches(), torch.zeros(n, dtype=torch.bfloat16)
     monkeypatch.setattr(extrapolate, "extrapolate", launches)
@@ -247,7 +249,7 @@ def test_launch(monkeypatch: pytest.MonkeyPatch, n: int, programs: int) -> None:
 
 
 @pytest.mark.parametrize("measured", [False, True])
-@pytest.mark.parametrize(("n", "programs"), [(1, 1), (sweep.BLOCK, 1), (sweep.BLOCK + 1, 2)])
+@pytest.mark.parametrize(("n", "programs"), [(1, 1), (sweep.PROGRAM_ELEMENTS, 1), (sweep.PROGRAM_ELEMENTS + 1, 2)])
 def test_launch_of_a_sweep(monkeypatch: pytest.MonkeyPatch, n: int, programs: int, measured: bool) -> None:
     launches, tensor = Launches(), torch.zeros(n, dtype=torch.bfloat16)
     monkeypatch.setattr(sweep, "sweep", launches)
@@ -264,11 +266,13 @@ def test_launch_of_a_sweep(monkeypatch: pytest.MonkeyPatch, n: int, programs: in
 def test_launch_of_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches()
     monkeypatch.setattr(whole_model, "whole_model", launches)
-    tensors = [torch.zeros(n, dtype=torch.bfloat16) for n in (3, 0, whole_model.SEGMENT * extrapolate.BLOCK + 1)]
+    tensors = [
+        torch.zeros(n, dtype=torch.bfloat16) for n in (3, 0, whole_model.SEGMENT * extrapolate.PROGRAM_ELEMENTS + 1)
+    ]
     whole_model.Table(tensors, tensors, tensors).launch(0.5)
     table = launches.arguments[0]
     assert launches.grid == (3 * whole_model.SEGMENT,)
-    assert table[:, 3].tolist() == [3, whole_model.SEGMENT * extrapolate.BLOCK, 1]
+    assert table[:, 3].tolist() == [3, whole_model.SEGMENT * extrapolate.PROGRAM_ELEMENTS, 1]
     assert launches.options == {**VARIANTS["whole_model_bf16"].constants, "PTX": True, **extrapolate.OPTIONS}
 
 
@@ -347,7 +351,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_old_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(aot, "OLD", True)
+    monkeypatch.setattr(aot, "TOO_OLD", True)
     with pytest.raises(SystemExit) as stopped:
         aot.main(["--target", "cuda:90", "--out", "x"])
     assert stopped.value.code == 2

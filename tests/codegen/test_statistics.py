@@ -135,7 +135,7 @@ def launch(kernel: Compiled, pair: Pair, order: Any = None, together: int = 64, 
         **{"n": n, "pitch": pitch},
     }
     values["out_ptr"] = values[place] if place else memory.place(flat[: (k - 1) * pitch + n], True)
-    kernel.run(values, np.arange(-(-n // sweep.BLOCK)) if order is None else order, memory, together)
+    kernel.run(values, np.arange(-(-n // sweep.PROGRAM_ELEMENTS)) if order is None else order, memory, together)
     flat[: (k - 1) * pitch + n] = memory.read(values["out_ptr"], flat.dtype)
     sums, counts = (memory.read(values[name], np.uint32).reshape(rows, -1) for name in ("sums_ptr", "counts_ptr"))
     outs = flat.reshape(k, pitch)
@@ -144,21 +144,22 @@ def launch(kernel: Compiled, pair: Pair, order: Any = None, together: int = 64, 
 
 def launch_far(kernel: Compiled, pair: Pair) -> Outcome:
     """As `launch`, by the programs past element 2^31 of a longer tensor; outputs are 2^32 elements apart."""
-    n, k, item, before = len(pair[1]), kernel.variant.constants["K"], pair[1].itemsize, 2**31 // sweep.BLOCK + 1
+    n, k, item = len(pair[1]), kernel.variant.constants["K"], pair[1].itemsize
+    before = 2**31 // sweep.PROGRAM_ELEMENTS + 1
     rows, memory = sweep.partial_rows(n), ptx.Memory()
     outs = [memory.place(np.zeros_like(pair[1]), True) for _ in range(k * item)][::item]  # a page is 2^32 bytes
     sums, counts = (memory.place(np.full((rows, columns), POISON, np.uint32), True) for columns in (3, k))
     starts = {  # where each is, and the bytes of a program
-        "sft_ptr": (memory.place(pair[0]), sweep.BLOCK * item),
-        "aligned_ptr": (memory.place(pair[1]), sweep.BLOCK * item),
-        "out_ptr": (outs[0], sweep.BLOCK * item),
+        "sft_ptr": (memory.place(pair[0]), sweep.PROGRAM_ELEMENTS * item),
+        "aligned_ptr": (memory.place(pair[1]), sweep.PROGRAM_ELEMENTS * item),
+        "out_ptr": (outs[0], sweep.PROGRAM_ELEMENTS * item),
         "sums_ptr": (sums, 2 * 3 * 4),
         "counts_ptr": (counts, 2 * k * 4),
     }
     values = {name: (start - before * size) % 2**64 for name, (start, size) in starts.items()}
     values["alphas_ptr"] = memory.place(np.array(ALPHAS[:k], np.float32))
-    values |= {"n": before * sweep.BLOCK + n, "pitch": 2**32}
-    kernel.run(values, before + np.arange(-(-n // sweep.BLOCK)), memory)
+    values |= {"n": before * sweep.PROGRAM_ELEMENTS + n, "pitch": 2**32}
+    kernel.run(values, before + np.arange(-(-n // sweep.PROGRAM_ELEMENTS)), memory)
     got = np.array([memory.read(out, pair[1].dtype) for out in outs])
     return Outcome(got, got[:, n:], *(memory.read(x, np.uint32).reshape(rows, -1) for x in (sums, counts)))
 
@@ -199,7 +200,7 @@ def test_nothing_but_infinite_differences(name: str, target: str) -> None:
     """The maximum and the sums over no elements at all are zero."""
     kernel = compiled(name, target)
     form = exact.FORMATS[kernel.dtypes[1]]
-    sft = np.full(sweep.BLOCK + 9, form.infinity, BITS[kernel.dtypes[1]])
+    sft = np.full(sweep.PROGRAM_ELEMENTS + 9, form.infinity, BITS[kernel.dtypes[1]])
     pair = sft, np.ones_like(sft)
     outcome = launch(kernel, pair)
     verify(kernel, pair, outcome)
@@ -213,7 +214,7 @@ def test_millions_of_elements_in_any_order(make: Callable[[str, int], Pair]) -> 
     pair = make("BF16", n)
     outcome = launch(kernel, pair)
     verify(kernel, pair, outcome)
-    order = np.random.default_rng(0).permutation(-(-n // sweep.BLOCK))
+    order = np.random.default_rng(0).permutation(-(-n // sweep.PROGRAM_ELEMENTS))
     for again in (launch(kernel, pair), launch(kernel, pair, order, together=37)):
         assert all((x == y).all() for x, y in zip(outcome, again, strict=True))
 
@@ -221,7 +222,7 @@ def test_millions_of_elements_in_any_order(make: Callable[[str, int], Pair]) -> 
 @pytest.mark.parametrize(("name", "target"), STATISTICS)
 def test_offsets_past_two_to_the_31(name: str, target: str) -> None:
     kernel = compiled(name, target)
-    for n in (5, sweep.BLOCK, sweep.BLOCK + 2051):
+    for n in (5, sweep.PROGRAM_ELEMENTS, sweep.PROGRAM_ELEMENTS + 2051):
         pair = weights(kernel.dtypes[1], n)
         verify(kernel, pair, launch_far(kernel, pair))
 
@@ -239,7 +240,7 @@ def test_in_place(place: str) -> None:
 def test_every_barrier_is_needed(name: str, target: str) -> None:
     """Without it a warp could meet what another has not written yet, or has written already."""
     kernel = compiled(name, target)
-    pair = weights(kernel.dtypes[1], sweep.BLOCK + 13)
+    pair = weights(kernel.dtypes[1], sweep.PROGRAM_ELEMENTS + 13)
     steps = kernel.kernel.instructions
     barriers = [i for i, step in enumerate(steps) if step.text.startswith("bar.")]
     assert barriers

@@ -46,7 +46,7 @@ ALL_PAIRS = list(product(torch_dtypes(), torch_dtypes()))
 ALPHAS = (0.3, 0.5, 1.0, -0.7, 2.5, 25.0, 1e-30, 3e38)
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 POISON, GUARD = 0xA5, 64  # the byte that fills outputs; elements beside an output that must keep it
-BLOCKS = (extrapolate.BLOCK, sweep.BLOCK)
+BLOCKS = (extrapolate.PROGRAM_ELEMENTS, sweep.PROGRAM_ELEMENTS)
 AROUND_BLOCKS = sorted({n for block in BLOCKS for n in (*range(block - 9, block + 10), 2 * block - 1, 2 * block + 1)})
 LENGTHS = (*range(26), *AROUND_BLOCKS)
 
@@ -180,7 +180,7 @@ def test_special_values(kernel: Kernel, pair: tuple[str, str]) -> None:
 @every_kernel
 def test_random_bits(kernel: Kernel, pair: tuple[str, str]) -> None:
     """Any bit pattern, over several rows of the whole model's table."""
-    s, a = random_bits(1, pair, 2 * whole_model.SEGMENT * extrapolate.BLOCK + 13)
+    s, a = random_bits(1, pair, 2 * whole_model.SEGMENT * extrapolate.PROGRAM_ELEMENTS + 13)
     assert_right(kernel, s, a, pair, (0.3, 1.0, -0.7))
 
 
@@ -199,7 +199,7 @@ def test_lengths(kernel: Kernel, pair: tuple[str, str], shift: int) -> None:
 @every_kernel
 def test_in_place(kernel: Kernel, pair: tuple[str, str], shift: int) -> None:
     """The output may be aligned itself, or sft where the dtypes are equal."""
-    s, a = random_bits(2, pair, 3 * sweep.BLOCK + 13)
+    s, a = random_bits(2, pair, 3 * sweep.PROGRAM_ELEMENTS + 13)
     (expected,), _ = reference(s, a, pair, (0.3,))
     for place in (0, 1) if pair[0] == pair[1] else (1,):
         tensors = upload(s, pair[0], shift), upload(a, pair[1], shift)
@@ -224,7 +224,7 @@ def test_public_function(pair: tuple[str, str]) -> None:
 # Statistics
 
 
-@pytest.mark.parametrize("n", [1, 1000, sweep.BLOCK, 3 * sweep.BLOCK + 2055, 1 << 20])
+@pytest.mark.parametrize("n", [1, 1000, sweep.PROGRAM_ELEMENTS, 3 * sweep.PROGRAM_ELEMENTS + 2055, 1 << 20])
 @every_pair
 def test_statistics(pair: tuple[str, str], n: int) -> None:
     """As the definition's, and the same bits a second time."""
@@ -303,7 +303,7 @@ def test_model_in_place(prepare: Callable[..., Callable[[float], None]]) -> None
 @every_kernel
 def test_more_than_two_to_the_31_elements(kernel: Kernel) -> None:
     """The start, both sides of element 2^31, and the end."""
-    pair, n, side = ("BF16", "BF16"), 2**31 + 3 * sweep.BLOCK + 5, 2 * sweep.BLOCK
+    pair, n, side = ("BF16", "BF16"), 2**31 + 3 * sweep.PROGRAM_ELEMENTS + 5, 2 * sweep.PROGRAM_ELEMENTS
     room_for(3 * 2 * n)
     s, a, out = (torch.empty(n, dtype=torch.int16, device=DEVICE) for _ in range(3))
     for memory in (s, a, out):
@@ -318,7 +318,7 @@ def test_more_than_two_to_the_31_elements(kernel: Kernel) -> None:
 @pytest.mark.parametrize("kernel", [swept, measured], ids=lambda f: f.__name__)
 def test_outputs_more_than_two_to_the_31_elements_apart(kernel: Kernel) -> None:
     """A pitch that 32 bits hold, times an output's number, which they do not."""
-    pair, n, pitch, alphas = ("BF16", "BF16"), sweep.BLOCK + 77, 2**30, (0.3, 1.0, -0.7)
+    pair, n, pitch, alphas = ("BF16", "BF16"), sweep.PROGRAM_ELEMENTS + 77, 2**30, (0.3, 1.0, -0.7)
     room_for(2 * (2 * pitch + n))
     s, a = random_bits(5, pair, n)
     expected, _ = reference(s, a, pair, alphas)
@@ -370,7 +370,7 @@ def test_capture(untested: torch.device, tested: bool) -> None:
 @every_kernel
 def test_a_device_that_is_not_the_current_one(kernel: Kernel) -> None:
     pair, alphas = ("BF16", "F16"), (0.3, -0.7)
-    s, a = random_bits(6, pair, sweep.BLOCK + 13)
+    s, a = random_bits(6, pair, sweep.PROGRAM_ELEMENTS + 13)
     expected, _ = reference(s, a, pair, alphas)
     sft, aligned = upload(s, pair[0], device="cuda:1"), upload(a, pair[1], device="cuda:1")
     outs = aligned.new_empty(len(alphas), a.size)
@@ -385,7 +385,7 @@ def test_a_device_that_is_not_the_current_one(kernel: Kernel) -> None:
 def test_a_launch_keeps_its_place_in_the_current_stream(kernel: Kernel) -> None:
     """Inputs arrive late on a stream: a launch on any other would compute with what was there before."""
     pair, alphas = ("BF16", "BF16"), (0.3, -0.7)
-    s, a = random_bits(7, pair, 3 * sweep.BLOCK + 13)
+    s, a = random_bits(7, pair, 3 * sweep.PROGRAM_ELEMENTS + 13)
     expected, _ = reference(s, a, pair, alphas)
     right_s, right_a = upload(s, "BF16"), upload(a, "BF16")
     late_s, late_a = torch.zeros_like(right_s), torch.ones_like(right_a)
@@ -416,7 +416,7 @@ def test_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crew: dict[str, 
     if engine == "cpu":
         pytest.importorskip("expo.kernels._cpu", reason="the compiled engine is not built", exc_type=ImportError)
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 64 << 10)
-    monkeypatch.setattr("expo.execution.gpu_lane.SMALL", 1)  # byte, below which the GPU is not asked
+    monkeypatch.setattr("expo.execution.gpu_lane.LEAST_GPU_BYTES", 1)  # byte, below which the GPU is not asked
     merged = expo.merge(SFT, ALIGNED, (0.3, -0.7), tmp_path / "gpu-{alpha}", verify=True, **crew)
     expected = expo.merge(SFT, ALIGNED, (0.3, -0.7), tmp_path / "cpu-{alpha}", engine=engine)
     for ours, theirs in zip(merged.outputs, expected.outputs, strict=True):

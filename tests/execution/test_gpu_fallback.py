@@ -26,13 +26,13 @@ import expo
 from expo import op
 from expo.demo import ALIGNED, SFT
 from expo.execution import engines
-from expo.execution import gpu_kernels as gpu
+from expo.execution import gpu_fallback as gpu
 from expo.execution import gpu_lane as ring
 from expo.execution.engines import choose, engines_for
 from expo.fast import main
 from expo.kernels import extrapolate, numerics, selftest, sweep, whole_model
-from expo.kernels.contract import working_alpha
-from expo.tensors import live
+from expo.kernels.contract import Operand, Term, working_alpha
+from expo.tensors import gpu_tensors, live
 
 if extrapolate.interpreted():
     pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
@@ -53,7 +53,7 @@ def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pyte
     monkeypatch.setattr(selftest, "_passed", set())
     monkeypatch.setattr(gpu, "_given_up", {})
     monkeypatch.setattr(gpu, "_ran_out", set())
-    monkeypatch.setattr(gpu, "on_gpu", lambda _: True)
+    monkeypatch.setattr(gpu_tensors, "on_gpu", lambda _: True)
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_threads_wait_for_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
 def by_function() -> tuple[torch.Tensor, torch.Tensor]:
     s, a = pair()
     out = torch.empty_like(a)
-    gpu.compute(s, a, working_alpha(0.3), out)
+    gpu_tensors.compute(s, a, working_alpha(0.3), out)
     return out, expected(s, a)
 
 
@@ -406,7 +406,7 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> None:
     made = host.HostEngine
     monkeypatch.setattr(host, "HostEngine", lambda _: made("cpu"))
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 64 << 10)
-    monkeypatch.setattr(ring, "SMALL", 1 << 10)
+    monkeypatch.setattr(ring, "LEAST_GPU_BYTES", 1 << 10)
     monkeypatch.setattr(engines, "cpu_count", lambda: 1)
 
 
@@ -609,6 +609,17 @@ def test_doubles_are_no_concern_of_the_gpus(software: SoftwareGpu, monkeypatch: 
     before = len(software.launches)
     with pytest.raises(RuntimeError, match="numerics"):
         run_engine(engine.run, s.data, a.data, ("F64", "F64"), [out.data], [0.5])
+    assert (gpu.reason_given_up(CPU), len(software.launches)) == ("", before)
+
+
+@pytest.mark.usefixtures("merging")
+def test_another_combination_does_not_give_the_kernels_up(software: SoftwareGpu) -> None:
+    """The CPU's engine is asked for terms that no kernel computes, and its refusal says nothing about the GPU."""
+    engine = choose("auto", "cuda")
+    o = Operand(np.ones(5, np.float32), "F32")
+    before = len(software.launches)
+    with pytest.raises(expo.EngineError, match="the engine cpu computes the one term"):
+        engine.run(o, [Term([1.0], o, o)] * 2, [np.empty(5, np.float32)], False)
     assert (gpu.reason_given_up(CPU), len(software.launches)) == ("", before)
 
 

@@ -42,7 +42,7 @@ ALPHAS = (0.3, 0.0, 1.0)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks of a small model, nearly all of it on the GPU, whose kernels NumPy stands in for."""
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 16 << 10)
-    monkeypatch.setattr(ring, "SMALL", 1 << 10)
+    monkeypatch.setattr(ring, "LEAST_GPU_BYTES", 1 << 10)
     monkeypatch.setattr(sweep, "launch", late.kernel)
 
 

@@ -13,7 +13,7 @@ from engine_calls import run_engine
 from expo.dtypes import torch_dtypes
 from expo.kernels import numerics, sweep
 from expo.kernels.contract import Operand, Term, extrapolation_term
-from expo.kernels.sweep import PART, Partials
+from expo.kernels.sweep import PART_ELEMENTS, Partials
 
 POISON = 0x5A  # a finite number in fp32, so that statistics of unwritten memory are wrong and raise no error
 NAMES = {dtype: name for name, dtype in torch_dtypes().items()}
@@ -138,8 +138,8 @@ def kernel(anchor: Operand, terms: Sequence[Term], outs: torch.Tensor, partials:
         assert len(partials.sums) == len(partials.counts) == sweep.partial_rows(anchor.elements)
         partials.sums.zero_()
         partials.counts.zero_()
-    for row, at in enumerate(range(0, anchor.elements, PART)):
-        s, a, results = (_bytes(x[..., at : at + PART]) for x in (sft.memory, anchor.memory, outs))
+    for row, at in enumerate(range(0, anchor.elements, PART_ELEMENTS)):
+        s, a, results = (_bytes(x[..., at : at + PART_ELEMENTS]) for x in (sft.memory, anchor.memory, outs))
         moved = run_engine(numerics.extrapolate, s, a, pair, list(results), alphas.tolist(), partials is not None)
         if partials is not None and moved is not None:
             partials.sums[row] = torch.tensor(moved[:3])

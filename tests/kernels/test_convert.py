@@ -380,7 +380,7 @@ def test_numpy_s_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     of = random_product(3, 5, 101)
     whole = by_numpy(lambda: of.part(0, of.size))
     monkeypatch.setattr(convert, "_cpu", None)
-    monkeypatch.setattr(convert, "COLUMNS", 16)
+    monkeypatch.setattr(convert, "CACHE_COLUMNS", 16)
     for first, n in cuts(3, 101):
         assert_same(of.part(first, n), whole[first : first + n], "F32")
 

@@ -32,7 +32,7 @@ PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 ALPHAS = (0.3, -0.7)
 POISON, GUARD = 0xA5, 32  # the byte around outputs, and how many elements of it
-LENGTHS = (7, 2049, sweep.BLOCK + 2048 + 13)
+LENGTHS = (7, 2049, sweep.PROGRAM_ELEMENTS + 2048 + 13)
 
 Array = Any  # the bits of elements
 
@@ -146,7 +146,7 @@ def test_a_whole_model_in_place(gpu: SoftwareGpu) -> None:
     """Tensors of all pairs of dtypes, at odd addresses too, one of several rows: a launch for each kind."""
     lengths, shifts = (0, 2 * 2048 + 9), (0, 1)
     cases = [(pair, n, shift) for pair in PAIRS for n in lengths for shift in shifts]
-    cases.append((("BF16", "BF16"), whole_model.SEGMENT * extrapolate.BLOCK + 3, 0))
+    cases.append((("BF16", "BF16"), whole_model.SEGMENT * extrapolate.PROGRAM_ELEMENTS + 3, 0))
     bits = [random_bits(pair, n) for pair, n, _ in cases]
     sft, aligned = (
         [tensor_of(each[i], pair[i], shift) for each, (pair, _, shift) in zip(bits, cases, strict=True)] for i in (0, 1)
@@ -177,4 +177,4 @@ def test_other_gpus(arch: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     with SoftwareGpu(arch).active() as software:
         for launcher, pair in product((plain, measured, whole), (("BF16", "BF16"), ("F32", "F16"))):
-            verify(launcher, *random_bits(pair, sweep.BLOCK + 13), pair, 0, software)
+            verify(launcher, *random_bits(pair, sweep.PROGRAM_ELEMENTS + 13), pair, 0, software)

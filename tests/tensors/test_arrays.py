@@ -150,7 +150,7 @@ def test_threads_share_the_work_and_give_the_same_bits(
 ) -> None:
     monkeypatch.setattr(expo.tensors.arrays, "cpu_count", lambda: 5)
     for split, n in itertools.product((1, 7, 64), (6, 7, 8, 127, 1000)):
-        monkeypatch.setattr(expo.tensors.arrays, "SPLIT", split)
+        monkeypatch.setattr(expo.tensors.arrays, "SPLIT_ELEMENTS", split)
         sft, aligned = make(library, s, (n,), 1), make(library, a, (n,), 2)
         assert raw(expo.extrapolate(sft, aligned, 0.3)) == expected(sft, aligned, 0.3), (split, n)
 
@@ -193,7 +193,7 @@ def test_flushing_does_not_reach_the_compiled_engine(
 ) -> None:
     if choose().name != "cpu":
         pytest.skip("the compiled engine is not built")
-    monkeypatch.setattr(expo.tensors.arrays, "SPLIT", split)
+    monkeypatch.setattr(expo.tensors.arrays, "SPLIT_ELEMENTS", split)
     width = np.uint32 if dtype == "F32" else np.uint16
     aligned = np.arange(1, 2 * TINY[dtype][1], max(TINY[dtype][1] // 64, 1)).astype(width).view(NUMPY[dtype])
     sft = np.zeros_like(aligned)
@@ -213,7 +213,7 @@ def flushes() -> bool:
 @pytest.mark.parametrize("split", [4, 1 << 22])
 def test_numpy_refuses_a_thread_that_flushes(monkeypatch: pytest.MonkeyPatch, library: str, split: int) -> None:
     """F64 goes to NumPy always; with several threads, too, the refusal reaches the caller."""
-    monkeypatch.setattr(expo.tensors.arrays, "SPLIT", split)
+    monkeypatch.setattr(expo.tensors.arrays, "SPLIT_ELEMENTS", split)
     monkeypatch.setattr(expo.tensors.arrays, "cpu_count", lambda: 2)
     x = make(library, "F64", (20,), 1)
     with pytest.raises(expo.EngineError, match=r"flushes subnormals.*set_flush_denormal\(False\)"):
@@ -678,9 +678,9 @@ def test_numbers_of_tensors_that_differ() -> None:
 def test_what_goes_into_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU: contiguous tensors that the kernel knows, with an alpha that is not 0; the rest goes one by one."""
     launched: list[tuple[float, list[Any]]] = []
-    monkeypatch.setattr("expo.execution.gpu_kernels.on_gpu", lambda _: True)
+    monkeypatch.setattr("expo.tensors.gpu_tensors.on_gpu", lambda _: True)
     monkeypatch.setattr(
-        "expo.execution.gpu_kernels.compute_together",
+        "expo.tensors.gpu_tensors.compute_together",
         lambda triples, alpha: launched.append((alpha, [out for *_, out in triples])),
     )
     sft, aligned = many(torch, 1), many(torch, 2)

@@ -20,13 +20,13 @@ import expo
 from expo.demo import ALIGNED, SFT
 from expo.dtypes import ITEMSIZE, torch_dtypes
 from expo.kernels import extrapolate, host, numerics, sweep, whole_model
-from expo.kernels.contract import Statistics, tensor_extrapolation, working_alpha
+from expo.kernels.contract import Operand, Statistics, Term, tensor_extrapolation, working_alpha
 
 NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
 WIDE_PAIRS = [("F64", "BF16"), ("F64", "F16"), ("BF16", "F64"), ("F64", "F64")]
 ALPHAS = (0.3, 0.5, 1.0, -0.7, 2.5, 25.0, 1e-30, 3e38)
-BLOCK = extrapolate.BLOCK
+BLOCK = extrapolate.PROGRAM_ELEMENTS
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 POISON, GUARD = 0xA5, 32  # the byte that fills outputs; elements beside a tensor that must not be touched
 
@@ -213,7 +213,8 @@ def test_offsets_past_two_to_the_31(fence: Fence, monkeypatch: pytest.MonkeyPatc
 def test_sweep(fence: Fence, pair: tuple[str, str], measured: bool) -> None:
     """Around tails, parts and blocks: outputs a pitch apart, nothing between them touched, every row written."""
     alphas = torch.tensor([0.3, -2.5, 1.0])
-    for n in (0, 1, 7, 8, 9, 2047, 2049, sweep.BLOCK - 1, sweep.BLOCK, sweep.BLOCK + 1, 2 * sweep.BLOCK + 13):
+    block = sweep.PROGRAM_ELEMENTS
+    for n in (0, 1, 7, 8, 9, 2047, 2049, block - 1, block, block + 1, 2 * block + 13):
         sft, aligned = random_bits(n, pair, n)
         s, a = Fenced.of(sft, pair[0], n % 2), Fenced.of(aligned, pair[1], n % 2)
         outs = Fenced.of(bytes([POISON]) * (3 * (n + 5) * ITEMSIZE[pair[1]]), pair[1])
@@ -314,6 +315,23 @@ def test_host_engine_with_memory_longer_than_the_anchor() -> None:
     sft, aligned, out = pack([0x3F80] * 11, "BF16"), pack([0x4000] * 9, "BF16"), bytearray([POISON]) * 18
     run_engine(host.HostEngine("cuda"), sft, aligned[:10], ("BF16", "BF16"), [out], [0.5])
     assert out == pack([0x4020] * 5, "BF16") + bytes([POISON]) * 8
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F64"])
+def test_other_combinations_are_refused(dtype: str) -> None:
+    """The host engine and both launchers compute the term of ExPO, from tensors without scales, and nothing else."""
+    o, x = (Operand(bytes(16), dtype) for _ in range(2))
+    engine, out = host.HostEngine("cuda"), bytearray([POISON]) * 16
+    for anchor, terms in ((o, []), (o, [Term([1.0], o, x)] * 2), (x, [Term([1.0], o, x)])):
+        with pytest.raises(expo.EngineError, match="the engine triton computes the one term"):
+            engine(anchor, terms, [out], False)
+    with pytest.raises(expo.EngineError, match="an operand has scales"):
+        engine(o, [Term([1.0], o, x._replace(scales=bytes(4)))], [out], False)
+    assert set(out) == {POISON}
+    t = Operand.of_tensor(torch.zeros(4))
+    for launch in (extrapolate.launch, sweep.launch):
+        with pytest.raises(expo.EngineError, match="and got 2 terms"):
+            launch(t, [Term(torch.ones(1), t, t)] * 2, torch.zeros(1, 4))
 
 
 @pytest.mark.parametrize("engine", ["cpu", "numpy"])

@@ -1,0 +1,111 @@
+"""The GPUs that may run the Triton kernels: a GPU whose kernels fail is given up for this process, with one warning.
+
+Callers compute in another way where `attempt` returns False. An engine that was asked for by name fails instead: see
+`engines.py`. A caller that has a GPU has imported torch already.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+_given_up: dict[Any, str] = {}  # the reason, for each torch.device
+_ran_out: set[Any] = set()  # torch.devices that ran out of memory, and whose warning is out
+_lock = threading.Lock()
+
+
+def reason_given_up(device: Any) -> str:
+    """Return the reason why this process does not use the kernels on a torch.device any more; "" if it may use them."""
+    return _given_up.get(device, "")
+
+
+def fall_back(device: Any, error: Exception) -> None:
+    """Warn once for each torch.device, and give up its kernels for this process unless the device ran out of memory.
+
+    Memory may be free at the next call; a kernel with wrong bits and a compiler that fails stay as they are.
+    """
+    memory, text = is_out_of_memory(error), error_text(error)
+    with _lock:
+        if device in (_ran_out if memory else _given_up):
+            return
+        if memory:
+            _ran_out.add(device)
+        else:
+            _given_up[device] = text
+    calls = "where memory runs out" if memory else f"on {device}"
+    warnings.warn(
+        f"the Triton kernels are not used {calls}; what computes instead is slower, with the same bits. "
+        f"The reason: {text}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return True if an error of torch, of CUDA or of Triton says that memory ran out."""
+    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower()
+
+
+def error_text(error: Exception) -> str:
+    """Return the start of an error's text, after the error's type unless that is RuntimeError.
+
+    The text of a compiler's error may contain all of a kernel, and says little without the type.
+    """
+    kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+    return f"{kind}{str(error).strip()[:500]}"
+
+
+def capturing(device: Any) -> bool:
+    """Return True if the current stream of a torch.device is being captured into a graph."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def usable(device: Any) -> bool:
+    """Return True if kernels may run on a torch.device now; if they failed there, a warning has given the reason.
+
+    A device that has not passed the self-test has no usable kernels while a graph is captured, as the test would be
+    captured too: the graph gets torch's own operations instead.
+    """
+    if device in _given_up:
+        return False
+    try:
+        from ..kernels import selftest
+
+        if selftest.passed(device):
+            return True
+        if capturing(device):
+            return False
+        selftest.check(device)
+    except Exception as error:  # wrong bits; no memory; no Triton; a compiler, a linker or a cache folder is missing
+        fall_back(device, error)
+        return False
+    return True
+
+
+def attempt(device: Any, launch: Callable[[], None]) -> bool:
+    """Call `launch`, which launches a kernel on a torch.device.
+
+    Returns:
+        True after a launch. False if the device's kernels are not usable, or if the launch fails; then nothing was
+        computed.
+
+    Raises:
+        Exception: A launch failed while a graph is captured: the capture has failed with it.
+    """
+    if not usable(device):
+        return False
+    try:
+        launch()
+    except Exception as error:  # these dtypes may be the first ones that a kernel is compiled for
+        if capturing(device):
+            raise
+        fall_back(device, error)
+        return False
+    return True

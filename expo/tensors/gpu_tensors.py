@@ -1,0 +1,80 @@
+"""Tensors that are on a GPU: the Triton kernels compute them, or torch's own operations if the kernels fail.
+
+The kernels' failures, and the warning about them, are in `execution/gpu_fallback.py`. All tensors here are contiguous,
+and all alphas are working alphas other than 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from ..execution import gpu_fallback
+from ..kernels.contract import tensor_extrapolation
+
+
+def on_gpu(tensor: Any) -> bool:
+    """Return True if a tensor is on a device that the kernels run on."""
+    return bool(tensor.is_cuda)
+
+
+def compute(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
+    """Write aligned + alpha * (aligned - sft) to out, for tensors on one device that is not the CPU."""
+    import torch
+
+    if on_gpu(aligned) and torch.float64 not in (sft.dtype, aligned.dtype):
+
+        def launch() -> None:
+            from ..kernels import extrapolate
+
+            extrapolate.launch(*tensor_extrapolation(sft, aligned, (alpha,)), [out])
+
+        if gpu_fallback.attempt(aligned.device, launch):
+            return
+    compute_by_torch(sft, aligned, alpha, out)
+
+
+def compute_by_torch(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
+    """Write what `compute` writes, in several passes over memory and without a kernel of this project."""
+    from ..kernels import torch_eager
+
+    torch_eager.extrapolate(*tensor_extrapolation(sft, aligned, (alpha,)), [out], False)
+
+
+def make_table(triples: Iterable[Sequence[Any]]) -> Any:
+    """Return the `whole_model.Table` of tensors (sft, aligned, out) on one GPU, or None if none can be made now.
+
+    A table is copied from the host, which a graph cannot capture.
+    """
+    triples = list(triples)
+    device = triples[0][1].device
+    if not gpu_fallback.usable(device) or gpu_fallback.capturing(device):
+        return None
+    from ..kernels.whole_model import Table
+
+    try:
+        return Table(*zip(*triples, strict=True))
+    except RuntimeError as error:
+        if not gpu_fallback.is_out_of_memory(error):
+            raise
+        gpu_fallback.fall_back(device, error)
+        return None
+
+
+def compute_table(table: Any, alpha: float) -> None:
+    """Launch the groups of a table; torch computes a group whose launch fails."""
+    for group in table.groups:
+        if not gpu_fallback.attempt(group.table.device, partial(group.launch, alpha)):
+            for sft, aligned, out in group.triples:
+                compute_by_torch(sft, aligned, alpha, out)
+
+
+def compute_together(triples: Sequence[Sequence[Any]], alpha: float) -> None:
+    """Compute tensors (sft, aligned, out) on one GPU in few launches, or one by one if no table can be made."""
+    table = make_table(triples)
+    if table is not None:
+        compute_table(table, alpha)
+        return
+    for sft, aligned, out in triples:
+        compute(sft, aligned, alpha, out)
