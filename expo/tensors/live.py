@@ -92,10 +92,9 @@ class Live:
             _refuse(matched, by_files=not isinstance(sft, torch.nn.Module))
             for note in matched.notes:
                 warnings.warn(note, stacklevel=2)
-            there = saved_weights(sft) if isinstance(sft, torch.nn.Module) and keep == "device" else {}
-            self._weights, self.memory = keep_originals(
-                matched.steps, saved_weights(model), self._device, read, keep, there
-            )
+            usable = saved_weights(sft) if isinstance(sft, torch.nn.Module) and keep == "device" else {}
+            steps, weights = [step for step in matched.steps if step.sft is not None], saved_weights(model)
+            self._weights, self.memory = keep_originals(steps, weights, self._device, read, keep, usable)
         changed = {step.name for step in matched.steps if step.sft is not None}
         self._buffers = sorted(changed - dict(model.named_parameters()).keys())
         self._jobs = [job for weight in self._weights for job in _jobs(weight)] if self._device.type == "cpu" else []
