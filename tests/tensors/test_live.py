@@ -200,7 +200,7 @@ def test_a_buffer_that_was_replaced_is_noticed() -> None:
     model.passing = torch.zeros(4)  # of no concern to anybody
     live.alpha = 0.5
     model.inner.scale = model.inner.scale.clone()
-    with pytest.raises(expo.UsageError, match="not where they were"):
+    with pytest.raises(expo.UsageError, match="have moved in memory"):
         live.alpha = 0.1
 
 
@@ -316,7 +316,7 @@ def test_a_model_that_was_moved_is_noticed() -> None:
     sft, model = Small(1), Small(2)
     live = Live(model, sft)
     model.wide.data = model.wide.data.clone()
-    with pytest.raises(expo.UsageError, match="not where they were"):
+    with pytest.raises(expo.UsageError, match="have moved in memory"):
         live.alpha = 0.5
 
 
@@ -338,7 +338,7 @@ def test_close_restores_and_lets_go(keep: str) -> None:
     sft, model = Small(1), Small(2)
     live = Live(model, sft, keep=keep)
     live.alpha = 0.5
-    room = weakref.ref(live._trios[0].aligned.untyped_storage())
+    room = weakref.ref(live._weights[0].aligned.untyped_storage())
     live.close()
     live.close()
     gc.collect()
@@ -358,7 +358,7 @@ def test_too_little_room_is_told_before_anything_is_copied(
     others = ", ".join(each for each in KEEP if each != keep)
     with pytest.raises(expo.EngineError) as caught:
         Live(Small(2), SFT if keep == "none" else Small(1, dtype=torch.bfloat16), keep=keep)
-    assert str(caught.value).startswith(f"keep='{keep}' takes ")
+    assert str(caught.value).startswith(f"`keep='{keep}'` takes ")
     assert where in str(caught.value)
     assert str(caught.value).endswith(f"100 bytes are free: try {others}")
 
@@ -420,7 +420,7 @@ def test_weights_that_are_not_in_memory_are_refused() -> None:
 
 
 def test_unknown_keep() -> None:
-    with pytest.raises(expo.UsageError, match="keep must be one of device, host, disk, got 'cloud'"):
+    with pytest.raises(expo.UsageError, match="`keep` must be one of device, host, disk, got 'cloud'"):
         Live(Small(2), Small(1), keep="cloud")
 
 
