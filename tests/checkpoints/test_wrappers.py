@@ -220,7 +220,7 @@ def test_a_peft_models_whole_state_dict_is_named(plain: tuple[Path, Path, Path],
     whole = tmp_path / "whole"
     shutil.copytree(sft, whole, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(model.state_dict(), whole / "pytorch_model.bin")
-    with pytest.raises(expo.PlanError, match=r"PEFT model: merge_and_unload\(\) it with PEFT"):
+    with pytest.raises(expo.PlanError, match=r"PEFT model: call merge_and_unload\(\) on that model"):
         expo.merge(whole, aligned, 0.3, tmp_path / "out")
     model.merge_and_unload().save_pretrained(tmp_path / "advised")  # lora_B is zero, so the trained model is the base
     expo.merge(tmp_path / "advised", aligned, 0.3, tmp_path / "out")

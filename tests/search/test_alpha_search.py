@@ -139,7 +139,7 @@ def test_auto_follows_the_rewards(tmp_path: Path) -> None:
         ({"sampling": {"top_q": 1}}, "top_q"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"device": "tpu"}, "`device` must be"),
-        ({"keep": "cloud"}, "keep must be"),
+        ({"keep": "cloud"}, "`keep` must be"),
         ({"reward": 3}, "reward must be"),
     ],
 )
