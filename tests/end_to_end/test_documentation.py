@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+from expo.cli import with_options
+
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.py").is_file())
 README, INDEX = ROOT / "README.md", ROOT / "docs" / "index.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
@@ -178,26 +180,32 @@ def test_every_row_of_what_can_go_wrong_names_a_test_that_exists() -> None:
 
 
 def test_every_refusal_of_the_docs_names_a_test_that_exists() -> None:
-    text = text_of(INDEX.with_name("refusals.md"))
-    rows = [line for line in text.splitlines() if re.match(r"\| (?!-|the (message|note) says)", line)]
+    rows = refusals()
     assert len(rows) > 15
-    assert all(re.search(r"`test_\w+`", row) for row in rows)
-    check_names(text)
+    assert all(re.search(r"`test_\w+`", row[-1]) for row in rows)
+    check_names("\n".join(row[-1] for row in rows))
 
 
-def test_every_message_of_the_docs_is_one_of_the_code() -> None:
-    """The first cell of a row has parts of a message, between dots; what stands in brackets is an explanation."""
-    strings = [
-        node.value
-        for path in (ROOT / "expo").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ]
-    code = " ".join(" ".join(strings).split())
-    rows = [line for line in text_of(INDEX.with_name("refusals.md")).splitlines() if line.startswith("| ")]
-    cells = [re.sub(r" \(.*\)", "", row.split("|")[1]) for row in rows if "the message says" not in row]
-    parts = [part.strip(" ,") for cell in cells if "the note says" not in cell for part in cell.split("...")]
-    assert [part for part in parts if part and part not in code] == []
+def refusals() -> list[list[str]]:
+    """Return the cells of each row of refusals.md; the first one is a message."""
+    lines = text_of(INDEX.with_name("refusals.md")).splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if re.match(r"\| (?!(message|note) \|)", line)]
+
+
+def messages() -> str:
+    """Return every string of the package's code, a line each, as the command line prints it."""
+    found = []
+    for path in (ROOT / "expo").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value if isinstance(part, ast.Constant) else "..." for part in parts]
+            found.append("".join(text for text in texts if isinstance(text, str)))
+    return with_options("\n".join(found))
+
+
+def test_every_message_of_the_refusals_is_in_the_code() -> None:
+    code = messages()
+    assert [row[0] for row in refusals() if row[0] not in code] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -242,6 +242,16 @@ def test_a_tied_aligned_over_an_sft_with_a_head_of_its_own(tmp_path: Path) -> No
         assert torch.equal(output[name], expo.extrapolate(start[name], before[name], 0.3)), name
 
 
+def test_a_checkpoint_that_lacks_its_embedding() -> None:
+    shapes: Shapes = {"lm_head.weight": ("BF16", (9, 4)), "model.norm.weight": ("BF16", (4,))}
+    whole: Shapes = {**shapes, "model.embed_tokens.weight": ("BF16", (9, 4))}
+    config = {"tie_word_embeddings": False}
+    sft, aligned = checkpoint(whole, "/models/sft", config=config), checkpoint(shapes, config=config)
+    (problem,) = make_plan(sft, aligned, [ALPHA]).problems
+    assert "aligned /models/aligned lacks an embedding: download or save the checkpoint again" in problem
+    assert "`on_unpaired" not in problem
+
+
 def test_a_classifier_over_a_model_with_a_head_is_offered_the_option() -> None:
     body: Shapes = {"model.norm.weight": ("BF16", (4,)), "model.embed_tokens.weight": ("BF16", (9, 4))}
     sft = checkpoint(
