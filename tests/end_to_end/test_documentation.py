@@ -78,7 +78,7 @@ class Clone:
 
     def _run(self, block: Block) -> None:
         if block.kind == "python":
-            # In this process, because a new one takes seconds to import torch. Warnings are errors in both.
+            # A new process would take seconds to import torch. Warnings are errors here too.
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(self._folder)
                 exec(block.text, {"__name__": "__main__"})
