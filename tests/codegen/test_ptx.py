@@ -269,7 +269,7 @@ $done:
 
 
 def test_threads_of_a_program_may_not_part() -> None:
-    with pytest.raises(ptx.Fault, match="threads of a program part"):
+    with pytest.raises(ptx.Fault, match="threads of a program diverge"):
         evaluate("mov.b32 %r0, 0;\nsetp.eq.b32 %p1, %r98, 5;\n@%p1 bra $done;\n$done:")
 
 
