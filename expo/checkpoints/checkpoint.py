@@ -155,7 +155,7 @@ def _compare_with_index(where: str, weight_map: Mapping[str, str], checkpoint: C
         if found.get(tensor, name) != name:
             raise CheckpointError(
                 f"{where}: tensor {tensor!r} is said to be in {name}, but it is in {found[tensor]}; correct the entry, "
-                "or load the model with transformers and save_pretrained() it again"
+                "or load the model with transformers and save it again with save_pretrained()"
             )
     unnamed = [tensor for tensor in found if tensor not in weight_map]
     superseded = [
@@ -228,5 +228,7 @@ def _nothing_to_read(folder: str) -> str:
     if found:
         return gguf_message(os.path.join(folder, found))
     other = next((name for name in names if name.endswith((*PICKLED, ".h5", ".msgpack", ".npz"))), None)
-    hint = f"; load {other} with what wrote it, and save_pretrained() it with transformers" if other else ""
+    hint = ""
+    if other:
+        hint = f"; load {other} with the library that wrote it, and save it with transformers' save_pretrained()"
     return f"{folder}: none of {SINGLE}, {INDEX}, {SINGLE_BIN} and {INDEX_BIN} is in it{hint}"

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 # Advice that several messages end with.
-MERGE = "merge_and_unload() it with PEFT, save_pretrained() the result and give that folder instead"
+MERGE = "merge it with PEFT's merge_and_unload(), save the result with save_pretrained(), and give that folder instead"
 BASE = "is it the checkpoint that the adapter was trained from?"
 TIED_ELSEWHERE = (
     "sft ties that to other tensors and the trained model has them apart, which is not read; what PEFT merges and "

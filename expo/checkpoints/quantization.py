@@ -19,11 +19,13 @@ from .naming import mask_numbers
 from .safetensors_header import TensorInfo
 
 ORIGINAL = "use the checkpoint that it was quantised from"
-LOADED = "load it with transformers, quantization_config={0}(dequantize=True), and save_pretrained() it"
+LOADED = "load it with transformers, quantization_config={0}(dequantize=True), and save it with save_pretrained()"
 WAYS_OUT = {
     "fp8": f"{ORIGINAL}, or {LOADED.format('FineGrainedFP8Config')}",
     "mxfp4": f"{ORIGINAL}, or {LOADED.format('Mxfp4Config')}",
-    "bitsandbytes": f"{ORIGINAL}, or load it with transformers, model.dequantize() and save_pretrained() it",
+    "bitsandbytes": (
+        f"{ORIGINAL}, or load it with transformers, call model.dequantize(), and save it with save_pretrained()"
+    ),
 }
 # Names of a weight's companions, and the scheme that has them beside codes.
 TENSORS = (

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAX_PICKLE = 100_000_000  # most bytes of a pickle, as many as of a safetensors header
 MAX_STEPS = 4_000_000  # most instructions of a pickle; a tensor takes some 30
 MAX_TEXT = 1 << 16  # most bytes of a string in a pickle
-FIX = "save model.state_dict() alone, or load it with transformers and save_pretrained() it"
+FIX = "save model.state_dict() alone, or load it with transformers and save it with save_pretrained()"
 
 # Bytes of an element of the dtypes that torch has and safetensors lacks.
 _OTHERS = {

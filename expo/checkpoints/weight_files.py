@@ -52,5 +52,5 @@ def gguf_message(path: str) -> str:
     )
     return (
         f"{path}: a GGUF file, {kind}, which cannot be extrapolated; use the checkpoint that it was made from, or load "
-        f'it with transformers\' from_pretrained(folder, gguf_file="{name}") and save_pretrained() it'
+        f'it with transformers\' from_pretrained(folder, gguf_file="{name}") and save it with save_pretrained()'
     )

@@ -284,10 +284,10 @@ def test_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("pytorch_model-00001-of-00002.bin", ("none of", "save_pretrained() it")),
-        ("consolidated.00.pth", ("none of", "save_pretrained() it")),
-        ("model.Q4_K_M.gguf", ("a GGUF file, quantised as Q4_K_M", "made from", "save_pretrained() it")),
-        ("model-f16.gguf", ("a GGUF file, most often quantised", "save_pretrained() it")),
+        ("pytorch_model-00001-of-00002.bin", ("none of", "save_pretrained()")),
+        ("consolidated.00.pth", ("none of", "save_pretrained()")),
+        ("model.Q4_K_M.gguf", ("a GGUF file, quantised as Q4_K_M", "made from", "save it with save_pretrained()")),
+        ("model-f16.gguf", ("a GGUF file, most often quantised", "save it with save_pretrained()")),
         ("adapter_model.safetensors", ("a PEFT adapter without its adapter_config.json",)),
         ("adapter_config.json", ("a PEFT adapter; only `aligned` may be one",)),
     ],

@@ -401,7 +401,10 @@ class TestRefusedConfigs:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"peft_type": "LOHA"}, "peft_type is 'LOHA', but only 'LORA' is read; merge_and_unload"),
+            (
+                {"peft_type": "LOHA"},
+                "peft_type is 'LOHA', but only 'LORA' is read; merge it with PEFT's merge_and_unload",
+            ),
             ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),
             ({"peft_type": None}, "peft_type is None"),
             ({"target_parameters": ["experts.w"]}, r"target_parameters is \['experts.w'\]: LoRA of parameters"),

@@ -63,8 +63,9 @@ def test_a_model_that_peft_has_merged_takes_the_adapters_place(kind: str, tmp_pa
         want = wrapped.eval()(IDS).logits
     with pytest.raises(expo.CheckpointError) as caught:
         expo.merge(tmp_path / "base", tmp_path / "adapter", 0.3, tmp_path / "out")
-    assert "merge_and_unload() it with PEFT, save_pretrained() the result and give that folder instead" in str(
-        caught.value
+    assert (
+        "merge it with PEFT's merge_and_unload(), save the result with save_pretrained(), and give that folder instead"
+        in str(caught.value)
     )
     with quiet():
         wrapped.merge_and_unload().save_pretrained(tmp_path / "whole")

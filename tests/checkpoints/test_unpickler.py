@@ -60,7 +60,9 @@ def test_other_values_are_named_and_the_fix(tmp_path: Path, zipped: bool, value:
         open_torch_file(str(path))
     assert str(caught.value).startswith(f"{path}: not plain weights: ")
     assert what in str(caught.value)
-    assert "save model.state_dict() alone, or load it with transformers and save_pretrained() it" in str(caught.value)
+    assert "save model.state_dict() alone, or load it with transformers and save it with save_pretrained()" in str(
+        caught.value
+    )
 
 
 class Subclass(torch.Tensor):

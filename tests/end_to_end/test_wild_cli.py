@@ -263,7 +263,8 @@ def test_a_hostile_pickle_runs_nothing(
         assert (ran.code, ran.out) == (3, "")
         assert ran.err.endswith(
             f"expo: error: {bad}/pytorch_model.bin: it refers to posix.system, which is not plain weights; nothing in "
-            "it was run; save model.state_dict() alone, or load it with transformers and save_pretrained() it\n"
+            "it was run; save model.state_dict() alone, or load it with transformers and save it with "
+            "save_pretrained()\n"
         )
     with pytest.raises(expo.CheckpointError, match="nothing in it was run"):
         expo.stream(places["sft"], places["aligned"], 0.3)
