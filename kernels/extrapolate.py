@@ -10,7 +10,8 @@ Bytes moved for each element: the itemsize of sft and twice that of aligned, whi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -22,6 +23,7 @@ from .contract import Operand, Term, extrapolation_term
 PROGRAM_ELEMENTS = 2048
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # of every kernel of this project
 TAIL_ELEMENTS = tl.constexpr(8)  # a 128-bit access has 8 bf16 elements, so a tail has fewer
+_launches = threading.RLock()  # re-entrant: the self-test holds it around its launches
 
 
 @triton.jit
@@ -101,14 +103,20 @@ def launch(anchor: Operand, terms: Sequence[Term], outputs: Sequence[torch.Tenso
     (out,) = outputs
     aligned, n = anchor.memory, anchor.elements
     if n:
-        with current(aligned):
+        with launching(aligned):
             grid = (triton.cdiv(n, PROGRAM_ELEMENTS),)
             extrapolate[grid](sft.memory, aligned, out, n, alpha, BLOCK=PROGRAM_ELEMENTS, PTX=ptx(), **OPTIONS)
 
 
-def current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which the tensor's device is the current one, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+@contextlib.contextmanager
+def launching(tensor: torch.Tensor) -> Iterator[None]:
+    """Return a context for a launch: the tensor's device is the current one, and no other thread launches meanwhile.
+
+    Triton compiles a kernel at its first launch. Two threads that do so at the same time would compile it twice, and
+    Python 3.11 fails where two threads parse a kernel's source together ("AST constructor recursion depth mismatch").
+    """
+    with _launches, torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+        yield
 
 
 def interpreted() -> bool:

@@ -7,14 +7,12 @@ a block and in a tail.
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import torch
 
 from . import extrapolate, sweep, whole_model
 from .contract import tensor_extrapolation, working_alpha
-from .extrapolate import current, interpreted
+from .extrapolate import interpreted, launching
 from .numerics import narrow
 
 ALPHA = working_alpha(2.975)
@@ -22,7 +20,6 @@ STEPS, DIFFERENCE = 11, np.float32(25 / 128)  # a = 1 + k/128 for k < STEPS, and
 N = sweep.PROGRAM_ELEMENTS + 13  # elements: each kernel has a full block and one that is not full
 
 _passed: set[torch.device] = set()
-_lock = threading.Lock()
 
 
 def passed(device: torch.device) -> bool:
@@ -41,7 +38,7 @@ def check(device: torch.device) -> None:
     """
     if passed(device):
         return
-    with _lock, current(torch.empty(0, device=device)):
+    with launching(torch.empty(0, device=device)):
         if device not in _passed:
             _run(device)
             _passed.add(device)

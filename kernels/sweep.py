@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .contract import Operand, Statistics, Term, extrapolation_term
-from .extrapolate import OPTIONS, TAIL_ELEMENTS, current, ptx, rounded, widen
+from .extrapolate import OPTIONS, TAIL_ELEMENTS, launching, ptx, rounded, widen
 
 PART_ELEMENTS = 2048  # computed at a time: 16 for each of 128 threads
 PROGRAM_ELEMENTS = 2 * PART_ELEMENTS  # the kernel's BLOCK: two parts share the cost of K addresses
@@ -149,7 +149,7 @@ def launch(anchor: Operand, terms: Sequence[Term], outputs: torch.Tensor, partia
     aligned, n = anchor.memory, anchor.elements
     sums, counts = partials or (None, None)
     if n:
-        with current(aligned):
+        with launching(aligned):
             sweep[triton.cdiv(n, PROGRAM_ELEMENTS),](
                 sft.memory, aligned, outputs, alphas, sums, counts, n, outputs.stride(0),
                 K=len(alphas), BLOCK=PROGRAM_ELEMENTS, PTX=ptx(), **OPTIONS,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..dtypes import TABLE, torch_names
-from .extrapolate import OPTIONS, PROGRAM_ELEMENTS, current, ptx, write_block
+from .extrapolate import OPTIONS, PROGRAM_ELEMENTS, launching, ptx, write_block
 
 # The programs of a row, for 2^18 elements: a tensor wastes at most 127 programs, and 7B parameters take 0.9 MB.
 SEGMENT = 128
@@ -62,7 +62,7 @@ class Group(NamedTuple):
     def launch(self, alpha: float) -> None:
         """Run the kernel for an alpha that is not 0, and finite in fp32."""
         if len(self.table):
-            with current(self.table):
+            with launching(self.table):
                 whole_model[len(self.table) * SEGMENT,](
                     self.table, alpha, **self.constants, SEGMENT=SEGMENT, BLOCK=PROGRAM_ELEMENTS, PTX=ptx(), **OPTIONS
                 )

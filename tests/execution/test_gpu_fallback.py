@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +18,12 @@ import pytest
 import torch
 from engine_calls import run_engine
 
-pytest.importorskip("triton", minversion="3.6", reason="the PTX of an older Triton has what helpers.ptx does not know")
+triton = pytest.importorskip(
+    "triton", minversion="3.6", reason="the PTX of an older Triton has what helpers.ptx does not know"
+)
 
 import late
+import triton
 from software_gpu import SoftwareGpu
 
 import expo
@@ -31,7 +35,7 @@ from expo.execution import gpu_lane as ring
 from expo.execution.engines import choose, engines_for
 from expo.fast import main
 from expo.kernels import extrapolate, numerics, selftest, sweep, whole_model
-from expo.kernels.contract import Operand, Term, working_alpha
+from expo.kernels.contract import Operand, Term, tensor_extrapolation, working_alpha
 from expo.tensors import gpu_tensors, live
 
 if extrapolate.interpreted():
@@ -195,6 +199,46 @@ def test_threads_wait_for_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
     for thread in threads:
         thread.join(30)
     assert runs == [CPU]
+
+
+def test_a_kernel_is_compiled_once_and_by_one_thread_at_a_time(
+    software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Python 3.11 fails where two threads parse source code together, and eight threads need each kernel once."""
+    kernel, parsing = type(extrapolate.extrapolate), threading.Lock()
+    parse, compiled = kernel.parse, []
+
+    def parse_alone(function: Any) -> Any:
+        assert parsing.acquire(blocking=False), "two threads compile at the same time"
+        try:
+            time.sleep(0.001)  # lets the other threads run
+            return parse(function)
+        finally:
+            parsing.release()
+
+    monkeypatch.setattr(kernel, "parse", parse_alone)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **call: compiled.append(call["fn"].name))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sft, aligned = pair()
+    outs = [torch.empty_like(aligned) for _ in range(8)]
+    errors: list[Exception] = []
+
+    def launch(out: torch.Tensor) -> None:
+        try:
+            start.wait(30)
+            extrapolate.launch(*tensor_extrapolation(sft, aligned, (working_alpha(0.3),)), [out])
+        except Exception as error:
+            errors.append(error)
+
+    start = threading.Barrier(len(outs))
+    threads = [threading.Thread(target=launch, args=(out,)) for out in outs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    assert all(torch.equal(out.view(torch.int16), expected(sft, aligned).view(torch.int16)) for out in outs)
+    assert len(compiled) == 1
 
 
 # Tensors: torch takes over
