@@ -145,7 +145,7 @@ def test_compiled_and_numpy_agree(pair: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("target", ["BF16", "F16", "F32"])
 def test_fp64_is_rounded_once(version: str, target: str) -> None:
-    """Values of fp64 just above a tie are rounded up; a detour through fp32 would make them ties and round them down."""
+    """A value of fp64 just above a tie is rounded up; a detour through fp32 would make it a tie and round it down."""
     form = exact.FORMATS[target]
     trap = 1.0 + 2.0 ** -(form.fraction + 1) + 2.0**-52
     assert target == "F32" or float(np.float32(trap)) == 1.0 + 2.0 ** -(form.fraction + 1)
