@@ -162,7 +162,7 @@ stop:
 }
 """
 
-# In a kernel with barriers each thread is a coroutine, and every barrier suspends it.
+# Each thread of a kernel with barriers is a coroutine, and every barrier suspends it.
 COROUTINE = """
 define ptr @ENTRY(PARAMETERS, i32 %ctaid, i32 %tid) presplitcoroutine {
 enter:

@@ -324,7 +324,7 @@ def test_a_table_is_made_when_there_is_memory_again(software: SoftwareGpu, monke
 
 @every_way
 def test_an_untested_kernel_is_not_captured(way: Way, software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a capture torch computes, without a test or a warning; after a call outside a capture the kernels compute."""
+    """Torch computes in a capture, without a test or a warning; after a call outside a capture the kernels compute."""
     monkeypatch.setattr(gpu, "capturing", lambda _: True)
     found, right = way()
     assert torch.equal(found, right)
@@ -389,7 +389,7 @@ def test_a_later_group_fails_and_the_first_is_not_done_twice(
     assert torch.equal(aligned[1], (wide + (wide - halves[0].float()) * working_alpha(0.3)).half())
 
 
-# In merges the CPU computes instead, unless the user named the engine
+# The CPU computes merges instead, unless the user named the engine
 
 
 @pytest.fixture

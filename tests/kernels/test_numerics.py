@@ -808,7 +808,7 @@ def test_one_memory_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_statistics_of_a_term_that_is_not_expos() -> None:
-    """In the statistics d is the term's difference, and the anchor takes aligned's place."""
+    """The d of the statistics is the term's difference, and the anchor takes aligned's place."""
     o, x, y = (Operand(pack([bits] * 5, "BF16"), "BF16") for bits in (0x3F80, 0x4040, 0x4000))  # 1, 3, 2
     statistics = numerics.extrapolate(o, [Term([2.0], x, y)], [bytearray(10)], True)
     assert statistics == Statistics(5.0, 5.0, 1.0, ((5, 0),))
