@@ -42,7 +42,7 @@ def unpatched() -> Callable[..., Any]:
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make conversions round, and suppress NumPy's warnings of the infinities and NaNs that the tests use on purpose."""
+    """Make conversions round, and suppress NumPy's warnings of infinities and NaNs, which the tests use on purpose."""
     monkeypatch.setattr(interpreter, "_convert_float", convert_float)
     with np.errstate(all="ignore"):
         yield

@@ -74,7 +74,7 @@ class Fenced(NamedTuple):
 
 
 class Fence:
-    """This object checks every address before a kernel accesses it; it first subtracts `moved` bytes from the address."""
+    """This object subtracts `moved` bytes from each address, and checks the address before a kernel accesses it."""
 
     def __init__(self) -> None:
         self.readable: list[range] = []
@@ -242,7 +242,7 @@ def test_sweep(fence: Fence, pair: tuple[str, str], measured: bool) -> None:
 
 @pytest.mark.parametrize("place", ["apart", "aligned", "sft"])
 def test_whole_model(fence: Fence, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    """A whole model is right: it has tensors of all dtypes, some at odd addresses, one longer than a row of the table."""
+    """A whole model is right, with tensors of all dtypes, some at odd addresses, one longer than a row of the table."""
     monkeypatch.setattr(whole_model, "SEGMENT", 2)  # leaves fewer programs without work, which the interpreter runs too
     long = whole_model.SEGMENT * BLOCK + BLOCK + 3
     cases = [(pair, n, shift) for pair in PAIRS for n, shift in ((0, 0), (1, 1), (9, 0), (BLOCK + 1, 1), (BLOCK, 0))]
