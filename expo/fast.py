@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m expo.fast",
-        description="Extrapolate two checkpoints of a language model to a better-aligned third.",
+        description="Extrapolate two checkpoints of a language model to a third, which may be better aligned.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

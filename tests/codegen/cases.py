@@ -142,7 +142,7 @@ def sweep(variant: aot.Variant, case: Case) -> Laid:
 
 
 def whole_model(variant: aot.Variant, case: Case) -> Laid:
-    """Place a whole model in memory: its tensors have the case's lengths, or five lengths that add up to the elements.
+    """Place a whole model in memory; its tensors have the case's lengths, or five lengths that cover all elements.
 
     If the case is far, the rows of the table are far; the tensors are not.
     """
@@ -230,7 +230,7 @@ def cases(variant: aot.Variant) -> Iterator[Case]:
 
 
 def with_plain_product(variant: aot.Variant) -> aot.Variant:
-    """Return the variant for AMD's GPUs, whose product is not inline assembly, which may be fused."""
+    """Return the variant for AMD's GPUs: its product is not inline assembly, so a compiler with permission fuses it."""
     return variant._replace(constants={**variant.constants, "PTX": False})
 
 

@@ -1,8 +1,8 @@
 """These tests read the code that the compiler makes of every kernel; they need no GPU.
 
 The instructions must show that no multiply-add is fused, that subnormals are not flushed, that accesses are as wide as
-the hardware allows, and that no memory but the tensors' is used. A new kernel needs a row in `aot.variants`, and a row
-in LIMITS here.
+the hardware allows, and that the code accesses no memory except the tensors. A new kernel needs a row in
+`aot.variants`, and a row in LIMITS here.
 """
 
 from __future__ import annotations

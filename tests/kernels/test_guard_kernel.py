@@ -101,8 +101,8 @@ def test_the_bound_is_exceeded_by_a_build_without_vectors(countable: Path, tmp_p
 def test_the_kernel_beside_memcpy() -> None:
     """One thread of the kernel moves at least a quarter as many bytes in a second as memcpy.
 
-    The two run in turn, and each one's shortest time counts. The kernel reads two bytes for each byte that it writes;
-    memcpy reads one.
+    The two run in turn, and the shortest time of each counts. The kernel reads two bytes for each byte that it writes,
+    and memcpy reads one.
     """
     n = 8 << 20
     sft, aligned, out = (bytearray(os.urandom(1 << 20) * (2 * n >> 20)) for _ in range(3))

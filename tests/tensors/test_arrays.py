@@ -212,7 +212,7 @@ def flushes() -> bool:
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("split", [4, 1 << 22])
 def test_numpy_refuses_a_thread_that_flushes(monkeypatch: pytest.MonkeyPatch, library: str, split: int) -> None:
-    """NumPy computes every F64 tensor, and the caller gets its refusal, also from several threads."""
+    """NumPy computes every F64 tensor, and NumPy's refusal reaches the caller, also from several threads."""
     monkeypatch.setattr(expo.tensors.arrays, "SPLIT_ELEMENTS", split)
     monkeypatch.setattr(expo.tensors.arrays, "cpu_count", lambda: 2)
     x = make(library, "F64", (20,), 1)
