@@ -17,7 +17,7 @@ SUBPACKAGES = sorted(path.parent.name for path in Path("expo").glob("*/__init__.
 setup(
     name="expo-merge",
     version="0.1.0",
-    description="ExPO: extrapolate two checkpoints of a language model to a better-aligned third, as fast as copying",
+    description="ExPO: extrapolate two checkpoints of a language model to a third, about as fast as copying files",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

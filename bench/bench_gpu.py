@@ -1,16 +1,16 @@
-"""How fast are the kernels on a GPU, from its memory to its memory, beside torch and beside a copy?
+"""How fast are the kernels on a GPU, from its memory to its memory, compared with torch and with a copy?
 
     python -m pytest --benchmark-only -m gpu
 
 A round enqueues a batch of copies and a batch of a contestant's launches, with CUDA events before, between and after
 them, and waits once, at the end. A launch returns before the GPU starts to work, so a clock of the host would time the
 launches alone. The seconds between the events are the benchmark's seconds (`gpu_seconds` is its timer). The copies hide
-the host's time for the first launch, and every contestant is compared with the copies of the same round. Inputs rotate
-past the caches.
+the host's time for the first launch, and every contestant is compared with the copies of the same round. The sets of
+inputs are used in turn, and together they exceed the caches.
 
 `bytes_moved` of one launch counts the bytes that the task needs and no others, so the further passes of a rival over
 memory count against it; the docstrings of the kernels state the bytes. The result is checked before the timing: the
-kernels must have the bits of the definition, and rivals, which round otherwise, may differ by 2%. A contestant with
+kernels must have the bits of the definition, and rivals, which round differently, may differ by 2%. A contestant with
 another result has no figure.
 """
 
@@ -42,14 +42,14 @@ sweep = pytest.importorskip("expo.kernels.sweep")
 whole_model = pytest.importorskip("expo.kernels.whole_model")
 
 DEVICE = "cuda"
-MOST_ELEMENTS = int(os.environ.get("EXPO_BENCH_GPU_ELEMENTS", 256 << 20))  # of the model in bf16
+MOST_ELEMENTS = int(os.environ.get("EXPO_BENCH_GPU_ELEMENTS", 256 << 20))  # the most elements of the model in bf16
 OTHER_DTYPES_DIVISOR = 4  # models of other dtypes have a quarter of the elements
-DEADLINE = float(os.environ.get("EXPO_BENCH_GPU_UNTIL", "inf"))  # in time.time(): no contestant starts after it
+DEADLINE = float(os.environ.get("EXPO_BENCH_GPU_UNTIL", "inf"))  # no contestant starts after this time.time()
 DTYPES = ("BF16", "F16", "F32")
 ALPHAS = [working_alpha(alpha) for alpha in (0.3, 0.5, 1.0, -0.7)]
 ALPHA = ALPHAS[0]
 K = len(ALPHAS)
-LEAST_LAUNCHES = 8  # of a batch, which then takes milliseconds, while an event has an error of about a microsecond
+LEAST_LAUNCHES = 8  # so many make a batch take milliseconds, while an event has an error of about a microsecond
 GPU_ROUNDS = 30
 LEAST_CACHE_BYTES = 256 << 20  # AMD's GPUs have a further cache behind the L2 that torch reports
 
@@ -202,13 +202,13 @@ RIVALS = (papers_expression, torch_lerp, torch_foreach_lerp_in_place, torch_comp
 
 
 class Clock:
-    """The seconds of the GPU that have been timed so far."""
+    """The clock counts the seconds of the GPU that have been timed so far."""
 
     seconds = 0.0
 
 
 def gpu_seconds() -> float:
-    """Return the seconds timed so far. As pytest-benchmark's timer, it gives a round the seconds of its events."""
+    """Return the seconds timed so far; pytest-benchmark takes them as its timer, so a round has its events' seconds."""
     return Clock.seconds
 
 
@@ -247,7 +247,7 @@ def driver_version() -> str:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("contestant", [copy, *KERNELS, *RIVALS], ids=lambda f: f.__name__)
 def test_gpu(benchmark: Any, contestant: Contestant, dtype: str) -> None:
-    """Time a launch on the GPU; extra_info["of_roof"] is its GB/s over a copy's, the median over the rounds."""
+    """Time a launch on the GPU; extra_info["of_roof"] is its GB/s divided by a copy's, the median of the rounds."""
     if time.time() > DEADLINE:
         pytest.skip("no time was left")
     sets = make_inputs(dtype)

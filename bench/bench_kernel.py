@@ -1,8 +1,8 @@
 """How fast is the kernel alone, from memory to memory with one thread?
 
-The contestants are the engines and plain torch, and memcpy shows what the memory can do. Every round runs memcpy and
-then a contestant, over buffers that rotate past the caches. A merge moves three tensors, two that it reads and one that
-it writes, and memcpy moves two. The result is checked after the timing.
+The contestants are the engines and plain torch, and memcpy shows the speed of the memory. Every round runs memcpy and
+then a contestant, over buffers that are used in turn and together exceed the caches. A merge moves three tensors, two
+that it reads and one that it writes, and memcpy moves two. The result is checked after the timing.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from expo.kernels import numerics
 from expo.kernels.contract import Address, Operand, extrapolation, working_alpha
 
 BUFFER_ELEMENTS = 16 << 20
-BUFFER_SETS = 4  # that are used in turn
+BUFFER_SETS = 4  # the sets are used in turn
 KERNEL_ROUNDS = 15
 ALPHA = working_alpha(0.3)
 DTYPES = ("BF16", "F16", "F32")
 
 Launch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]  # (sft, aligned, out)
-Contestant = Callable[[str], Launch]  # of a dtype
+Contestant = Callable[[str], Launch]  # the argument is the dtype
 
 
 class Buffers:
@@ -103,7 +103,7 @@ def torch_in_fp32(dtype: str) -> Launch:
 
 
 def torch_lerp(dtype: str) -> Launch:
-    """Return torch.lerp, which rounds some results otherwise."""
+    """Return torch.lerp, which rounds some results differently."""
 
     def launch(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
         torch.lerp(s, a, 1 + ALPHA, out=o)
@@ -117,7 +117,7 @@ EXACT = (cpu, cpu_with_statistics, numpy, torch_in_fp32)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("contestant", [*EXACT, papers_expression, torch_lerp], ids=lambda f: f.__name__)
 def test_kernel(benchmark: Any, contestant: Contestant, dtype: str) -> None:
-    """Time a contestant; extra_info["of_memcpy"] is its GB/s over memcpy's, the median over the rounds."""
+    """Time a contestant; extra_info["of_memcpy"] is its GB/s divided by memcpy's, the median of the rounds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     buffers, launch = Buffers(dtype), contestant(dtype)

@@ -25,7 +25,7 @@ MOST_KERNEL_TIMES = 1.3  # Live takes at most this multiple of the kernel's time
 
 
 class Model(torch.nn.Module):
-    """Matrices, and vectors between them, as a language model has them."""
+    """A model of matrices, with vectors between them like those of a language model."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Model(torch.nn.Module):
 
 
 class Kernel:
-    """The kernel over one contiguous piece of memory, which the threads share evenly."""
+    """The kernel alone, over one contiguous piece of memory that the threads share evenly."""
 
     def __init__(self) -> None:
         self._tensors = [torch.empty(ELEMENTS, dtype=torch.bfloat16).fill_(value) for value in (0.5, 0.51, 0.0)]
@@ -56,7 +56,7 @@ class Kernel:
 
 
 def test_live(benchmark: Any) -> None:
-    """Time Live; extra_info["of_kernel"] is its time over the kernel's, the median over the rounds."""
+    """Time Live; extra_info["of_kernel"] is its time divided by the kernel's, the median of the rounds."""
     pytest.importorskip("expo.kernels._cpu", reason="the compiled engine is not built", exc_type=ImportError)
     model, sft = Model(1.01), Model(1.0)
     live = Live(model, sft)

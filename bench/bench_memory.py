@@ -1,7 +1,7 @@
-"""How much memory does a merge take at its peak, for checkpoints of growing size and beside rivals?
+"""How much memory does a merge take at its peak, for checkpoints of growing size, and compared with rivals?
 
 The pages of a sparse file are zeros when they are read. They count as memory like other pages, and need no disk. The
-output is written in full, measured and deleted. There is one round, because a peak is no time.
+output is written in full, measured and deleted. The peak is measured in one round.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 from bench.rivals import ROOT, run
 
 STARTUP_ROUNDS = 7
-PLANNED_TENSORS = 723  # of Llama-2-70B
+PLANNED_TENSORS = 723  # the number of tensors of Llama-2-70B
 
 
 def test_help(benchmark: Any) -> None:
@@ -35,7 +35,7 @@ def test_plan_70b(benchmark: Any, pair_70b: Path) -> None:
 
 
 def test_import_torch(benchmark: Any) -> None:
-    """Time the import that every program with torch pays for first."""
+    """Time the import of torch, with which every program that uses torch begins."""
     benchmark.group = "start-up"
     command = (sys.executable, "-c", "import torch")
     benchmark.pedantic(lambda: run(*command), rounds=STARTUP_ROUNDS, warmup_rounds=1)

@@ -1,4 +1,4 @@
-"""The fixtures of the benchmarks: pairs of checkpoints, one size at a time; and the description of the machine."""
+"""Make the fixtures of the benchmarks, which are pairs of checkpoints, one size at a time, and describe the machine."""
 
 from __future__ import annotations
 

@@ -31,14 +31,14 @@ PACKAGES = (
     *("pytest", "pytest_benchmark"),
 )
 COMPILERS = ("cc", "gcc", "clang")
-TOTAL_SECONDS = 525  # of the whole command, imports included
+TOTAL_SECONDS = 525  # the most seconds of the whole command, imports included
 BUILD_SECONDS = 45
 TEST_SECONDS = 270
 CONTESTANT_SECONDS = 40  # no contestant starts with less time left
-GRACE_SECONDS = 15  # from the interrupt of a stage to its end
-ELEMENTS = 64 << 20  # of the model that is benchmarked, in bf16; the check of the results takes most of the time
-MESSAGE_CHARACTERS = 300  # of a failure that are kept
-MOST_FAILURES = 20  # of a stage that are printed
+GRACE_SECONDS = 15  # the time from the interrupt of a stage to its end
+ELEMENTS = 64 << 20  # the elements of the benchmarked model in bf16; the check of the results takes most of the time
+MESSAGE_CHARACTERS = 300  # the characters of a failure's message that are kept
+MOST_FAILURES = 20  # the failures of a stage that are printed
 # The project's tests treat every warning as an error, with pinned versions. Here the versions may be others, so only
 # the warning that a kernel is not used is an error.
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-W", "error::RuntimeWarning", "-m", "gpu")
@@ -62,7 +62,7 @@ def find_obstacle() -> str:
 def run(arguments: Sequence[str], seconds: float, **environment: str) -> tuple[int | None, float]:
     """Run Python in the checkout; return its exit code, None if it was stopped, and its seconds.
 
-    When its time is over it is interrupted, after which pytest still writes its reports.
+    Python is interrupted when its time is over; pytest still writes its reports then.
     """
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=os.environ | environment)
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str], seconds: float, **environment: str) -> tuple[i
 def read_results(report: Path) -> dict[str, Any]:
     """Return the numbers of tests that passed, failed and were skipped, with reasons.
 
-    They come from JUnit's XML, which may be missing or cut short.
+    The numbers come from JUnit's XML, which may be missing or cut short.
     """
     results: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": {}, "skips": {}}
     try:

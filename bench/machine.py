@@ -38,14 +38,14 @@ def _version(package: str) -> str:
 
 
 def _filesystem(folder: Path) -> str:
-    """Return the type of a folder's filesystem, such as ext4: that of the longest mount point above the folder."""
+    """Return the type of a folder's filesystem, such as ext4, which is that of the longest mount point above it."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     above = [(len(point), kind) for point, kind in mounts if folder.is_relative_to(point)]
     return max(above)[1]
 
 
 def _disk(folder: Path) -> str:
-    """Return the block device of a folder, as far as the system shows it: "vda, virtio, not rotational"."""
+    """Return the block device of a folder, as far as the system shows it, such as "vda, virtio, not rotational"."""
     device = folder.stat().st_dev
     path = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The page cache: the share of a file that is in it, and a way to remove a file from it that needs no rights."""
+"""Measure the share of a file that is in the page cache, and remove a file from the page cache without privileges."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ import numpy as np
 from expo.checkpoints.safetensors_header import emit
 
 Shapes = dict[str, tuple[int, ...]]
-HEAD_WIDTH = 16  # of an attention head; a small one, so that a model of any size has a whole number of heads
-DRAWN_ELEMENTS = 1 << 24  # that are drawn at a time
+HEAD_WIDTH = 16  # an attention head is this narrow, so that a model of any size has a whole number of heads
+DRAWN_ELEMENTS = 1 << 24  # so many elements are drawn at a time
 
 
 def llama_shapes(hidden: int, inner: int, vocabulary: int, layers: int, keys: int | None = None) -> Shapes:
@@ -85,7 +85,7 @@ def write_pair(folder: Path, shapes: Shapes, shards: int, sparse: bool = False) 
 
 
 def _draw_weights(rng: np.random.Generator, n: int) -> tuple[Any, Any]:
-    """Return n elements of sft and of aligned as bits of bf16: 2^-11 to 2^-3 of either sign, up to 24% apart.
+    """Return n elements of sft and of aligned as bits of bf16, from 2^-11 to 2^-3 in size and up to 24% apart.
 
     Training moves weights by less. With this distance, a merge differs from aligned by more than the rivals' roundings.
     """

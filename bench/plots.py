@@ -25,7 +25,7 @@ LABELS = {
     "paper": "paper's script",
     "mergekit": "mergekit",
 }
-STYLES = {  # the colour and the marker of a line
+STYLES = {  # each line's colour and marker
     "expo": (EXPO_COLOUR, "o"),
     LABELS["cp"]: ("#333333", "s"),
     LABELS["dd_direct"]: ("#9a9a9a", "^"),

@@ -25,7 +25,7 @@ RIVALS = {
     "mergekit": "mergekit, task arithmetic",
     "read_both": "`cat` of both inputs, nothing written",
 }
-ALL_CACHED = 0.999  # a share of the inputs in the page cache from which on they count as cached
+ALL_CACHED = 0.999  # the inputs count as cached if at least this share of them is in the page cache
 
 
 def extract_figures(raw: dict[str, Any]) -> dict[str, Any]:

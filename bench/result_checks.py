@@ -1,4 +1,4 @@
-"""Checks of the outputs of merges and rivals, on the tensors of the first shard."""
+"""Check the outputs of merges and rivals, on the tensors of the first shard."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.rivals import ALPHA, find_shards
 from expo.kernels import numerics
 from expo.kernels.contract import Operand, extrapolation, working_alpha
 
-Check = Callable[[Path], None]  # of an output's folder
+Check = Callable[[Path], None]  # the argument is an output's folder
 
 
 def check_exact(out: Path, alpha: float = ALPHA) -> None:
@@ -24,7 +24,7 @@ def check_exact(out: Path, alpha: float = ALPHA) -> None:
 
 
 def check_close(out: Path) -> None:
-    """Assert that the tensors are the definition's to two roundings of bf16, for rivals that round otherwise."""
+    """Assert that the tensors are the definition's to two roundings of bf16, for rivals that round differently."""
     for _, result, expected in _tensors(out, ALPHA):
         torch.testing.assert_close(result, expected, rtol=0.02, atol=1e-5)
 

@@ -1,8 +1,8 @@
-"""The programs that people use today: python bench/rival_programs.py loop|short|paper SFT ALIGNED ALPHA OUT
+"""Run one of the programs that people use today: python bench/rival_programs.py loop|short|paper SFT ALIGNED ALPHA OUT
 
 loop: the usual script. It reads one tensor at a time with safetensors and torch, and saves each shard at its end.
 short: the best short program in plain PyTorch. It maps the inputs, calls torch.lerp for a chunk into one buffer, and
-    writes the chunk. Both checkpoints must have the same files and layout. torch.lerp rounds some results otherwise.
+    writes the chunk. Both checkpoints must have the same files and layout. torch.lerp rounds some results differently.
 paper: the steps of the paper's script. It loads both models in bf16 with transformers, computes the expression for
     every tensor in bf16 and in place, and calls save_pretrained.
 

@@ -1,8 +1,8 @@
-"""Rivals of a merge: what people do today, timed; and the command of a merge.
+"""Time the rivals of a merge, which are programs that people use today, and the command of a merge.
 
-A rival works from pair/sft and pair/aligned to pair/out, and returns seconds by name. The end of a name says what the
-seconds include. `_unsynced` seconds end with the program, whose output may still be in the page cache alone. `_synced`
-seconds include an fsync of every file and of the folder. A merge always syncs.
+A rival reads pair/sft and pair/aligned, writes pair/out, and returns seconds by name. The end of a name tells what the
+seconds include. `_unsynced` seconds end with the program, when its output may still be in the page cache only.
+`_synced` seconds include an fsync of every file and of the folder. A merge always syncs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 ALPHA = 0.3
 ROOT = Path(__file__).parents[1]
 PROGRAMS = Path(__file__).with_name("rival_programs.py")
-Times = dict[str, float]  # seconds by name
+Times = dict[str, float]  # the seconds, by name
 Rival = Callable[[Path], Times]
 
 

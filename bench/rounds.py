@@ -1,4 +1,4 @@
-"""Rounds of a comparison: every rival once, then the merge, so that a drift of the machine affects all of them."""
+"""Run comparisons in rounds: every rival once, then the merge, so that a drift of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.rivals import ALPHA, Rival, Times, find_shards, remove_outputs
 from bench.sizes import need_memory
 
 Prepare = Callable[[], None]  # called before each contestant of a round
-COLD_SHARE = 0.01  # of the inputs that may be in the page cache when it counts as cold
+COLD_SHARE = 0.01  # the page cache counts as cold if at most this share of the inputs is in it
 
 
 class Contest(NamedTuple):
@@ -75,7 +75,7 @@ def run_contest(benchmark: Any, contest: Contest) -> None:
 
 
 def _compare(seconds: Sequence[float], rival_seconds: Sequence[float]) -> dict[str, float]:
-    """Return median, minimum and maximum of a rival's seconds, and of the merge's seconds over the rival's."""
+    """Return median, minimum and maximum of a rival's seconds, and of the merge's seconds divided by the rival's."""
     ratios = [own / rival for own, rival in zip(seconds, rival_seconds, strict=True)]
     figures = {
         f"{prefix}{name}": function(values)

@@ -1,4 +1,4 @@
-"""Make a better-aligned language model from two checkpoints, without training: model extrapolation (ExPO).
+"""Extrapolate two checkpoints of a language model to a third, without training (ExPO).
 
     out = aligned + alpha * (aligned - sft)
 

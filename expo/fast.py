@@ -51,12 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m expo.fast",
-        description="Extrapolate two checkpoints of a language model to a better-aligned third.",
+        description="Extrapolate two checkpoints of a language model to a third, which may be better aligned.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # By default argparse reads -0.1 as a number, but -1e-3 as an option.
+    # Argparse's own pattern takes -0.1 as a number but -1e-3 as an option; this pattern takes both as numbers.
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     _add_inputs(parser.add_argument)
     _add_content(parser.add_argument)

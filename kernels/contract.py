@@ -101,15 +101,15 @@ class Term(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Sums over the difference of two tensors, or of pieces of them, and counts of the outputs.
+    """The statistics of a merge: sums over the difference of two tensors or pieces, and counts of the outputs.
 
-    The letter d stands for aligned - sft in fp32, in fp64 for F64 tensors; for a term other than that of ExPO it stands
-    for plus - minus, and the word aligned for the anchor.
+    The letter d means aligned - sft, computed in fp32, or in fp64 for F64 tensors. For a term other than that of ExPO,
+    d means plus - minus, and aligned means the anchor.
 
     Attributes:
         d_squared: The sum of d*d over the elements whose d is finite, accumulated in fp32 over short runs and in fp64
             across them. Its relative error is below 1e-5 as long as the squares are normal fp32 numbers.
-        aligned_squared: The sum of aligned*aligned over the same elements, accumulated alike.
+        aligned_squared: The sum of aligned*aligned over the same elements, accumulated in the same way.
         max_abs_d: The largest finite |d|.
         counts: For each output (changed, non_finite). Changed outputs are those that compare unequal to aligned by
             IEEE's rule: -0 equals +0, and NaN equals nothing. Non-finite outputs are inf or NaN.

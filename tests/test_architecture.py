@@ -1,4 +1,4 @@
-"""The rules of the layout: which package may import which, no cycles, few levels, small modules and functions."""
+"""These tests check the rules of the layout: the imports between packages, no cycles, few levels, and small sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# From the top to the bottom: a module may import from its own package and from those below it.
+# The list goes from the top to the bottom: a module may import from its own package and from packages below it.
 PACKAGES = (
     ("fast", "search", "diff", "demo", "op", "ranks"),
     ("merging",),
@@ -26,7 +26,7 @@ PACKAGES = (
     ("dtypes", "text", "memory", "errors", "_version"),
 )
 MOST_LEVELS, MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 11, 400, 50, 8
-# What may break a rule of size, and why.
+# The functions that may break a rule of size, with the reasons.
 LARGE = {
     "expo.merging.merge.merge": "its parameters are the options that users name, and its docstring explains each",
     "expo.tensors.streaming.stream": "its parameters are the options that users name",

@@ -1,6 +1,7 @@
-"""Launches of compiled kernels over fenced memory, held against the numerics contract: the same bits, and nothing else.
+"""This module launches compiled kernels over fenced memory and compares their outputs with the numerics contract.
 
-`FAMILIES` has a row for each kernel: how a launch of it lies in memory. `cases` are the small launches of any variant.
+A launch must give the same bits and must write nothing else. `FAMILIES` maps each kernel to the function that places a
+launch of it in memory. `cases` yields the small launches of any variant.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from expo.kernels.contract import working_alpha
 Array = Any
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-POISON, GUARD = 0xA5, 256  # the byte around tensors, and how many of it
+POISON, GUARD = 0xA5, 256  # the byte that surrounds tensors, and how many such bytes there are
 FAR = 2**31  # elements: an offset from here on does not fit into 32 bits
 ALPHAS = (0.3, -0.7, 25.0, 1e-30)
 
 
 class Case(NamedTuple):
-    """A launch: bits of the inputs, and where the output goes, if not to memory of its own.
+    """A launch holds the bits of the inputs, and the input that the output overwrites, if `place` names one.
 
-    far: by programs so late that their offsets pass FAR. lengths: of the tensors, for a kernel that takes many.
+    If `far` is true, the programs are so late that their offsets pass FAR. `lengths` are those of the tensors, for a
+    kernel that takes many tensors.
     """
 
     sft: Array
@@ -43,7 +45,7 @@ class Case(NamedTuple):
 
 
 class Fenced:
-    """n elements amid poisoned memory, `shift` elements past an address that GUARD divides."""
+    """This object holds n elements amid poisoned memory, `shift` elements past an address that GUARD divides."""
 
     def __init__(self, n: int, dtype: str, shift: int = 0) -> None:
         item = ITEMSIZE[dtype]
@@ -61,12 +63,12 @@ class Fenced:
         return fenced
 
     def stands(self) -> bool:
-        """Whether all around is as it was."""
+        """Return True if all memory around the elements still has the poison."""
         return bool((self._memory[: self._start] == POISON).all() and (self._memory[self._stop :] == POISON).all())
 
 
 class Laid(NamedTuple):
-    """A case in memory. results: where the elements of each alpha are to be; fenced: all that must stand."""
+    """A case in memory: `results` are the outputs for each alpha; `fenced` is the memory that must keep its poison."""
 
     values: dict[str, Any]
     programs: range
@@ -77,19 +79,19 @@ class Laid(NamedTuple):
 
 
 def dtypes(variant: aot.Variant) -> tuple[str, str]:
-    """Of sft and aligned."""
+    """Return the dtypes of sft and aligned."""
     if "SFT" in variant.constants:
         return NAMES[str(variant.constants["SFT"])], NAMES[str(variant.constants["ALIGNED"])]
     return NAMES[variant.types["sft_ptr"][1:]], NAMES[variant.types["aligned_ptr"][1:]]
 
 
 def shift(variant: aot.Variant, pointer: str) -> int:
-    """Elements past an aligned address: one, where the compiled code takes any."""
+    """Return how many elements past an aligned address a tensor starts: one if the compiled code takes any address."""
     return 0 if pointer in variant.wide else 1
 
 
 def programs(variant: aot.Variant, n: int, far: bool) -> tuple[range, int]:
-    """Those of n elements, and the elements before the first of them."""
+    """Return the programs that compute n elements, and the count of elements before the first program."""
     block = variant.constants["BLOCK"]
     first = FAR // block + 3 if far else 0
     return range(first, first - (-n // block)), first * block
@@ -117,7 +119,7 @@ def plain(variant: aot.Variant, case: Case) -> Laid:
 
 
 def sweep(variant: aot.Variant, case: Case) -> Laid:
-    """With gaps between the outputs, which are poisoned too."""
+    """Place a sweep in memory, with gaps between its outputs; the gaps are poisoned too."""
     s, a = inputs(variant, case)
     n, item, alphas = len(a.bits), a.bits.itemsize, variant.constants["K"]
     pitch = -(-n // 16) * 16 + 32 if "pitch" in variant.wide else n + 3
@@ -140,7 +142,10 @@ def sweep(variant: aot.Variant, case: Case) -> Laid:
 
 
 def whole_model(variant: aot.Variant, case: Case) -> Laid:
-    """Over tensors of the case's lengths, or of a few; far are the rows of the table."""
+    """Place a whole model in memory; its tensors have the case's lengths, or five lengths that cover all elements.
+
+    If the case is far, the rows of the table are far; the tensors are not.
+    """
     n, kinds, by = len(case.aligned), dtypes(variant), 0 if variant.constants["ALIGNMENT"] == 16 else 1
     lengths = case.lengths or (n // 3, 0, n // 5, min(n, 1), n - n // 3 - n // 5 - min(n, 1))
     sft, aligned = (
@@ -150,7 +155,7 @@ def whole_model(variant: aot.Variant, case: Case) -> Laid:
     apart = [Fenced(length, kinds[1], by) for length in lengths]
     out = {"": apart, "sft": sft, "aligned": aligned}[case.place]
     triples = [tuple(torch.from_numpy(x.bits) for x in three) for three in zip(sft, aligned, out, strict=True)]
-    rows = variant.kernel.fn.__globals__["rows"](triples).numpy()  # of the kernel's own module
+    rows = variant.kernel.fn.__globals__["rows"](triples).numpy()  # the function of the kernel's own module
     table = Fenced.of(rows.reshape(-1).view(np.uint64), "F64")
     segment, row = variant.constants["SEGMENT"], 2**23 if case.far else 0
     values = {"table_ptr": table.address - row * 32, "alpha": working_alpha(case.alphas[0])}
@@ -176,7 +181,7 @@ def reference(kinds: tuple[str, str], case: Case, alphas: int) -> list[Array]:
 
 
 def verify(kernel: Kernel, variant: aot.Variant, case: Case) -> None:
-    """Run the case; AssertionError unless it gives what it must, and touches nothing else."""
+    """Run the case, and raise AssertionError if its bits are not the reference's or memory beside them has changed."""
     laid = FAMILIES[variant.kernel.fn.__name__](variant, case)
     kernel.run(laid.programs, laid.values, laid.readable, laid.writable)
     kinds = dtypes(variant)
@@ -194,14 +199,14 @@ def random_bits(dtype: str, n: int, seed: int) -> Array:
 
 
 def specials(kinds: tuple[str, str]) -> tuple[Array, Array]:
-    """All special values of one dtype with all of the other's."""
+    """Return every combination of a special value of one dtype with a special value of the other."""
     both = list(product(*(exact.specials(kind) for kind in kinds)))
     sft, aligned = (np.array([pair[i] for pair in both], BITS[kind]) for i, kind in enumerate(kinds))
     return sft, aligned
 
 
 def lengths(variant: aot.Variant) -> list[int]:
-    """Around 8, which is the tail's width, and around a block and its parts."""
+    """Return lengths around 8, which is the tail's width, and around a block and its parts."""
     block = variant.constants["BLOCK"]
     return [1, 7, 8, 9, block // 2 - 1, block // 2 + 9, block - 8, block - 1, block, block + 1, 2 * block + 13]
 
@@ -225,17 +230,17 @@ def cases(variant: aot.Variant) -> Iterator[Case]:
 
 
 def with_plain_product(variant: aot.Variant) -> aot.Variant:
-    """The variant as AMD's GPUs have it: the product is not inline assembly, and may be fused where that is allowed."""
+    """Return the variant for AMD's GPUs: its product is not inline assembly, so a compiler with permission fuses it."""
     return variant._replace(constants={**variant.constants, "PTX": False})
 
 
 def instructions(llir: str) -> str:
-    """LLVM IR without what refers to the source."""
+    """Return the LLVM IR without its references to the source."""
     return "\n".join(line.partition(", !dbg")[0] for line in llir.splitlines() if not line.startswith("!"))
 
 
 def built(variant: aot.Variant, target: str = "cuda:90", compiler: Any = aot, **options: Any) -> Kernel:
-    """The variant, compiled for a GPU and then for this CPU."""
+    """Return the variant, compiled for a GPU and then for this CPU."""
     kernel = compiler.compiled(variant, compiler.target_of(target), **options)
     threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
     return Kernel(kernel.asm["llir"], list(variant.arguments), threads, kernel.metadata.shared)

@@ -1,4 +1,4 @@
-"""What holds for all tests of compiled kernels: where they run, and where Triton keeps what it compiles."""
+"""These hooks skip the tests of compiled kernels where they cannot run, and give Triton a new cache folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KNOWN = ("3.8.", "3.9.")
 
 
 def obstacle() -> str:
-    """Why they cannot run here, or ""."""
+    """Return the reason why the tests cannot run here, or ""."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "the interpreter takes the compiler's place"
     try:
@@ -32,13 +32,13 @@ class Skipped(pytest.Module):
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    """Called for the modules of this folder; None leaves them to pytest."""
+    """Return a skipped module where the tests cannot run; None lets pytest collect the module as usual."""
     return Skipped.from_parent(parent, path=module_path) if obstacle() else None
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compile anew, and leave nothing in the user's cache."""
+    """Make Triton compile every kernel again, and leave nothing in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield

@@ -1,10 +1,10 @@
-"""Runs on this CPU the LLVM IR that Triton lowers a kernel to for NVIDIA GPUs: what it computes, and where it reaches.
+"""This module runs, on this CPU, the LLVM IR that Triton makes of a kernel for NVIDIA GPUs, and checks its accesses.
 
-LLVM compiles the arithmetic as it stands. What only a GPU has is replaced: the numbers of program and thread become
-parameters; in inline assembly, accesses become loads and stores that are checked, and products become LLVM's; bf16 is
-rounded with integers, as a CPU's own instruction flushes subnormals. Whatever else a GPU has is refused, so that
-nothing is skipped in silence.
-Threads run one after another, from barrier to barrier where there are any.
+LLVM compiles the arithmetic unchanged. The module replaces the parts that only a GPU has: the numbers of program and
+thread become parameters; in inline assembly, accesses become checked loads and stores, and products become LLVM's;
+bf16 is rounded with integers, because a CPU's own instruction flushes subnormals. The module refuses everything else
+that only a GPU has, so that nothing is skipped in silence. Threads run one after another; if the kernel has barriers,
+every thread runs up to a barrier before the first one continues.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import shims
 
 llvm = pytest.importorskip("llvmlite.binding", reason="llvmlite is not installed")
 
-Range = tuple[int, int]  # addresses, from the first to the one after the last
+Range = tuple[int, int]  # two addresses: that of the first byte, and that after the last byte
 
 READ, WRITE, SHARED = range(3)  # the lists of ranges
 CTYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "ptr": ctypes.c_int64, "float": ctypes.c_float}
-OPERANDS = {"c": "i16", "r": "i32", "l": "i64", "b": "i1"}  # by the letter in inline assembly's constraints
+OPERANDS = {"c": "i16", "r": "i32", "l": "i64", "b": "i1"}  # the keys are letters of inline assembly's constraints
 
 KERNEL = re.compile(r"^define ptx_kernel void @(\w+)\((.*)\) .*\{\n((?:.*\n)*?)\}", re.MULTILINE)
 ASSEMBLY = re.compile(r'asm sideeffect "([^"]*)", "([^"]*)"')
@@ -43,19 +43,23 @@ CONSTANT = re.compile(r"\bf0x([0-9A-F]{8})\b")
 NUMBER = re.compile(r"tail call i32 @llvm\.nvvm\.read\.ptx\.sreg\.(ctaid|tid)\.x\(\)")
 BARRIER = "  tail call void @llvm.nvvm.barrier.cta.sync.aligned.all(i32 0)\n"
 UNKNOWN = re.compile(r" (?:asm|load|store|alloca|atomicrmw|cmpxchg|fence) .*|= f\w+ .*bfloat.*")
-PURE = re.compile(r"llvm\.(?:fabs|[su]min|[su]max)\.\w+")  # of LLVM's own functions, those that mean the same on a CPU
+PURE = re.compile(r"llvm\.(?:fabs|[su]min|[su]max)\.\w+")  # LLVM's own functions that mean the same on a CPU
 
 
 class Refused(Exception):
-    """The code has something that is not known here."""
+    """The code has something that this module does not know."""
 
 
 class OutsideError(AssertionError):
-    """The kernel reached for memory that is not its own."""
+    """The kernel accessed memory that is not its own."""
 
 
 class Access(NamedTuple):
-    """A piece of inline assembly. operands: their types, by number; sources: those of the initial or stored items."""
+    """A piece of inline assembly that accesses memory.
+
+    `operands` maps the number of an operand to its type. `sources` are the operands that hold the initial items of a
+    load or the stored items of a store.
+    """
 
     load: bool
     places: int
@@ -68,7 +72,7 @@ class Access(NamedTuple):
 
     @classmethod
     def of(cls, text: str, constraints: str) -> Access:
-        """One load, after initial values of what is loaded, or one store. Raises Refused."""
+        """Parse one load, with its items' initial values before it, or one store; raise Refused for other code."""
         *before, last = text.removesuffix(";").split(r";\0A\09")
         match, initial = ACCESS.fullmatch(last), [INITIAL.fullmatch(line) for line in before]
         kinds = constraints.split(",")
@@ -87,7 +91,7 @@ class Access(NamedTuple):
         return cls(load, space, f"i{match['bits']}", int(match["bits"]) // 8, operands, match["address"], on, sources)
 
     def shim(self) -> tuple[str, dict[str, object]]:
-        """The template of a function that does the same, and the words in it."""
+        """Return the template of a function that makes the same access, and the words that the template needs."""
         vector = f"<{len(self.sources)} x {self.item}>"
         before, value = vector_of(vector, self.item, self.sources)
         after, result = returned(vector, self.item, len(self.sources))
@@ -102,7 +106,7 @@ class Access(NamedTuple):
 
 
 def vector_of(vector: str, item: str, sources: Sequence[str | None]) -> tuple[str, str]:
-    """Instructions that make a vector of operands, zero for None; and its name."""
+    """Return instructions that make a vector of operands, with zero for None, and the vector's name."""
     lines, value = [], "zeroinitializer"
     for i, source in enumerate(sources):
         if source:
@@ -112,7 +116,7 @@ def vector_of(vector: str, item: str, sources: Sequence[str | None]) -> tuple[st
 
 
 def returned(vector: str, item: str, count: int) -> tuple[str, str]:
-    """Instructions that return what was loaded as inline assembly does, one item or a structure; and its type."""
+    """Return instructions that return one loaded item or a structure of several, and the type of this result."""
     lines = [f"  %item{i} = extractelement {vector} %loaded, i64 {i}" for i in range(count)]
     if count == 1:
         return "\n".join([*lines, f"  ret {item} %item0"]), item
@@ -124,12 +128,12 @@ def returned(vector: str, item: str, count: int) -> tuple[str, str]:
 
 
 def filled(text: str, **words: object) -> str:
-    """A template with its words replaced."""
+    """Return a template with its words replaced."""
     return re.sub(r"\b[A-Z]+\b", lambda word: str(words.get(word[0], word[0])), text)
 
 
 class Translation:
-    """The LLVM IR of a kernel, rewritten for this CPU: `text` is a module. Raises Refused."""
+    """The LLVM IR of a kernel, rewritten for this CPU; `text` is an LLVM module. The constructor may raise Refused."""
 
     def __init__(self, llir: str, threads: int, shared: int) -> None:
         self._shims: dict[str, str] = {}
@@ -148,7 +152,7 @@ class Translation:
         self.text = "".join([filled(shims.CHECKS, SITES=self.sites, BYTES=shared), *self._shims.values(), kernel])
 
     def _rewritten(self, body: str) -> str:
-        """The instructions, with calls in place of a GPU's own."""
+        """Return the instructions, with calls in place of a GPU's own instructions."""
         body = re.sub(r" #\d+$", "", body.replace("@global_smem", "@shared"), flags=re.MULTILINE)
         body = ASSEMBLY.sub(self._access, body)
         body = PRODUCT.sub(self._product, body)
@@ -163,7 +167,7 @@ class Translation:
         return body.replace("bfloat", "i16")
 
     def _shim(self, template: str, **words: object) -> str:
-        """A function for one more access of the code; its name."""
+        """Add a function for one more access of the code, and return its name."""
         name = f"access.{len(self._shims)}"
         self._shims[name] = filled(template, SITE=len(self._shims), **words)
         return f"@{name}"
@@ -173,19 +177,19 @@ class Translation:
         return self._shim(template, **words)
 
     def _product(self, match: re.Match[str]) -> str:
-        """The product that no compiler may fuse."""
+        """Return the name of the product that no compiler may fuse, and add its function."""
         self._shims["product"] = shims.PRODUCT
         return "@product"
 
     def _shared_load(self, match: re.Match[str]) -> str:
-        """A load as LLVM has it: Triton loads so from shared memory alone."""
+        """Return a checked call for LLVM's own load; Triton uses that load for shared memory only."""
         kind = "<4 x i32>"
         words = {"VECTOR": kind, "VALUE": "poison", "RESULT": kind, "BEFORE": "", "AFTER": f"ret {kind} %loaded"}
         name = self._shim(shims.LOAD, OPERANDS="ptr %in", ADDRESS="%in", ON="true", WIDTH=16, LIST=SHARED, **words)
         return f"call {kind} {name}(ptr {match[1]})"
 
     def _conversion(self, match: re.Match[str]) -> str:
-        """fp32 to bf16, or back."""
+        """Return a call that converts fp32 to bf16, or bf16 to fp32."""
         what, source, count, value, target = (each and each.replace("bfloat", "i16") for each in match.groups())
         name, template = f"{what}.{count or 0}", shims.ROUND if what == "fptrunc" else shims.WIDEN
         self._shims[name] = filled(template, NAME=name, SOURCE=source, TARGET=target, COUNT=count or 1)
@@ -193,14 +197,14 @@ class Translation:
 
 
 def constant(match: re.Match[str]) -> str:
-    """fp32 by its bits, as Triton's LLVM writes it, as the bits of a double, which all LLVM read."""
+    """Return an fp32 constant as the bits of a double, which every LLVM reads; Triton's LLVM writes bits of fp32."""
     return f"0x{struct.pack('>d', *struct.unpack('>f', bytes.fromhex(match[1]))).hex()}"
 
 
 def suspending(body: str) -> str:
-    """A coroutine's instructions: a suspension at each barrier, and a last one in place of the return."""
+    """Return a coroutine's instructions: each barrier becomes a suspension, and the return becomes the last one."""
     if " phi " in body:
-        raise Refused("phi in a kernel with barriers")  # it would name a block that is split here
+        raise Refused("phi in a kernel with barriers")  # a phi would name a block that this function splits
     first, *rest = body.replace("  ret void\n", "  br label %finish\n").split(BARRIER)
     for i, piece in enumerate(rest):
         first += filled(shims.SUSPEND, NUMBER=i, LAST="false", NEXT=f"after{i}") + f"after{i}:\n{piece}"
@@ -211,7 +215,10 @@ class Kernel:
     """A kernel compiled for this CPU."""
 
     def __init__(self, llir: str, arguments: Sequence[str], threads: int, shared: int = 0) -> None:
-        """arguments: names of the entry's; what comes after them is Triton's own, and null. Raises Refused."""
+        """Compile the LLVM IR, or raise Refused.
+
+        `arguments` are the names of the entry's first parameters; the others are Triton's own, and get null.
+        """
         self._names, self._threads, self._shared = arguments, threads, shared
         self._code = Translation(llir, threads, shared)
         llvm.initialize_native_target()
@@ -234,10 +241,10 @@ class Kernel:
         readable: Iterable[Range],
         writable: Iterable[Range],
     ) -> None:
-        """Run programs; values: addresses and numbers, by argument.
+        """Run programs; `values` maps each argument to its address or number.
 
-        An access outside all ranges, or at an address that its width does not divide, is not made; in the end it
-        raises OutsideError.
+        An access outside all ranges, or at an address that is no multiple of its width, is not made. After all programs
+        have run, OutsideError tells the number of such accesses.
         """
         shared = self._address("shared")
         places = [[*readable], [*writable], [(shared, shared + self._shared)]]
@@ -258,7 +265,7 @@ class Kernel:
             raise OutsideError(f"{count} accesses not allowed; the last, of {width} bytes, at {address:#x}")
 
     def _run_by_barriers(self, programs: range, given: Sequence[Any]) -> None:
-        """All threads of a program up to a barrier, then all of them up to the next."""
+        """Run all threads of a program up to a barrier, then all of them up to the next barrier."""
         start = self._function(self._code.entry, ctypes.c_void_p, *self._code.types, "i32", "i32")
         done = self._function("done", ctypes.c_bool, "ptr")
         resume, destroy = (self._function(name, None, "ptr") for name in ("resume", "destroy"))
@@ -276,7 +283,7 @@ class Kernel:
         return int(self._engine.get_global_value_address(name))
 
     def _global(self, name: str, count: int) -> Any:
-        """A global variable of the module, as an array of 64-bit numbers."""
+        """Return a global variable of the module as an array of 64-bit numbers."""
         return np.ctypeslib.as_array((ctypes.c_int64 * count).from_address(self._address(name)))
 
     def _function(self, name: str, result: Any, *types: str) -> Any:

@@ -1,7 +1,8 @@
-"""Mistakes in the kernels that executing their compiled code must show, and how to compile a copy that makes one.
+"""This module lists mistakes in the kernels; executing the compiled code must show each of them.
 
-Mistakes in the statistics are in `statistics_mutants.py`: threads exchange values there, which `executor.py` does not
-know. Fused multiply-adds are no mistake in the source: `test_mutants.py` asks the compiler for them.
+`package` makes a copy of kernels/ with one mistake. Mistakes in the statistics are in `statistics_mutants.py`, because
+threads exchange values there and `executor.py` does not support that. Fused multiply-adds are no mistake in the source:
+`test_mutants.py` asks the compiler for them.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any, NamedTuple
 import pytest
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-OUTSIDE, DIFFERENT = "accesses not allowed", "differ"  # what is seen: accesses outside the tensors, or wrong elements
+OUTSIDE, DIFFERENT = "accesses not allowed", "differ"  # the errors: accesses outside the tensors, or wrong elements
 
 
 class Mutant(NamedTuple):
-    """`new` for `old`, which stands once in a file of kernels/; seen: by what it shows where `variant` is executed."""
+    """A mistake puts `new` in place of `old`, which a file of kernels/ contains once.
+
+    `seen` is in the message of the error that executing `variant` raises.
+    """
 
     file: str
     variant: str
@@ -91,7 +95,7 @@ MUTANTS = [
 
 
 def package(folder: Path, name: str, file: str, old: str, new: str, patch: pytest.MonkeyPatch, times: int = 1) -> Any:
-    """Return aot.py of a copy of kernels/ with `new` for `old`, which stands there `times` times.
+    """Return aot.py of a copy of kernels/ in which `new` replaces `old`, which the file must contain `times` times.
 
     Triton reads the source of a kernel from its file. The modules of expo/ that kernels/ needs are copied too.
     """

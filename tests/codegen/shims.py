@@ -1,9 +1,10 @@
-"""LLVM IR that stands for what only a GPU has; `executor.py` replaces the words in capitals and puts it together."""
+"""This module holds LLVM IR that replaces a GPU's own instructions; `executor.py` fills in the words in capitals."""
 
 from __future__ import annotations
 
-# An access is allowed inside the range that the same instruction used last, or inside one of its list. Addresses are
-# compared as signed numbers, so that none wraps into a range; a GPU faults at one that the width does not divide.
+# An access is allowed inside the range that the same instruction used last, or inside a range of its list. Addresses
+# are compared as signed numbers, so that none wraps into a range. An address must be a multiple of the access's width,
+# because a GPU faults at any other.
 CHECKS = """
 @lists = global [3 x [2 x ptr]] zeroinitializer
 @refused = global [3 x i64] zeroinitializer
@@ -98,7 +99,7 @@ end:
 }
 """
 
-# To nearest even. NaN is told by the value, and becomes the one that NVIDIA's conversion gives.
+# ROUND rounds to nearest even. It recognizes NaN by comparing the value, and gives the NaN of NVIDIA's conversion.
 ROUND = """
 define internal TARGET @NAME(SOURCE %x) alwaysinline {
   %f = bitcast SOURCE %x to <COUNT x float>
@@ -116,7 +117,7 @@ define internal TARGET @NAME(SOURCE %x) alwaysinline {
 }
 """
 
-# mul.rn.f32: LLVM's own, which no flag allows to be fused with a sum.
+# PRODUCT replaces mul.rn.f32 by LLVM's fmul; without flags LLVM may not fuse it with a sum.
 PRODUCT = """
 define internal float @product(float %x, float %y) alwaysinline {
   %p = fmul float %x, %y
@@ -134,7 +135,7 @@ define internal TARGET @NAME(SOURCE %x) alwaysinline {
 }
 """
 
-# All threads of the programs from begin to end, one after another.
+# KERNEL runs all threads of the programs from begin to end, one after another.
 KERNEL = """
 define internal void @ENTRY(PARAMETERS, i32 %ctaid, i32 %tid) alwaysinline {
 BODY
@@ -161,7 +162,7 @@ stop:
 }
 """
 
-# A kernel with barriers is a coroutine for each thread, which every barrier suspends.
+# Each thread of a kernel with barriers is a coroutine, and every barrier suspends it.
 COROUTINE = """
 define ptr @ENTRY(PARAMETERS, i32 %ctaid, i32 %tid) presplitcoroutine {
 enter:

@@ -1,6 +1,7 @@
-"""Mistakes in sweep.py that the tests of its compiled code must catch; `mutants.package` makes a copy with one.
+"""This module lists mistakes in sweep.py that the tests of its compiled code must catch.
 
-Leaving out other=0.0 is none of them: Triton sets the registers of masked lanes to zero anyway.
+`mutants.package` makes a copy of kernels/ with one of them. A mutant that leaves out other=0.0 would not fail, because
+Triton sets the registers of masked lanes to zero anyway.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """A replacement in sweep.py; variant: one in which it shows."""
+    """A replacement in sweep.py; `variant` is one whose results show it."""
 
     name: str
     old: str

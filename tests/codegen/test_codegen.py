@@ -1,7 +1,8 @@
-"""What the compiler makes of every kernel, for GPUs that need not be there: it rounds as it must, and wastes nothing.
+"""These tests read the code that the compiler makes of every kernel; they need no GPU.
 
-No GPU runs here. What the instructions show: no fused multiply-add, no flush of subnormals, accesses as wide as the
-hardware has them, and no memory but the tensors'. A new kernel is a new row of `aot.variants`, and of LIMITS here.
+The instructions must show that no multiply-add is fused, that subnormals are not flushed, that accesses are as wide as
+the hardware allows, and that the code accesses no memory except the tensors. A new kernel needs a row in
+`aot.variants`, and a row in LIMITS here.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ WIDE = [name for name in VARIANTS if not name.endswith("_unaligned")]
 
 
 class Limit(NamedTuple):
-    """registers: of a thread; instructions: for each element on NVIDIA, None where the GPU has some to spare."""
+    """The most registers of a thread, and the most instructions of an element on NVIDIA's GPUs; None is no limit."""
 
     registers: int
     instructions: float | None
 
 
-# By the start of a variant's name. At 40 registers a multiprocessor holds 1,536 threads, at 64 1,024, at 96 640.
+# The keys are the starts of variants' names. A multiprocessor holds 1,536 threads of 40 registers, 1,024 threads of 64
+# registers, or 640 threads of 96 registers.
 LIMITS = {
     "extrapolate": Limit(40, 10),
     "sweep2": Limit(64, 16),
@@ -66,7 +68,10 @@ def sass(name: str, target: str, **options: Any) -> list[str]:
 
 
 def amd_fused(name: str, **options: Any) -> list[str]:
-    """The fused multiply-adds in AMD assembly; one whose factor is 1 or -1 adds and widens fp16, and rounds once."""
+    """Return the fused multiply-adds in AMD assembly, without those that multiply by 1 or -1 and so only add.
+
+    The compiler uses the latter to widen fp16 and add in one instruction, which rounds once.
+    """
     fused = re.findall(r"\bv_\w*(?:fma|mad|mac).*", kernel(name, "hip:gfx942", **options).asm["amdgcn"])
     return [line for line in fused if not re.match(r"v_fma_mix_f32 v\d+, -?v\d+, -?1\.0,", line)]
 
@@ -119,7 +124,7 @@ def test_statistics_and_table_add_next_to_nothing(name: str, moved: int) -> None
 
 
 def body(name: str, target: str) -> list[str]:
-    """The opcodes of memory accesses that a program with a full block makes to the tensors: no constants, no shared."""
+    """Return the opcodes of a full block's accesses to global memory, without those to constants and shared memory."""
     return [
         code for code in aot.opcodes(aot.full_program(sass(name, target))) if re.match(r"(LDG|STG|LD\.|ST\.)", code)
     ]
@@ -128,7 +133,10 @@ def body(name: str, target: str) -> list[str]:
 @pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize("name", WIDE)
 def test_accesses_of_the_body_are_wide(target: str, name: str) -> None:
-    """128 bits each, as many as the elements need; what remains are alphas, a row of the table, a row of statistics."""
+    """The tensors' accesses have 128 bits each, and there are as many as the elements need.
+
+    The other accesses read alphas and a row of the table, or write a row of statistics.
+    """
     variant, accesses = VARIANTS[name], body(name, target)
     block, alphas = variant.constants["BLOCK"], variant.constants.get("K", 1)
     stores = sum(access.startswith("STG.E.128") for access in accesses)
@@ -146,7 +154,7 @@ def test_accesses_of_the_body_are_wide(target: str, name: str) -> None:
 
 
 def kinds(variant: aot.Variant) -> tuple[str, str]:
-    """The dtypes of sft and aligned."""
+    """Return the dtypes of sft and aligned."""
     if variant.kernel is whole_model.whole_model:
         kind = variant.name.rpartition("_")[2]
         return kind, kind
@@ -155,7 +163,7 @@ def kinds(variant: aot.Variant) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", ["extrapolate_bf16_unaligned", "extrapolate_fp32_unaligned"])
 def test_accesses_of_unaligned_tensors_are_narrow(name: str) -> None:
-    """Wide accesses at such addresses would fault on a GPU."""
+    """Accesses of unaligned tensors are narrow, because wide ones would fault on a GPU."""
     accesses = set(re.findall(r"\b((?:ld|st)\.global[\w.]*)", kernel(name).asm["ptx"]))
     size = "b16" if "bf16" in name else "b32"
     assert accesses == {f"ld.global.{size}", f"st.global.{size}"}
@@ -163,7 +171,7 @@ def test_accesses_of_unaligned_tensors_are_narrow(name: str) -> None:
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_loads_come_before_the_arithmetic(target: str) -> None:
-    """Three or all four loads of a thread are under way before it computes: the last one may share a slot."""
+    """At least three of a thread's four loads come before its first arithmetic instruction."""
     code = aot.opcodes(sass(PAIR, target))
     first = next(i for i, name in enumerate(code) if re.match(r"F(ADD|MUL|HADD)", name))
     assert sum(name.startswith("LDG.E.128") for name in code[:first]) >= 3
@@ -173,8 +181,8 @@ def test_amd_accesses_are_wide() -> None:
     accesses = re.findall(
         r"\b(?:global|buffer|flat|scratch)_((?:load|store)_\w+)", kernel(PAIR, "hip:gfx942").asm["amdgcn"]
     )
-    # A wave has 64 threads, so half as many elements each as on an NVIDIA GPU: two loads, one store, for a full block
-    # and for one that is not; then the tail.
+    # A wave has 64 threads, so a thread has half as many elements as on an NVIDIA GPU. It makes two loads and one store
+    # for a full block, the same for a block that is not full, and then those of the tail.
     assert sorted(accesses) == ["load_dwordx4"] * 4 + ["load_ushort"] * 2 + ["store_dwordx4"] * 2 + ["store_short"]
 
 
@@ -186,7 +194,7 @@ def test_amd_accesses_are_wide() -> None:
 def test_nvidia_neither_fuses_nor_flushes(target: str, name: str) -> None:
     assert not re.search(r"\b(fma|mad)\.[\w.]*f\d|\.ftz", kernel(name, target).asm["ptx"])
     assert [line for line in sass(name, target) if re.search(r"FFMA|\.FTZ", line)] == []
-    # Half-precision instructions make constants (0 * 0 + c) and widen fp16 (0 + x), exactly.
+    # Half-precision instructions may only make constants (0 * 0 + c) and widen fp16 (0 + x), because both are exact.
     halves = [line for line in sass(name, target) if re.search(r"\bH(FMA|ADD|MUL)", line)]
     exact = r"HFMA2\S* R\d+, -RZ, RZ,|HADD2\.F32 R\d+, -RZ, R\d+(\.reuse)?\.H[01]_H[01]"
     assert [line for line in halves if not re.search(exact, line)] == []
@@ -195,12 +203,12 @@ def test_nvidia_neither_fuses_nor_flushes(target: str, name: str) -> None:
 def test_ptx_rounds_each_operation() -> None:
     operations = re.findall(r"\b((?:add|sub|mul|fma|mad)\.[\w.]*f32)\b", kernel(PAIR).asm["ptx"])
     assert set(operations) == {"sub.rn.f32", "mul.rn.f32", "add.rn.f32"}
-    # A thread's 16 elements of a full block and of one that is not, and its lane of the tail.
+    # The code computes a thread's 16 elements of a full block, its 16 of a block that is not full, and one of the tail.
     assert len(operations) == 3 * (2 * 16 + 1)
 
 
 def test_fusion_would_show() -> None:
-    """The checks above can fail: a plain product with fusion allowed has fused multiply-adds at every layer."""
+    """The checks above can fail: if fusion is allowed, a plain product gives fused multiply-adds at every layer."""
     allowed = {"enable_fp_fusion": True}
     plain = aot.compiled(with_plain_product(VARIANTS[PAIR]), aot.target_of("cuda:90"), **allowed)
     assert len(re.findall(r"\bfma\.rn\.f32\b", plain.asm["ptx"])) >= 16
@@ -217,11 +225,11 @@ def test_amd_neither_fuses_nor_flushes(name: str) -> None:
     assert settings["round_mode_32"] == settings["round_mode_16_64"] == "0"  # to nearest even
 
 
-# The launchers start what is compiled here
+# The launchers start the kernels that are compiled here
 
 
 class Launches:
-    """Stands in for a kernel and keeps what it was launched with."""
+    """This object replaces a kernel and keeps the grid, arguments and options of its launch."""
 
     def __init__(self) -> None:
         self.grid: tuple[int, ...] = ()
@@ -277,7 +285,7 @@ def test_launch_of_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_launch_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty grid is an error on a GPU."""
+    """The launchers start no kernel for no elements, because an empty grid is an error on a GPU."""
     launches, tensor = Launches(), torch.zeros(0, dtype=torch.bfloat16)
     for module, name in ((extrapolate, "extrapolate"), (sweep, "sweep"), (whole_model, "whole_model")):
         monkeypatch.setattr(module, name, launches)
@@ -312,7 +320,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_arguments_are_those_of_the_compiled_entry(name: str) -> None:
-    """As many as the PTX declares, of the same sizes."""
+    """A description lists as many arguments as the PTX declares, with the same sizes."""
     sizes = {"i32": "u32", "i64": "u64", "fp32": "f32"}
     ptx = kernel(name).asm["ptx"]
     declared = re.findall(rf"\.param \.(\w+) .*{kernel(name).metadata.name}_param_\d+", ptx.partition(")")[0])
@@ -323,10 +331,10 @@ def test_arguments_are_those_of_the_compiled_entry(name: str) -> None:
 def test_a_compiler_that_prints_fails_the_command(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NVIDIA's assembly for an AMD GPU: LLVM prints errors, Triton returns, and the code lacks the product."""
+    """The command fails on NVIDIA's assembly for an AMD GPU: LLVM only prints errors and leaves out the product."""
     wrong = VARIANTS[PAIR]._replace(constants={**VARIANTS[PAIR].constants, "PTX": True})
     monkeypatch.setattr(aot, "variants", lambda: {PAIR: wrong})
-    for _ in range(2):  # the second time it could come from Triton's cache, silently
+    for _ in range(2):  # the second time Triton could take the code from its cache, without a message
         assert aot.main(["--target", "hip:gfx942", "--out", str(tmp_path)]) == 1
         said = capfd.readouterr()
         assert said.out == ""
@@ -336,7 +344,7 @@ def test_a_compiler_that_prints_fails_the_command(
 
 
 def test_what_nvdisasm_adds_for_blackwell_is_no_part_of_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As release 12.8, which Triton 3.5 and 3.6 ship, prints it."""
+    """The text is in the form of release 12.8 of nvdisasm, which Triton 3.5 and 3.6 contain."""
     text = """        /*02f0*/                   FFMA R15, R16, UR4, R21               &req={0}           ?trans1;
         /*0300*/              @!P0 BRA `(.L_x_0)                         ?WAIT5_END_GROUP;
         /*0310*/                   EXIT                                                  ?trans5;

@@ -1,7 +1,8 @@
-"""What the compiler emitted for NVIDIA GPUs, run on this CPU: the bits of the numerics contract, and no access more.
+"""These tests run code that was compiled for NVIDIA GPUs on this CPU; the bits must be those of the numerics contract.
 
-A variant that is added to aot.py is tested here as it is; a new kernel needs a row in `cases.FAMILIES`. The statistics
-of a sweep exchange values between threads, which `executor.py` does not know: `test_statistics.py` runs those.
+An access outside the tensors fails a test. A variant that is added to aot.py is tested without a change here; a new
+kernel needs a row in `cases.FAMILIES`. `test_statistics.py` runs the sweep with statistics, because its threads
+exchange values and `executor.py` does not support that.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from expo.kernels import aot, numerics
 
 Array = Any
 MANY = 2**24  # elements
-RESERVED = 0x4000  # MAP_NORESERVE: addresses, whose memory is there when it is written
+RESERVED = 0x4000  # MAP_NORESERVE: the system provides a page's memory only when the page is written
 VARIANTS = {name: variant for name, variant in aot.variants().items() if not name.startswith("statistics")}
 
 
 def launched(name: str, wide: Sequence[str] = (), types: dict[str, str] | None = None, **constants: Any) -> aot.Variant:
-    """A variant as the launchers have it compiled for other arguments."""
+    """Return the variant that the launchers compile for other arguments."""
     variant = VARIANTS[name]
     return variant._replace(
         types=variant.types | (types or {}), constants=variant.constants | constants, wide=tuple(wide) or variant.wide
     )
 
 
-# Triton takes 32 bits for a number that fits into them, and narrow accesses where a tensor is at an odd address.
+# Triton passes a number in 32 bits if it fits, and makes narrow accesses if a tensor's address is not aligned.
 LAUNCHED = {
     "extrapolate_bf16_n_of_32_bits": launched("extrapolate_bf16", types={"n": "i32"}),
     "extrapolate_bf16_unaligned_sft": launched("extrapolate_bf16", ("aligned_ptr", "out_ptr")),
@@ -59,7 +60,7 @@ def kernel(name: str) -> Kernel:
 
 @pytest.mark.parametrize("name", ALL)
 def test_small_launches(name: str) -> None:
-    """Special values, lengths around 8 and around a block, in place and not, offsets past 2^31 elements."""
+    """Every case passes: special values, lengths around 8 and a block, outputs in place, offsets past 2^31 elements."""
     for case in cases(ALL[name]):
         verify(kernel(name), ALL[name], case)
 
@@ -67,7 +68,7 @@ def test_small_launches(name: str) -> None:
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:100"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_gpus(name: str, target: str) -> None:
-    """The same where the instructions are others."""
+    """The cases pass for another GPU too if its instructions differ."""
     here, there = (instructions(compiled(name, each).asm["llir"]) for each in ("cuda:90", target))
     if here != there:
         other = built(ALL[name], target)
@@ -79,7 +80,7 @@ def test_other_gpus(name: str, target: str) -> None:
 
 
 def weights(n: int) -> tuple[Array, Array]:
-    """bf16 of a model and its successor; a tenth of them equal."""
+    """Return the bf16 weights of a model and of its successor, a tenth of them equal."""
     rng = np.random.default_rng(n)
     aligned = rng.standard_normal(n, np.float32) * np.float32(0.02)
     step = rng.standard_normal(n, np.float32) * np.float32(0.0005) * (np.arange(n) % 10 > 0)
@@ -90,7 +91,7 @@ def weights(n: int) -> tuple[Array, Array]:
 
 
 def any_bits(n: int) -> tuple[Array, Array]:
-    """Every pattern of bf16 some hundred times."""
+    """Return random bits of bf16; among some million elements each pattern is there many times."""
     return random_bits("BF16", n, 1), random_bits("BF16", n, 2)
 
 
@@ -106,7 +107,7 @@ def test_millions_of_elements_swept() -> None:
 
 
 def test_millions_of_elements_in_many_tensors() -> None:
-    """In place, in tensors of 0 elements to more than the 128 blocks of a row of the table."""
+    """A whole model is computed in place; its tensors have 0 elements to more than the 128 blocks of a table's row."""
     row = 128 * 2048
     edges = [0, 1, 7, 8, 9, 2047, 2048, 2049, row - 1, row, row + 1, 0, 5 * row + 77]
     lengths = [*edges, *np.random.default_rng(0).integers(1, 120_000, 300).tolist()]
@@ -120,7 +121,7 @@ def test_millions_of_elements_in_many_tensors() -> None:
 
 @pytest.mark.parametrize("bits", [32, 64])
 def test_outputs_far_apart(bits: int) -> None:
-    """The last of four outputs starts past 2^31 elements after the first, where the pitch fits into 32 bits."""
+    """The last of four outputs starts more than 2^31 elements after the first, though the pitch fits into 32 bits."""
     variant = launched("sweep4_bf16", types={"pitch": f"i{bits}"})
     pitch, n = (2**31 // 3 + 16) // 16 * 16, 4096 + 13
     case = Case(*any_bits(n))
@@ -168,7 +169,7 @@ def test_statistics_are_refused() -> None:
 
 
 def launch(more: int = 0, shift: int = 0) -> None:
-    """Over 2048 elements, and `more`; all tensors `shift` bytes past an aligned address."""
+    """Launch over 2048 elements and `more`; all tensors start `shift` bytes past an aligned address."""
     memory = np.zeros(3 * 4096 + 64, np.uint8)
     at = -memory.ctypes.data % 16 + memory.ctypes.data + shift
     sft, aligned, out = ((at + i * 4096, at + (i + 1) * 4096) for i in range(3))
@@ -177,7 +178,7 @@ def launch(more: int = 0, shift: int = 0) -> None:
 
 
 def test_accesses_are_checked() -> None:
-    """Beyond the ranges, and where wide ones are not aligned."""
+    """Accesses outside the ranges raise an error, and so do wide accesses at addresses that are not aligned."""
     launch()
     with pytest.raises(OutsideError, match="of 2 bytes"):
         launch(more=1)
@@ -186,7 +187,7 @@ def test_accesses_are_checked() -> None:
 
 
 def test_barriers_are_kept() -> None:
-    """Without one, threads read from shared memory what others have not written yet."""
+    """If a barrier is removed, threads read shared memory that others have not written yet, and the bits differ."""
     name = "extrapolate_bf16_fp32"
     variant, code = ALL[name], compiled(name)
     barrier = next((line for line in code.asm["llir"].splitlines() if "call void @llvm.nvvm.barrier" in line), "")

@@ -1,4 +1,4 @@
-"""That the tests of the compiled kernels would fail: mistakes in the kernels, each seen where it shows."""
+"""These tests show that the tests of the compiled kernels can fail: each mistake in a kernel raises its error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KERNELS = ("extrapolate_bf16", "extrapolate_fp32_bf16", "sweep2_bf16", "whole_mo
 
 
 def execute(compiler: Any, name: str) -> None:
-    """The variant as `test_execution.py` does it."""
+    """Run all cases of the variant, as `test_execution.py` does."""
     variant = compiler.variants()[name]
     kernel = built(variant, compiler=compiler)
     for case in cases(variant):
@@ -33,13 +33,13 @@ def test_mutants_fail(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_copy_without_mistakes_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the mutants fail is not the copying."""
+    """A copy without a mistake passes, so the copying is not the reason why the mutants fail."""
     compiler = package(tmp_path, "none", "extrapolate.py", "[d, alpha]", "[alpha, d]", monkeypatch)
     for name in KERNELS:
         execute(compiler, name)
 
 
-# Fused multiply-adds, which the compiler makes where it may, of products that are not inline assembly
+# The compiler makes fused multiply-adds if it is allowed to, but not of products in inline assembly
 
 
 @cache
@@ -50,7 +50,7 @@ def compiled(name: str, target: str, fusion: bool, plain: bool = True) -> dict[s
 
 
 def fused(name: str, layer: str, fusion: bool) -> list[str]:
-    """The fused multiply-adds in one of the compiler's outputs."""
+    """Return the fused multiply-adds in one of the compiler's outputs."""
     if layer == "ptx":
         return re.findall(r"\b(?:fma|mad)\.[\w.]*f32\b", compiled(name, "cuda:90", fusion)["ptx"])
     if layer == "sass":
@@ -59,7 +59,7 @@ def fused(name: str, layer: str, fusion: bool) -> list[str]:
             pytest.skip("this Triton ships no nvdisasm")
         return [opcode for opcode in aot.opcodes(code) if opcode.startswith("FFMA")]
     found = re.findall(r"\bv_\w*(?:fma|mad|mac).*", compiled(name, "hip:gfx942", fusion)["amdgcn"])
-    # One whose factor is 1 or -1 adds and widens fp16, and rounds once.
+    # A multiply-add whose factor is 1 or -1 only widens fp16 and adds; it rounds once, so it is no fused product.
     return [line for line in found if not re.match(r"v_fma_mix_f32 v\d+, -?v\d+, -?1\.0,", line)]
 
 
@@ -72,7 +72,7 @@ def test_fusion_is_seen(name: str, layer: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_product_in_assembly_is_never_fused(name: str) -> None:
-    """Not even where the compiler may fuse whatever it finds."""
+    """The compiler does not fuse a product in inline assembly, even if it is allowed to fuse."""
     asm = compiled(name, "cuda:90", fusion=True, plain=False)
     assert not re.findall(r"\b(?:fma|mad)\.[\w.]*f32\b", asm["ptx"])
     code = aot.machine_code(asm["cubin"])
@@ -81,7 +81,7 @@ def test_a_product_in_assembly_is_never_fused(name: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_fusion_is_not_seen_by_execution(name: str) -> None:
-    """Products and sums are fused after the LLVM IR, so that executing it proves nothing about them."""
+    """Products and sums are fused after the LLVM IR, so executing the IR cannot show that they are not fused."""
     with_fusion, without = (instructions(compiled(name, "cuda:90", fusion)["llir"]) for fusion in (True, False))
     assert with_fusion == without
     variant = with_plain_product(aot.variants()[name])

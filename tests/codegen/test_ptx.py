@@ -1,4 +1,7 @@
-"""The PTX interpreter itself: its rounding against exact arithmetic, its exchanges by hand, and what it refuses."""
+"""These tests check the PTX interpreter: its rounding, its exchanges between lanes, and the code that it refuses.
+
+Exact arithmetic gives the expected results of rounding; the others are written here by hand.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ KERNEL = """
 
 
 def evaluate(body: str, *inputs: Any, shared: int = 0) -> Any:
-    """%r0 after the body, in every lane, whose inputs are in %r1 to %r4."""
+    """Run the body in lanes whose inputs are in %r1 to %r4, and return each lane's %r0."""
     count = len(inputs[0]) if inputs else THREADS
     programs = -(-count // THREADS)
     lanes = np.zeros((programs * THREADS, 4), np.uint32)
@@ -59,7 +62,7 @@ def evaluate(body: str, *inputs: Any, shared: int = 0) -> Any:
 
 
 def encoded(values: Sequence[exact.Value], dtype: str) -> list[int]:
-    """With NVIDIA's NaN, all ones but the sign."""
+    """Return the bits of the values, with NVIDIA's NaN: all bits are ones except the sign."""
     return [exact.FORMATS[dtype].mask if v.kind is exact.Kind.NAN else exact.encode(v, dtype) for v in values]
 
 
@@ -68,7 +71,7 @@ def decoded(bits: Any, dtype: str = "F32") -> list[exact.Value]:
 
 
 def singles(seed: int, n: int) -> Any:
-    """Bits of fp32: special values and random patterns."""
+    """Return bits of fp32: special values and random patterns."""
     rng = np.random.default_rng(seed)
     special = np.array(exact.specials("F32"), np.uint32)
     return np.where(rng.random(n) < 0.7, rng.choice(special, n), rng.integers(0, 1 << 32, n, np.uint32))
@@ -86,7 +89,7 @@ def test_narrowing(opcode: str, dtype: str) -> None:
 
 @pytest.mark.parametrize(("opcode", "one"), [("cvt.rn.bf16x2.f32", 0x3F80), ("cvt.rn.f16x2.f32", 0x3C00)])
 def test_narrowing_of_two(opcode: str, one: int) -> None:
-    """The first operand comes to the upper half."""
+    """The first operand is narrowed into the upper half."""
     assert evaluate(f"{opcode} %r0, %r1, %r2;", [ONE, ZERO], [ZERO, ONE]).tolist() == [one << 16, one]
 
 
@@ -110,21 +113,24 @@ def test_one_operation(name: str, packed: bool) -> None:
 
 
 def test_mixed_operations() -> None:
-    """The fp16 operand comes first, and is what is subtracted from."""
+    """The fp16 operand comes first; the subtraction subtracts the fp32 operand from it."""
     assert evaluate("mov.b16 %rs1, 0x4400;\nsub.rn.f32.f16 %r0, %rs1, %r1;", [ONE]) == [0x40400000]
     assert evaluate("mov.b16 %rs1, 0x3C00;\nadd.rn.f32.f16 %r0, %rs1, %r1;", [ONE]) == [TWO]
 
 
 def test_fused_multiply_add_rounds_once() -> None:
     x, y, z = singles(3, 4000), singles(4, 4000), singles(5, 4000)
-    with np.errstate(all="ignore"):  # half of the sums cancel, all but the product's lower half
+    with np.errstate(all="ignore"):  # half of the sums cancel except for the product's lower half
         z[::2] = (-(x.view(np.float32) * y.view(np.float32))).view(np.uint32)[::2]
     values = [exact.add(exact.multiply(*v[:2]), v[2]) for v in zip(*map(decoded, (x, y, z)), strict=True)]
     assert evaluate("fma.rn.f32 %r0, %r1, %r2, %r3;", x, y, z).tolist() == encoded(values, "F32")
 
 
 def test_fused_multiply_add_just_below_a_tie() -> None:
-    """2^-24 - 2^-64 on 1 + 2^-23: a double holds no more than the tie, which would go to the even number above."""
+    """The sum of 1 + 2^-23 and 2^-24 - 2^-64 is rounded down.
+
+    A double cannot hold the sum, only the tie above it, which would be rounded up to the even number.
+    """
     x, y, z = np.array([[2.0**-24 * (1 + 2.0**-20)], [1 - 2.0**-20], [1 + 2.0**-23]], np.float32).view(np.uint32)
     assert evaluate("fma.rn.f32 %r0, %r1, %r2, %r3;", x, y, z) == z
 
@@ -180,13 +186,13 @@ def test_shifts_past_the_width() -> None:
 
 @pytest.mark.parametrize(("kind", "x"), [("u32", 0xFFFFFFFE), ("s32", -2)])
 def test_wide_products(kind: str, x: int) -> None:
-    """The upper half of 3 * x + 5."""
+    """A wide multiply-add gives the upper half of 3 * x + 5."""
     body = f"mov.b64 %rd5, {{%r3, %r4}};\nmad.wide.{kind} %rd6, %r1, %r2, %rd5;\nmov.b64 {{_, %r0}}, %rd6;"
     assert evaluate(body, [x % 2**32], [3], [5], [0]) == [(3 * x + 5 >> 32) % 2**32]
 
 
 def test_parts_of_a_register() -> None:
-    """The first is the lowest."""
+    """The first part of a register is its lowest."""
     body = "mov.b32 {%rs1, %rs2}, %r1;\nmov.b32 %r0, {%rs2, %rs1};"
     assert evaluate(body, [0x12345678]) == [0x56781234]
 
@@ -253,7 +259,7 @@ def test_shared_memory() -> None:
 
 
 def test_programs_go_their_own_ways() -> None:
-    """A loop whose length is the program's number, between programs that leave it earlier."""
+    """Each program leaves a loop after as many rounds as its number, while later programs continue."""
     body = """
 mov.b32 %r0, 100;
 mov.b32 %r5, 0;
@@ -294,7 +300,7 @@ def test_faults(body: str, message: str) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        "add.f32 %r0, %r1, %r2;",  # what the assembler may fuse
+        "add.f32 %r0, %r1, %r2;",  # an operation that the assembler may fuse
         "add.rn.ftz.f32 %r0, %r1, %r2;",
         "add.rz.f32 %r0, %r1, %r2;",
         "add.rn.sat.f32 %r0, %r1, %r2;",
@@ -335,7 +341,7 @@ def test_faults(body: str, message: str) -> None:
     ],
 )
 def test_refused(body: str) -> None:
-    """Also where it would never be executed."""
+    """The interpreter refuses code even if it would never be executed."""
     with pytest.raises(ptx.Refused):
         ptx.Kernel(KERNEL.replace("BODY", f"ret;\n{body}"))
 

@@ -1,4 +1,4 @@
-"""The compiled sweep with statistics, run from its PTX: outputs, partial sums and counts against NumPy's."""
+"""These tests run the PTX of the sweep with statistics; outputs, partial sums and counts are compared with NumPy's."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Compiled(NamedTuple):
         return NAMES[self.variant.types["sft_ptr"]], NAMES[self.variant.types["aligned_ptr"]]
 
     def run(self, values: dict[str, Any], programs: Any, memory: ptx.Memory, together: int = 64) -> None:
-        """With arguments by their names, and null for the hidden ones."""
+        """Run programs; `values` maps each argument's name to its value, and the hidden arguments get null."""
         arguments = [*(values[name] for name in self.variant.arguments), 0, 0]
         self.kernel.run(programs, arguments, memory, together)
 
@@ -76,7 +76,7 @@ def narrowed(x: Array, dtype: str) -> Array:
 
 
 def weights(dtype: str, n: int) -> Pair:
-    """As of a model and its successor, a tenth of them equal."""
+    """Return weights like those of a model and of its successor, a tenth of them equal."""
     rng = np.random.default_rng(n)
     aligned = rng.normal(0, 0.02, n).astype(np.float32)
     step = rng.normal(0, 0.0005, n).astype(np.float32) * (rng.random(n) > 0.1)
@@ -84,7 +84,7 @@ def weights(dtype: str, n: int) -> Pair:
 
 
 def odd_weights(dtype: str, n: int) -> Pair:
-    """Weights with zeros of both signs, subnormals, infinities and NaNs among them, in one operand or in both."""
+    """Return weights in which one operand or both have some zeros of both signs, subnormals, infinities and NaNs."""
     rng, form = np.random.default_rng(n), exact.FORMATS[dtype]
     odd = np.array([0, 1, (1 << form.fraction) - 1, form.infinity, form.infinity + 1, form.mask], BITS[dtype])
     odd = np.concatenate([odd, odd | BITS[dtype](form.mask + 1)])
@@ -96,7 +96,7 @@ def odd_weights(dtype: str, n: int) -> Pair:
 
 
 def any_bits(dtype: str, n: int) -> Pair:
-    """Random patterns, a tenth of them special ones."""
+    """Return random bit patterns, a tenth of them special values."""
     rng = np.random.default_rng(n)
     special, last = np.array(exact.specials(dtype), BITS[dtype]), exact.FORMATS[dtype].mask * 2 + 1
     sft, aligned = (
@@ -109,11 +109,14 @@ def any_bits(dtype: str, n: int) -> Pair:
 INPUTS = (weights, odd_weights, any_bits)
 
 
-# Launches and what they must give
+# Launches and their expected results
 
 
 class Outcome(NamedTuple):
-    """outs: of shape (K, n). gaps: between them. sums, counts: of as many rows as partial_rows says."""
+    """The results of a launch: outputs of shape (K, n), the gaps between them, and rows of sums and counts.
+
+    `sweep.partial_rows` tells how many rows there are.
+    """
 
     outs: Array
     gaps: Array
@@ -122,7 +125,7 @@ class Outcome(NamedTuple):
 
 
 def launch(kernel: Compiled, pair: Pair, order: Any = None, together: int = 64, place: str = "") -> Outcome:
-    """Over poisoned outputs of just the length that they should have; place: the input that is the output too."""
+    """Launch over poisoned outputs of exactly the needed length; `place` names the input that is the output too."""
     n, k = len(pair[1]), kernel.variant.constants["K"]
     pitch, rows, memory = (n + 15) // 16 * 16, sweep.partial_rows(n), ptx.Memory()
     flat = np.full(k * pitch, POISON & np.iinfo(pair[1].dtype).max, pair[1].dtype)
@@ -143,13 +146,13 @@ def launch(kernel: Compiled, pair: Pair, order: Any = None, together: int = 64, 
 
 
 def launch_far(kernel: Compiled, pair: Pair) -> Outcome:
-    """As `launch`, by the programs past element 2^31 of a longer tensor; outputs are 2^32 elements apart."""
+    """Launch the programs past element 2^31 of a longer tensor, with outputs that are 2^32 elements apart."""
     n, k, item = len(pair[1]), kernel.variant.constants["K"], pair[1].itemsize
     before = 2**31 // sweep.PROGRAM_ELEMENTS + 1
     rows, memory = sweep.partial_rows(n), ptx.Memory()
     outs = [memory.place(np.zeros_like(pair[1]), True) for _ in range(k * item)][::item]  # a page is 2^32 bytes
     sums, counts = (memory.place(np.full((rows, columns), POISON, np.uint32), True) for columns in (3, k))
-    starts = {  # where each is, and the bytes of a program
+    starts = {  # the address of each array, and the bytes that a program has of it
         "sft_ptr": (memory.place(pair[0]), sweep.PROGRAM_ELEMENTS * item),
         "aligned_ptr": (memory.place(pair[1]), sweep.PROGRAM_ELEMENTS * item),
         "out_ptr": (outs[0], sweep.PROGRAM_ELEMENTS * item),
@@ -173,7 +176,11 @@ def reference(pair: Pair, dtypes: tuple[str, str], alphas: Sequence[float]) -> t
 
 
 def verify(kernel: Compiled, pair: Pair, outcome: Outcome) -> None:
-    """Outputs bit for bit, counts and maximum exactly, sums within the contract's error, and every row written."""
+    """Assert that a launch gave the right results.
+
+    The outputs must have the same bits, counts and maximum must be equal, the sums must be within the contract's error,
+    and every row must be written.
+    """
     outs, expected = reference(pair, kernel.dtypes, ALPHAS[: len(outcome.outs)])
     assert_same(outcome.outs, outs, kernel.dtypes[1])
     assert (outcome.gaps == (POISON & np.iinfo(outs.dtype).max)).all(), "written between the outputs"
@@ -197,7 +204,7 @@ def test_every_length(name: str, target: str, make: Callable[[str, int], Pair]) 
 
 @pytest.mark.parametrize(("name", "target"), STATISTICS)
 def test_nothing_but_infinite_differences(name: str, target: str) -> None:
-    """The maximum and the sums over no elements at all are zero."""
+    """The maximum and the sums are zero if no difference is finite."""
     kernel = compiled(name, target)
     form = exact.FORMATS[kernel.dtypes[1]]
     sft = np.full(sweep.PROGRAM_ELEMENTS + 9, form.infinity, BITS[kernel.dtypes[1]])
@@ -209,7 +216,7 @@ def test_nothing_but_infinite_differences(name: str, target: str) -> None:
 
 @pytest.mark.parametrize("make", [weights, odd_weights])
 def test_millions_of_elements_in_any_order(make: Callable[[str, int], Pair]) -> None:
-    """The same bits from every run, also where the programs run in another order and company."""
+    """Every run gives the same bits, even if the programs run in another order and in other groups."""
     kernel, n = compiled("statistics1_bf16", "cuda:90"), 2**21 - 3
     pair = make("BF16", n)
     outcome = launch(kernel, pair)
@@ -229,7 +236,7 @@ def test_offsets_past_two_to_the_31(name: str, target: str) -> None:
 
 @pytest.mark.parametrize("place", ["sft_ptr", "aligned_ptr"])
 def test_in_place(place: str) -> None:
-    """With one alpha the output may be an input's memory."""
+    """If there is one alpha, the output may be an input's memory."""
     kernel = compiled("statistics1_bf16", "cuda:90")
     for n in LENGTHS:
         pair = odd_weights("BF16", n)
@@ -238,7 +245,7 @@ def test_in_place(place: str) -> None:
 
 @pytest.mark.parametrize(("name", "target"), STATISTICS[:-2])
 def test_every_barrier_is_needed(name: str, target: str) -> None:
-    """Without it a warp could meet what another has not written yet, or has written already."""
+    """If a barrier is removed, a warp may read a value before another warp writes it, or after it is overwritten."""
     kernel = compiled(name, target)
     pair = weights(kernel.dtypes[1], sweep.PROGRAM_ELEMENTS + 13)
     steps = kernel.kernel.instructions
@@ -252,7 +259,7 @@ def test_every_barrier_is_needed(name: str, target: str) -> None:
 
 
 def test_rows_for_fewer_elements_do_not_suffice() -> None:
-    """A write past the partial sums is seen."""
+    """The interpreter raises a fault for a write past the partial sums."""
     kernel, pair = compiled("statistics1_bf16", "cuda:90"), weights("BF16", 4097)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "partial_rows", lambda n: 4)
@@ -264,7 +271,7 @@ def test_rows_for_fewer_elements_do_not_suffice() -> None:
 
 
 def passes(kernel: Compiled) -> bool:
-    """Whether it does what the tests above ask."""
+    """Return True if the kernel passes the checks of the tests above."""
     try:
         for make, n in product(INPUTS, (7, 2049, 4096, 2 * 4096 + 13)):
             pair = make("BF16", n)
@@ -283,7 +290,10 @@ def test_mutants_fail(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["statistics1_bf16", "statistics4_bf16"])
 def test_a_copy_without_mistakes_passes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the mutants fail is not the copying; and zeros for masked lanes are Triton's doing too."""
+    """A copy without a mistake passes, so the copying is not the reason why the mutants fail.
+
+    The copy leaves out other=0.0, which shows that Triton sets the registers of masked lanes to zero itself.
+    """
     same = package(tmp_path, f"not_{name}", "sweep.py", ", other=0.0)", ")", monkeypatch, times=2)
     assert passes(Compiled.of(same, name, "cuda:90"))
 
@@ -306,7 +316,7 @@ def plain(kernel: Compiled, pair: Pair, alpha: float) -> Array:
 
 @pytest.mark.parametrize(("name", "target"), PLAIN)
 def test_special_values(name: str, target: str) -> None:
-    """All special values of one dtype with all of the other's."""
+    """The kernel gives the right bits for every combination of the two dtypes' special values."""
     kernel = compiled(name, target)
     both = list(product(*(exact.specials(dtype) for dtype in kernel.dtypes)))
     sft, aligned = (np.array([x[i] for x in both], BITS[dtype]) for i, dtype in enumerate(kernel.dtypes))
@@ -317,7 +327,7 @@ def test_special_values(name: str, target: str) -> None:
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100"])
 def test_operations_that_may_be_fused_are_refused(target: str) -> None:
-    """Without .rn the assembler, which comes after PTX, may fuse a product and a sum."""
+    """The interpreter refuses operations without .rn, because the assembler may fuse such a product and a sum."""
     variant = with_plain_product(aot.variants()["extrapolate_bf16"])
     text = aot.compiled(variant, aot.target_of(target), enable_fp_fusion=True).asm["ptx"]
     with pytest.raises(ptx.Refused, match=r"sub\.f32"):
@@ -325,7 +335,7 @@ def test_operations_that_may_be_fused_are_refused(target: str) -> None:
 
 
 def test_fusion_shows() -> None:
-    """Where fused multiply-adds give other outputs, they are those of one rounding."""
+    """Fused multiply-adds give some other outputs, and exact arithmetic with one rounding gives the same ones."""
     kernel, pair = compiled("extrapolate_bf16", "cuda:90"), weights("BF16", 2**21)
     expected, _ = reference(pair, kernel.dtypes, [0.3])
     assert_same(plain(kernel, pair, 0.3), expected[0], "BF16")

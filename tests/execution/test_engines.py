@@ -1,4 +1,4 @@
-"""Which engine is chosen and why, and engines of different kinds on one queue."""
+"""These tests check which engine is chosen and why, and how engines of different kinds share one queue."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from expo.merging import job
 
 @pytest.fixture
 def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the C extension had not been compiled."""
+    """Make `expo.kernels.cpu` impossible to import, as if the C extension had not been compiled."""
     pytest.importorskip("expo.kernels.cpu")
     monkeypatch.delattr("expo.kernels.cpu")
     monkeypatch.setitem(sys.modules, "expo.kernels.cpu", None)
@@ -85,7 +85,7 @@ def test_workers_on_the_cpu(monkeypatch: pytest.MonkeyPatch, processors: int, wo
     ],
 )
 def test_workers_with_a_gpu(monkeypatch: pytest.MonkeyPatch, engine: str, device: str, names: list[str]) -> None:
-    """The device alone adds a GPU to the others; the engine asks for nothing else; auto leaves the GPU alone."""
+    """A device without an engine adds the GPU to the CPU; engine="triton" takes the GPU alone; auto takes no GPU."""
     gpu = Engine("triton", numerics.extrapolate, "a test's", gpu=object())
     monkeypatch.setattr(engines, "_triton", lambda device: gpu)
     monkeypatch.setattr(engines, "cpu_count", lambda: 2)
@@ -93,7 +93,7 @@ def test_workers_with_a_gpu(monkeypatch: pytest.MonkeyPatch, engine: str, device
 
 
 def meeting(engine: Engine, here: threading.Event, there: threading.Event) -> Engine:
-    """The engine, held until an engine of the other kind has a chunk in hand too."""
+    """Return the engine; each of its calls waits until an engine of the other kind has begun a chunk too."""
 
     def run(*arguments: Any) -> Statistics | None:
         here.set()
@@ -104,7 +104,7 @@ def meeting(engine: Engine, here: threading.Event, there: threading.Event) -> En
 
 
 def test_engines_of_two_kinds_share_one_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever computes a chunk, the bytes are the same, and the shares add up."""
+    """The bytes do not depend on the engine that computes a chunk, and the engines' shares add up to all bytes."""
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 64 << 10)
     alone = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "alone")
     first, second = threading.Event(), threading.Event()

@@ -1,7 +1,7 @@
-"""The Triton kernels on a GPU, compared with the numerics contract on the host: the same bits.
+"""These tests run the Triton kernels on a GPU; the bits must be those of the numerics contract on the host.
 
-What other tests show by interpreting and by reading the compiled code, these show by running it. They need a device
-that torch calls CUDA, which AMD's are too; without one all are skipped.
+Other tests interpret and read the compiled code; these run it. They need a device that torch calls CUDA, which includes
+AMD's GPUs. Without one they are all skipped.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
 ALL_PAIRS = list(product(torch_dtypes(), torch_dtypes()))
 ALPHAS = (0.3, 0.5, 1.0, -0.7, 2.5, 25.0, 1e-30, 3e38)
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
-POISON, GUARD = 0xA5, 64  # the byte that fills outputs; elements beside an output that must keep it
+POISON, GUARD = 0xA5, 64  # the byte that fills outputs; the number of elements beside an output that must keep it
 BLOCKS = (extrapolate.PROGRAM_ELEMENTS, sweep.PROGRAM_ELEMENTS)
 AROUND_BLOCKS = sorted({n for block in BLOCKS for n in (*range(block - 9, block + 10), 2 * block - 1, 2 * block + 1)})
 LENGTHS = (*range(26), *AROUND_BLOCKS)
@@ -53,7 +53,7 @@ LENGTHS = (*range(26), *AROUND_BLOCKS)
 Array = Any  # the bits of elements, as unsigned integers
 
 
-# Each kernel as one function: it puts what a launch needs on the GPU, for outs of shape (alphas, n); launch later
+# Each kernel has one function: it prepares a launch for outs of shape (alphas, n) and returns the launch as a function
 
 Launch = Callable[[], None]
 
@@ -98,7 +98,7 @@ def random_bits(seed: int, pair: tuple[str, str], n: int) -> list[Array]:
 
 
 def weights(pair: tuple[str, str], n: int) -> list[Array]:
-    """As those of a model, with elements that did not move, an infinity and a NaN here and there."""
+    """Return bits of weights like a model's; some elements are equal, and some are infinite or NaN."""
     rng = np.random.default_rng(3)
     a = rng.standard_normal(n) * 0.02
     s = a + rng.standard_normal(n) * 0.0005
@@ -118,7 +118,7 @@ def reference(
 
 
 def upload(bits: Array, dtype: str, shift: int = 0, device: str | None = None) -> torch.Tensor:
-    """The elements on the GPU, `shift` of them past an address that the allocator chose."""
+    """Return the elements on the GPU, in a tensor that starts `shift` elements past an address of the allocator."""
     tensor = torch.empty(bits.size + shift, dtype=torch_dtypes()[dtype], device=device or DEVICE)[shift:]
     tensor.view(torch.uint8).copy_(torch.from_numpy(bits.view(np.uint8)))
     return tensor
@@ -131,7 +131,7 @@ def bits_of(tensor: torch.Tensor, dtype: str) -> Array:
 def launched(
     kernel: Kernel, s: Array, a: Array, pair: tuple[str, str], alphas: Sequence[float], shift: int = 0
 ) -> list[Array]:
-    """The bits of each output; asserts that the kernel wrote nothing beside the outputs."""
+    """Return the bits of each output, and assert that the kernel wrote nothing beside the outputs."""
     sft, aligned = upload(s, pair[0], shift), upload(a, pair[1], shift)
     pitch, start = -(-a.size // 16) * 16 + GUARD + shift, GUARD + shift
     size = (2 * GUARD + len(alphas) * pitch) * a.itemsize
@@ -157,7 +157,7 @@ def assert_right(
 
 
 def room_for(size: int) -> None:
-    """Skip the test where the GPU has less than `size` bytes left, and a tenth more."""
+    """Skip the test if the GPU has less free memory than `size` bytes and a tenth more."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < size * 1.1:
@@ -170,7 +170,7 @@ def room_for(size: int) -> None:
 @every_pair
 @every_kernel
 def test_special_values(kernel: Kernel, pair: tuple[str, str]) -> None:
-    """All special values of one dtype with all of the other's."""
+    """Every kernel gives the right bits for every combination of the two dtypes' special values."""
     crossed = product(exact.specials(pair[0]), exact.specials(pair[1]))
     s, a = (np.array(bits, BITS[dtype]) for bits, dtype in zip(zip(*crossed, strict=True), pair, strict=True))
     assert_right(kernel, s, a, pair, ALPHAS)
@@ -179,7 +179,7 @@ def test_special_values(kernel: Kernel, pair: tuple[str, str]) -> None:
 @every_pair
 @every_kernel
 def test_random_bits(kernel: Kernel, pair: tuple[str, str]) -> None:
-    """Any bit pattern, over several rows of the whole model's table."""
+    """Every kernel gives the right bits for random bit patterns, over several rows of the whole model's table."""
     s, a = random_bits(1, pair, 2 * whole_model.SEGMENT * extrapolate.PROGRAM_ELEMENTS + 13)
     assert_right(kernel, s, a, pair, (0.3, 1.0, -0.7))
 
@@ -188,7 +188,7 @@ def test_random_bits(kernel: Kernel, pair: tuple[str, str]) -> None:
 @every_pair
 @every_kernel
 def test_lengths(kernel: Kernel, pair: tuple[str, str], shift: int) -> None:
-    """Around the tail of 8 lanes and around blocks, at an aligned address and some elements past it."""
+    """Lengths around the tail of 8 lanes and around blocks are right, at an aligned address and past it."""
     for n in LENGTHS:
         s, a = random_bits(n, pair, n)
         assert_right(kernel, s, a, pair, (0.3, -0.7), shift)
@@ -198,7 +198,7 @@ def test_lengths(kernel: Kernel, pair: tuple[str, str], shift: int) -> None:
 @every_pair
 @every_kernel
 def test_in_place(kernel: Kernel, pair: tuple[str, str], shift: int) -> None:
-    """The output may be aligned itself, or sft where the dtypes are equal."""
+    """The output may be aligned's memory, or sft's if the dtypes are equal."""
     s, a = random_bits(2, pair, 3 * sweep.PROGRAM_ELEMENTS + 13)
     (expected,), _ = reference(s, a, pair, (0.3,))
     for place in (0, 1) if pair[0] == pair[1] else (1,):
@@ -209,7 +209,7 @@ def test_in_place(kernel: Kernel, pair: tuple[str, str], shift: int) -> None:
 
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-".join)
 def test_public_function(pair: tuple[str, str]) -> None:
-    """expo.extrapolate on the GPU's tensors, of fp64 and not contiguous too: the bits that it gives on the CPU."""
+    """`expo.extrapolate` gives the CPU's bits on the GPU too, also for fp64 and for tensors that are not contiguous."""
     s, a = random_bits(4, pair, 61 * 67)
     expected, _ = reference(s, a, pair, (0.3,))
     sft, aligned = (upload(x, dtype).view(61, 67) for x, dtype in zip((s, a), pair, strict=True))
@@ -227,7 +227,7 @@ def test_public_function(pair: tuple[str, str]) -> None:
 @pytest.mark.parametrize("n", [1, 1000, sweep.PROGRAM_ELEMENTS, 3 * sweep.PROGRAM_ELEMENTS + 2055, 1 << 20])
 @every_pair
 def test_statistics(pair: tuple[str, str], n: int) -> None:
-    """As the definition's, and the same bits a second time."""
+    """The statistics agree with the definition's, and a second launch gives the same bits."""
     alphas = (0.3, 1.0, -0.7)
     s, a = weights(pair, n)
     _, expected = reference(s, a, pair, alphas, measure=True)
@@ -252,7 +252,7 @@ def test_statistics(pair: tuple[str, str], n: int) -> None:
 
 
 class Small(torch.nn.Module):
-    """Tied weights of several rows of the table, odd lengths, an odd address and three dtypes."""
+    """A model with tied weights of several rows of the table, odd lengths, an odd address and three dtypes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -275,7 +275,10 @@ def by_public_function(sft: list[torch.Tensor], model: list[torch.Tensor]) -> Ca
 
 @pytest.mark.parametrize("prepare", [by_table, by_public_function], ids=lambda f: f.__name__)
 def test_model_in_place(prepare: Callable[..., Callable[[float], None]]) -> None:
-    """Launched twice, the second time from what the first left. sft's dtypes are not all aligned's."""
+    """A model is rewritten in place twice; the second launch starts from the first one's result.
+
+    One of sft's tensors has another dtype than aligned's.
+    """
     torch.manual_seed(0)
     with torch.device(DEVICE):
         sft, model = Small(), Small()
@@ -302,7 +305,7 @@ def test_model_in_place(prepare: Callable[..., Callable[[float], None]]) -> None
 
 @every_kernel
 def test_more_than_two_to_the_31_elements(kernel: Kernel) -> None:
-    """The start, both sides of element 2^31, and the end."""
+    """The bits are right at the start, on both sides of element 2^31, and at the end."""
     pair, n, side = ("BF16", "BF16"), 2**31 + 3 * sweep.PROGRAM_ELEMENTS + 5, 2 * sweep.PROGRAM_ELEMENTS
     room_for(3 * 2 * n)
     s, a, out = (torch.empty(n, dtype=torch.int16, device=DEVICE) for _ in range(3))
@@ -317,7 +320,7 @@ def test_more_than_two_to_the_31_elements(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("kernel", [swept, measured], ids=lambda f: f.__name__)
 def test_outputs_more_than_two_to_the_31_elements_apart(kernel: Kernel) -> None:
-    """A pitch that 32 bits hold, times an output's number, which they do not."""
+    """The bits are right if the pitch fits into 32 bits, but the offset of the last output does not."""
     pair, n, pitch, alphas = ("BF16", "BF16"), sweep.PROGRAM_ELEMENTS + 77, 2**30, (0.3, 1.0, -0.7)
     room_for(2 * (2 * pitch + n))
     s, a = random_bits(5, pair, n)
@@ -334,7 +337,7 @@ def test_outputs_more_than_two_to_the_31_elements_apart(kernel: Kernel) -> None:
 
 @pytest.fixture
 def untested(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """The device, as in a new process."""
+    """Return the device, without a record that its kernels have passed their test, as in a new process."""
     monkeypatch.setattr(selftest, "_passed", set())
     return torch.empty(0, device=DEVICE).device
 
@@ -346,7 +349,7 @@ def test_the_kernels_pass_their_test(untested: torch.device) -> None:
 
 @pytest.mark.parametrize("tested", [False, True])
 def test_capture(untested: torch.device, tested: bool) -> None:
-    """A graph gives the definition's bits when it runs: torch's operations are in it, or a tested kernel's launch."""
+    """A graph gives the definition's bits, whether it captured torch's operations or the launch of a tested kernel."""
     s, a = random_bits(8, ("BF16", "BF16"), 5000)
     (expected,), _ = reference(s, a, ("BF16", "BF16"), (0.3,))
     sft, aligned = upload(s, "BF16"), upload(a, "BF16")
@@ -383,7 +386,7 @@ def test_a_device_that_is_not_the_current_one(kernel: Kernel) -> None:
 
 @every_kernel
 def test_a_launch_keeps_its_place_in_the_current_stream(kernel: Kernel) -> None:
-    """Inputs arrive late on a stream: a launch on any other would compute with what was there before."""
+    """A launch waits for inputs that arrive late on its stream; on another stream it would read the old values."""
     pair, alphas = ("BF16", "BF16"), (0.3, -0.7)
     s, a = random_bits(7, pair, 3 * sweep.PROGRAM_ELEMENTS + 13)
     expected, _ = reference(s, a, pair, alphas)
@@ -391,7 +394,7 @@ def test_a_launch_keeps_its_place_in_the_current_stream(kernel: Kernel) -> None:
     late_s, late_a = torch.zeros_like(right_s), torch.ones_like(right_a)
     outs = late_a.new_empty(len(alphas), a.size)
     launch = kernel(late_s, late_a, alphas, outs)
-    launch()  # compiles, which would outlast the wait below
+    launch()  # the first launch compiles, which would take longer than the wait below
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -406,13 +409,13 @@ def test_a_launch_keeps_its_place_in_the_current_stream(kernel: Kernel) -> None:
         assert_same(bits_of(out, "BF16"), right, "BF16")
 
 
-# From file to file
+# Merges from file to file
 
 
 @pytest.mark.parametrize("engine", ["cpu", "numpy"])
 @pytest.mark.parametrize("crew", [{"engine": "triton"}, {"device": "cuda"}], ids=str)
 def test_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crew: dict[str, str], engine: str) -> None:
-    """The demo pair, in more chunks than the ring has slots: the files and figures of an engine on the CPU."""
+    """A merge of the demo pair, in more chunks than the ring has slots, gives the CPU's files and figures."""
     if engine == "cpu":
         pytest.importorskip("expo.kernels._cpu", reason="the compiled engine is not built", exc_type=ImportError)
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 64 << 10)
@@ -426,7 +429,7 @@ def test_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crew: dict[str, 
         assert [name for name in found if found[name] != right[name]] == []
     assert merged.engine == "triton"
     assert [note for note in merged.warnings if "same bits" in note] == [], "the GPU failed, and the CPU took over"
-    if "engine" in crew:  # else the CPU, which helps, may be done before the GPU has started
+    if "engine" in crew:  # otherwise the CPU helps, and may have finished before the GPU starts
         assert merged.shares.keys() == {"triton"}
     assert merged.max_abs_difference == expected.max_abs_difference
     assert merged.relative_distance == pytest.approx(expected.relative_distance, rel=1e-5)

@@ -1,6 +1,7 @@
-"""A GPU whose kernels give wrong bits, or do not compile or launch: noticed at first use, said once, and worked around.
+"""These tests use GPUs whose kernels give wrong bits, do not compile, or do not launch.
 
-The GPU is in software (`software_gpu`), and tensors on the CPU stand for its own.
+The first use of a kernel must notice this, one warning must tell it, and torch or the CPU must compute instead. The GPU
+is simulated (`software_gpu`), and tensors on the CPU take the place of a GPU's tensors.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ import pytest
 import torch
 from engine_calls import run_engine
 
-triton = pytest.importorskip(
-    "triton", minversion="3.6", reason="the PTX of an older Triton has what helpers.ptx does not know"
-)
+pytest.importorskip("triton", minversion="3.6", reason="the PTX of an older Triton has what helpers.ptx does not know")
 
 import late
 import triton
@@ -47,12 +46,12 @@ TESTED = ["extrapolate", "sweep", "sweep", "whole_model", "extrapolate"]  # the 
 
 
 class CompilationError(Exception):
-    """As Triton's, which is no RuntimeError."""
+    """An error like Triton's CompilationError, which is no subclass of RuntimeError."""
 
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing tested or given up yet; and tensors on the CPU count as the GPU's."""
+    """Forget all tests and failures of kernels, and let tensors on the CPU count as a GPU's."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
     monkeypatch.setattr(selftest, "_passed", set())
     monkeypatch.setattr(gpu, "_given_up", {})
@@ -68,13 +67,13 @@ def software() -> Iterator[SoftwareGpu]:
 
 @pytest.fixture
 def fusing() -> Iterator[SoftwareGpu]:
-    """A GPU whose assembler fuses products and sums, whatever it is told."""
+    """Yield a GPU whose assembler fuses products and sums, even if the PTX forbids it."""
     with SoftwareGpu(rewrite=fused).active() as made:
         yield made
 
 
 def fused(text: str) -> str:
-    """PTX in which each sum of a product and something is one instruction, which rounds once."""
+    """Return the PTX with each product and the sum that uses it as one instruction, which rounds once."""
     products = dict(re.findall(r"mul\.rn\.f32\s+(%\w+), (%\w+, %\w+);", text))
 
     def sum_of(match: re.Match[str]) -> str:
@@ -103,7 +102,7 @@ def expected(sft: torch.Tensor, aligned: torch.Tensor, alpha: float = 0.3) -> to
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_every_element_tells_fused_from_not(dtype: str) -> None:
-    """By exact arithmetic: the expected bits are those of two roundings, and one rounding gives others."""
+    """Exact arithmetic with two roundings gives the expected bits, and with one rounding it gives others."""
     import exact
 
     integer = torch.int16 if dtype == "BF16" else torch.int32
@@ -125,7 +124,7 @@ def test_the_kernels_pass_once(arch: int) -> None:
 
 
 def test_an_assembler_that_fuses_is_noticed(fusing: SoftwareGpu) -> None:
-    for _ in range(2):  # a device that failed is asked again
+    for _ in range(2):  # the test of a device that failed is repeated
         with pytest.raises(RuntimeError, match=r"kernel extrapolate gives wrong bits for \d+ .* as if .* were fused"):
             selftest.check(CPU)
     assert len(fusing.launches) == 2 * (len(TESTED) - 1)
@@ -160,7 +159,7 @@ def test_each_form_is_tested(form: Callable[[str], bool], name: str) -> None:
 
 
 def test_a_compiler_that_may_fuse_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LLVM fuses a plain product where it may; not one in assembly, as NVIDIA's GPUs have it."""
+    """LLVM fuses a plain product if it is allowed to, but no product in inline assembly, which NVIDIA's GPUs get."""
 
     def rounding(text: str) -> str:
         return re.sub(r"\b(sub|mul|add)\.f32\b", r"\1.rn.f32", text)  # without .rn the interpreter refuses them
@@ -241,7 +240,7 @@ def test_a_kernel_is_compiled_once_and_by_one_thread_at_a_time(
     assert len(compiled) == 1
 
 
-# Tensors: torch takes over
+# Torch computes tensors instead
 
 
 def by_function() -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,7 +264,7 @@ def by_operator() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def by_live() -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewritten twice: an alpha is of the originals, whoever computes."""
+    """Return a live model that is rewritten for two alphas; each alpha is applied to the original weights."""
     models = [torch.nn.Linear(70, 50, dtype=torch.bfloat16) for _ in range(2)]
     s, a = (model.weight.detach().clone() for model in models)
     held = live.Live(models[1], models[0])
@@ -292,13 +291,13 @@ def test_wrong_bits(way: Way, fusing: SoftwareGpu) -> None:
         found, right = way()
     assert len(said) == 1
     assert torch.equal(found, right)
-    way()  # and no second warning, which would be an error here
+    way()  # a second warning would be an error here
     assert len(fusing.launches) == len(TESTED) - 1
 
 
 @every_way
 def test_no_compiler(way: Way, software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that does not compile: Triton's errors have no kind in common with others."""
+    """Torch computes if a kernel does not compile; Triton's errors share no class with a GPU's other errors."""
 
     monkeypatch.setattr(software, "launcher_cls", failing(CompilationError("at 7:12: no such instruction")))
     with pytest.warns(RuntimeWarning, match="CompilationError: at 7:12") as said:
@@ -308,7 +307,7 @@ def test_no_compiler(way: Way, software: SoftwareGpu, monkeypatch: pytest.Monkey
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch's."""
+    """An error with the name of torch's error."""
 
 
 MEMORY = (OutOfMemoryError("CUDA: no room for 2 GiB"), RuntimeError("Triton Error [CUDA]: out of memory"))
@@ -352,7 +351,7 @@ def test_a_lack_of_memory_passes(
 
 
 def test_a_table_is_made_when_there_is_memory_again(software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that is rewritten for another alpha asks again."""
+    """A live model makes its table when it is rewritten for another alpha, once there is memory again."""
     models = [torch.nn.Linear(70, 50, dtype=torch.bfloat16) for _ in range(2)]
     held = live.Live(models[1], models[0])
     held._launches = True
@@ -367,7 +366,7 @@ def test_a_table_is_made_when_there_is_memory_again(software: SoftwareGpu, monke
 
 @every_way
 def test_an_untested_kernel_is_not_captured(way: Way, software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a graph torch computes, without a test and without a word; after a call outside the kernels do."""
+    """Torch computes in a capture, without a test or a warning; after a call outside a capture the kernels compute."""
     monkeypatch.setattr(gpu, "capturing", lambda _: True)
     found, right = way()
     assert torch.equal(found, right)
@@ -383,7 +382,7 @@ def test_an_untested_kernel_is_not_captured(way: Way, software: SoftwareGpu, mon
 
 
 def test_a_launch_that_fails_in_a_capture(software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The capture has failed: whoever captures hears why, and the kernels stay."""
+    """A launch that fails in a capture raises its error, and the kernels are still used afterwards."""
     selftest.check(CPU)
     monkeypatch.setattr(gpu, "capturing", lambda _: True)
     text = "operation not permitted when stream is capturing"
@@ -413,7 +412,7 @@ def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_later_group_fails_and_the_first_is_not_done_twice(
     software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In place: what a launch has done, torch must not do again."""
+    """Torch must not compute a group again that a launch has computed in place."""
     (s, a), n = pair(3000), 3000
     halves = s.half(), a.half()
     sft, aligned = [s, halves[0]], [a.clone(), halves[1].clone()]
@@ -432,12 +431,12 @@ def test_a_later_group_fails_and_the_first_is_not_done_twice(
     assert torch.equal(aligned[1], (wide + (wide - halves[0].float()) * working_alpha(0.3)).half())
 
 
-# Merges: the CPU takes over, but not from an engine that was asked for
+# The CPU computes merges instead, unless the user named the engine
 
 
 @pytest.fixture
 def merging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ring on a device that runs late, and an engine on the host's memory, both launching on the software GPU."""
+    """Make merges use a lane on a device that runs late and an engine over host memory; both use the simulated GPU."""
     from expo.kernels import device, host
 
     class Device(late.Late):
@@ -455,12 +454,15 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def two_of(engine: str) -> Callable[..., tuple[Any, ...]]:
-    """In place of `crew`: a GPU's workers alone, each on a device of its own, as a late one is for one thread."""
+    """Return a replacement for `engines_for`: two engines on a GPU, each with its own device.
+
+    A late device is for one thread, so they cannot share one.
+    """
     return lambda *_: tuple(choose(engine, "cuda") for _ in range(2))
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All but the card, which names the folder."""
+    """Return the bytes of each file except the card, which names the folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".md"}
 
 
@@ -523,7 +525,7 @@ def test_a_gpu_that_fails_in_the_middle(
     software: SoftwareGpu, right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int,
     order: str,
 ) -> None:  # fmt: skip
-    """The chunks that it had begun are done again by the CPU, and counted as the CPU's; no warning is raised."""
+    """The CPU computes the chunks that the GPU had begun, and they count as the CPU's; no Python warning is raised."""
     selftest.check(CPU)
     launch, calls, closed = sweep.launch, iter(range(1000)), []
 
@@ -546,7 +548,7 @@ def test_a_gpu_that_fails_in_the_middle(
     assert files(tmp_path / "out") == right
     assert merged.shares[choose().name] > 0
     assert sum(merged.shares.values()) == merged.bytes_written
-    assert gpu.reason_given_up(CPU) == "", "tensors on the GPU are no concern of the ring's"
+    assert gpu.reason_given_up(CPU) == "", "a failure of the lane must not give up the kernels for tensors"
 
 
 @pytest.mark.usefixtures("merging", "software")
@@ -565,7 +567,7 @@ def test_a_ring_for_which_there_is_no_memory(
 def test_a_ring_that_cannot_be_drained_is_kept(
     right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Freeing the memory of a GPU with a sticky error would end the process."""
+    """A lane that cannot be drained is kept, because freeing the memory of a GPU in a failed state ends the process."""
     kept: list[Any] = []
     selftest.check(CPU)
     monkeypatch.setattr(ring, "_undrained", kept)
@@ -615,7 +617,7 @@ def test_a_stream_goes_on(software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch
 def test_an_engine_asked_for_by_name_fails_by_an_error_of_ours(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Errors of a compiler and of its cache folder have no kind in common with others."""
+    """Every error of the named engine becomes an EngineError, also those of the compiler and of its cache folder."""
     from expo.kernels import host
 
     engine = choose("triton", "cuda")
@@ -633,7 +635,7 @@ def test_an_engine_asked_for_by_name_fails_by_an_error_of_ours(
 def test_a_cache_that_cannot_be_written_to_is_no_input(
     right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The CPU takes over from Triton's OSError too."""
+    """The CPU computes instead if Triton raises an OSError, which does not count as an error of an input."""
     selftest.check(CPU)
     monkeypatch.setattr(sweep, "launch", failing(READ_ONLY))
     monkeypatch.setattr("expo.merging.job.engines_for", two_of("auto"))
@@ -644,7 +646,7 @@ def test_a_cache_that_cannot_be_written_to_is_no_input(
 
 @pytest.mark.usefixtures("merging")
 def test_doubles_are_no_concern_of_the_gpus(software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU computes them, so its errors do not give the kernels up."""
+    """The CPU computes fp64, so an error there does not give the kernels up."""
     from expo.kernels import host
 
     engine = choose("auto", "cuda")
@@ -658,7 +660,7 @@ def test_doubles_are_no_concern_of_the_gpus(software: SoftwareGpu, monkeypatch: 
 
 @pytest.mark.usefixtures("merging")
 def test_another_combination_does_not_give_the_kernels_up(software: SoftwareGpu) -> None:
-    """The CPU's engine is asked for terms that no kernel computes, and its refusal says nothing about the GPU."""
+    """The CPU's engine gets terms that no kernel computes, and its refusal does not give the kernels up."""
     engine = choose("auto", "cuda")
     o = Operand(np.ones(5, np.float32), "F32")
     before = len(software.launches)

@@ -1,4 +1,4 @@
-"""The ring that feeds a GPU, on a device that runs late and in any order that its events allow."""
+"""These tests run a GPU's lane on a simulated device that runs late, in any order that its events allow."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ALPHAS = (0.3, 0.0, 1.0)
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many chunks of a small model, nearly all of it on the GPU, whose kernels NumPy stands in for."""
+    """Cut a small model into many chunks, nearly all for the GPU, and let NumPy compute in place of its kernels."""
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 16 << 10)
     monkeypatch.setattr(ring, "LEAST_GPU_BYTES", 1 << 10)
     monkeypatch.setattr(sweep, "launch", late.kernel)
@@ -48,7 +48,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two checkpoints of every dtype, with data at odd offsets in the files."""
+    """Return two checkpoints with tensors of every dtype, at odd offsets in the files."""
     folder = tmp_path_factory.mktemp("pair")
     sft_shapes = {name: (OTHER.get(name, dtype), shape) for name, (dtype, shape) in SHAPES.items()}
     sft = write_folder(folder / "sft", random_tensors(sft_shapes, 1), shards=2, pad=3)
@@ -56,10 +56,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def engine(device: Any) -> Engine:
-    """A GPU's: its function is never called, as the ring takes the chunks."""
+    """Return an engine on a GPU; its function must never be called, because the lane computes the chunks."""
 
     def run(*_: Any) -> None:
-        raise AssertionError("the ring does not call it")
+        raise AssertionError("the lane does not call this function")
 
     return Engine("triton", run, "a test's", device)
 
@@ -73,13 +73,13 @@ def merged(
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path) -> Any:
-    """The same merge on the CPU: (files and their digests, what merge() reported)."""
+    """Return the files and their digests of the same merge on the CPU, and the report of merge()."""
     report = merged(monkeypatch, pair, tmp_path / "plain", (choose(),))
     return contents(tmp_path / "plain"), report
 
 
 def poisoning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spoil a slot's outputs as soon as the sink has taken them."""
+    """Overwrite a slot's outputs as soon as the sink has written them."""
     sink = rank_worker.RankWorker._write
 
     def spoil(self: rank_worker.RankWorker, k: int, chunk: Any, data: memoryview) -> None:
@@ -110,7 +110,7 @@ def test_same_bytes_in_any_order(
 def test_every_wait_is_needed(
     monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any, lost: str
 ) -> None:
-    """Without any one of the three, some order that is allowed gives other bytes."""
+    """If any one of the three waits is left out, some allowed order gives other bytes."""
     poisoning(monkeypatch)
     wrong = []
     for order in (*late.ORDERS, *SEEDS):
@@ -157,7 +157,7 @@ def outs(folder: Path) -> list[Path]:
 
 
 def left_to_resume(said: str, folder: Path) -> bool:
-    """Whether a merge that failed left its staging folders alone, and says so."""
+    """Assert that a failed merge left nothing but its staging folders, and return True if its message says so."""
     assert sorted(folder.iterdir()) == sorted(map(staging_folder, outs(folder)))
     return said.endswith(f"; {kept(*outs(folder))}")
 
@@ -166,7 +166,7 @@ def left_to_resume(said: str, folder: Path) -> bool:
 def test_a_kernel_that_fails(
     monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any, order: str | int
 ) -> None:
-    """The error says whose it is, what is done is kept, and nothing is under way any more."""
+    """The error names the engine, finished chunks are kept for --resume, and no operation is pending any more."""
     calls = iter(range(1000))
 
     def failing(*arguments: Any) -> None:
@@ -198,7 +198,7 @@ def test_a_gpu_without_memory(
     with pytest.raises(expo.EngineError, match=r"^`engine='triton'` failed: CUDA out of memory") as caught:
         merged(monkeypatch, pair, tmp_path / "ring", (engine(Full()),))
     assert left_to_resume(str(caught.value), tmp_path / "ring")
-    merged(monkeypatch, pair, tmp_path / "ring", (choose(),), resume=True)  # on the CPU, as the user may choose to
+    merged(monkeypatch, pair, tmp_path / "ring", (choose(),), resume=True)  # the user may resume on the CPU
     assert contents(tmp_path / "ring") == plain[0]
 
 

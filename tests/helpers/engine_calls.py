@@ -17,6 +17,6 @@ def run_engine(
     alphas: Sequence[float],
     measure: bool = False,
 ) -> Statistics | None:
-    """Fill an output for each alpha; `pair` has the dtypes of sft and of aligned, and alphas are as they work."""
+    """Fill an output for each alpha; `pair` has the dtypes of sft and of aligned, and the alphas are working alphas."""
     arguments = extrapolation(Operand(sft, pair[0]), Operand(aligned, pair[1]), alphas)
     return engine(*arguments, outputs, measure)

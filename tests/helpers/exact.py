@@ -1,4 +1,4 @@
-"""The numerics contract in exact rational arithmetic: a reference that shares no code with any engine.
+"""This module is the numerics contract in exact rational arithmetic, a reference that shares no code with any engine.
 
 Values are fractions, and Python's `round` rounds them, exactly and half to even. The code is slow, but short enough to
 be checked by reading.
@@ -22,12 +22,12 @@ class Format(NamedTuple):
 
     @property
     def mask(self) -> int:
-        """All bits except the sign."""
+        """Return the number whose bits are all one except the sign."""
         return (1 << (self.bits - 1)) - 1
 
     @property
     def infinity(self) -> int:
-        """The bits of +inf: all bits of the exponent are one, and the fraction is zero."""
+        """Return the bits of +inf: all bits of the exponent are one, and the fraction is zero."""
         return self.mask >> self.fraction << self.fraction
 
 
@@ -178,7 +178,7 @@ def specials(dtype: str) -> list[int]:
 
 
 def rounding_edges() -> list[Fraction]:
-    """Yield ties between two values of narrower formats, and their neighbours.
+    """Return ties between two values of narrower formats, and their neighbours.
 
     The ties round to the even value below or above, to infinity, and to zero.
     """

@@ -54,7 +54,7 @@ for sft, aligned, *more in json.loads(sys.argv[1]):
 
 
 class Client:
-    """Runs fetches in processes of their own, because huggingface_hub reads its variables when it is imported."""
+    """Run each fetch in a process of its own, because huggingface_hub reads its variables when it is imported."""
 
     def __init__(self, endpoint: str, home: Path) -> None:
         self.endpoint, self.home = endpoint, home

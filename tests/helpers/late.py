@@ -15,14 +15,14 @@ from expo.kernels import numerics, sweep
 from expo.kernels.contract import Operand, Term, extrapolation_term
 from expo.kernels.sweep import PART_ELEMENTS, Partials
 
-POISON = 0x5A  # a finite number in fp32, so that statistics of unwritten memory are wrong and raise no error
+POISON = 0x5A  # gives a finite number in fp32, so that statistics of unwritten memory are wrong and raise no error
 NAMES = {dtype: name for name, dtype in torch_dtypes().items()}
 STREAMS = ("up", "compute", "down")  # in the order in which the ring asks for them
 ORDERS = ("needed", "at once", "up first", "compute first", "down first")
 
 
 class Event:
-    """An event, which happens when its stream reaches it."""
+    """An event of a stream; it happens when the stream reaches it."""
 
     def __init__(self, stream: str) -> None:
         self.stream = stream

@@ -1,4 +1,4 @@
-"""A GPU in software: a test launches kernels as on a GPU, `kernel[grid](...)`, and their PTX runs on this CPU.
+"""Simulate a GPU: a test launches kernels as on a GPU, `kernel[grid](...)`, and their PTX runs on this CPU.
 
 This module replaces the following parts of Triton, and nothing in expo/ or kernels/:
 
@@ -27,7 +27,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.cache import get_cache_manager
 
 WRITTEN = ("out_ptr", "sums_ptr", "counts_ptr")  # arguments that a kernel may write to
-NUMBERS = itertools.count(1000)  # of devices: Triton keys its compiled kernels by them
+NUMBERS = itertools.count(1000)  # the numbers of devices, by which Triton finds its compiled kernels
 
 
 class SoftwareGpu(DriverBase):

@@ -1,4 +1,4 @@
-"""Files of PyTorch's own format, written by torch or put together from single instructions of a pickle."""
+"""Write files of PyTorch's own format, by torch or from single instructions of a pickle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a merge needs besides extrapolation, bit by bit: casts, an adapter's delta, and their sum."""
+"""These tests check the bits of casts, of an adapter's delta, and of a base plus a delta."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ PAIRS = list(product(ITEMSIZE, ITEMSIZE))
 NARROW_PAIRS = list(product(NARROW, NARROW))
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 KINDS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-POISON, GUARD = 0xA5, 64  # the byte that fills outputs, and how many of them stand around one
+POISON, GUARD = 0xA5, 64  # the byte that fills outputs, and how many such bytes surround an output
 built = pytest.mark.skipif(convert._cpu is None, reason="the compiled engine is not built")
 VERSIONS = [pytest.param("compiled", marks=built), "numpy"]
 
 
 @pytest.fixture(params=VERSIONS)
 def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """convert's functions are this version's."""
+    """Make `convert` use the compiled engine or NumPy, and return which one."""
     if request.param == "numpy":
         monkeypatch.setattr(convert, "_cpu", None)
     return str(request.param)
 
 
 def cast(data: bytes, pair: tuple[str, str]) -> Any:
-    """The bits of the result; what lies around the output is left alone."""
+    """Return the bits of the cast, and assert that memory around the output has not changed."""
     n = len(data) // ITEMSIZE[pair[0]]
     memory = bytearray([POISON]) * (n * ITEMSIZE[pair[1]] + 2 * GUARD)
     assert convert.cast(data, pair[0], memoryview(memory)[GUARD:-GUARD], pair[1], n) is None
@@ -47,7 +47,7 @@ def cast(data: bytes, pair: tuple[str, str]) -> Any:
 
 
 def by_numpy(task: Callable[[], Any]) -> Any:
-    """What NumPy makes of it."""
+    """Return the task's result when `convert` uses NumPy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "_cpu", None)
         return task()
@@ -57,7 +57,7 @@ def by_numpy(task: Callable[[], Any]) -> Any:
 
 
 def edges(target: str) -> Iterator[Fraction]:
-    """Values on and beside the ties of a format, subnormal and normal ones, and those at its end."""
+    """Yield values on and beside a format's ties, both subnormal and normal, and values around its largest number."""
     form = exact.FORMATS[target]
     least, ulp = power_of_two(form.least - form.fraction), power_of_two(-form.fraction)
     end = (2 - ulp) * power_of_two(1 - form.least)
@@ -72,7 +72,7 @@ def edges(target: str) -> Iterator[Fraction]:
 
 
 def chosen(pair: tuple[str, str]) -> list[int]:
-    """Bit patterns of the source's dtype where a cast may go wrong, and some at random."""
+    """Return bit patterns of the source's dtype that a cast may get wrong, and some random ones."""
     form = exact.FORMATS[pair[0]]
     found = [exact.encode(Value(Kind.FINITE, False, size), pair[0]) for size in edges(pair[1])]
     found += exact.specials(pair[0])
@@ -92,7 +92,7 @@ def test_a_cast_is_exact_arithmetic_rounded_once(version: str, pair: tuple[str, 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_zeros_infinities_and_nan(version: str, pair: tuple[str, str]) -> None:
-    """By hand, so that the exact arithmetic has no say."""
+    """The expected bits are written by hand, so that an error in `exact` cannot hide one in a cast."""
     source, target = (exact.FORMATS[dtype] for dtype in pair)
     signs = [(form.bits - 1) for form in (source, target)]
     bits = [0, 1 << signs[0], source.infinity, source.infinity | 1 << signs[0]]
@@ -145,7 +145,7 @@ def test_compiled_and_numpy_agree(pair: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("target", ["BF16", "F16", "F32"])
 def test_fp64_is_rounded_once(version: str, target: str) -> None:
-    """Just above a tie and to be rounded up; by way of fp32 it would be the tie, and go down to even."""
+    """A value of fp64 just above a tie is rounded up; a detour through fp32 would make it a tie and round it down."""
     form = exact.FORMATS[target]
     trap = 1.0 + 2.0 ** -(form.fraction + 1) + 2.0**-52
     assert target == "F32" or float(np.float32(trap)) == 1.0 + 2.0 ** -(form.fraction + 1)
@@ -153,7 +153,7 @@ def test_fp64_is_rounded_once(version: str, target: str) -> None:
     assert cast(np.array([trap, -trap]).tobytes(), ("F64", target)).tolist() == [
         one + 1, one + 1 | 1 << (form.bits - 1),
     ]  # fmt: skip
-    below = 1.0 + 3 * 2.0 ** -(form.fraction + 1) - 2.0**-52  # to be rounded down; by way of fp32 up to even
+    below = 1.0 + 3 * 2.0 ** -(form.fraction + 1) - 2.0**-52  # is rounded down; through fp32 it would be rounded up
     assert cast(np.array([below]).tobytes(), ("F64", target)).tolist() == [one + 1]
     least = 2.0 ** (form.least - form.fraction - 1)  # half the least subnormal number
     assert cast(np.array([least, np.nextafter(least, 1)]).tobytes(), ("F64", target)).tolist() == [0, 1]
@@ -182,7 +182,7 @@ def test_addresses_that_are_no_multiple_of_an_element(version: str, pair: tuple[
 @pytest.mark.parametrize("before_dtype", ["F32", "F64"])
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_what_changed_is_counted(version: str, pair: tuple[str, str], before_dtype: str) -> None:
-    """Against the values before: -0 equals +0, NaN equals nothing; what was written counts, not what was to be."""
+    """A cast counts the written values that differ from the values before: -0 equals +0, and NaN equals nothing."""
     rng = np.random.default_rng(10)
     bits = [*chosen(pair)[:600], *rng.integers(0, 2 ** exact.FORMATS[pair[0]].bits, 4000, np.uint64).tolist()]
     data = pack(bits, pair[0])
@@ -274,7 +274,7 @@ class Product(NamedTuple):
         return int(self.left.shape[0] * self.right.shape[1])
 
     def part(self, first: int, n: int) -> Any:
-        """Elements [first, first + n) as bits; what lies around them is left alone."""
+        """Return the bits of elements [first, first + n), and assert that memory around the output has not changed."""
         memory = np.full(n + 2 * GUARD, 7.0, np.float32)
         convert.low_rank(self.left, self.right, self.scale, first, memory[GUARD : GUARD + n])
         assert set(memory[:GUARD].tolist() + memory[GUARD + n :].tolist()) == {7.0}
@@ -288,7 +288,7 @@ def random_product(rows: int, rank: int, width: int, scale: float = 0.7, seed: i
 
 
 def by_definition(of: Product) -> Any:
-    """The sum from the left, one fp32 operation after the other, as bits."""
+    """Return the bits of the product by its definition: fp32 operations one after the other, sums from the left."""
     result = np.empty((of.left.shape[0], of.right.shape[1]), np.float32)
     for i, j in np.ndindex(*result.shape):
         total = np.float32(0)
@@ -306,7 +306,7 @@ def test_low_rank_is_its_definition(version: str, rows: int, rank: int, width: i
 
 
 def test_the_order_of_the_sum(version: str) -> None:
-    """1e8 + 1 - 1e8 is 0 from the left; a fused multiply-add would show in the second column."""
+    """The sum starts at the left, so that 1e8 + 1 - 1e8 is 0; a fused multiply-add would change the second column."""
     left = np.array([[1e8, 1, -1e8], [1 + 2**-12, -1, 0]], np.float32)
     right = np.array([[1, 1 + 2**-12], [1, 1 + 2**-11], [1, 1]], np.float32)
     found = Product(left, right, 2.0).part(0, 4).view(np.float32)
@@ -315,7 +315,7 @@ def test_the_order_of_the_sum(version: str) -> None:
 
 
 def special_product(rows: int, rank: int, width: int) -> Product:
-    """Subnormal numbers, sums that cancel, zeros of either sign, infinities and NaN."""
+    """Return a product with subnormal numbers, sums that cancel, zeros of either sign, infinities and NaN."""
     of = random_product(rows, rank, width, -1.0)
     rng = np.random.default_rng(3)
     values = np.array([0.0, -0.0, 1e-45, -1e-40, 1e-20, 3e38, -3e38, 1.0, 1e-30, np.inf, np.nan], np.float32)
@@ -341,7 +341,7 @@ def test_special_values(version: str) -> None:
 
 
 def cuts(rows: int, width: int) -> list[tuple[int, int]]:
-    """(first, n): all of it, parts of a row, parts of several, whole rows, nothing."""
+    """Return ranges (first, n) of a matrix: all elements, parts of one row or of several, whole rows, no elements."""
     size = rows * width
     found = [(0, size), (0, 1), (size - 1, 1), (0, 0), (size, 0), (size // 2, 0)]
     found += [(width, size - width), (width // 2, size - width // 2), (1, size - 1), (0, size - 1)]
@@ -391,7 +391,7 @@ def test_the_error_is_that_of_as_many_roundings(version: str, rank: int, scale: 
     found = of.part(0, of.size).view(np.float32).reshape(17, 129)
     left, right = of.left.astype(np.float64), of.right.astype(np.float64)
     size = abs(scale) * (np.abs(left) @ np.abs(right))
-    # each term is rounded as a product, in at most rank - 1 sums, and with the scale, which is rounded too
+    # Each term is rounded as a product, in at most rank - 1 sums, and with the scale, which is itself rounded.
     assert (np.abs(found - scale * (left @ right)) <= (rank + 2) * 2.0**-24 * size).all()
     assert np.abs(found - scale * (left @ right)).max() > 0
 

@@ -1,7 +1,7 @@
-"""The compiled kernel stays as fast as it is: instructions for an element, counted by valgrind, and memcpy beside it.
+"""These tests notice if the compiled kernel becomes slower: they count its instructions, and compare it with memcpy.
 
-Counts do not depend on how busy the machine is. They are those of GCC's build for a processor with AVX2, as valgrind
-gives one: measured with GCC 12, and a quarter more allowed.
+Valgrind counts the instructions for an element; the counts do not depend on how busy the machine is. The bounds are the
+counts of GCC 12's build on the processor with AVX2 that valgrind simulates, and a quarter more.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from expo.dtypes import ITEMSIZE
 _cpu = pytest.importorskip("expo.kernels._cpu", reason="the compiled engine is not built", exc_type=ImportError)
 
 N = 1 << 16  # elements of a counted call
-MEASURED = {  # instructions for an element: the merge alone, and with statistics
+MEASURED = {  # the instructions for an element of a merge without and with statistics
     "BF16": (2.74, 28.2),
     "F16": (1.30, 23.9),
     "F32": (1.05, 21.2),
 }
 MARGIN = 1.25
-OF_MEMCPY = 0.25  # bytes moved per second over memcpy's; 0.98 measured
+OF_MEMCPY = 0.25  # the least rate of the kernel divided by memcpy's, in bytes read and written a second; 0.98 measured
 CALLS = f"""
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -42,7 +42,7 @@ for code, item in enumerate({[ITEMSIZE[dtype] for dtype in MEASURED]}):
 
 
 def instructions(engine: Path, tmp_path: Path) -> dict[str, tuple[float, float]]:
-    """For each dtype as MEASURED, of the _cpu module in a folder; a dump of callgrind's for each call."""
+    """Return the counts of the _cpu module in a folder, in the form of MEASURED; callgrind dumps one count per call."""
     out = tmp_path / "callgrind"
     tool = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}"]
     only = ["--toggle-collect=extrapolate", "--dump-after=extrapolate"]
@@ -55,7 +55,7 @@ def instructions(engine: Path, tmp_path: Path) -> dict[str, tuple[float, float]]
 
 @pytest.fixture
 def gcc_build() -> Path:
-    """The folder of the compiled engine, where a GCC that makes it for every level of x86-64 has built it."""
+    """Return the folder of the compiled engine; skip the test unless GCC 12 or later built it for x86-64 with AVX2."""
     compiler = re.search(rb"GCC: \([^)]*\) (\d+)", Path(_cpu.__file__).read_bytes())
     if compiler is None or int(compiler[1]) < 12:
         pytest.skip("measured for builds of GCC 12 and later")
@@ -72,7 +72,7 @@ def countable(gcc_build: Path) -> Path:
 
 
 def too_many(found: dict[str, tuple[float, float]]) -> list[tuple[str, int]]:
-    """What is over the bound: (dtype, 0 for the merge alone and 1 for that with statistics)."""
+    """Return the counts over their bounds as (dtype, k), where k is 0 without statistics and 1 with them."""
     return [(dtype, k) for dtype in MEASURED for k in (0, 1) if found[dtype][k] > MARGIN * MEASURED[dtype][k]]
 
 
@@ -83,7 +83,7 @@ def test_instructions_for_an_element(countable: Path, tmp_path: Path) -> None:
 
 
 def test_the_bound_is_exceeded_by_a_build_without_vectors(countable: Path, tmp_path: Path) -> None:
-    """Merges alone of fp16 are written with intrinsics, and do not need the compiler for it."""
+    """A build without vectors exceeds all bounds but one: fp16 without statistics is written with intrinsics."""
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("gcc is not installed")
@@ -99,7 +99,11 @@ def test_the_bound_is_exceeded_by_a_build_without_vectors(countable: Path, tmp_p
 @pytest.mark.alone
 @pytest.mark.usefixtures("gcc_build")
 def test_the_kernel_beside_memcpy() -> None:
-    """The best of many rounds in turn, one thread, two reads and a write against a read and a write."""
+    """One thread of the kernel moves at least a quarter as many bytes in a second as memcpy.
+
+    The two run in turn, and the shortest time of each counts. The kernel reads two bytes for each byte that it writes,
+    and memcpy reads one.
+    """
     n = 8 << 20
     sft, aligned, out = (bytearray(os.urandom(1 << 20) * (2 * n >> 20)) for _ in range(3))
     to, source = ((ctypes.c_char * (2 * n)).from_buffer(memory) for memory in (out, aligned))

@@ -1,4 +1,4 @@
-"""The Triton kernel on a CPU: `tests/kernels/interpreted` in a process that has the interpreter switched on."""
+"""These tests run `tests/kernels/interpreted` in a process in which Triton's interpreter runs the kernel on the CPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_kernel_under_the_interpreter(tmp_path: Path) -> None:
 
 
 def test_nothing_is_collected_without_the_interpreter(tmp_path: Path) -> None:
-    """The same folder, as the whole suite meets it: ignored, without an error."""
+    """Without the interpreter pytest collects nothing in the folder, and reports no error."""
     done = run_interpreted(tmp_path / "report.xml", "0")
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
     assert "error" not in done.stdout.lower()

@@ -1,4 +1,4 @@
-"""The page on kernels: its code runs as it stands, its links lead to files, and its tables are complete."""
+"""These tests check the page on kernels: its code runs unchanged, its links lead to files, its tables are complete."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Every kernel launched as on a GPU, `kernel[grid](...)`, by the project's own launchers: the bits of the definition.
+"""These tests launch every kernel by the project's own launchers; the bits must be those of the definition.
 
-The GPU is in software (`software_gpu`): Triton binds, hashes, specializes and compiles as it does for a GPU.
+The GPU is simulated (`software_gpu`): Triton binds, hashes, specializes and compiles as it does for a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 ALPHAS = (0.3, -0.7)
-POISON, GUARD = 0xA5, 32  # the byte around outputs, and how many elements of it
+POISON, GUARD = 0xA5, 32  # the byte that surrounds outputs, and how many elements of it there are
 LENGTHS = (7, 2049, sweep.PROGRAM_ELEMENTS + 2048 + 13)
 
 Array = Any  # the bits of elements
@@ -39,14 +39,14 @@ Array = Any  # the bits of elements
 
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoftwareGpu]:
-    """One GPU for all tests, so that every form of a kernel is compiled once."""
+    """Yield one GPU for all tests, so that every form of a kernel is compiled once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         with SoftwareGpu().active() as software:
             yield software
 
 
-# The launchers: each puts the formula's results for ALPHAS into the rows of outs, and returns the kernel's name
+# Each launcher puts the formula's results for ALPHAS into the rows of outs, and returns the kernel's name
 
 
 def plain(s: torch.Tensor, a: torch.Tensor, outs: torch.Tensor) -> str:
@@ -61,7 +61,7 @@ def swept(s: torch.Tensor, a: torch.Tensor, outs: torch.Tensor) -> str:
 
 
 def measured(s: torch.Tensor, a: torch.Tensor, outs: torch.Tensor) -> str:
-    """With statistics, which are compared here."""
+    """Launch the sweep with statistics, and assert that the statistics are right."""
     n = a.numel()
     partials = sweep.Partials.empty(n, len(ALPHAS), a.device)
     for each in partials:
@@ -97,7 +97,7 @@ def bits_of(tensor: torch.Tensor) -> Array:
 
 
 def tensor_of(bits: Array, dtype: str, shift: int) -> torch.Tensor:
-    """The elements `shift` places past an address that 64 divides."""
+    """Return a tensor of the elements, `shift` elements past an address that is a multiple of 64."""
     memory = torch.empty(bits.nbytes + 64 + shift * bits.itemsize, dtype=torch.uint8)
     start = -memory.data_ptr() % 64 + shift * bits.itemsize
     tensor = memory[start : start + bits.nbytes].view(torch_dtypes()[dtype])
@@ -106,7 +106,7 @@ def tensor_of(bits: Array, dtype: str, shift: int) -> torch.Tensor:
 
 
 def verify(launcher: Launcher, s: Array, a: Array, pair: tuple[str, str], shift: int, gpu: SoftwareGpu) -> None:
-    """Launch over tensors of these bits; the outputs have poison around them, which must stand."""
+    """Launch over tensors of these bits, and assert that the outputs are right and the poison around them is kept."""
     n, before = a.size, len(gpu.launches)
     pitch = -(-n // 16) * 16 + GUARD + shift
     fenced = tensor_of(np.full(2 * pitch + GUARD, POISON * 0x1010101 & np.iinfo(a.dtype).max, a.dtype), pair[1], 0)
@@ -128,7 +128,7 @@ def random_bits(pair: tuple[str, str], n: int) -> list[Array]:
 @every_pair
 @every_launcher
 def test_launch(gpu: SoftwareGpu, launcher: Launcher, pair: tuple[str, str], shift: int) -> None:
-    """Any bits, in lengths around the tail's width and around blocks, at aligned addresses and at odd ones."""
+    """Random bits give the right outputs at aligned and odd addresses, in lengths around the tail and blocks."""
     for n in LENGTHS:
         verify(launcher, *random_bits(pair, n), pair, shift, gpu)
 
@@ -136,14 +136,17 @@ def test_launch(gpu: SoftwareGpu, launcher: Launcher, pair: tuple[str, str], shi
 @every_pair
 @every_launcher
 def test_special_values(gpu: SoftwareGpu, launcher: Launcher, pair: tuple[str, str]) -> None:
-    """All special values of one dtype with all of the other's."""
+    """Every combination of the two dtypes' special values gives the right output."""
     crossed = product(exact.specials(pair[0]), exact.specials(pair[1]))
     s, a = (np.array(bits, BITS[dtype]) for bits, dtype in zip(zip(*crossed, strict=True), pair, strict=True))
     verify(launcher, s, a, pair, 0, gpu)
 
 
 def test_a_whole_model_in_place(gpu: SoftwareGpu) -> None:
-    """Tensors of all pairs of dtypes, at odd addresses too, one of several rows: a launch for each kind."""
+    """A whole model of all pairs of dtypes is right in place, with one launch for each pair and alignment.
+
+    Half of the tensors are at odd addresses, and one has several rows of the table.
+    """
     lengths, shifts = (0, 2 * 2048 + 9), (0, 1)
     cases = [(pair, n, shift) for pair in PAIRS for n in lengths for shift in shifts]
     cases.append((("BF16", "BF16"), whole_model.SEGMENT * extrapolate.PROGRAM_ELEMENTS + 3, 0))
@@ -160,7 +163,7 @@ def test_a_whole_model_in_place(gpu: SoftwareGpu) -> None:
 
 @pytest.mark.parametrize("hook", ["jit_cache_hook", "jit_post_compile_hook"])
 def test_a_hook_of_the_compiler(hook: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton writes a kernel's constants as JSON for a hook; vLLM sets one."""
+    """The kernels' constants can be written as JSON, which Triton does for a hook; vLLM sets such a hook."""
     import triton
 
     heard: list[str] = []

@@ -1,4 +1,4 @@
-"""Every engine against the numerics contract: exact arithmetic first, then the engines against each other."""
+"""These tests compare every engine with exact arithmetic, and the engines with each other."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ WIDE_PAIRS = [pair for pair in product(ITEMSIZE, ITEMSIZE) if "F64" in pair]
 ALPHAS = (0.3, 0.5, 1.0, -0.7, 2.5, 25.0, 1e-30, 3e38)
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 KINDS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-POISON, GUARD = 0xA5, 64  # the byte that fills outputs, and how many of them stand around one
+POISON, GUARD = 0xA5, 64  # the byte that fills outputs, and how many such bytes surround an output
 
 
 def eager(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
-    """Call the engine of torch's own operations with copies of memory of the host."""
+    """Call the engine of torch's own operations with copies of the host's memory."""
     n, tensors = anchor.elements, {}
 
     def uploaded(operand: Operand) -> Operand:
@@ -74,7 +74,7 @@ def engine(request: pytest.FixtureRequest) -> EngineFunction:
 
 @pytest.fixture(params=["numerics", "cpu"])
 def host_engine(request: pytest.FixtureRequest) -> EngineFunction:
-    """An engine over memory of the host, at any address, with statistics."""
+    """Return an engine over the host's memory, which takes any address and gives statistics."""
     return engine_function(request.param)
 
 
@@ -86,7 +86,7 @@ def cpu() -> EngineFunction:
 def compute(
     run: EngineFunction, sft: bytes, aligned: bytes, pair: tuple[str, str], alphas: Sequence[float]
 ) -> list[Any]:
-    """The outputs' bits, one array for each alpha."""
+    """Return the outputs' bits, one array for each alpha."""
     outs = [bytearray([POISON]) * len(aligned) for _ in alphas]
     run_engine(run, sft, aligned, pair, outs, [working_alpha(alpha, *pair) for alpha in alphas])
     return [np.frombuffer(out, BITS[pair[1]]) for out in outs]
@@ -104,12 +104,12 @@ def random_bits(rng: np.random.Generator, dtype: str, n: int) -> bytes:
 
 
 def crossed_specials(pair: tuple[str, str]) -> tuple[bytes, bytes]:
-    """All special values of sft's dtype with all of aligned's."""
+    """Return every combination of a special value of sft's dtype with one of aligned's."""
     both = list(product(exact.specials(pair[0]), exact.specials(pair[1])))
     return pack([s for s, _ in both], pair[0]), pack([a for _, a in both], pair[1])
 
 
-# Against exact arithmetic
+# Comparisons with exact arithmetic
 
 
 class Golden(NamedTuple):
@@ -120,12 +120,12 @@ class Golden(NamedTuple):
 
 @cache
 def golden(pair: tuple[str, str], alpha: float) -> Golden:
-    """Special values crossed and random ones, with the outputs that exact arithmetic gives."""
+    """Return combinations of special values and random values, with the outputs that exact arithmetic gives."""
     rng = random.Random(f"{pair} {alpha}")
     both = list(product(exact.specials(pair[0]), exact.specials(pair[1])))
     both = rng.sample(both, min(len(both), 600))
     both += [tuple(rng.getrandbits(exact.FORMATS[dtype].bits) for dtype in pair) for _ in range(100)]
-    for _ in range(200):  # weights as they are: sft near aligned, so that most bits of d count
+    for _ in range(200):  # weights like a model's: sft is near aligned, so that most bits of d count
         a = exact.decode(exact.encode(exact.working(rng.gauss(0, 0.02), "F64"), pair[1]), pair[1])
         near = exact.multiply(a, exact.working(rng.gauss(1, 0.02), "F64"))
         both.append((exact.encode(near, pair[0]), exact.encode(a, pair[1])))
@@ -146,7 +146,7 @@ def test_exact_arithmetic(engine: EngineFunction, pair: tuple[str, str], alpha: 
 
 
 class Pinned(NamedTuple):
-    """One element worked out by hand; expected None is NaN."""
+    """One element whose output was worked out by hand; None means that NaN is expected."""
 
     why: str
     pair: tuple[str, str]
@@ -186,14 +186,14 @@ PINNED = [
     Pinned("inf - inf", B, 0x7F80, 0x7F80, 0.3, None),
     Pinned("inf turns over under a negative alpha", B, 0x3F80, 0x7F80, -0.7, None),
     Pinned("bf16 NaN of all ones", B, 0x7FFF, 0x3F80, 0.3, None),
-    # Integer rounding alone would carry these over into -0 and +0.
+    # Rounding by integer addition without a test for NaN would carry these over into -0 and +0.
     Pinned("fp32 NaN of all ones", ("F32", "BF16"), 0x7FFFFFFF, 0x3F80, 0.3, None),
     Pinned("negative fp32 NaN of all ones", ("F32", "BF16"), 0xFFFFFFFF, 0x3F80, 0.3, None),
     Pinned("fp32 NaN to fp16", ("F32", "F16"), 0x7FFFFFFF, 0x3C00, 0.3, None),
-    # A payload in the low bits alone would be cut off, and leave inf.
+    # These NaNs have bits in the low half only, so cutting that half off would leave inf.
     Pinned("signalling fp32 NaN", ("F32", "BF16"), 0x7F800001, 0x3F80, 0.3, None),
     Pinned("signalling fp32 NaN to fp16", ("F32", "F16"), 0x7F800001, 0x3C00, 0.3, None),
-    # fp64 -(1 + 2^-8 + 2^-40) and -(1 + 2^-11 + 2^-40): through fp32 they would become ties, and then 1.
+    # These are -(1 + 2^-8 + 2^-40) and -(1 + 2^-11 + 2^-40) in fp64; through fp32 they would become ties, and then 1.
     Pinned("fp64 to bf16 in one rounding", ("F64", "BF16"), 0xBFF0100000001000, 0x0000, 1.0, 0x3F81),
     Pinned("fp64 to fp16 in one rounding", ("F64", "F16"), 0xBFF0020000001000, 0x0000, 1.0, 0x3C01),
     Pinned("fp64 overflow to bf16", ("F64", "BF16"), 0xC80DA48CE468E7C7, 0x0000, 1.0, 0x7F80),
@@ -216,7 +216,7 @@ def test_pinned(engine: EngineFunction, case: Pinned) -> None:
         assert hex(out) == hex(case.expected)
 
 
-# (dtype of both, sft, aligned, output, output if product and sum were rounded together) at alpha 0.3.
+# Each row has the dtype of both, sft, aligned, the output at alpha 0.3, and the output of a fused multiply-add.
 FUSED = [
     ("BF16", 0x4281, 0x40FE, 0xC110, 0xC111),
     ("BF16", 0x41F7, 0x4076, 0xC088, 0xC089),
@@ -238,14 +238,14 @@ def test_no_fused_multiply_add(
 ) -> None:
     assert exact.extrapolate(sft, dtype, aligned, dtype, 0.3) == expected
     assert exact.extrapolate(sft, dtype, aligned, dtype, 0.3, fused=True) == fused != expected
-    # As many elements as vector code needs, which may be compiled to other instructions than the tail.
+    # There are enough elements for vector code, which may be compiled to other instructions than the tail.
     out = compute(engine, pack([sft] * 67, dtype), pack([aligned] * 67, dtype), (dtype, dtype), [0.3])[0]
     assert {hex(bits) for bits in out} == {hex(expected)}
 
 
 @pytest.mark.parametrize("aligned_dtype", ["BF16", "F16"])
 def test_rounding_twice_would_show(engine: EngineFunction, aligned_dtype: str) -> None:
-    """The outputs of fp64 arithmetic are rounded once; a detour through fp32 gives others for these inputs."""
+    """The outputs of fp64 arithmetic are rounded once; for these inputs a detour through fp32 gives other bits."""
     pair = ("F64", aligned_dtype)
     tie = 1 + 2.0 ** -(exact.FORMATS[aligned_dtype].fraction + 1)
     values = [sign * tie * (1 + nudge) for sign in (1, -1) for nudge in (2.0**-40, -(2.0**-40), 2.0**-52)]
@@ -259,7 +259,7 @@ def test_rounding_twice_would_show(engine: EngineFunction, aligned_dtype: str) -
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_equal_weights_stay(engine: EngineFunction, alpha: float) -> None:
-    """Where finite aligned and sft are equal the output is equal too, in value: all bf16 values."""
+    """For every finite bf16 value: if aligned and sft have it, the output has the same value."""
     bits = np.arange(1 << 16, dtype=np.uint16)
     bits = bits[bits & 0x7FFF < 0x7F80]
     (out,) = compute(engine, bits.tobytes(), bits.tobytes(), B, [alpha])
@@ -268,7 +268,7 @@ def test_equal_weights_stay(engine: EngineFunction, alpha: float) -> None:
 
 @pytest.mark.parametrize(("dtype", "code"), [("F16", "e"), ("F32", "f"), ("F64", "d")])
 def test_the_reference_decodes_and_encodes(dtype: str, code: str) -> None:
-    """exact.py against Python's own conversions, in both directions."""
+    """The reference decodes and encodes as Python's own conversions do."""
     rng = random.Random(dtype)
     form = exact.FORMATS[dtype]
     patterns = range(1 << 16) if dtype == "F16" else [rng.getrandbits(form.bits) for _ in range(5000)]
@@ -304,7 +304,7 @@ def test_cpu_in_a_thread_that_flushes(cpu: EngineFunction, pair: tuple[str, str]
 
 
 def test_subnormal_alpha_in_a_thread_that_flushes(cpu: EngineFunction) -> None:
-    """An alpha that is subnormal in fp32, made and used in such a thread."""
+    """An alpha that is subnormal in fp32 is not lost in a thread that flushes, neither in rounding nor in use."""
     sft, aligned, alpha = pack([0xFF000000] * 9, "F32"), pack([0x38D1B717] * 9, "F32"), 1e-40
     expected = exact.extrapolate(0xFF000000, "F32", 0x38D1B717, "F32", alpha)
     assert expected != 0x38D1B717  # alpha * d counts
@@ -329,7 +329,7 @@ def test_numerics_refuses_a_thread_that_flushes() -> None:
 
 
 def test_cpu_refuses_fp64_in_a_thread_that_flushes(cpu: EngineFunction) -> None:
-    """fp64 goes to NumPy, which refuses with it."""
+    """The compiled engine passes fp64 to NumPy, which refuses a thread that flushes."""
     with pytest.raises(RuntimeError, match="set_flush_denormal"):
         flushing(lambda: compute(cpu, bytes(8), bytes(8), ("F64", "F64"), [0.3]))
 
@@ -353,7 +353,7 @@ def test_numerics_refuses_a_thread_that_rounds_otherwise(mode: int) -> None:
     numerics.check_floating_point_mode()
 
 
-# The compiled engine and torch's own operations against NumPy
+# Comparisons of the compiled engine and of torch's own operations with NumPy
 
 
 @pytest.mark.parametrize("name", ["cpu", "torch_eager"])
@@ -377,7 +377,7 @@ def test_agrees_on_special_values(name: str, pair: tuple[str, str]) -> None:
 
 
 def fp32_ties(dtype: str) -> Any:
-    """The bits of every fp32 tie between two neighbours of a 16-bit dtype, and of the fp32 values beside it."""
+    """Return the bits of every fp32 tie between two neighbours of a 16-bit dtype, and of the fp32 values beside it."""
     form = exact.FORMATS[dtype]
     patterns = np.arange(1 << 16, dtype=np.uint32)
     finite = patterns[patterns & form.mask < form.infinity].astype(np.uint16)
@@ -390,7 +390,7 @@ def fp32_ties(dtype: str) -> Any:
 
 @pytest.mark.parametrize("pair", [("F32", "BF16"), ("F32", "F16")], ids="-".join)
 def test_agrees_on_ties(cpu: EngineFunction, pair: tuple[str, str]) -> None:
-    """Every tie between two 16-bit neighbours, and the fp32 values beside it: alpha 1 with aligned 0 rounds -sft."""
+    """The engines agree on ties and the values beside them; with alpha 1 and aligned 0 the output is -sft, rounded."""
     ties = fp32_ties(pair[1])
     sft, aligned = ties.tobytes(), bytes(2 * ties.size)
     (out,), (expected,) = (compute(run, sft, aligned, pair, [1.0]) for run in (cpu, numerics.extrapolate))
@@ -399,7 +399,7 @@ def test_agrees_on_ties(cpu: EngineFunction, pair: tuple[str, str]) -> None:
 
 
 def shifted(data: bytes, offset: int) -> memoryview:
-    """The data at an address that is `offset` past a multiple of 16."""
+    """Return a copy of the data that starts `offset` bytes into its memory."""
     return memoryview(bytearray(bytes(offset) + data))[offset:]
 
 
@@ -428,7 +428,7 @@ def run_shifted(
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_every_length(host_engine: EngineFunction, pair: tuple[str, str]) -> None:
-    """Every length around the vector widths, and blocks and a bit, at ever other byte offsets."""
+    """Lengths around the vector widths and a little over whole blocks are right, each at other byte offsets."""
     rng = np.random.default_rng(7)
     for n in (*range(134), 2047, 2049, 4101, 32_769, 70_001):
         sft, aligned = random_bits(rng, pair[0], n), random_bits(rng, pair[1], n)
@@ -450,7 +450,7 @@ def test_every_offset(host_engine: EngineFunction, pair: tuple[str, str]) -> Non
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("pair", PAIRS + WIDE_PAIRS, ids="-".join)
 def test_in_place(host_engine: EngineFunction, pair: tuple[str, str], offset: int) -> None:
-    """The output may be aligned's memory, or sft's where the dtypes are equal."""
+    """The output may be aligned's memory, or sft's if the dtypes are equal."""
     rng = np.random.default_rng(9)
     n = 40_009
     sft, aligned = random_bits(rng, pair[0], n), random_bits(rng, pair[1], n)
@@ -468,12 +468,12 @@ def test_in_place(host_engine: EngineFunction, pair: tuple[str, str], offset: in
 @pytest.mark.parametrize("measure", [False, True])
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_several_alphas(host_engine: EngineFunction, pair: tuple[str, str], measure: bool) -> None:
-    """One call with many alphas gives what a call for each gives."""
+    """One call with many alphas gives the same bits as one call for each alpha."""
     rng = np.random.default_rng(10)
     n = 5003
     sft, aligned = random_bits(rng, pair[0], n), random_bits(rng, pair[1], n)
     alphas = [*ALPHAS, 0.3, *np.linspace(-2, 2, 55).tolist()]
-    assert len(alphas) == 64  # as many as the compiled engine takes
+    assert len(alphas) == 64  # the most that the compiled engine takes
     outs = [Fenced(len(aligned), k % 4) for k in range(len(alphas))]
     rounded = [working_alpha(alpha, *pair) for alpha in alphas]
     run_engine(host_engine, sft, aligned, pair, [out.memory for out in outs], rounded, measure)
@@ -484,7 +484,7 @@ def test_several_alphas(host_engine: EngineFunction, pair: tuple[str, str], meas
 
 
 def test_memory_longer_than_the_anchor(host_engine: EngineFunction) -> None:
-    """The anchor alone fixes how much is computed."""
+    """Only the anchor's length determines how many elements are computed."""
     sft, aligned, out = pack([0x3F80] * 9, "BF16"), pack([0x4000] * 9, "BF16"), bytearray([POISON]) * 18
     run_engine(host_engine, sft, memoryview(aligned)[:10], B, [out], [0.5])
     assert out == pack([0x4020] * 5, "BF16") + bytes([POISON]) * 8
@@ -492,7 +492,7 @@ def test_memory_longer_than_the_anchor(host_engine: EngineFunction) -> None:
 
 @pytest.mark.parametrize("short", ["sft", "aligned", "out"])
 def test_memory_shorter_than_the_anchor(host_engine: EngineFunction, short: str) -> None:
-    """An anchor whose last element is not whole is refused too."""
+    """Memory that is too short is refused, and so is an anchor whose last element is not whole."""
     sizes = {name: 15 if name == short else 16 for name in ("sft", "aligned", "out")}
     out = bytearray(sizes["out"])
     with pytest.raises(ValueError, match="buffer"):
@@ -502,7 +502,7 @@ def test_memory_shorter_than_the_anchor(host_engine: EngineFunction, short: str)
 
 @pytest.mark.parametrize("pair", [*PAIRS, ("F64", "BF16"), ("F64", "F64")], ids="-".join)
 def test_memory_at_an_address(host_engine: EngineFunction, pair: tuple[str, str]) -> None:
-    """An address and its bytes do as a buffer does, at the start of the memory and in the middle."""
+    """An address with a size works like a buffer, at the start of the memory and in the middle."""
     rng = np.random.default_rng(15)
     sft, aligned = random_bits(rng, pair[0], 301), random_bits(rng, pair[1], 301)
     (expected,) = compute(numerics.extrapolate, sft, aligned, pair, [0.3])
@@ -534,7 +534,7 @@ def test_memory_at_an_address_shorter_than_the_anchor(host_engine: EngineFunctio
 
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> EngineFunction:
-    """The compiled engine, built anew to believe that the processor has none."""
+    """Return the compiled engine, built again so that it finds no processor feature and takes its portable code."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
@@ -568,7 +568,7 @@ def test_portable_fp16(portable: EngineFunction, pair: tuple[str, str]) -> None:
 
 
 def test_portable_fp16_ties(portable: EngineFunction) -> None:
-    """Both roundings of all fp32 values on and beside a tie between two fp16 ones."""
+    """The portable code agrees with NumPy on all fp32 ties between two fp16 values, and on the values beside them."""
     sft = fp32_ties("F16").tobytes()
     aligned = bytes(len(sft) // 2)
     (out,), (expected,) = (
@@ -581,8 +581,8 @@ def test_portable_fp16_ties(portable: EngineFunction) -> None:
 
 
 def bf16_disagreements(run: EngineFunction, sft_values: Sequence[int]) -> int:
-    """How many outputs at alpha 0.3 differ from NumPy's, over all aligned values with each of these sft values."""
-    together = 16  # sft values a call: as much memory as a cache holds
+    """Return how many outputs differ from NumPy's at alpha 0.3, for all aligned values with these sft values."""
+    together = 16  # sft values of one call; their memory fits into a cache
     aligned = np.tile(np.arange(1 << 16, dtype=np.uint16), together).tobytes()
     bad = 0
     for i in range(0, len(sft_values), together):
@@ -593,7 +593,7 @@ def bf16_disagreements(run: EngineFunction, sft_values: Sequence[int]) -> int:
 
 
 def test_sampled_bf16_pairs(cpu: EngineFunction) -> None:
-    """2^24 pairs: every aligned value with one sft value of each sign, exponent and half of the fractions."""
+    """The engines agree on 2^24 pairs: all aligned values with one random sft value for each upper byte of bf16."""
     rng = np.random.default_rng(11)
     assert bf16_disagreements(cpu, [256 * k + int(rng.integers(256)) for k in range(256)]) == 0
 
@@ -614,7 +614,7 @@ class Case(NamedTuple):
 
 
 def weights(pair: tuple[str, str], n: int, scale: float = 0.02) -> Case:
-    """Normal weights 2.5% apart; some equal, some infinite or NaN on either side or on both."""
+    """Return normal weights about 2.5% apart; some are equal, and some are infinite or NaN in sft, aligned or both."""
     rng = np.random.default_rng(12)
     a = rng.standard_normal(n) * scale
     s = a + rng.standard_normal(n) * scale * 0.025
@@ -626,7 +626,7 @@ def weights(pair: tuple[str, str], n: int, scale: float = 0.02) -> Case:
 
 
 def plain_statistics(case: Case, pair: tuple[str, str], outs: Sequence[bytearray]) -> Statistics:
-    """The statistics by NumPy's own dtypes and plain formulas."""
+    """Return the statistics that NumPy's own dtypes and plain formulas give."""
     work = np.float64 if "F64" in pair else np.float32
     stored = np.frombuffer(case.aligned, KINDS[pair[1]])
     with np.errstate(all="ignore"):
@@ -651,7 +651,7 @@ def measured(
 
 @pytest.fixture(autouse=True)
 def _no_warning_escapes() -> Iterator[None]:
-    """An engine that lets a warning out fails here even where the caller's filters are lax."""
+    """Turn every warning into an error, so that an engine that raises a warning fails under any filters."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -670,7 +670,7 @@ def test_statistics(host_engine: EngineFunction, pair: tuple[str, str], n: int) 
 
 
 def test_statistics_of_equal_differences(host_engine: EngineFunction) -> None:
-    """Sums of one repeated term: roundings that all go one way, the worst for a running fp32 sum."""
+    """The sum of one repeated term is right, though its roundings all go one way, the worst case for an fp32 sum."""
     n = 100_003
     for term in (0.0123, 0.1, 1 / 3):
         aligned = np.full(n, term, np.float32)
@@ -694,7 +694,7 @@ def test_minus_zero_that_became_zero_has_not_changed(host_engine: EngineFunction
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_engines_measure_the_same(cpu: EngineFunction, pair: tuple[str, str]) -> None:
-    """Counts and the largest difference are exact, whatever the bits."""
+    """The engines' counts and largest differences are equal for any bits."""
     rng = np.random.default_rng(13)
     n = 50_021
     for case in (Case(random_bits(rng, pair[0], n), random_bits(rng, pair[1], n), n), weights(pair, n)):
@@ -708,7 +708,7 @@ def test_engines_measure_the_same(cpu: EngineFunction, pair: tuple[str, str]) ->
 
 
 class Sum(NamedTuple):
-    """An anchor and terms (coefficients, plus, minus), the numbers of tensors; their dtypes; and the coefficients."""
+    """The dtypes of tensors, and terms (coefficients, plus, minus), in which plus and minus are numbers of tensors."""
 
     why: str
     dtypes: tuple[str, ...]
@@ -808,7 +808,7 @@ def test_one_memory_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_statistics_of_a_term_that_is_not_expos() -> None:
-    """The letter d is the term's difference, and the anchor takes aligned's place."""
+    """The d of the statistics is the term's difference, and the anchor takes aligned's place."""
     o, x, y = (Operand(pack([bits] * 5, "BF16"), "BF16") for bits in (0x3F80, 0x4040, 0x4000))  # 1, 3, 2
     statistics = numerics.extrapolate(o, [Term([2.0], x, y)], [bytearray(10)], True)
     assert statistics == Statistics(5.0, 5.0, 1.0, ((5, 0),))
@@ -837,7 +837,7 @@ OTHER_COMBINATIONS = {
 @pytest.mark.parametrize("dtype", ["BF16", "F64"])
 @pytest.mark.parametrize("combination", OTHER_COMBINATIONS)
 def test_the_compiled_engine_refuses_other_combinations(cpu: EngineFunction, combination: str, dtype: str) -> None:
-    """F64 tensors are no exception, though NumPy computes them for this engine."""
+    """The compiled engine refuses other combinations, also of F64 tensors, which NumPy computes for this engine."""
     o, x = (Operand(bytes(16), dtype) for _ in range(2))
     out = bytearray([POISON]) * 16
     with pytest.raises(EngineError, match=r"the engine cpu computes the one term .* use the engine numpy"):

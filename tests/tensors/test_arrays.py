@@ -1,4 +1,4 @@
-"""expo.extrapolate() over NumPy arrays and torch tensors: the bits, and refusals that name both values."""
+"""These tests check expo.extrapolate() for arrays and tensors: its bits, and its refusals, which name both values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHAPES: list[tuple[int, ...]] = [(), (1,), (0,), (3, 0, 2), (5,), (7, 11), (2, 3
 
 
 def make(library: str, dtype: str, shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Any:
-    """An array or tensor of normal numbers."""
+    """Return an array or tensor of normal numbers."""
     values = np.random.default_rng(seed).standard_normal(shape) * scale
     if library == "torch":
         return torch.tensor(values).to(TORCH[dtype])
@@ -42,7 +42,7 @@ def make(library: str, dtype: str, shape: tuple[int, ...], seed: int, scale: flo
 
 
 def raw(x: Any) -> bytes:
-    """Its elements' bytes, in the order of its indices."""
+    """Return the bytes of the elements, in the order of their indices."""
     if isinstance(x, torch.Tensor):
         x = x.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy() if x.numel() else np.empty(0)
     return bytes(np.ascontiguousarray(x).tobytes())
@@ -56,7 +56,7 @@ def name_of(x: Any) -> str:
 
 
 def expected(sft: Any, aligned: Any, alpha: float) -> bytes:
-    """A direct call of the contract in NumPy; a copy for alpha 0."""
+    """Return the bytes that NumPy's engine gives, or a copy of aligned's for alpha 0."""
     data, s, a = raw(aligned), name_of(sft), name_of(aligned)
     if alpha == 0 or not data:
         return data
@@ -174,7 +174,7 @@ def test_numpy_takes_over_where_the_compiled_engine_is_missing(library: str, s: 
 
 @pytest.fixture
 def flushing() -> Iterator[None]:
-    """torch.set_flush_denormal(True), which NumPy follows as well."""
+    """Make this thread flush subnormals by torch.set_flush_denormal, which affects NumPy too."""
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
@@ -201,7 +201,7 @@ def test_flushing_does_not_reach_the_compiled_engine(
     assert bits != raw(aligned)
     request.getfixturevalue("flushing")
     assert raw(expo.extrapolate(sft, aligned, 0.5)) == bits
-    assert flushes(), "the caller's mode is restored"
+    assert flushes(), "the caller's mode was not restored"
 
 
 def flushes() -> bool:
@@ -212,7 +212,7 @@ def flushes() -> bool:
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("split", [4, 1 << 22])
 def test_numpy_refuses_a_thread_that_flushes(monkeypatch: pytest.MonkeyPatch, library: str, split: int) -> None:
-    """F64 goes to NumPy always; with several threads, too, the refusal reaches the caller."""
+    """NumPy computes every F64 tensor, and NumPy's refusal reaches the caller, also from several threads."""
     monkeypatch.setattr(expo.tensors.arrays, "SPLIT_ELEMENTS", split)
     monkeypatch.setattr(expo.tensors.arrays, "cpu_count", lambda: 2)
     x = make(library, "F64", (20,), 1)
@@ -258,7 +258,7 @@ def test_inference_mode() -> None:
 
 
 def test_a_negative_view_counts_as_what_it_shows() -> None:
-    """torch's lazy negation: the memory holds the opposite of the value."""
+    """A tensor with torch's lazy negation counts with the values that it shows; its memory holds the opposite ones."""
     shown = torch._neg_view(torch.ones(4))
     assert shown.tolist() == [-1] * 4
     assert expo.extrapolate(torch.zeros(4), shown, 0.5).tolist() == [-1.5] * 4
@@ -470,7 +470,7 @@ for alpha in (0.0, 0.3):
 """
 
 
-# What is not refused kills its process, so each has one, forked from one that has imported torch.
+# A call that is not refused kills its process, so each kind gets a process, forked from one that has imported torch.
 FORKS = """
 import contextlib, io, json, os, sys, traceback, torch, expo
 kinds, calls = json.loads(sys.argv[1])
@@ -493,7 +493,7 @@ for kind, how in kinds.items():
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, tuple[str, int]]:
-    """What each kind's process printed, and its exit code, which is negative where a signal killed it."""
+    """Return the text that each kind's process printed, and its exit code, which is negative if a signal killed it."""
     command = [sys.executable, "-W", "ignore", "-c", FORKS, json.dumps([WITHOUT_MEMORY, CALLS])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found: dict[str, tuple[str, int]] = {}
@@ -559,7 +559,7 @@ def test_masked_arrays_are_refused(which: int, alpha: float) -> None:
         expo.extrapolate(arrays[0], arrays[1], alpha, out=arrays[2])
 
 
-# Several at once
+# Several tensors in one call
 
 
 def many(torch: Any, seed: int) -> list[Any]:
@@ -599,7 +599,7 @@ def test_tied_weights_that_are_listed_twice_move_once() -> None:
 
 
 def memory_of(library: str) -> tuple[Any, Any]:
-    """40 numbers in one memory, and a function that makes n others."""
+    """Return 40 numbers in one memory, and a function that makes n other numbers."""
     return make(library, "F32", (40,), 1), lambda n: make(library, "F32", (n,), 2)
 
 
@@ -608,7 +608,7 @@ def refused(sft: list[Any], aligned: list[Any], out: list[Any], words: str) -> N
     for alpha in (0.5, 0.0):
         with pytest.raises(expo.UsageError, match=words):
             expo.extrapolate(sft, aligned, alpha, out=out)
-    assert [raw(x) for x in (*sft, *aligned, *out)] == before, "refused before anything is computed"
+    assert [raw(x) for x in (*sft, *aligned, *out)] == before, "something was computed before the refusal"
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -636,7 +636,7 @@ def test_an_output_over_the_input_of_another_pair_is_refused(library: str, role:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_lists_that_share_memory_and_depend_on_no_order(library: str) -> None:
-    """Inputs that are shared, results beside each other, columns of one matrix, and exact repetitions."""
+    """Lists may share inputs, have outputs beside each other or columns of one matrix, and repeat a pair exactly."""
     memory, other = memory_of(library)
     s, a, wide = other(10), other(10), make(library, "F32", (4, 6), 3)
     bits = expected(s, a, 0.5)
@@ -676,7 +676,10 @@ def test_numbers_of_tensors_that_differ() -> None:
 
 
 def test_what_goes_into_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU: contiguous tensors that the kernel knows, with an alpha that is not 0; the rest goes one by one."""
+    """On a GPU one launch computes the contiguous tensors of the kernel's dtypes if alpha is not 0.
+
+    The other tensors are computed one by one.
+    """
     launched: list[tuple[float, list[Any]]] = []
     monkeypatch.setattr("expo.tensors.gpu_tensors.on_gpu", lambda _: True)
     monkeypatch.setattr(

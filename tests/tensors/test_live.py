@@ -1,4 +1,4 @@
-"""Live: a model in memory has the bits that merged files would have, whichever way its originals are kept."""
+"""A live model must have the bits of merged files, whichever way its originals are kept."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 class Small(torch.nn.Module):
-    """Two matrices in two dtypes, a vector, a buffer, and an odd number of elements."""
+    """A model with two matrices of two dtypes, a vector and a buffer; its number of elements is odd."""
 
     def __init__(self, seed: int, rows: int = 7, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def same(one: Weights, other: Weights) -> bool:
 
 
 def merged(sft: torch.nn.Module, aligned: torch.nn.Module, folder: Path, alpha: float, **options: Any) -> Weights:
-    """What a merge from file to file makes of the weights."""
+    """Return the weights that a merge from file to file gives."""
     folder.mkdir()
     for name, model in (("sft", sft), ("aligned", aligned)):
         save_file(model.state_dict(), folder / f"{name}.safetensors")
@@ -90,7 +90,7 @@ def test_the_bits_of_merged_files_on_the_demo(keep: str, kind: str, tmp_path: Pa
         live.alpha = 0
         assert same(bits(model), before)
         live.alpha = 0.3
-    assert same(bits(model), before), "the context restores aligned"
+    assert same(bits(model), before), "the context did not restore aligned"
 
 
 @pytest.mark.parametrize("keep", KEEP)
@@ -101,7 +101,7 @@ def test_every_dtype_and_rules(keep: str, tmp_path: Path) -> None:
     live = Live(model, sft, keep=keep, alpha_for=rules)
     live.alpha = 0.7
     assert same(bits(model), expected)
-    assert model.seen.tolist() == pytest.approx([2.7, 2.7]), "buffers that files hold are weights too"
+    assert model.seen.tolist() == pytest.approx([2.7, 2.7]), "a buffer that files hold was not set"
     live.alpha = 0.0
     assert same(bits(model), bits(Small(2)))
 
@@ -133,11 +133,14 @@ def test_rows(tmp_path: Path) -> None:
     assert torch.equal(model.embed_tokens.weight[5:], Small(2).embed_tokens.weight[5:])
 
 
-# Buffers: what files hold and a merge extrapolates, Live sets
+# Live sets the buffers that files hold and a merge extrapolates
 
 
 class Buffered(torch.nn.Module):
-    """Buffers of every kind beside a parameter: saved and not, of floats and not, tied, computed by the model."""
+    """A model with a parameter and buffers of every kind.
+
+    Some are saved and some are not, some hold no floats, one is tied, and some are computed by the model.
+    """
 
     _keys_to_ignore_on_save = ("unsaved",)
 
@@ -160,7 +163,7 @@ class Buffered(torch.nn.Module):
         self.attn.register_buffer("masked_bias", torch.tensor(-1e4 - seed))
 
     def files(self) -> Weights:
-        """What a library like transformers saves of it: one of those that are tied."""
+        """Return the tensors that a library like transformers saves, which include only one of two tied buffers."""
         return {name: tensor for name, tensor in bits(self).items() if name not in ("inner.bias", "unsaved")}
 
 
@@ -182,11 +185,11 @@ def test_buffers_that_files_hold_have_the_bits_of_the_merge(keep: str, kind: str
         live.alpha = 0
         assert equal(bits(model), before)
         live.alpha = -2
-    assert equal(bits(model), before), "the context restores aligned"
+    assert equal(bits(model), before), "the context did not restore aligned"
 
 
 def equal(one: Weights, other: Weights) -> bool:
-    """Bit for bit, scalars as well."""
+    """Return True if the two have the same names, dtypes and bits, also of scalars."""
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype
         and torch.equal(one[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8))
@@ -197,7 +200,7 @@ def equal(one: Weights, other: Weights) -> bool:
 def test_a_buffer_that_was_replaced_is_noticed() -> None:
     model = Buffered(2)
     live = Live(model, Buffered(1))
-    model.passing = torch.zeros(4)  # of no concern to anybody
+    model.passing = torch.zeros(4)  # no file holds this buffer, so Live does not set it
     live.alpha = 0.5
     model.inner.scale = model.inner.scale.clone()
     with pytest.raises(expo.UsageError, match="have moved in memory"):
@@ -208,13 +211,13 @@ def test_a_buffer_that_cannot_be_set_in_place_is_named() -> None:
     models = Buffered(1), Buffered(2)
     for model in models:
         model.inner.register_buffer("strided", torch.randn(4, 4).t())
-        model.rotary_emb.register_buffer("inv_freq", torch.randn(1).expand(4))  # which nobody sets
+        model.rotary_emb.register_buffer("inv_freq", torch.randn(1).expand(4))  # Live does not set this buffer
     with pytest.raises(expo.UsageError, match=r"model: inner\.strided is torch\.float32: buffers that files"):
         Live(models[1], models[0])
 
 
 def deepseek(seed: int) -> Any:
-    """DeepSeek-V3 with a router in its one layer, whose bias training moves."""
+    """Return a DeepSeek-V3 with a router in one of its two layers; training changes the router's bias, a buffer."""
     config = transformers.DeepseekV3Config(
         vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
@@ -226,7 +229,7 @@ def deepseek(seed: int) -> Any:
 
 
 def gemma(seed: int) -> Any:
-    """Gemma 4, whose layers have a scalar each."""
+    """Return a Gemma 4; each of its layers has a scalar as a buffer."""
     config = transformers.Gemma4TextConfig(
         vocab_size=64, vocab_size_per_layer_input=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, global_head_dim=16, hidden_size_per_layer_input=8,
@@ -278,7 +281,7 @@ def test_a_model_given_as_sft_is_used_where_it_is() -> None:
 
 
 def test_sft_by_another_name_or_as_a_bin_file(tmp_path: Path) -> None:
-    """What merge() can read and pair, Live can."""
+    """Live reads and pairs the same checkpoints as merge()."""
     folder = tmp_path / "sft"
     shutil.copytree(SFT, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     weights = {
@@ -327,7 +330,7 @@ def test_a_failure_in_the_middle_is_not_hidden(monkeypatch: pytest.MonkeyPatch) 
         patch.setattr(expo.tensors.live, "compute_on_cpu", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             live.alpha = 0.5
-    assert live.alpha is None, "some parameters may be of the new alpha"
+    assert live.alpha is None, "some parameters may have the new alpha"
     live.alpha = 0
     assert same(bits(model), bits(Small(2)))
 
@@ -410,7 +413,7 @@ for model, sft in ((spread, plain), (plain, spread), (freed, plain), (buffered, 
 
 
 def test_weights_that_are_not_in_memory_are_refused() -> None:
-    """In a process of its own, as what is not refused kills it."""
+    """Weights without memory are refused; the calls run in another process, because an accepted one would kill it."""
     command = [sys.executable, "-W", "ignore", "-c", DISTRIBUTED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr)

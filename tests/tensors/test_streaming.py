@@ -1,4 +1,4 @@
-"""expo.stream(): the same tensors as merge(), one by one, in memory of the consumer's own."""
+"""expo.stream() must give the same tensors as merge(), one by one, in memory that belongs to the consumer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TORCH = {
 def leaves_nothing_open(frozen_heap: None, tmp_path: Path) -> Iterator[None]:
     before = len(os.listdir("/proc/self/fd"))
     yield
-    gc.collect()  # what an exception still holds goes with it
+    gc.collect()  # frees the objects that an exception still refers to
     assert workers() == []
     assert len(os.listdir("/proc/self/fd")) == before
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
@@ -56,14 +56,14 @@ def workers() -> list[str]:
 
 
 def raw(tensor: Any) -> bytes:
-    """The bytes of a torch tensor or NumPy array."""
+    """Return the bytes of a torch tensor or NumPy array."""
     if isinstance(tensor, torch.Tensor):
         tensor = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return bytes(tensor.tobytes())
 
 
 def merged(pair: Pair, out: Path, **options: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """What merge() writes."""
+    """Return the tensors that merge() writes, by name."""
     expo.merge(*pair, 0.3, out, **options)
     return {name: tensor for path in sorted(out.glob("*.safetensors")) for name, tensor in read_file(path).items()}
 
@@ -118,7 +118,7 @@ def test_each_tensor_is_the_consumers_own(pair: Pair, tmp_path: Path) -> None:
     held: dict[str, Any] = {}
     for name, tensor in expo.stream(*pair, 0.3):
         assert raw(tensor) == written[name][2]
-        tensor.fill_(1)  # writable, and no other tensor sees it
+        tensor.fill_(1)  # the tensor is writable, and shares no memory with the others
         held[name] = tensor
     assert all(bool((tensor == 1).all()) for tensor in held.values())
     arrays = [array for _, array in expo.stream(*pair, 0.3, framework="numpy")]
@@ -134,7 +134,7 @@ def test_tensors_outlive_the_stream(pair: Pair, tmp_path: Path) -> None:
 
 
 def slow_engine(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
-    """Every call of the engine takes that long; the list gets an entry for each."""
+    """Make every call of the engine take so many seconds, and return a list that gets an entry for each call."""
     real, calls = choose(), []
 
     def run(*arguments: Any) -> Any:
@@ -183,7 +183,7 @@ def test_at_most_a_few_tensors_are_computed_ahead(tmp_path: Path, monkeypatch: p
     for consumed, _ in enumerate(expo.stream(*pair, 0.3), 1):
         time.sleep(0.01)
         assert consumed <= len(calls) <= consumed + AHEAD
-    assert AHEAD <= 2  # what the docstring promises
+    assert AHEAD <= 2  # the docstring promises this number
 
 
 def test_nothing_is_opened_or_computed_before_the_first_tensor_is_asked_for(pair: Pair) -> None:
@@ -266,7 +266,7 @@ def test_an_input_that_shrinks_before_it_is_read_is_noticed(tmp_path: Path) -> N
 def test_an_input_that_is_written_to_between_two_tensors_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
-    monkeypatch.setattr("expo.checkpoints.reader.LOCAL", set())  # this process has a lease of its own
+    monkeypatch.setattr("expo.checkpoints.reader.LOCAL", set())  # the stream takes no lease on the files
     for name in ("sft", "aligned"):
         write_folder(tmp_path / name, random_tensors(SHAPES, 1))
     stream = expo.stream(tmp_path / "sft", tmp_path / "aligned", 0.3)
@@ -287,7 +287,7 @@ def test_a_file_that_is_not_mapped_gives_the_same_tensors(
     assert {name: raw(tensor) for name, tensor in expo.stream(*pair, 0.3)} == {n: t[2] for n, t in written.items()}
 
 
-# --- several alphas, devices, and who takes an iterator ---------------------------------------------------------------
+# --- several alphas, devices, and consumers of an iterator ------------------------------------------------------------
 
 
 def test_an_alpha_in_text_is_one(pair: Pair) -> None:
@@ -314,7 +314,7 @@ def test_one_alpha_in_a_list_is_a_tuple_of_one(pair: Pair) -> None:
 
 
 def test_to_a_device(pair: Pair) -> None:
-    """meta stands for a device that is not the CPU: it is there on every machine."""
+    """Tensors can go to another device; the test uses "meta", which every machine has."""
     shapes = {name: tensor.shape for name, tensor in expo.stream(*pair, 0.3)}
     found = dict(expo.stream(*pair, 0.3, to="meta"))
     assert {name: tensor.shape for name, tensor in found.items()} == shapes
@@ -333,7 +333,7 @@ def test_arrays_go_to_no_device(pair: Pair) -> None:
 
 
 def test_a_serving_engine_loads_it() -> None:
-    """load_weights(iterable of (name, tensor)), as serving engines have it: copied into parameters as they come."""
+    """A function like `load_weights` of serving engines takes the stream and copies each tensor into a parameter."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(ALIGNED))

@@ -1,4 +1,4 @@
-"""torch.ops.expo.extrapolate: the operator's schema, its fake, its gradients, and torch.compile over it."""
+"""These tests check the operator torch.ops.expo.extrapolate: its schema, fake, gradients and use in torch.compile."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ for call in (
     lambda: torch.ops.expo.extrapolate_(x, x, 0.3, out),
     lambda: torch.ops.expo.extrapolate_(out, out.clone(), 0.3, x),
 ):
-    with torch._C._DisableTorchDispatch():  # as under a mode that does not unwrap
+    with torch._C._DisableTorchDispatch():  # has the effect of a mode that does not unwrap
         try:
             call()
         except expo.UsageError as error:
@@ -98,6 +98,6 @@ def test_a_tensor_without_memory_is_refused_and_its_shape_is_to_be_had() -> None
     ("imports", "found"), [("torch, expo", True), ("expo, torch, expo.op", True), ("expo, torch", False)]
 )
 def test_who_registers_it(imports: str, found: bool) -> None:
-    """`import expo` does where torch is there already, and does not import torch for it."""
+    """`import expo` registers the operator only if torch is already imported; it never imports torch for this."""
     code = f"import {imports}\nassert hasattr(torch.ops.expo, 'extrapolate') is {found}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

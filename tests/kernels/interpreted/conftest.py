@@ -1,6 +1,6 @@
-"""The Triton kernel under Triton's interpreter, which runs it on a CPU; `test_interpreter.py` starts these tests.
+"""These tests run the Triton kernel in Triton's interpreter, on a CPU; `test_interpreter.py` starts them.
 
-TRITON_INTERPRET is read when a kernel is defined, so they need a process of their own.
+Triton reads TRITON_INTERPRET when a kernel is defined, so the tests need a process of their own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if INTERPRETED:
 
 
 def convert_float(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
-    """fp32 <-> bf16 as a GPU converts them, to nearest even; the interpreter's own downcast truncates."""
+    """Convert between fp32 and bf16 as a GPU does, to nearest even; the interpreter's own downcast truncates."""
     if (source, target) == (tl.float32, tl.bfloat16):
         bits = np.ascontiguousarray(data).view(np.uint32).astype(np.uint64)
         half, odd = np.uint64(0x7FFF), (bits >> np.uint64(16)) & np.uint64(1)
@@ -36,13 +36,13 @@ def convert_float(data: Any, source: Any, target: Any, rounding_mode: Any) -> An
 
 @pytest.fixture
 def unpatched() -> Callable[..., Any]:
-    """The interpreter's own conversion."""
+    """Return the interpreter's own conversion."""
     return UNPATCHED
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Conversions that round, and no NumPy warnings for the infinities and NaNs that the tests feed on purpose."""
+    """Make conversions round, and suppress NumPy's warnings of infinities and NaNs, which the tests use on purpose."""
     monkeypatch.setattr(interpreter, "_convert_float", convert_float)
     with np.errstate(all="ignore"):
         yield

@@ -1,4 +1,4 @@
-"""The Triton kernel against the numerics contract: the same bits, and no access outside its tensors."""
+"""These tests run the Triton kernel: it must give the bits of the numerics contract and access only its tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WIDE_PAIRS = [("F64", "BF16"), ("F64", "F16"), ("BF16", "F64"), ("F64", "F64")]
 ALPHAS = (0.3, 0.5, 1.0, -0.7, 2.5, 25.0, 1e-30, 3e38)
 BLOCK = extrapolate.PROGRAM_ELEMENTS
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
-POISON, GUARD = 0xA5, 32  # the byte that fills outputs; elements beside a tensor that must not be touched
+POISON, GUARD = 0xA5, 32  # the byte that fills outputs; the number of elements beside a tensor that must keep it
 
 
 def pack(bits: Sequence[int], dtype: str) -> bytes:
@@ -74,7 +74,7 @@ class Fenced(NamedTuple):
 
 
 class Fence:
-    """Every address that a kernel touches, checked before it is touched; `moved` bytes are taken off it first."""
+    """This object subtracts `moved` bytes from each address, and checks the address before a kernel accesses it."""
 
     def __init__(self) -> None:
         self.readable: list[range] = []
@@ -95,7 +95,7 @@ class Fence:
 
 
 def extent(tensor: torch.Tensor) -> range:
-    """The addresses of its elements."""
+    """Return the addresses of the elements."""
     step = tensor.element_size()
     return range(tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * step, step)
 
@@ -120,7 +120,7 @@ def fence(monkeypatch: pytest.MonkeyPatch) -> Fence:
 def launch_fenced(
     fence: Fence, sft: bytes, aligned: bytes, pair: tuple[str, str], alpha: float = 0.3, shift: int = 0
 ) -> Any:
-    """The kernel's output bits, with every access checked and every guard element intact."""
+    """Return the kernel's output bits; every access is checked, and every guard element must be unchanged."""
     s, a = Fenced.of(sft, pair[0], shift), Fenced.of(aligned, pair[1], shift)
     out = Fenced.of(bytes([POISON]) * len(aligned), pair[1], shift)
     fence.readable = [extent(s.tensor), extent(a.tensor)]
@@ -133,7 +133,7 @@ def launch_fenced(
 
 
 def test_the_interpreter_still_truncates(unpatched: Callable[..., Any]) -> None:
-    """If this fails, Triton has fixed its downcast: take the patch out of conftest.py."""
+    """The interpreter's downcast truncates; if this test fails, Triton has fixed it, and conftest.py needs no patch."""
     above_the_tie = np.array([1 + 2.0**-8 + 2.0**-20], np.float32)
     assert unpatched(above_the_tie, tl.float32, tl.bfloat16, None).tolist() == [0x3F80]
     assert interpreter._convert_float(above_the_tie, tl.float32, tl.bfloat16, None).tolist() == [0x3F81]
@@ -150,7 +150,7 @@ def test_the_patch_rounds_as_exact_arithmetic() -> None:
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_special_values(fence: Fence, pair: tuple[str, str], alpha: float) -> None:
-    """All special values of one dtype with all of the other's."""
+    """The kernel gives the right bits for every combination of the two dtypes' special values."""
     both = list(product(exact.specials(pair[0]), exact.specials(pair[1])))
     sft, aligned = pack([s for s, _ in both], pair[0]), pack([a for _, a in both], pair[1])
     out = launch_fenced(fence, sft, aligned, pair, alpha)
@@ -160,7 +160,7 @@ def test_special_values(fence: Fence, pair: tuple[str, str], alpha: float) -> No
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_every_length(fence: Fence, pair: tuple[str, str], shift: int) -> None:
-    """Lengths around the tail of 8 lanes and around blocks, at an aligned address and one element past it."""
+    """Lengths around the tail of 8 lanes and around blocks are right, at an aligned address and one element past it."""
     for n in (*range(41), *range(BLOCK - 9, BLOCK + 10), 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1):
         sft, aligned = random_bits(n, pair, n)
         out = launch_fenced(fence, sft, aligned, pair, shift=shift)
@@ -170,7 +170,7 @@ def test_every_length(fence: Fence, pair: tuple[str, str], shift: int) -> None:
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_in_place(pair: tuple[str, str], shift: int) -> None:
-    """The output may be aligned itself, or sft where the dtypes are equal."""
+    """The output may be aligned's memory, or sft's if the dtypes are equal."""
     n, alpha = 3 * BLOCK + 13, working_alpha(0.3)
     sft, aligned = random_bits(1, pair, n)
     expected = reference(sft, aligned, pair, alpha)
@@ -185,7 +185,7 @@ def test_in_place(pair: tuple[str, str], shift: int) -> None:
 
 @pytest.mark.parametrize("rest", [5, 8, BLOCK, BLOCK + 3])
 def test_offsets_past_two_to_the_31(fence: Fence, monkeypatch: pytest.MonkeyPatch, rest: int) -> None:
-    """The last programs over more than 2^31 elements, whose addresses are moved back onto small tensors."""
+    """The last programs over more than 2^31 elements are right; their addresses are moved back onto small tensors."""
     blocks = 2**31 // BLOCK + 3
     sft, aligned = random_bits(2, ("BF16", "BF16"), rest)
     s, a, out = (Fenced.of(data, "BF16") for data in (sft, aligned, bytes([POISON]) * 2 * rest))
@@ -211,7 +211,7 @@ def test_offsets_past_two_to_the_31(fence: Fence, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("pair", [("BF16", "BF16"), ("F32", "F16"), ("F16", "F32")], ids="-".join)
 def test_sweep(fence: Fence, pair: tuple[str, str], measured: bool) -> None:
-    """Around tails, parts and blocks: outputs a pitch apart, nothing between them touched, every row written."""
+    """A sweep is right in lengths around tails, parts and blocks; it writes every row, and nothing between outputs."""
     alphas = torch.tensor([0.3, -2.5, 1.0])
     block = sweep.PROGRAM_ELEMENTS
     for n in (0, 1, 7, 8, 9, 2047, 2049, block - 1, block, block + 1, 2 * block + 13):
@@ -242,8 +242,8 @@ def test_sweep(fence: Fence, pair: tuple[str, str], measured: bool) -> None:
 
 @pytest.mark.parametrize("place", ["apart", "aligned", "sft"])
 def test_whole_model(fence: Fence, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    """Tensors of all dtypes and lengths, some at odd addresses, one longer than a row of the table."""
-    monkeypatch.setattr(whole_model, "SEGMENT", 2)  # fewer programs without work, which the interpreter runs too
+    """A whole model is right, with tensors of all dtypes, some at odd addresses, one longer than a row of the table."""
+    monkeypatch.setattr(whole_model, "SEGMENT", 2)  # leaves fewer programs without work, which the interpreter runs too
     long = whole_model.SEGMENT * BLOCK + BLOCK + 3
     cases = [(pair, n, shift) for pair in PAIRS for n, shift in ((0, 0), (1, 1), (9, 0), (BLOCK + 1, 1), (BLOCK, 0))]
     cases += [(("BF16", "BF16"), long, 0)]
@@ -267,7 +267,7 @@ def test_whole_model(fence: Fence, monkeypatch: pytest.MonkeyPatch, place: str) 
         assert out.guards_stand()
 
 
-# Behind the contract's signature
+# The host engine, which has the contract's signature
 
 
 def by_host_engine(
@@ -281,7 +281,7 @@ def by_host_engine(
 @pytest.mark.parametrize("n", [0, 1, 1000, BLOCK + 77])
 @pytest.mark.parametrize("pair", PAIRS + WIDE_PAIRS, ids="-".join)
 def test_host_engine(pair: tuple[str, str], n: int) -> None:
-    """Outputs and statistics as NumPy's, weights with an infinity and a NaN among them."""
+    """The host engine gives NumPy's outputs and statistics, for weights with infinities and NaNs among them."""
     rng = np.random.default_rng(3)
     a = rng.standard_normal(n) * 0.02
     s = a + rng.standard_normal(n) * 0.0005
@@ -311,7 +311,7 @@ def test_host_engine_measures_only_when_asked() -> None:
 
 
 def test_host_engine_with_memory_longer_than_the_anchor() -> None:
-    """The anchor alone fixes how much is computed, as with every engine."""
+    """Only the anchor's length determines how many elements are computed, as for every engine."""
     sft, aligned, out = pack([0x3F80] * 11, "BF16"), pack([0x4000] * 9, "BF16"), bytearray([POISON]) * 18
     run_engine(host.HostEngine("cuda"), sft, aligned[:10], ("BF16", "BF16"), [out], [0.5])
     assert out == pack([0x4020] * 5, "BF16") + bytes([POISON]) * 8
@@ -336,7 +336,7 @@ def test_other_combinations_are_refused(dtype: str) -> None:
 
 @pytest.mark.parametrize("engine", ["cpu", "numpy"])
 def test_whole_merge(tmp_path: Path, engine: str) -> None:
-    """The demo pair file to file: every file equal in bytes to that of an engine on the CPU."""
+    """A merge of the demo pair gives files with the same bytes as a merge by an engine on the CPU."""
     if engine == "cpu":
         pytest.importorskip("expo.kernels._cpu", reason="the compiled engine is not built", exc_type=ImportError)
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "triton", engine="triton")
