@@ -4,8 +4,8 @@ An adapter folder has adapter_config.json and adapter_model.safetensors. For a m
 factors lora_A [r, in] and lora_B [out, r], and the trained weight is W + scale * B @ A, as PEFT's merge_and_unload()
 computes it. The modules of modules_to_save, trained biases and saved embeddings are whole tensors. Anything else in the
 config or in the file is refused by name, so that nothing that was trained is dropped. Opening an adapter reads headers
-alone, except for tensors that must be equal because two of them belong to one tensor of the base. Source:
-github.com/huggingface/peft, tuners/lora/layer.py and model.py.
+alone, with one exception: if two tensors of the file belong to one tensor of the base, their data are compared, because
+they must be equal. Source: github.com/huggingface/peft, tuners/lora/layer.py and model.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class _Target(NamedTuple):
 
 
 def is_adapter(folder: str) -> bool:
-    """Return True if a folder is an adapter: a whole model may keep the config of an adapter merged into it."""
+    """Return True if a folder has an adapter and no whole model.
+
+    A whole model may keep the config of an adapter that was merged into it.
+    """
     return os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)) and not any(
         os.path.exists(os.path.join(folder, name)) for name in WHOLE_MODELS
     )
@@ -82,6 +85,7 @@ def open_adapter(folder: str, base: Mapping[str, TensorInfo]) -> Adapter:
 
 
 def _open_weights(folder: str) -> Shard:
+    """Open the weight file of an adapter: .safetensors if the folder has it, else .bin. Raises CheckpointError."""
     path, pickled = os.path.join(folder, ADAPTER), os.path.join(folder, ADAPTER_BIN)
     if os.path.exists(path):
         return open_shard(path)
@@ -136,7 +140,13 @@ def _find_targets(
 
 
 def _forms_that_fit(path: str, pair: FactorPair, tensor: TensorInfo) -> frozenset[bool]:
-    """Return the forms of a delta that have the tensor's shape; an embedding's delta is always transposed."""
+    """Return the forms of a delta that have the tensor's shape: False for B @ A, True for its transpose.
+
+    An embedding's delta is always transposed.
+
+    Raises:
+        CheckpointError: No form has the tensor's shape, or the tensor's dtype cannot be extrapolated.
+    """
     if tensor.dtype not in ITEMSIZE:
         raise CheckpointError(
             f"{path}: {pair.a.name!r} is a factor for sft's {tensor.name!r}, which is {tensor.dtype}, but one of "
@@ -147,10 +157,10 @@ def _forms_that_fit(path: str, pair: FactorPair, tensor: TensorInfo) -> frozense
     if plain[::-1] == tensor.shape:
         fits.add(True)
     if not fits:
-        forms = "its transpose" if pair.embedding else "it or its transpose"
+        forms = "the transpose of the product" if pair.embedding else "the product or its transpose"
         raise CheckpointError(
             f"{path}: {pair.b.name!r} {list(pair.b.shape)} times {pair.a.name!r} {list(pair.a.shape)} is a "
-            f"{list(plain)}, but sft's {tensor.name!r} is {list(tensor.shape)}, and {forms} is to be added to it; "
+            f"{list(plain)}, but sft's {tensor.name!r} is {list(tensor.shape)}, and {forms} must have that shape; "
             f"{BASE}"
         )
     return frozenset(fits)
@@ -170,9 +180,9 @@ def _check_rank(path: str, pair: FactorPair, scales: Scales) -> None:
 def _is_transposed(path: str, config: Mapping[str, Any], target: _Target, shown: Mapping[str, set[bool]]) -> bool:
     """Return True if the delta is (B @ A).T, as for an embedding and for GPT-2's Conv1D, which is [in, out].
 
-    A square weight fits both forms, and only the config's fan_in_fan_out decides. PEFT flips that for each module of
-    the other kind that it comes across, and saves the value of the last module. So if shapes show that the adapter has
-    modules of both kinds, those with the same last part of the name decide.
+    A square weight fits both forms, so only the config's fan_in_fan_out can decide. PEFT changes this setting at each
+    module of the other kind, and saves the setting of the last module. If shapes show that the adapter has modules of
+    both kinds, the setting is therefore not used, and the modules with the same last part of the name decide.
 
     Args:
         path: The adapter's file, for messages.
@@ -181,18 +191,18 @@ def _is_transposed(path: str, config: Mapping[str, Any], target: _Target, shown:
         shown: The forms that the shapes of other modules show, by the last part of the module's name.
 
     Raises:
-        CheckpointError: Nothing decides.
+        CheckpointError: Neither the config nor another module decides.
     """
     if len(target.transposed) == 1:
         return next(iter(target.transposed))
-    said = bool(config.get("fan_in_fan_out"))
-    if all(found == {said} for found in shown.values()):
-        return said
+    configured = bool(config.get("fan_in_fan_out"))
+    if all(found == {configured} for found in shown.values()):
+        return configured
     alike = shown.get(_last_part(target.pair), set())
     if len(alike) != 1:
         raise CheckpointError(
             f"{path}: {target.tensor.name!r} is square, and nothing shows whether it is stored as [in, out] or [out, "
-            f"in]: fan_in_fan_out is {said}, but not for all modules; {MERGE}"
+            f"in]: fan_in_fan_out is {configured}, but not for all modules; {MERGE}"
         )
     return next(iter(alike))
 
@@ -228,19 +238,22 @@ def _whole_tensors(
 
 
 def _is_second_name(shard: Shard, tensor: TensorInfo, found: Iterable[TensorInfo]) -> bool:
-    """Return True if a matrix equals one of those found: PEFT saves a head that is tied to the embedding twice."""
+    """Return True if a matrix has the data of a tensor that was found.
+
+    If the head is tied to the embedding, PEFT saves the same matrix under both names.
+    """
     return len(tensor.shape) == 2 and any(are_equal(shard, tensor, other) for other in found)
 
 
 class _BaseNames:
-    """The base's names, found by the names that the trained model had."""
+    """An index that finds the base's name for a tensor of the model that was trained."""
 
     def __init__(self, base: Mapping[str, TensorInfo]) -> None:
         self._base = base
         self._index: NameIndex | None = None
 
     def find(self, name: str) -> str | None:
-        """Return the base's name for a tensor of the model that was trained; None if the base has none, or several."""
+        """Return the base's name for a name of the model that was trained; None if no name fits, or several do."""
         found = next((each for each in _likely_names(name) if each in self._base), None)
         if found is not None:
             return found
@@ -290,10 +303,10 @@ def _check_saved_modules(
 
 
 def _check_shapes(path: str, copies: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo]) -> None:
-    """Raise CheckpointError if a tensor that the adapter repeats of the base has another shape there."""
+    """Raise CheckpointError if the adapter's copy of a base tensor has another shape, or no floating-point dtype."""
     for name, copy in copies.items():
         if copy.shape != base[name].shape or copy.dtype not in ITEMSIZE:
             raise CheckpointError(
-                f"{path}: {copy.name!r}, the tensor below the factors, is {copy.dtype} {list(copy.shape)}, but sft's "
+                f"{path}: {copy.name!r}, a copy of the base's tensor, is {copy.dtype} {list(copy.shape)}, but sft's "
                 f"{name!r} is {base[name].dtype} {list(base[name].shape)}; {BASE}"
             )

@@ -17,7 +17,7 @@ from .model_parts import EMPTY_HINT
 from .safetensors_header import TensorInfo
 from .shard import Shard
 
-PREFIX = "base_model.model."  # of all names in the file, from PEFT's wrappers around the model
+PREFIX = "base_model.model."  # PEFT's wrappers around the model put this before every name in the file
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])(\.(?P<name>[^.]+))?\.weight|"
@@ -85,7 +85,7 @@ def _pair(path: str, module: str, embedding: bool, halves: Mapping[str, TensorIn
 
 
 def _no_matrix(shape: Sequence[int]) -> str:
-    """Return what a factor of this shape is, as it is no matrix, and the way out."""
+    """Return the end of the message about a factor that is no matrix: the likely cause, and the way out."""
     if len(shape) > 2:
         return f"LoRA of a convolution, or of several matrices at once, which is not read; {MERGE}"
     return f"no matrix; {EMPTY_HINT}"
