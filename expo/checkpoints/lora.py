@@ -22,7 +22,7 @@ from .adapter import Adapter, LowRank
 from .files import ADAPTER, ADAPTER_BIN, ADAPTER_CONFIG, WHOLE_MODELS, load_json
 from .lora_config import BASE, MERGE, TIED_ELSEWHERE, Scales, check_config, shortened
 from .lora_data import are_equal
-from .lora_file import FactorPair, names_without_wrappers, sort_tensors
+from .lora_file import ModuleFactors, names_without_wrappers, sort_tensors
 from .renames import NameIndex, names_with_other_prefixes
 from .safetensors_header import TensorInfo
 from .shard import Shard
@@ -32,15 +32,15 @@ SHOWN = 5  # names that a message lists
 
 
 class _Target(NamedTuple):
-    """A tensor of the base that a pair of factors changes.
+    """A tensor of the base that the factors of one module change.
 
     Attributes:
-        pair: The factors.
+        factors: The factors.
         tensor: The base's tensor.
         transposed: The forms of the delta that fit the tensor's shape: False for B @ A, True for its transpose.
     """
 
-    pair: FactorPair
+    factors: ModuleFactors
     tensor: TensorInfo
     transposed: frozenset[bool]
 
@@ -69,8 +69,8 @@ def open_adapter(folder: str, base: Mapping[str, TensorInfo]) -> Adapter:
     config = load_json(config_path)
     check_config(config_path, config)
     shard = _open_weights(folder)
-    pairs, others = sort_tensors(shard)
-    low_rank = _low_rank(config_path, shard.path, config, pairs, base)
+    all_factors, others = sort_tensors(shard)
+    low_rank = _low_rank(config_path, shard.path, config, all_factors, base)
     try:
         whole = _whole_tensors(shard, config, others, base)
     finally:
@@ -97,49 +97,53 @@ def _open_weights(folder: str) -> Shard:
 
 
 def _low_rank(
-    config_path: str, path: str, config: Mapping[str, Any], pairs: Sequence[FactorPair], base: Mapping[str, TensorInfo]
+    config_path: str,
+    path: str,
+    config: Mapping[str, Any],
+    all_factors: Sequence[ModuleFactors],
+    base: Mapping[str, TensorInfo],
 ) -> dict[str, LowRank]:
     """Return the deltas by the base's names of the tensors. Raises CheckpointError."""
-    targets = _find_targets(path, config, pairs, base)
+    targets = _find_targets(path, config, all_factors, base)
     scales = Scales(config_path, config)
     # Shapes show for most modules whether the delta is transposed. Modules with the same last part of the name agree.
     shown: dict[str, set[bool]] = defaultdict(set)
-    for pair, _, fits in targets.values():
-        if len(fits) == 1 and not pair.embedding:
-            shown[_last_part(pair)] |= fits
+    for factors, _, fits in targets.values():
+        if len(fits) == 1 and not factors.embedding:
+            shown[_last_part(factors)] |= fits
     found = {}
     for name, target in targets.items():
-        _check_rank(path, target.pair, scales)
-        left, right = target.pair.b, target.pair.a
+        _check_rank(path, target.factors, scales)
+        left, right = target.factors.b, target.factors.a
         transposed = _is_transposed(path, config, target, shown)
         if transposed:  # (B @ A).T = A.T @ B.T
             left, right = right, left
-        found[name] = LowRank(left, right, transposed, transposed, scales.scale_of(target.pair.module))
+        found[name] = LowRank(left, right, transposed, transposed, scales.scale_of(target.factors.module))
     return found
 
 
 def _find_targets(
-    path: str, config: Mapping[str, Any], pairs: Sequence[FactorPair], base: Mapping[str, TensorInfo]
+    path: str, config: Mapping[str, Any], all_factors: Sequence[ModuleFactors], base: Mapping[str, TensorInfo]
 ) -> dict[str, _Target]:
-    """Return the target of each pair by the base's name of the tensor. Raises CheckpointError."""
+    """Return the targets of all factors, by the base's names of the tensors. Raises CheckpointError."""
     index = _BaseNames(base)
-    names = {pair.module: index.find(f"{pair.module}.weight") for pair in pairs}
+    names = {factors.module: index.find(f"{factors.module}.weight") for factors in all_factors}
     missing = [module for module, name in names.items() if name is None]
     if missing:
         raise CheckpointError(_not_in_base(path, config, missing, "module"))
     targets: dict[str, _Target] = {}
-    for pair in pairs:
-        name = names[pair.module] or ""
+    for factors in all_factors:
+        name = names[factors.module] or ""
         if name in targets:
             raise CheckpointError(
-                f"{path}: {targets[name].pair.a.name!r} and {pair.a.name!r} both change sft's {name!r}: two adapters "
-                "in one file; save them apart"
+                f"{path}: {targets[name].factors.a.name!r} and {factors.a.name!r} both change sft's {name!r}: two "
+                "adapters in one file; save them apart"
             )
-        targets[name] = _Target(pair, base[name], _forms_that_fit(path, pair, base[name]))
+        targets[name] = _Target(factors, base[name], _forms_that_fit(path, factors, base[name]))
     return targets
 
 
-def _forms_that_fit(path: str, pair: FactorPair, tensor: TensorInfo) -> frozenset[bool]:
+def _forms_that_fit(path: str, factors: ModuleFactors, tensor: TensorInfo) -> frozenset[bool]:
     """Return the forms of a delta that have the tensor's shape: False for B @ A, True for its transpose.
 
     An embedding's delta is always transposed.
@@ -149,31 +153,31 @@ def _forms_that_fit(path: str, pair: FactorPair, tensor: TensorInfo) -> frozense
     """
     if tensor.dtype not in ITEMSIZE:
         raise CheckpointError(
-            f"{path}: {pair.a.name!r} is a factor for sft's {tensor.name!r}, which is {tensor.dtype}, but one of "
+            f"{path}: {factors.a.name!r} is a factor for sft's {tensor.name!r}, which is {tensor.dtype}, but one of "
             f"{', '.join(ITEMSIZE)} is needed; give the base as it was before it was quantised"
         )
-    plain = (pair.b.shape[0], pair.a.shape[1])
-    fits = {False} if plain == tensor.shape and not pair.embedding else set()
+    plain = (factors.b.shape[0], factors.a.shape[1])
+    fits = {False} if plain == tensor.shape and not factors.embedding else set()
     if plain[::-1] == tensor.shape:
         fits.add(True)
     if not fits:
-        forms = "the transpose of the product" if pair.embedding else "the product or its transpose"
+        forms = "the transpose of the product" if factors.embedding else "the product or its transpose"
         raise CheckpointError(
-            f"{path}: {pair.b.name!r} {list(pair.b.shape)} times {pair.a.name!r} {list(pair.a.shape)} is a "
+            f"{path}: {factors.b.name!r} {list(factors.b.shape)} times {factors.a.name!r} {list(factors.a.shape)} is a "
             f"{list(plain)}, but sft's {tensor.name!r} is {list(tensor.shape)}, and {forms} must have that shape; "
             f"{BASE}"
         )
     return frozenset(fits)
 
 
-def _check_rank(path: str, pair: FactorPair, scales: Scales) -> None:
+def _check_rank(path: str, factors: ModuleFactors, scales: Scales) -> None:
     """Raise CheckpointError where a factor in the file `path` has another rank than the config gives its module."""
-    rank = scales.rank_of(pair.module)
-    for tensor, found in ((pair.a, pair.a.shape[0]), (pair.b, pair.b.shape[1])):
+    rank = scales.rank_of(factors.module)
+    for tensor, found in ((factors.a, factors.a.shape[0]), (factors.b, factors.b.shape[1])):
         if found != rank:
             raise CheckpointError(
                 f"{path}: {tensor.name!r} {list(tensor.shape)} has the rank {found}, but {scales.path} gives "
-                f"{pair.module!r} the rank {rank:g}; is it the config that was saved with the file?"
+                f"{factors.module!r} the rank {rank:g}; is it the config that was saved with the file?"
             )
 
 
@@ -187,7 +191,7 @@ def _is_transposed(path: str, config: Mapping[str, Any], target: _Target, shown:
     Args:
         path: The adapter's file, for messages.
         config: The adapter's config.
-        target: The weight and its pair.
+        target: The weight and its factors.
         shown: The forms that the shapes of other modules show, by the last part of the module's name.
 
     Raises:
@@ -198,7 +202,7 @@ def _is_transposed(path: str, config: Mapping[str, Any], target: _Target, shown:
     configured = bool(config.get("fan_in_fan_out"))
     if all(found == {configured} for found in shown.values()):
         return configured
-    alike = shown.get(_last_part(target.pair), set())
+    alike = shown.get(_last_part(target.factors), set())
     if len(alike) != 1:
         raise CheckpointError(
             f"{path}: {target.tensor.name!r} is square, and nothing shows whether it is stored as [in, out] or [out, "
@@ -207,8 +211,8 @@ def _is_transposed(path: str, config: Mapping[str, Any], target: _Target, shown:
     return next(iter(alike))
 
 
-def _last_part(pair: FactorPair) -> str:
-    return pair.module.rpartition(".")[2]
+def _last_part(factors: ModuleFactors) -> str:
+    return factors.module.rpartition(".")[2]
 
 
 def _whole_tensors(

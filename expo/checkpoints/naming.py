@@ -22,7 +22,7 @@ def unwrap(name: str) -> str:
     return OUTER_WRAPPER.sub("", INNER_WRAPPER.sub("", name))
 
 
-def find_shared_prefix(names: Iterable[str], other_names: Iterable[str]) -> str:
+def find_wrapper_prefix(names: Iterable[str], other_names: Iterable[str]) -> str:
     """Return the prefix that all names share, and without which most of them are among other_names.
 
     The result is "" if there is no such prefix.
