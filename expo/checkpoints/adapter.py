@@ -53,7 +53,7 @@ class Adapter:
         full: The tensors that were trained as a whole, by the base's name for the tensor.
         copies: The base's tensors that the adapter repeats beside a delta, by the base's name; see `check_copies`.
         unties: True if the head and the embedding of the trained model are two tensors, and those of its base are one.
-        note: The sentence that tells the user so; None if the adapter unties nothing.
+        note: A sentence for the user about the untied head; None if the adapter unties nothing.
     """
 
     path: str

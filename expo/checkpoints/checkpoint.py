@@ -59,7 +59,7 @@ class Checkpoint:
         adapter: The adapter whose deltas turn these tensors into the trained checkpoint; None for a checkpoint saved as
             a whole.
         stored: The name of a tensor in its file, for each tensor that has another name here: the file has a wrapper's
-            longer name, or the tensor is a head that the file has as the embedding alone.
+            longer name, or the head is stored in the file only as the embedding.
         notes: Sentences for the user about oddities of the files that do no harm.
     """
 
@@ -149,7 +149,7 @@ def _open_sharded(folder: str, config: dict[str, Any], index_name: str) -> Check
 def _compare_with_index(where: str, weight_map: Mapping[str, str], checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return notes about tensors that the index and the shards do not agree on.
 
-    Such an index does no harm, because transformers reads all tensors of all shards.
+    These differences do no harm, because transformers reads all tensors of all shards.
 
     Raises:
         CheckpointError: The index says that a tensor is in one shard, and another shard has the tensor.

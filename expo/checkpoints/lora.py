@@ -282,7 +282,7 @@ def _not_in_base(path: str, config: Mapping[str, Any], names: Sequence[str], kin
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     hint = ""
     if any(re.search(r"(^|\.)(lm_head|embed_out)(\.|$)", name) for name in names):
-        hint = f"; if it is a head that sft ties to its embedding: {TIED_ELSEWHERE}"
+        hint = f"; if that is a head that sft ties to its embedding: {TIED_ELSEWHERE}"
     return (
         f"{path}: {count} of the adapter that sft does not have: {', '.join(names[:SHOWN])}{more}; is sft the "
         f"checkpoint that the adapter was trained from{over}?{hint}"

@@ -132,7 +132,7 @@ def _tied_again(adapter: Adapter, tie: Tie) -> Adapter:
 
 
 def _shared(changes: Mapping[str, Change], tie: Tie) -> dict[str, Change]:
-    """Return the changes with one change for embedding and head: the embedding's, or the head's if it has none.
+    """Return the changes with one change for both tied tensors: the embedding's, or the head's if there is no other.
 
     A head that the base does not store gets no change of its own.
     """

@@ -48,7 +48,7 @@ def open_torch_file(path: str) -> Shard:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     reader = FileReader(path, identity)
     tensors, readers = _place_tensors(path, reader, views, places)
-    digest.update(repr(sorted(places.items())).encode("utf-8"))  # it is now of the pickle and of the places
+    digest.update(repr(sorted(places.items())).encode("utf-8"))  # it covers the storages' places too
     return Shard(path, identity.size, Header(tensors, {}), digest.hexdigest(), reader, readers)
 
 

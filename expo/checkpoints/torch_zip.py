@@ -70,7 +70,7 @@ class _LimitedFile:
     def read(self, count: int = -1) -> bytes:
         if count > MAX_DIRECTORY:
             raise ValueError(f"a directory of {count} bytes, but at most {MAX_DIRECTORY} are read")
-        # Without a count, zipfile reads the end of the file, which is at most 65557 bytes here.
+        # Without a count, zipfile reads the last bytes of the file, at most 65557 of them.
         return self._file.read(count if count >= 0 else 1 << 17)
 
 

@@ -107,7 +107,8 @@ class _CheckedPair(NamedTuple):
         out: The array or tensor that takes the result.
         dtypes: The dtypes of sft and aligned.
         alpha: The working alpha.
-        addresses: The addresses of sft, aligned and out; None if alpha is 0 or if one of them is not contiguous.
+        addresses: The addresses of sft, aligned and out; None if alpha is 0, or if the elements of one of
+            them do not lie in memory one after the other.
     """
 
     out: Any
