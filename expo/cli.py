@@ -36,7 +36,7 @@ def run(command: Callable[[], int], left: str = "nothing was left behind") -> in
 
     Args:
         command: Does the work and returns an exit code.
-        left: The text about files that an interrupt leaves, unless the interrupt has a text of its own.
+        left: The text about the files that are left after an interrupt, unless the KeyboardInterrupt has a text.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every path is text, and not every terminal uses UTF-8
@@ -127,7 +127,7 @@ class Bar:
     """A progress bar on a terminal, or a line of progress every LOG_INTERVAL seconds elsewhere."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        """Write to the stream; None for stderr."""
+        """Choose the stream to write to; None means stderr."""
         self._stream = stream or sys.stderr
         self._is_terminal = self._stream.isatty()
         self._began = self._drawn = time.monotonic()

@@ -2,7 +2,7 @@
 
     ExpoError
     ├── UsageError       an argument that makes no sense: a wrong alpha, rule or engine name       (exit code 2)
-    ├── EngineError      an engine that was asked for by name and cannot run here                  (exit code 2)
+    ├── EngineError      an engine or a device that cannot do the work here                        (exit code 2)
     ├── CheckpointError  an input that is missing, damaged or of a kind that cannot be read        (exit code 3)
     ├── PlanError        two readable inputs that cannot be merged                                 (exit code 3)
     ├── OutputError      an output that could not be written                                       (exit code 4)
@@ -17,7 +17,7 @@ class ExpoError(Exception):
     """Base of every expected error; `str(error)` is a message for a person.
 
     Attributes:
-        hints: Sentences that the caller of the code that failed added: what is left, and how to go on.
+        hints: Sentences that callers have added to the message: which files are left, and how to continue.
     """
 
     exit_code = 1
@@ -38,7 +38,7 @@ class UsageError(ExpoError, ValueError):
 
 
 class EngineError(ExpoError, RuntimeError):
-    """An error for an engine that was asked for by name and cannot run on this machine or on these tensors."""
+    """An error for an engine or a device that is missing, fails, or has too little memory for the work."""
 
     exit_code = 2
 

@@ -72,13 +72,15 @@ def _add_inputs(add: Callable[..., Any]) -> None:
         help="the checkpoint before alignment: a folder, a .safetensors or .bin file, or org/name[@revision]",
     )  # fmt: skip
     add(
-        "--aligned", metavar="B", help="the checkpoint trained from it, named likewise, or a LoRA adapter folder over A"
+        "--aligned",
+        metavar="B",
+        help="the checkpoint that was trained from A, in the same forms, or a LoRA adapter for A",
     )
-    add("--alpha", nargs="+", type=float, help="how far the output goes past B; each of several alphas has an output")
+    add("--alpha", nargs="+", type=float, help="how far the output goes past B; one output is made for each alpha")
     add(
         "--recipe",
         metavar="NAME",
-        help="use a published pair for those of --sft, --aligned, --alpha that are not given",
+        help="a published pair, which gives --sft, --aligned and --alpha if they are left out",
     )
     add("--list-recipes", action="store_true", help="print the published pairs with their scores, and stop")
     add("--out", metavar="C", help="the output; it contains {alpha} for several alphas (default: ./<B>-expo-<alpha>)")

@@ -10,7 +10,7 @@ reader of the file's bytes.
     naming, renames    names of tensors as text, and the one table of names that mean the same
     wrappers           the model's own names for a checkpoint that was saved inside a wrapper
     model_parts        heads, embeddings and buffers, by the names of their tensors
-    quantization       refuses codes that cannot be extrapolated
+    quantization       recognises quantised checkpoints, which have codes in place of numbers, and names the way out
     sidecars           decides which files beside the weights an output gets; custom_code finds the code among them
     tokenizer          compares the token ids of two checkpoints
 """

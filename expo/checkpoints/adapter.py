@@ -1,4 +1,4 @@
-"""A LoRA adapter as its header describes it: the changes that make the trained checkpoint of its base."""
+"""A LoRA adapter as its header describes it: the changes that turn its base into the trained checkpoint."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ class LowRank(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Return r."""
+        """Return r, the length of the dimension that both factors share."""
         return self.left.shape[0 if self.left_transposed else 1]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter over a base: the trained checkpoint has `full` in place of the base's tensors, and the deltas added.
+    """A LoRA adapter over its base.
 
+    The trained checkpoint has the tensors of `full` in place of the base's, and base + delta for those of `low_rank`.
     No name is both in low_rank and in full.
 
     Attributes:
@@ -52,7 +53,7 @@ class Adapter:
         full: The tensors that were trained as a whole, by the base's name for the tensor.
         copies: The base's tensors that the adapter repeats beside a delta, by the base's name; see `check_copies`.
         unties: True if the head and the embedding of the trained model are two tensors, and those of its base are one.
-        note: The sentence that tells the user of that.
+        note: A sentence for the user about the untied head; None if the adapter unties nothing.
     """
 
     path: str

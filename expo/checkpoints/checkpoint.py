@@ -48,16 +48,19 @@ class Checkpoint:
         path: Path of the folder or of the file.
         folder: Path of the folder; None for a file without one.
         shards: The shards by file name, in the order of the names.
-        tensors: The tensors by name. With an adapter these are the base's, but for those that were trained as a whole.
+        tensors: The tensors by name. With an adapter, a tensor that was trained as a whole is the adapter's, and every
+            other one is the base's.
         weight_map: The file name of each tensor's shard.
         config: The object in config.json; {} if there is no such file.
         index: The object in the index file; None without an index.
         files: The path of every other regular file of the folder, sorted by the path inside the folder.
         strays: The place that a link leads to, for each of these files that is a link out of the folder.
         origin: The place that the checkpoint comes from; None if that is the path alone.
-        adapter: The adapter that makes the trained checkpoint of these tensors; None for a checkpoint saved as a whole.
-        stored: The name in the file of each tensor whose name there has parts that a wrapper added.
-        notes: Sentences about what is odd in the files and does no harm.
+        adapter: The adapter whose deltas turn these tensors into the trained checkpoint; None for a checkpoint saved as
+            a whole.
+        stored: The name of a tensor in its file, for each tensor that has another name here: the file has a wrapper's
+            longer name, or the head is stored in the file only as the embedding.
+        notes: Sentences for the user about oddities of the files that do no harm.
     """
 
     path: str
@@ -83,7 +86,7 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> dict[str, Shard]:
-        """Return all shards by file name, that of the adapter too."""
+        """Return all shards by file name, and the adapter's weight file among them."""
         own = {os.path.basename(self.adapter.shard.path): self.adapter.shard} if self.adapter else {}
         return {**self.shards, **own}
 
@@ -111,7 +114,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = os.fspath(path)
     if not os.path.isdir(path):
         if not os.path.exists(path):
-            raise CheckpointError(f"{path or repr(path)}: {_missing(path)}")
+            raise CheckpointError(f"{path or repr(path)}: {_why_missing(path)}")
         return _assemble(path, None, {os.path.basename(path): open_shard(path)}, {}, None)
     config = load_json(os.path.join(path, CONFIG), missing={})
     for single, index in ((SINGLE, INDEX), (SINGLE_BIN, INDEX_BIN)):
@@ -144,10 +147,12 @@ def _open_sharded(folder: str, config: dict[str, Any], index_name: str) -> Check
 
 
 def _compare_with_index(where: str, weight_map: Mapping[str, str], checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return notes about an index that does not fit its shards: transformers reads all tensors of all shards.
+    """Return notes about tensors that the index and the shards do not agree on.
+
+    These differences do no harm, because transformers reads all tensors of all shards.
 
     Raises:
-        CheckpointError: The index names another shard for a tensor than the one that has it.
+        CheckpointError: The index says that a tensor is in one shard, and another shard has the tensor.
     """
     found = checkpoint.weight_map
     absent = [tensor for tensor in weight_map if tensor not in found]
@@ -179,7 +184,13 @@ def _compare_with_index(where: str, weight_map: Mapping[str, str], checkpoint: C
 def _assemble(
     path: str, folder: str | None, shards: dict[str, Shard], config: dict[str, Any], index: dict[str, Any] | None
 ) -> Checkpoint:
-    """Make a checkpoint of its shards. If two shards have a tensor, the later counts, and the index must name it."""
+    """Return the checkpoint that consists of these shards.
+
+    If two shards have the same tensor, the later shard counts.
+
+    Raises:
+        CheckpointError: The index does not name the later of two shards with the same tensor, or there is no tensor.
+    """
     tensors: dict[str, TensorInfo] = {}
     weight_map: dict[str, str] = {}
     indexed = index["weight_map"] if index else {}
@@ -200,7 +211,7 @@ def _assemble(
     return Checkpoint(path, folder, shards, tensors, weight_map, config, index, files, strays)
 
 
-def _missing(path: str) -> str:
+def _why_missing(path: str) -> str:
     """Return why a path does not exist."""
     try:
         os.stat(path)
@@ -218,7 +229,7 @@ def _nothing_to_read(folder: str) -> str:
     except OSError as error:
         return f"{folder}: {error.strerror}"
     for name in WHOLE_MODELS:
-        if name in names:  # and yet it does not exist
+        if name in names:  # os.listdir lists a broken link, and os.path.exists has returned False for it
             return f"{os.path.join(folder, name)}: a broken link; download it again"
     if ADAPTER_CONFIG in names:
         return f"{folder}: a PEFT adapter; only `aligned` may be one, over the checkpoint that `sft` names"

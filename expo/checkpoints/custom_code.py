@@ -25,11 +25,11 @@ PARSER_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 def find_code(files: Mapping[str, str]) -> Code:
-    """Find the code that configs name, the modules that it imports relatively, and the files whose paths it has.
+    """Find the code that the configs name, the modules that it imports relatively, and the files that its strings name.
 
     Args:
-        files: The path of each file of the folder, by the path inside the folder. A file that is not there yet is not
-            read.
+        files: The path of each file of the folder, by the path inside the folder. A file that is not downloaded yet is
+            not read.
     """
     notes: list[str] = []
     waiting = [name for name in _roots(files, notes) if name in files]
@@ -41,9 +41,9 @@ def find_code(files: Mapping[str, str]) -> Code:
         found.add(name)
         if not name.endswith(".py"):
             continue
-        tree = _parsed(name, files[name], notes)
+        tree = _parse(name, files[name], notes)
         if tree is not None:
-            waiting += (other for other in _named(tree, name) if other in files)
+            waiting += (other for other in _named_files(tree, name) if other in files)
     return Code(frozenset(found), tuple(notes))
 
 
@@ -53,19 +53,19 @@ def _roots(files: Mapping[str, str], notes: list[str]) -> Iterator[str]:
         if config not in files:
             continue
         try:
-            references = list(_references(_json(files[config])))
+            references = list(_references(_read_json(files[config])))
         except (OSError, ValueError, RecursionError) as error:
             notes.append(f"aligned's {config} cannot be read, so custom code that it may name is left out: {error}")
             continue
         for reference in references:
             # A class in another repository is written org/name--module.Class.
             if "--" not in reference:
-                yield from _module(reference.rpartition(".")[0].replace(".", "/"))
+                yield from _module_files(reference.rpartition(".")[0].replace(".", "/"))
     if GENERATE in files:
         yield from (GENERATE, REQUIREMENTS)
 
 
-def _json(path: str) -> Any:
+def _read_json(path: str) -> Any:
     """Return a file's JSON value; None if there is no such file."""
     try:
         return json.loads(_read(path, MAX_CONFIG))
@@ -97,7 +97,7 @@ def _references(value: Any) -> Iterator[str]:
             waiting += value.values()
 
 
-def _module(path: str) -> Iterator[str]:
+def _module_files(path: str) -> Iterator[str]:
     """Yield the files that a module of this path may be, and those of the packages that it lies in."""
     if not path:
         return
@@ -106,7 +106,7 @@ def _module(path: str) -> Iterator[str]:
     yield from ("/".join([*parts[:count], "__init__.py"]) for count in range(1, len(parts) + 1))
 
 
-def _parsed(name: str, path: str, notes: list[str]) -> ast.AST | None:
+def _parse(name: str, path: str, notes: list[str]) -> ast.AST | None:
     """Return the syntax tree of a file; None if there is no such file, or if it is not Python of this version."""
     import ast
 
@@ -125,7 +125,7 @@ def _parsed(name: str, path: str, notes: list[str]) -> ast.AST | None:
         return None
 
 
-def _named(tree: ast.AST, name: str) -> Iterator[str]:
+def _named_files(tree: ast.AST, name: str) -> Iterator[str]:
     """Yield the files that a module's relative imports may mean, and the relative paths among its strings."""
     import ast
 
@@ -134,8 +134,9 @@ def _named(tree: ast.AST, name: str) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and node.level:
             above = posixpath.normpath(posixpath.join(folder, *[".."] * (node.level - 1)))
             base = posixpath.normpath(posixpath.join(above, *(node.module or "").split(".")))
-            yield from _module(base if node.module else "")
-            yield from (file for alias in node.names for file in _module(posixpath.normpath(f"{base}/{alias.name}")))
+            yield from _module_files(base if node.module else "")
+            paths = (posixpath.normpath(f"{base}/{alias.name}") for alias in node.names)
+            yield from (file for path in paths for file in _module_files(path))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and 0 < len(node.value) < 256:
             yield posixpath.normpath(node.value)
             yield posixpath.normpath(posixpath.join(folder, node.value))

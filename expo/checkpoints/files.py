@@ -20,7 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 CONFIG = "config.json"
 # A folder with one of these files has a whole model; transformers takes the first of them that it finds.
 WHOLE_MODELS = (SINGLE, INDEX, SINGLE_BIN, INDEX_BIN)
-# A quantised model may have one of these files, which is of this scheme.
+# Files that quantisation schemes write beside the weights, and the name of the scheme that writes each.
 QUANTIZATION_FILES = {
     "quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt",
     "quanto_qmap.json": "optimum-quanto",
@@ -29,7 +29,11 @@ MAX_JSON = 100_000_000  # most bytes of an index or a config
 
 
 def load_json(path: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file, and `missing` if there is no such file. Raises CheckpointError."""
+    """Return the JSON object in a file, or `missing` if there is no such file.
+
+    Raises:
+        CheckpointError: The file has no JSON object or cannot be read, or it does not exist and `missing` is None.
+    """
     try:
         if os.path.getsize(path) > MAX_JSON:
             raise CheckpointError(f"{path}: {os.path.getsize(path)} bytes, but at most {MAX_JSON} are read")
@@ -64,9 +68,9 @@ def find_other_files(folder: str, weights: Collection[str]) -> dict[str, str]:
 
 
 def find_strays(folder: str, files: Mapping[str, str]) -> dict[str, str]:
-    """Return where a link leads, for each file that is a link to a place outside the folder.
+    """Return the target of each file that is a link out of the folder, by the path inside the folder.
 
-    The blobs of a hub's cache count as inside its snapshots, whose files are links to them.
+    The files of a hub snapshot are links to blobs of the hub's cache; these blobs count as inside the snapshot.
     """
     home = os.path.realpath(folder)
     homes = [home]

@@ -4,8 +4,8 @@ An adapter folder has adapter_config.json and adapter_model.safetensors. For a m
 factors lora_A [r, in] and lora_B [out, r], and the trained weight is W + scale * B @ A, as PEFT's merge_and_unload()
 computes it. The modules of modules_to_save, trained biases and saved embeddings are whole tensors. Anything else in the
 config or in the file is refused by name, so that nothing that was trained is dropped. Opening an adapter reads headers
-alone, except for tensors that must be equal because two of them belong to one tensor of the base. Source:
-github.com/huggingface/peft, tuners/lora/layer.py and model.py.
+alone, with one exception: if two tensors of the file belong to one tensor of the base, their data are compared, because
+they must be equal. Source: github.com/huggingface/peft, tuners/lora/layer.py and model.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .adapter import Adapter, LowRank
 from .files import ADAPTER, ADAPTER_BIN, ADAPTER_CONFIG, WHOLE_MODELS, load_json
 from .lora_config import BASE, MERGE, TIED_ELSEWHERE, Scales, check_config, shortened
 from .lora_data import are_equal
-from .lora_file import FactorPair, names_without_wrappers, sort_tensors
+from .lora_file import ModuleFactors, names_without_wrappers, sort_tensors
 from .renames import NameIndex, names_with_other_prefixes
 from .safetensors_header import TensorInfo
 from .shard import Shard
@@ -32,21 +32,24 @@ SHOWN = 5  # names that a message lists
 
 
 class _Target(NamedTuple):
-    """A tensor of the base that a pair of factors changes.
+    """A tensor of the base that the factors of one module change.
 
     Attributes:
-        pair: The factors.
+        factors: The factors.
         tensor: The base's tensor.
         transposed: The forms of the delta that fit the tensor's shape: False for B @ A, True for its transpose.
     """
 
-    pair: FactorPair
+    factors: ModuleFactors
     tensor: TensorInfo
     transposed: frozenset[bool]
 
 
 def is_adapter(folder: str) -> bool:
-    """Return True if a folder is an adapter: a whole model may keep the config of an adapter merged into it."""
+    """Return True if a folder has an adapter and no whole model.
+
+    A whole model may keep the config of an adapter that was merged into it.
+    """
     return os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)) and not any(
         os.path.exists(os.path.join(folder, name)) for name in WHOLE_MODELS
     )
@@ -66,8 +69,8 @@ def open_adapter(folder: str, base: Mapping[str, TensorInfo]) -> Adapter:
     config = load_json(config_path)
     check_config(config_path, config)
     shard = _open_weights(folder)
-    pairs, others = sort_tensors(shard)
-    low_rank = _low_rank(config_path, shard.path, config, pairs, base)
+    all_factors, others = sort_tensors(shard)
+    low_rank = _low_rank(config_path, shard.path, config, all_factors, base)
     try:
         whole = _whole_tensors(shard, config, others, base)
     finally:
@@ -82,6 +85,7 @@ def open_adapter(folder: str, base: Mapping[str, TensorInfo]) -> Adapter:
 
 
 def _open_weights(folder: str) -> Shard:
+    """Open the weight file of an adapter: .safetensors if the folder has it, else .bin. Raises CheckpointError."""
     path, pickled = os.path.join(folder, ADAPTER), os.path.join(folder, ADAPTER_BIN)
     if os.path.exists(path):
         return open_shard(path)
@@ -93,112 +97,122 @@ def _open_weights(folder: str) -> Shard:
 
 
 def _low_rank(
-    config_path: str, path: str, config: Mapping[str, Any], pairs: Sequence[FactorPair], base: Mapping[str, TensorInfo]
+    config_path: str,
+    path: str,
+    config: Mapping[str, Any],
+    all_factors: Sequence[ModuleFactors],
+    base: Mapping[str, TensorInfo],
 ) -> dict[str, LowRank]:
     """Return the deltas by the base's names of the tensors. Raises CheckpointError."""
-    targets = _find_targets(path, config, pairs, base)
+    targets = _find_targets(path, config, all_factors, base)
     scales = Scales(config_path, config)
     # Shapes show for most modules whether the delta is transposed. Modules with the same last part of the name agree.
     shown: dict[str, set[bool]] = defaultdict(set)
-    for pair, _, fits in targets.values():
-        if len(fits) == 1 and not pair.embedding:
-            shown[_last_part(pair)] |= fits
+    for factors, _, fits in targets.values():
+        if len(fits) == 1 and not factors.embedding:
+            shown[_last_part(factors)] |= fits
     found = {}
     for name, target in targets.items():
-        _check_rank(path, target.pair, scales)
-        left, right = target.pair.b, target.pair.a
+        _check_rank(path, target.factors, scales)
+        left, right = target.factors.b, target.factors.a
         transposed = _is_transposed(path, config, target, shown)
         if transposed:  # (B @ A).T = A.T @ B.T
             left, right = right, left
-        found[name] = LowRank(left, right, transposed, transposed, scales.scale_of(target.pair.module))
+        found[name] = LowRank(left, right, transposed, transposed, scales.scale_of(target.factors.module))
     return found
 
 
 def _find_targets(
-    path: str, config: Mapping[str, Any], pairs: Sequence[FactorPair], base: Mapping[str, TensorInfo]
+    path: str, config: Mapping[str, Any], all_factors: Sequence[ModuleFactors], base: Mapping[str, TensorInfo]
 ) -> dict[str, _Target]:
-    """Return the target of each pair by the base's name of the tensor. Raises CheckpointError."""
+    """Return the targets of all factors, by the base's names of the tensors. Raises CheckpointError."""
     index = _BaseNames(base)
-    names = {pair.module: index.find(f"{pair.module}.weight") for pair in pairs}
+    names = {factors.module: index.find(f"{factors.module}.weight") for factors in all_factors}
     missing = [module for module, name in names.items() if name is None]
     if missing:
         raise CheckpointError(_not_in_base(path, config, missing, "module"))
     targets: dict[str, _Target] = {}
-    for pair in pairs:
-        name = names[pair.module] or ""
+    for factors in all_factors:
+        name = names[factors.module] or ""
         if name in targets:
             raise CheckpointError(
-                f"{path}: {targets[name].pair.a.name!r} and {pair.a.name!r} both change sft's {name!r}: two adapters "
-                "in one file; save them apart"
+                f"{path}: {targets[name].factors.a.name!r} and {factors.a.name!r} both change sft's {name!r}: two "
+                "adapters in one file; save them apart"
             )
-        targets[name] = _Target(pair, base[name], _forms_that_fit(path, pair, base[name]))
+        targets[name] = _Target(factors, base[name], _forms_that_fit(path, factors, base[name]))
     return targets
 
 
-def _forms_that_fit(path: str, pair: FactorPair, tensor: TensorInfo) -> frozenset[bool]:
-    """Return the forms of a delta that have the tensor's shape; an embedding's delta is always transposed."""
+def _forms_that_fit(path: str, factors: ModuleFactors, tensor: TensorInfo) -> frozenset[bool]:
+    """Return the forms of a delta that have the tensor's shape: False for B @ A, True for its transpose.
+
+    An embedding's delta is always transposed.
+
+    Raises:
+        CheckpointError: No form has the tensor's shape, or the tensor's dtype cannot be extrapolated.
+    """
     if tensor.dtype not in ITEMSIZE:
         raise CheckpointError(
-            f"{path}: {pair.a.name!r} is a factor for sft's {tensor.name!r}, which is {tensor.dtype}, but one of "
+            f"{path}: {factors.a.name!r} is a factor for sft's {tensor.name!r}, which is {tensor.dtype}, but one of "
             f"{', '.join(ITEMSIZE)} is needed; give the base as it was before it was quantised"
         )
-    plain = (pair.b.shape[0], pair.a.shape[1])
-    fits = {False} if plain == tensor.shape and not pair.embedding else set()
+    plain = (factors.b.shape[0], factors.a.shape[1])
+    fits = {False} if plain == tensor.shape and not factors.embedding else set()
     if plain[::-1] == tensor.shape:
         fits.add(True)
     if not fits:
-        forms = "its transpose" if pair.embedding else "it or its transpose"
+        forms = "the transpose of the product" if factors.embedding else "the product or its transpose"
         raise CheckpointError(
-            f"{path}: {pair.b.name!r} {list(pair.b.shape)} times {pair.a.name!r} {list(pair.a.shape)} is a "
-            f"{list(plain)}, but sft's {tensor.name!r} is {list(tensor.shape)}, and {forms} is to be added to it; "
+            f"{path}: {factors.b.name!r} {list(factors.b.shape)} times {factors.a.name!r} {list(factors.a.shape)} is a "
+            f"{list(plain)}, but sft's {tensor.name!r} is {list(tensor.shape)}, and {forms} must have that shape; "
             f"{BASE}"
         )
     return frozenset(fits)
 
 
-def _check_rank(path: str, pair: FactorPair, scales: Scales) -> None:
+def _check_rank(path: str, factors: ModuleFactors, scales: Scales) -> None:
     """Raise CheckpointError where a factor in the file `path` has another rank than the config gives its module."""
-    rank = scales.rank_of(pair.module)
-    for tensor, found in ((pair.a, pair.a.shape[0]), (pair.b, pair.b.shape[1])):
+    rank = scales.rank_of(factors.module)
+    for tensor, found in ((factors.a, factors.a.shape[0]), (factors.b, factors.b.shape[1])):
         if found != rank:
             raise CheckpointError(
                 f"{path}: {tensor.name!r} {list(tensor.shape)} has the rank {found}, but {scales.path} gives "
-                f"{pair.module!r} the rank {rank:g}; is it the config that was saved with the file?"
+                f"{factors.module!r} the rank {rank:g}; is it the config that was saved with the file?"
             )
 
 
 def _is_transposed(path: str, config: Mapping[str, Any], target: _Target, shown: Mapping[str, set[bool]]) -> bool:
     """Return True if the delta is (B @ A).T, as for an embedding and for GPT-2's Conv1D, which is [in, out].
 
-    A square weight fits both forms, and only the config's fan_in_fan_out decides. PEFT flips that for each module of
-    the other kind that it comes across, and saves the value of the last module. So if shapes show that the adapter has
-    modules of both kinds, those with the same last part of the name decide.
+    A square weight fits both forms, so only the config's fan_in_fan_out can decide. PEFT changes this setting at each
+    module of the other kind, and saves the setting of the last module. If shapes show that the adapter has modules of
+    both kinds, the setting is therefore not used, and the modules with the same last part of the name decide.
 
     Args:
         path: The adapter's file, for messages.
         config: The adapter's config.
-        target: The weight and its pair.
+        target: The weight and its factors.
         shown: The forms that the shapes of other modules show, by the last part of the module's name.
 
     Raises:
-        CheckpointError: Nothing decides.
+        CheckpointError: Neither the config nor another module decides.
     """
     if len(target.transposed) == 1:
         return next(iter(target.transposed))
-    said = bool(config.get("fan_in_fan_out"))
-    if all(found == {said} for found in shown.values()):
-        return said
-    alike = shown.get(_last_part(target.pair), set())
+    configured = bool(config.get("fan_in_fan_out"))
+    if all(found == {configured} for found in shown.values()):
+        return configured
+    alike = shown.get(_last_part(target.factors), set())
     if len(alike) != 1:
         raise CheckpointError(
             f"{path}: {target.tensor.name!r} is square, and nothing shows whether it is stored as [in, out] or [out, "
-            f"in]: fan_in_fan_out is {said}, but not for all modules; {MERGE}"
+            f"in]: fan_in_fan_out is {configured}, but not for all modules; {MERGE}"
         )
     return next(iter(alike))
 
 
-def _last_part(pair: FactorPair) -> str:
-    return pair.module.rpartition(".")[2]
+def _last_part(factors: ModuleFactors) -> str:
+    return factors.module.rpartition(".")[2]
 
 
 def _whole_tensors(
@@ -228,19 +242,22 @@ def _whole_tensors(
 
 
 def _is_second_name(shard: Shard, tensor: TensorInfo, found: Iterable[TensorInfo]) -> bool:
-    """Return True if a matrix equals one of those found: PEFT saves a head that is tied to the embedding twice."""
+    """Return True if a matrix has the data of a tensor that was found.
+
+    If the head is tied to the embedding, PEFT saves the same matrix under both names.
+    """
     return len(tensor.shape) == 2 and any(are_equal(shard, tensor, other) for other in found)
 
 
 class _BaseNames:
-    """The base's names, found by the names that the trained model had."""
+    """An index that finds the base's name for a tensor of the model that was trained."""
 
     def __init__(self, base: Mapping[str, TensorInfo]) -> None:
         self._base = base
         self._index: NameIndex | None = None
 
     def find(self, name: str) -> str | None:
-        """Return the base's name for a tensor of the model that was trained; None if the base has none, or several."""
+        """Return the base's name for a name of the model that was trained; None if no name fits, or several do."""
         found = next((each for each in _likely_names(name) if each in self._base), None)
         if found is not None:
             return found
@@ -265,7 +282,7 @@ def _not_in_base(path: str, config: Mapping[str, Any], names: Sequence[str], kin
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     hint = ""
     if any(re.search(r"(^|\.)(lm_head|embed_out)(\.|$)", name) for name in names):
-        hint = f"; if it is a head that sft ties to its embedding: {TIED_ELSEWHERE}"
+        hint = f"; if that is a head that sft ties to its embedding: {TIED_ELSEWHERE}"
     return (
         f"{path}: {count} of the adapter that sft does not have: {', '.join(names[:SHOWN])}{more}; is sft the "
         f"checkpoint that the adapter was trained from{over}?{hint}"
@@ -290,10 +307,10 @@ def _check_saved_modules(
 
 
 def _check_shapes(path: str, copies: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo]) -> None:
-    """Raise CheckpointError if a tensor that the adapter repeats of the base has another shape there."""
+    """Raise CheckpointError if the adapter's copy of a base tensor has another shape, or no floating-point dtype."""
     for name, copy in copies.items():
         if copy.shape != base[name].shape or copy.dtype not in ITEMSIZE:
             raise CheckpointError(
-                f"{path}: {copy.name!r}, the tensor below the factors, is {copy.dtype} {list(copy.shape)}, but sft's "
+                f"{path}: {copy.name!r}, a copy of the base's tensor, is {copy.dtype} {list(copy.shape)}, but sft's "
                 f"{name!r} is {base[name].dtype} {list(base[name].shape)}; {BASE}"
             )

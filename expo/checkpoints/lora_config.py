@@ -15,10 +15,11 @@ from ..errors import CheckpointError
 
 # Advice that several messages end with.
 MERGE = "merge it with PEFT's merge_and_unload(), save the result with save_pretrained(), and give that folder instead"
-BASE = "is it the checkpoint that the adapter was trained from?"
+BASE = "is sft the checkpoint that the adapter was trained from?"
 TIED_ELSEWHERE = (
-    "sft ties that to other tensors and the trained model has them apart, which is not read; what PEFT merges and "
-    "saves may be tied again, so give that folder instead only if its logits are the trained model's"
+    "sft ties this tensor to others, and the trained model has them as separate tensors, which is not read; PEFT can "
+    "merge and save the model, but the saved one may be tied again: give its folder only if its logits are the trained "
+    "model's"
 )
 
 # These kinds change the delta, or have more than scale * B @ A in it. PEFT's merge_and_unload() can apply them.
@@ -34,7 +35,7 @@ OTHER_KINDS = {
     "monteclora_config": "MonteCLoRA, whose weights are sampled",
     "velora_config": "VeLoRA, which keeps projections beside the factors",
 }
-# No merge makes a checkpoint with sft's tensors of these kinds.
+# No merge turns an adapter of these kinds into a checkpoint with the tensors of sft.
 NEVER_MERGED = {
     "alora_invocation_tokens": "an activated LoRA, which applies to some tokens only",
     "arrow_config": "Arrow, which routes between several adapters",
@@ -73,14 +74,14 @@ def check_config(path: str, config: Mapping[str, Any]) -> None:
     for key, what in NEVER_MERGED.items():
         if config.get(key):
             raise CheckpointError(
-                f"{path}: {key} is {shortened(config[key])}: {what}, so no weights of sft's shapes are the trained "
-                "model's"
+                f"{path}: {key} is {shortened(config[key])}: {what}, so no checkpoint with sft's shapes can "
+                "be the trained model"
             )
     init = config.get("init_lora_weights", True)
     if init and init is not True and str(init).lower() not in HARMLESS_INITS:
         raise CheckpointError(
             f"{path}: init_lora_weights is {shortened(init)}, which may have changed the base's weights before the "
-            "training, so that the adapter is not over sft; convert it (PEFT's save_pretrained(..., "
+            "training, so sft may not be the adapter's base; convert the adapter (PEFT's save_pretrained(..., "
             f"path_initial_model_for_weight_conversion=...)), or {MERGE}"
         )
     _refuse_unknown_keys(path, config)
@@ -102,7 +103,7 @@ def _refuse_unknown_keys(path: str, config: Mapping[str, Any]) -> None:
 
 
 class Scales:
-    """The rank and the scale of each module: those of the first pattern that its name matches, else the config's."""
+    """The rank and the scale of each module: those of the first pattern that matches its name, else the config's."""
 
     def __init__(self, path: str, config: Mapping[str, Any]) -> None:
         """Check the numbers and patterns of a config.
@@ -113,10 +114,10 @@ class Scales:
         """
         self.path = path
         self._rank = _number(path, "r", config.get("r"))
-        self._alpha = _number(path, "lora_alpha", config.get("lora_alpha"))
+        self._lora_alpha = _number(path, "lora_alpha", config.get("lora_alpha"))
         self._rooted = bool(config.get("use_rslora"))
         self._ranks = _patterns(path, config, "rank_pattern")
-        self._alphas = _patterns(path, config, "alpha_pattern")
+        self._lora_alphas = _patterns(path, config, "alpha_pattern")
 
     def rank_of(self, module: str) -> float:
         """Return r, the number of columns of the module's B."""
@@ -125,13 +126,14 @@ class Scales:
     def scale_of(self, module: str) -> float:
         """Return lora_alpha / r, or lora_alpha / sqrt(r) for rank-stabilised LoRA."""
         rank = self.rank_of(module)
-        return _first_match(self._alphas, module, self._alpha) / (math.sqrt(rank) if self._rooted else rank)
+        return _first_match(self._lora_alphas, module, self._lora_alpha) / (math.sqrt(rank) if self._rooted else rank)
 
 
 def _patterns(path: str, config: Mapping[str, Any], key: str) -> list[tuple[re.Pattern[str], float]]:
     """Return the expressions of rank_pattern or alpha_pattern and their numbers.
 
-    They match as in PEFT's get_pattern_key(): an expression is the whole name of a module, or its end after a dot.
+    An expression matches the whole name of a module, or the end of the name after a dot, as in PEFT's
+    get_pattern_key().
     """
     patterns = config.get(key) or {}
     if not isinstance(patterns, dict):
@@ -150,7 +152,7 @@ def _first_match(patterns: Iterable[tuple[re.Pattern[str], float]], module: str,
 
 
 def _number(path: str, key: str, value: Any) -> float:
-    """Return a rank, which has to be a whole number over 0, or an alpha. Raises CheckpointError."""
+    """Return a rank, which has to be a whole number over 0, or a lora_alpha. Raises CheckpointError."""
     real = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
     rank = not key.startswith(("lora_alpha", "alpha_pattern"))
     if not real or (rank and (value < 1 or value != int(value))):

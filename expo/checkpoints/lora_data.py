@@ -15,7 +15,7 @@ from .reader import ByteReader
 from .safetensors_header import TensorInfo
 from .shard import Shard
 
-PIECE = 1 << 20  # most bytes of a tensor that are compared at a time
+COMPARED_BYTES = 1 << 20  # most bytes of a tensor that are compared at a time
 WIDEST = 8  # bytes of an element of the widest dtype
 
 
@@ -43,8 +43,8 @@ def are_equal(shard: Shard, one: TensorInfo | LowRank, other: TensorInfo | LowRa
     assert isinstance(other, TensorInfo)
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    pieces = (_pieces(shard.reader_of(tensor.name), tensor, PIECE) for tensor in (one, other))
-    return all(a == b for a, b in zip(*pieces, strict=True))
+    sides_in_parts = (_read_parts(shard.reader_of(tensor.name), tensor, COMPARED_BYTES) for tensor in (one, other))
+    return all(a == b for a, b in zip(*sides_in_parts, strict=True))
 
 
 def check_copies(adapter: Adapter, base: Mapping[str, TensorInfo], reader: Callable[[str], ByteReader]) -> None:
@@ -61,28 +61,28 @@ def check_copies(adapter: Adapter, base: Mapping[str, TensorInfo], reader: Calla
         CheckpointError: A tensor differs, so the adapter was trained from another base.
     """
     for name, copy in adapter.copies.items():
-        ours = _values(adapter.shard.reader_of(copy.name), copy)
-        theirs = _values(reader(name), base[name])
-        for mine, other in zip(ours, theirs, strict=True):
+        copy_parts = _read_elements(adapter.shard.reader_of(copy.name), copy)
+        base_parts = _read_elements(reader(name), base[name])
+        for in_copy, in_base in zip(copy_parts, base_parts, strict=True):
             with np.errstate(over="ignore"):
-                rounded = other.astype(mine.dtype)
-            if mine.tobytes() != rounded.tobytes():
+                rounded = in_base.astype(in_copy.dtype)
+            if in_copy.tobytes() != rounded.tobytes():
                 raise CheckpointError(
-                    f"{adapter.shard.path}: {copy.name!r}, the tensor below the factors, is not what sft has as "
-                    f"{name!r}; {BASE}"
+                    f"{adapter.shard.path}: {copy.name!r}, a copy of the base's tensor, differs from sft's {name!r}; "
+                    f"{BASE}"
                 )
 
 
-def _pieces(reader: ByteReader, tensor: TensorInfo, size: int) -> Iterator[bytearray]:
+def _read_parts(reader: ByteReader, tensor: TensorInfo, size: int) -> Iterator[bytearray]:
     """Yield a tensor's bytes, `size` at a time."""
     for start in range(tensor.start, tensor.stop, size):
-        piece = bytearray(min(size, tensor.stop - start))
-        reader.read(start, piece)
-        yield piece
+        part = bytearray(min(size, tensor.stop - start))
+        reader.read(start, part)
+        yield part
 
 
-def _values(reader: ByteReader, tensor: TensorInfo) -> Iterator[np.ndarray[Any, Any]]:
-    """Yield a tensor's elements, as many at a time as of a tensor of any other dtype."""
+def _read_elements(reader: ByteReader, tensor: TensorInfo) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield a tensor's elements in flat arrays, whose lengths are the same for tensors of any dtype."""
     dtype = numpy_dtypes()[tensor.dtype]
-    for piece in _pieces(reader, tensor, PIECE // WIDEST * dtype.itemsize):
-        yield np.frombuffer(piece, dtype)
+    for part in _read_parts(reader, tensor, COMPARED_BYTES // WIDEST * dtype.itemsize):
+        yield np.frombuffer(part, dtype)

@@ -1,4 +1,4 @@
-"""The tensors in the file of a LoRA adapter, sorted by their names: pairs of factors, and whole tensors.
+"""The tensors in the file of a LoRA adapter, sorted by their names: the factors of modules, and whole tensors.
 
 PEFT's wrappers add parts to the names. Source: github.com/huggingface/peft, tuners/lora/layer.py.
 """
@@ -17,7 +17,7 @@ from .model_parts import EMPTY_HINT
 from .safetensors_header import TensorInfo
 from .shard import Shard
 
-PREFIX = "base_model.model."  # of all names in the file, from PEFT's wrappers around the model
+PREFIX = "base_model.model."  # PEFT's wrappers around the model put this before every name in the file
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])(\.(?P<name>[^.]+))?\.weight|"
@@ -31,7 +31,7 @@ _REFUSED = (
 )
 
 
-class FactorPair(NamedTuple):
+class ModuleFactors(NamedTuple):
     """The two factors of one module.
 
     Attributes:
@@ -47,8 +47,8 @@ class FactorPair(NamedTuple):
     embedding: bool
 
 
-def sort_tensors(shard: Shard) -> tuple[list[FactorPair], list[TensorInfo]]:
-    """Return the pairs of factors in the file, and all other tensors. Raises CheckpointError."""
+def sort_tensors(shard: Shard) -> tuple[list[ModuleFactors], list[TensorInfo]]:
+    """Return the factors of each module in the file, and all other tensors. Raises CheckpointError."""
     halves: dict[tuple[str, bool, str | None], dict[str, TensorInfo]] = defaultdict(dict)
     others = []
     for tensor in shard.header.tensors:
@@ -61,12 +61,14 @@ def sort_tensors(shard: Shard) -> tuple[list[FactorPair], list[TensorInfo]]:
             if pattern.search(tensor.name):
                 raise CheckpointError(f"{shard.path}: {tensor.name!r}: {what}, which is not read; {MERGE}")
         others.append(tensor)
-    pairs = [_pair(shard.path, module, embedding, found) for (module, embedding, _), found in halves.items()]
-    return pairs, others
+    all_factors = [
+        _check_factors(shard.path, module, embedding, found) for (module, embedding, _), found in halves.items()
+    ]
+    return all_factors, others
 
 
-def _pair(path: str, module: str, embedding: bool, halves: Mapping[str, TensorInfo]) -> FactorPair:
-    """Return the pair of a module after both factors are checked. Raises CheckpointError."""
+def _check_factors(path: str, module: str, embedding: bool, halves: Mapping[str, TensorInfo]) -> ModuleFactors:
+    """Return the factors of a module after a check of both. Raises CheckpointError."""
     if len(halves) < 2:
         half, tensor = next(iter(halves.items()))
         other = f"lora_{'embedding_' * embedding}{'AB'[half == 'A']}"
@@ -81,11 +83,11 @@ def _pair(path: str, module: str, embedding: bool, halves: Mapping[str, TensorIn
             )
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             raise CheckpointError(f"{path}: {tensor.name!r} is {list(tensor.shape)}: {_no_matrix(tensor.shape)}")
-    return FactorPair(module.removeprefix(PREFIX), halves["A"], halves["B"], embedding)
+    return ModuleFactors(module.removeprefix(PREFIX), halves["A"], halves["B"], embedding)
 
 
 def _no_matrix(shape: Sequence[int]) -> str:
-    """Return what a factor of this shape is, as it is no matrix, and the way out."""
+    """Return the end of the message about a factor that is no matrix: the likely cause, and the way out."""
     if len(shape) > 2:
         return f"LoRA of a convolution, or of several matrices at once, which is not read; {MERGE}"
     return f"no matrix; {EMPTY_HINT}"

@@ -1,4 +1,4 @@
-"""Adapters over a base whose head is its embedding: an adapter may make two tensors of them.
+"""Adapters over a base whose head is its embedding: an adapter may turn this one matrix into two tensors.
 
 PEFT trains copies. With `modules_to_save=["embed_tokens"]` it trains a copy of the embedding, and the head stays the
 base's; LoRA on one of the two changes that one alone. Then the trained model has a head of its own, though its files
@@ -62,7 +62,7 @@ def find_tie(base: Checkpoint) -> Tie | None:
 
 
 def add_head(base: Checkpoint, tie: Tie | None) -> Checkpoint:
-    """Return the base with the head as a tensor of its own, which has the embedding's bytes."""
+    """Return the base with the head as a tensor of its own, unless it has one; the head has the embedding's bytes."""
     if tie is None or tie.stored:
         return base
     return replace(
@@ -107,7 +107,7 @@ def _stay_tied(adapter: Adapter, tie: Tie, changes: Mapping[str, TensorInfo | Lo
         if not has_data:
             return bool(adapter.config.get("ensure_weight_tying")) or not _is_trained_copy(adapter, embedding)
         return type(embedding) is type(head) and are_equal(adapter.shard, embedding, head)
-    # For an embedding that was resized, or that the user trained as a whole, PEFT saves no copy: it is still tied.
+    # An embedding that was resized, or that the user trained as a whole, is no copy, so the head is still tied to it.
     change = embedding if embedding is not None else head
     return not isinstance(change, LowRank) and not _is_trained_copy(adapter, change)
 
@@ -115,7 +115,7 @@ def _stay_tied(adapter: Adapter, tie: Tie, changes: Mapping[str, TensorInfo | Lo
 def _is_trained_copy(adapter: Adapter, change: TensorInfo | LowRank | None) -> bool:
     """Return True if a whole tensor belongs to one of `modules_to_save`: PEFT trains copies of these.
 
-    PEFT compares the ends of the module's name in the model that it trains, as `str.endswith` does.
+    PEFT trains a copy of every module whose name ends with one of these names, in the sense of `str.endswith`.
     """
     if not isinstance(change, TensorInfo):
         return False
@@ -132,7 +132,10 @@ def _tied_again(adapter: Adapter, tie: Tie) -> Adapter:
 
 
 def _shared(changes: Mapping[str, Change], tie: Tie) -> dict[str, Change]:
-    """Return the changes with one change for both tensors, as far as the base stores them: the embedding's, if any."""
+    """Return the changes with one change for both tied tensors: the embedding's, or the head's if there is no other.
+
+    A head that the base does not store gets no change of its own.
+    """
     found = dict(changes)
     head = found.pop(tie.head, None)
     change = found.get(tie.embedding, head)
@@ -161,4 +164,4 @@ def _refuse_unknown_tie(adapter: Adapter, base: Checkpoint) -> None:
     for name in (*adapter.low_rank, *adapter.full):
         apart = name in adapter.low_rank or _is_trained_copy(adapter, adapter.full.get(name))
         if apart and is_embedding(name):
-            raise CheckpointError(f"{adapter.path}: it trains {name!r}; {TIED_ELSEWHERE}")
+            raise CheckpointError(f"{adapter.path}: the adapter trains {name!r}; {TIED_ELSEWHERE}")

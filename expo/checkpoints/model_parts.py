@@ -48,13 +48,19 @@ def is_buffer(tensor: TensorInfo) -> bool:
 
 
 def tie_flag(config: Mapping[str, Any]) -> bool | None:
-    """Return tie_word_embeddings of a config or of its text model's; None if neither has it, so that files decide."""
+    """Return tie_word_embeddings of a config or of its text_config.
+
+    False counts if the two differ. None means that neither has the setting, so that the tensors in the files decide.
+    """
     inner = config.get("text_config")
     said = [each.get("tie_word_embeddings") for each in (config, inner if isinstance(inner, dict) else {})]
     return False if False in said else True if True in said else None
 
 
 def generates(config: Mapping[str, Any]) -> bool:
-    """Return False if a config says that the model has no head for tokens: a classifier, or a model without a head."""
+    """Return True if a model may have a head that gives scores of tokens.
+
+    The result is False if the config names a classifier, or a model without a head.
+    """
     architectures = config.get("architectures") or []
     return not architectures or any(_GENERATES.search(str(each)) for each in architectures)

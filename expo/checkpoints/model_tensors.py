@@ -14,12 +14,12 @@ class ModelTensors(Protocol):
     """Names, dtypes and shapes of one model's tensors; a `Checkpoint` is one.
 
     Attributes:
-        path: The words for the model in messages: a path, or what the caller calls a model in memory.
+        path: The name of the model in messages: its path, or for a model in memory a name that the caller gives.
         tensors: The tensors by name.
         config: The object of config.json; {} where there is none.
         files: The paths of the folder's other files by name; {} for a model in memory.
         adapter: The adapter over these tensors; None for a whole model.
-        notes: Sentences about what is odd and does no harm.
+        notes: Sentences for the user about oddities that do no harm.
     """
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-# Names of this form belong to a wrapper wherever they stand in a name: no model calls a module of its own so.
+# These names belong to a wrapper at any place of a tensor's name: no model has a module of its own with such a name.
 INNER_WRAPPER = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_ddp_module)\."
 )
@@ -22,9 +22,12 @@ def unwrap(name: str) -> str:
     return OUTER_WRAPPER.sub("", INNER_WRAPPER.sub("", name))
 
 
-def find_shared_prefix(names: Iterable[str], theirs: Iterable[str]) -> str:
-    """Return the prefix that all names share and without which most of them are among theirs; "" if there is none."""
-    names, other = list(names), set(theirs)
+def find_wrapper_prefix(names: Iterable[str], other_names: Iterable[str]) -> str:
+    """Return the prefix that all names share, and without which most of them are among other_names.
+
+    The result is "" if there is no such prefix.
+    """
+    names, other = list(names), set(other_names)
     if len(names) < 2:
         return ""
     cuts = [match.end() for match in re.finditer(r"\.", find_common_prefix(names))]

@@ -1,7 +1,9 @@
 """Quantised checkpoints: how one is recognised, which scheme it has, and what the user can do.
 
-config.json, a file of the scheme's own, or the names of the tensors show the scheme. If all of them are unknown here,
-the tensors still show codes: a weight of integers, or integers beside a scale. This module reads no file.
+A quantised weight has codes, which are small integers, in place of its numbers. Companions of the weight, such as
+scales, decode the codes. config.json, a file of the scheme's own, or the names of the tensors show the scheme. If all
+of them are unknown here, the tensors still show codes: a weight of integers, or integers beside a scale. This module
+reads no file.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ WAYS_OUT = {
         f"{ORIGINAL}, or load it with transformers, call model.dequantize(), and save it with save_pretrained()"
     ),
 }
-# Names of a weight's companions, and the scheme that has them beside codes.
-TENSORS = (
+# Endings of the names of tensors, and the scheme that writes tensors with such names.
+SCHEME_NAMES = (
     (re.compile(r"\.weight_scale_inv$"), "fp8"),
     (re.compile(r"\.weight_(packed|scale)$"), "compressed-tensors"),
     (re.compile(r"\.g_idx$"), "gptq"),
@@ -39,13 +41,13 @@ TENSORS = (
 )
 SCALE = re.compile(r"\.weight_scale(_inv)?$")
 CODE_DTYPES = {"I8", "U8", "I16", "U16", "I32", "U32"}  # position ids and indices are I64, masks are BOOL
-# The last part of a name that codes have, and the words in names of the numbers that decode them.
+# CODES matches the end of the name of a tensor of codes, and _WORDS are the words in the names of companions.
 CODES = re.compile(r"(^|[._])(q_?weight|w_q|weight_q|weight_packed|q_?data|int_data|qidxs)$", re.IGNORECASE)
 CODES_OF_ANY_DTYPE = re.compile(r"\.W_q$")  # HQQ may store its bytes as if they were floats
 _WORDS = r"q?scales?|scales?_inv|q?zeros?|zero_?points?|zp|absmax|codebooks?|centroids|quant_map|g_idx|scb|biases"
 COMPANION = re.compile(rf"_?(?:{_WORDS})", re.IGNORECASE)
 WEIGHT_OR_COMPANION = re.compile(rf"weight$|(^|[._])(?:{_WORDS})$", re.IGNORECASE)  # at the end of a tensor's name
-SHARE = 0.2  # if so much of all bytes are integers in layers, these are codes, whatever their names are
+SHARE = 0.2  # if integers in layers take more than this share of all bytes, they are codes, whatever their names are
 
 # The scheme of a checkpoint with codes and tensors of such a name, if no rule above names the scheme.
 CODED = (
@@ -83,7 +85,7 @@ def find_scheme(checkpoint: ModelTensors) -> str | None:
         if name in checkpoint.files:
             return found
     tensors = checkpoint.tensors
-    for pattern, found in TENSORS:
+    for pattern, found in SCHEME_NAMES:
         if any(pattern.search(name) and _is_companion(name, tensors) for name in tensors):
             return found
     if find_codes(tensors) is None:
@@ -92,7 +94,7 @@ def find_scheme(checkpoint: ModelTensors) -> str | None:
 
 
 def _is_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return True if a tensor of such a name belongs to codes: a scale beside plain numbers is a weight itself."""
+    """Return True if the tensor with this name belongs to codes: a scale beside plain numbers is a weight itself."""
     if name.endswith("_blocks"):
         return tensors[name].dtype == "U8" and f"{name.removesuffix('_blocks')}_scales" in tensors
     weight = tensors.get(SCALE.sub(".weight", name)) if SCALE.search(name) else None
@@ -143,7 +145,7 @@ def _is_named_for(companion: str, tensor: str) -> bool:
 
 
 def _has_codes(tensor: TensorInfo, companion: str | None, in_other_layers: bool) -> bool:
-    """Return True if its own name, the dtypes in other layers, or a companion show that a tensor has codes."""
+    """Return True if a tensor has codes, as its name, the dtypes in other layers, or a companion show."""
     leaf = tensor.name.rpartition(".")[2]
     if tensor.dtype not in INTEGERS or (leaf == "weight" and tensor.shape):
         return True

@@ -1,11 +1,11 @@
 """Reading the bytes of an input file that other processes may change: mapped where that is safe, else with pread.
 
 A mapping was 1.2 to 1.3 times as fast as pread from the page cache. But a file that gets shorter while it is mapped
-ends the process with SIGBUS, and no earlier check of its size can prevent that. A read lease can: as long as this
-process has one, the system makes every process wait that opens the file for writing or truncates it (45 seconds at
-most), and reports the request here. So a file is mapped if its filesystem is a local one and grants a lease, which it
-does to the owner of a file that no process has open for writing. The lease ends at the first request. All other files,
-such as those on network filesystems, are read with pread, which a shorter file cannot harm.
+ends the process with SIGBUS, and no earlier check of its size can prevent that. A read lease prevents it: while this
+process has a read lease on a file, a process that opens the file for writing, or truncates it, has to wait (at most 45
+seconds), and the system tells this process of the request. So a file is mapped if its filesystem is local and grants a
+lease. It does so to the owner of a file that no process has open for writing. This process ends the lease at the first
+request. All other files, such as those on network filesystems, are read with pread, which a shorter file cannot harm.
 """
 
 from __future__ import annotations
@@ -27,14 +27,21 @@ from ..errors import CheckpointError
 # A file on these filesystems gets shorter only through this machine's kernel, which knows of the lease.
 LOCAL = {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs"}
 
-# A page fault can map a large folio of this many bytes at once, so pages that were released come back with a neighbour
-# and have to be released again; otherwise some 16 MB stay for each GB of a model. A merge took the same time with 4 KiB
-# to 2 MiB.
-FOLIO = 1 << 21
+# One page fault can map a large folio, of up to this many bytes, and so map pages again that were released before. The
+# pages are therefore released in whole folios; without this, about 16 MB stay in memory for each GB of a model. A merge
+# took the same time with every size from 4 KiB to 2 MiB.
+FOLIO = 1 << 21  # bytes
 
 
 class Identity(NamedTuple):
-    """A file's numbers that stay the same as long as no process writes to it or puts another file in its place."""
+    """A file's numbers that stay the same as long as no process writes to it or puts another file in its place.
+
+    Attributes:
+        device: The number of the device.
+        inode: The number of the file on the device.
+        size: The size in bytes.
+        modified: The time of the last change, in nanoseconds.
+    """
 
     device: int
     inode: int
@@ -126,12 +133,12 @@ class FileReader:
                 os.posix_fadvise(self._open(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def answer_lease_break(self) -> None:
-        """Unmap the file and end the lease if a process waits to write to the file; call this now and then."""
+        """Unmap the file and end the lease if a process waits to write to the file. Callers call this regularly."""
         with self._lock:
             self._usable_mapping()
 
     def _usable_mapping(self) -> mmap.mmap | None:
-        """Return the mapping unless a writer waits for its end; then unmap as soon as no caller uses it."""
+        """Return the mapping, or None if a writer waits; then unmap the file as soon as no caller uses it."""
         if self._map is None:
             return None
         self._lease_broken = self._lease_broken or fcntl.fcntl(self._fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
@@ -156,7 +163,7 @@ class FileReader:
     def _as_it_was(self) -> str:
         """Return the end of a message about a file that has changed."""
         size = self.identity.size
-        return f"but was {size} bytes long and untouched when its header was read: leave the file alone, and try again"
+        return f"and had {size} bytes when its header was read: let no process change the file, and try again"
 
     def _open(self) -> int:
         """Return the file's descriptor, and open the file at the first call. Raises CheckpointError."""

@@ -12,30 +12,30 @@ from collections.abc import Iterable, Iterator
 from .naming import unwrap
 
 # Two beginnings of one tensor's name. An adapter's names are looked up by them in this order, and the first that the
-# base has counts.
+# base has counts. A comment gives the versions of transformers that write the first and the second beginning.
 PREFIXES = (
     ("model.", ""),  # saved with its head and without it
     ("transformer.", ""),
     ("gpt_neox.", ""),
-    ("model.language_model.", "language_model.model."),  # vision-language models, since transformers 4.52 and before
+    ("model.language_model.", "language_model.model."),  # vision-language models: from 4.52 on; before 4.52
     ("lm_head.", "language_model.lm_head."),
-    ("model.language_model.", "model."),  # Qwen2-VL, since 4.52 and before
+    ("model.language_model.", "model."),  # Qwen2-VL: from 4.52 on; before 4.52
     ("model.visual.", "visual."),
 )
-# Further renames, each with an expression for one name and the replacement that gives the other. They count only where
-# they lead to one tensor alone.
+# Further renames, each with an expression for one name and the replacement that gives the other. A rename counts
+# only if it leads to one tensor alone.
 PATTERNS = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^(bert|roberta|backbone)\.", ""),
-        (r"^embed_out\.", "lm_head."),  # GPT-NeoX, before 5 and since
+        (r"^embed_out\.", "lm_head."),  # GPT-NeoX: before transformers 5; from 5 on
         (r"^model\.language_model\.", "language_model."),
-        (r"^(model\.|)vision_tower\.vision_model\.", r"\1vision_tower."),  # CLIP and SigLIP, before 5 and since
+        (r"^(model\.|)vision_tower\.vision_model\.", r"\1vision_tower."),  # CLIP, SigLIP: before 5; from 5 on
         (r"^vision_tower\.vision_model\.", "model.vision_tower."),
         (r"^(vision_tower|vision_model|multi_modal_projector|image_newline|audio_tower)\b", r"model.\1"),
         (r"\.gamma$", ".weight"),  # LayerNorm, as TensorFlow names it
         (r"\.beta$", ".bias"),
-        (r"\.weight_g$", ".parametrizations.weight.original0"),  # weight_norm, before torch 2.0 and since
+        (r"\.weight_g$", ".parametrizations.weight.original0"),  # weight_norm: before torch 2.0; from 2.0 on
         (r"\.weight_v$", ".parametrizations.weight.original1"),
     )
 )

@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 MAX_HEADER = 100_000_000  # most bytes of a header, as in the reference implementation
 ALIGNMENT = 4096  # the data of an output start at a multiple of this, so that whole blocks are written
 
-_RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
+_WIDTH_ORDER = {dtype: number for number, dtype in enumerate(BITS)}
 
 
 class TensorInfo(NamedTuple):
@@ -134,28 +134,28 @@ def _load(path: str, text: bytes) -> dict[str, Any]:
 def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorInfo:
     """Return the tensor of an entry after its dtype, shape and offsets are checked. Raises CheckpointError."""
 
-    def fail(what: str) -> CheckpointError:
+    def error_about(what: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r}: {what}")
 
     if not is_unicode(name):
-        raise fail("its name is not valid Unicode")
+        raise error_about("its name is not valid Unicode")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise fail("its entry is not an object of dtype, shape and data_offsets alone")
+        raise error_about("its entry is not an object of dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise fail(f"dtype {dtype!r} is none of {', '.join(BITS)}")
+        raise error_about(f"dtype {dtype!r} is none of {', '.join(BITS)}")
     if not _naturals(shape):
-        raise fail(f"shape {shape!r} is not a list of whole numbers from 0 to 2^63 - 1")
+        raise error_about(f"shape {shape!r} is not a list of whole numbers from 0 to 2^63 - 1")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise fail(f"data_offsets {offsets!r} are not [begin, end] with begin <= end")
+        raise error_about(f"data_offsets {offsets!r} are not [begin, end] with begin <= end")
     bits = BITS[dtype]
     for length in shape:
         bits *= length
         if bits >= 2**66:
-            raise fail(f"shape {shape} of {dtype} is over 2^63 bytes")
+            raise error_about(f"shape {shape} of {dtype} is over 2^63 bytes")
     begin, end = offsets
     if bits % 8 or bits // 8 != end - begin:
-        raise fail(f"shape {shape} of {dtype} takes {bits / 8:g} bytes, but its data_offsets span {end - begin}")
+        raise error_about(f"shape {shape} of {dtype} takes {bits / 8:g} bytes, but its data_offsets span {end - begin}")
     return TensorInfo(name, dtype, tuple(shape), data_start + begin, data_start + end)
 
 
@@ -167,7 +167,7 @@ def _whole(digits: str) -> int:
 
 
 def is_unicode(*texts: str) -> bool:
-    """Return True if UTF-8 can encode the texts: JSON can escape half of a surrogate pair, which UTF-8 cannot."""
+    """Return True if UTF-8 can encode the texts: JSON can have half of a surrogate pair, which UTF-8 cannot."""
     try:
         "".join(texts).encode("utf-8")
     except UnicodeEncodeError:
@@ -195,7 +195,7 @@ def emit(
     Returns:
         The length and the header as bytes, and the tensors by name in the order of their data.
     """
-    ordered = sorted(tensors, key=lambda tensor: (-_RANK[tensor[1]], tensor[0]))
+    ordered = sorted(tensors, key=lambda tensor: (-_WIDTH_ORDER[tensor[1]], tensor[0]))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, dtype, shape in ordered:

@@ -79,7 +79,7 @@ class Code(NamedTuple):
 
 
 class Sidecars(NamedTuple):
-    """The fate of every file beside the weights.
+    """The files beside the weights, sorted into those that an output gets and those that it does not get.
 
     Attributes:
         carried: The files that are copied into an output.
@@ -107,9 +107,9 @@ def sort_files(
     patterns = tuple(carry)
     carried, left_out = [], []
     for path in files:
-        reason = _barred(path)
+        reason = _why_never_copied(path)
         if reason is None and not (_belongs(path, code_files) or any(fnmatchcase(path, each) for each in patterns)):
-            reason = _unknown(path)
+            reason = _why_left_out(path)
         if reason is None:
             carried.append(path)
         else:
@@ -134,11 +134,11 @@ def find_missing_modules(left_out: Iterable[tuple[str, str]]) -> str | None:
     more = f" and {len(found) - 1} more files" if len(found) > 1 else ""
     return (
         f"the output lacks {found[0]}{more}: weights of a module that sentence-transformers puts after the model, and "
-        "that a merge does not extrapolate; copy them if aligned's are wanted"
+        "that a merge does not extrapolate; copy aligned's files if the output needs them"
     )
 
 
-def _barred(path: str) -> str | None:
+def _why_never_copied(path: str) -> str | None:
     """Return why a file is never copied, whatever the user asks for; None for any other file."""
     base = os.path.basename(path)
     if any(part.startswith(".") for part in path.split("/")):
@@ -180,7 +180,7 @@ def _licence(base: str) -> bool:
     return text and LICENCE.fullmatch(base) is not None
 
 
-def _unknown(path: str) -> str:
+def _why_left_out(path: str) -> str:
     """Return why a file that no pattern asks for is left out."""
     base = os.path.basename(path)
     if base in TRAINING:
@@ -197,7 +197,7 @@ def _problem(pattern: str, files: Sequence[str], where: str) -> str | None:
     found = [path for path in files if fnmatchcase(path, pattern)]
     if not found:
         return f"`carry` {pattern!r} matches no file beside the weights of {where}"
-    reasons = [_barred(path) for path in found]
+    reasons = [_why_never_copied(path) for path in found]
     if None in reasons:
         return None
     more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""

@@ -78,8 +78,8 @@ class StridedReader:
             base: Elements of the file between the tensor's start and element 0.
 
         Yields:
-            A box: its first element's distance from the tensor's start, a dimension, and a length. It has so many
-            indices along this dimension, and all indices along the later ones.
+            A box (distance, dim, length): the distance of its first element from the tensor's start, in elements of the
+            file, and a dimension. The box has `length` indices along this dimension, and all indices along later ones.
         """
         if first >= stop:
             return
@@ -105,20 +105,24 @@ class StridedReader:
 
         if not out.ndim:
             out, strides = out.reshape(1), (0,)
-        most, wide = SCRATCH // self._item, GAP // self._item
+        most_elements, widest_gap = SCRATCH // self._item, GAP // self._item
         # spans[d] counts the elements of the file from the first to the last one over the dimensions from d on.
         spans = [1]
         for length, stride in zip(reversed(out.shape), reversed(strides), strict=True):
             spans.insert(0, spans[0] + (length - 1) * stride)
         inner, step = spans[1], strides[0]
-        if out.ndim > 1 and (inner > most or any(a - b > wide for a, b in zip(strides[1:], spans[2:], strict=True))):
+        gaps = (stride - span for stride, span in zip(strides[1:], spans[2:], strict=True))
+        if out.ndim > 1 and (inner > most_elements or any(gap > widest_gap for gap in gaps)):
             for i in range(len(out)):
                 self._fill(out[i, ...], base + i * step, strides[1:])
             return
-        apart = step - inner > wide  # the rows lie too far from one another to be read together
-        few = len(out) if not step else max(1, most // inner if apart else 1 + (most - inner) // step)
-        for i in range(0, len(out), few):
-            part = out[i : i + few]
+        apart = step - inner > widest_gap  # the rows lie too far from one another to be read together
+        if not step:
+            rows = len(out)
+        else:
+            rows = max(1, most_elements // inner if apart else 1 + (most_elements - inner) // step)
+        for i in range(0, len(out), rows):
+            part = out[i : i + rows]
             found = np.empty(len(part) * inner if apart else inner + (len(part) - 1) * step, out.dtype)
             for k in range(len(part) if apart else 1):
                 piece = found[k * inner : (k + 1) * inner] if apart else found

@@ -28,16 +28,17 @@ def compare(sft: Checkpoint, aligned: Checkpoint) -> str | None:
     try:
         if filecmp.cmp(paths[0], paths[1], shallow=False):
             return None
-        theirs, ours = (read_ids(load_json(path)) for path in paths if path is not None)
+        sft_tokens, aligned_tokens = (read_ids(load_json(path)) for path in paths if path is not None)
     except (CheckpointError, OSError) as error:
         return f"token ids were not compared: {error}"
-    differing = sorted(at for at in {*theirs, *ours} if theirs.get(at) != ours.get(at))
+    ids = {*sft_tokens, *aligned_tokens}
+    differing = sorted(token_id for token_id in ids if sft_tokens.get(token_id) != aligned_tokens.get(token_id))
     if not differing:
         return None
-    both = [at for at in differing if at in theirs and at in ours]
-    named = [f"{at} is {theirs[at]!r} in sft and {ours[at]!r} in aligned" for at in both[:SHOWN]]
-    for role, here, there in (("sft", theirs, ours), ("aligned", ours, theirs)):
-        alone = [at for at in differing if at in here and at not in there]
+    both = [token_id for token_id in differing if token_id in sft_tokens and token_id in aligned_tokens]
+    named = [f"{each} is {sft_tokens[each]!r} in sft and {aligned_tokens[each]!r} in aligned" for each in both[:SHOWN]]
+    for role, here, there in (("sft", sft_tokens, aligned_tokens), ("aligned", aligned_tokens, sft_tokens)):
+        alone = [token_id for token_id in differing if token_id in here and token_id not in there]
         if alone:
             named.append(f"{len(alone)} in {role} alone, the first of them {alone[0]} {here[alone[0]]!r}")
     return (
@@ -62,14 +63,15 @@ def find_missing(sft: Checkpoint, aligned: Checkpoint) -> str | None:
 
 
 def read_ids(tokenizer: dict[str, Any]) -> dict[int, str]:
-    """Return the token of each id; entries that break the format are skipped."""
+    """Return the tokens of a tokenizer.json by their ids; entries that break the format are skipped."""
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     found: dict[int, str] = {}
     if isinstance(vocabulary, dict):
-        found = {at: token for token, at in vocabulary.items() if isinstance(at, int)}
+        found = {token_id: token for token, token_id in vocabulary.items() if isinstance(token_id, int)}
     elif isinstance(vocabulary, list):
-        found = {at: str(entry[0]) for at, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+        entries = enumerate(vocabulary)
+        found = {token_id: str(entry[0]) for token_id, entry in entries if isinstance(entry, list) and entry}
     added = tokenizer.get("added_tokens")
     for entry in added if isinstance(added, list) else []:
         if isinstance(entry, dict) and isinstance(entry.get("id"), int):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def open_torch_file(path: str) -> Shard:
-    """Read and check the pickle of a file that torch.save wrote, and no storage.
+    """Read and check the pickle of a file that torch.save wrote. The storages are not read.
 
     Returns:
         The shard. A tensor whose elements do not lie in the file one after another has a reader of its own, and its
@@ -47,12 +47,12 @@ def open_torch_file(path: str) -> Shard:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     reader = FileReader(path, identity)
-    tensors, readers = _placed(path, reader, views, places)
-    digest.update(repr(sorted(places.items())).encode("utf-8"))  # now of the pickle and of the storages' places
+    tensors, readers = _place_tensors(path, reader, views, places)
+    digest.update(repr(sorted(places.items())).encode("utf-8"))  # it covers the storages' places too
     return Shard(path, identity.size, Header(tensors, {}), digest.hexdigest(), reader, readers)
 
 
-def _placed(
+def _place_tensors(
     path: str, reader: FileReader, views: Sequence[View], places: Mapping[str, int]
 ) -> tuple[tuple[TensorInfo, ...], dict[str, StridedReader]]:
     """Return the tensors, sorted by their places in the file, and the readers of those that are not contiguous."""
@@ -68,7 +68,7 @@ def _placed(
 
 
 def _find_form(path: str, first: bytes, size: int) -> Form:
-    """Return the function that reads a file with these first bytes. Raises CheckpointError if there is none."""
+    """Return the function that reads a file with these first bytes. Raises CheckpointError for unknown bytes."""
     if first.startswith(b"PK\x03\x04"):
         return read_zip
     if first.startswith(b"\x80") and MAGIC.to_bytes(10, "little") in first[:32]:

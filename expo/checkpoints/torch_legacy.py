@@ -50,7 +50,7 @@ def _check_system(path: str, system: Any) -> None:
         raise CheckpointError(f"{path}: it was written on a machine with big-endian numbers, which are not read")
     sizes = system.get("type_sizes")
     if type(sizes) is not dict or [sizes.get(name) for name in ("short", "int", "long")] != [2, 4, 4]:
-        raise CheckpointError(f"{path}: its type sizes are not 2, 4 and 4 bytes of short, int and long")
+        raise CheckpointError(f"{path}: its short, int and long do not have 2, 4 and 4 bytes")
 
 
 def _find_storages(
@@ -78,7 +78,7 @@ def _find_storages(
             )
         if count != storage.total:
             raise CheckpointError(
-                f"{path}: storage {storage.key!r} has {storage.total} elements to the pickle, but {count} at byte "
+                f"{path}: storage {storage.key!r} has {storage.total} elements in the pickle, but {count} at byte "
                 f"{places[storage.key] - 8}; download it again"
             )
     return places, at

@@ -14,7 +14,7 @@ from .safetensors_header import element_count, is_unicode
 from .unpickler import DTYPES, FIX, PARAMETERS, TENSORS, TORCH_ITEMSIZE, Call, Reference, Storage, are_naturals, kind_of
 
 MAX_DIMS = 64  # most dimensions of a tensor, as in torch
-MAX_STRIDED_DIMS = 32  # most dimensions of a tensor that has to be gathered: all versions of NumPy can do so many
+MAX_STRIDED_DIMS = 32  # most dimensions of a tensor whose elements have to be gathered: the limit of NumPy 1
 
 
 class View(NamedTuple):
@@ -63,9 +63,9 @@ def _tensor_call(path: str, name: str, call: Call) -> Call:
             len(arguments) != PARAMETERS[function]
             or type(arguments[0]) is not Call
             or type(arguments[1]) is not bool
-            or not _none(arguments[2])
+            or not _is_empty(arguments[2])
         ):
-            what = "a parameter not made of a tensor, whether it takes gradients, and no hooks"
+            what = "a parameter that is not made of a tensor, a flag for gradients, and no hooks"
             raise tensor_error(path, name, what)
         function, arguments = arguments[0]
     if function not in TENSORS or len(arguments) not in TENSORS[function]:
@@ -84,26 +84,28 @@ def _read_view(path: str, name: str, call: Call) -> View:
     function, arguments = _tensor_call(path, name, call)
     storage, offset, shape, strides, gradient, hooks = arguments[:6]
     if type(storage) is not Storage or type(gradient) is not bool:
-        raise tensor_error(path, name, "it is not made of a storage, its place in it, and whether it takes gradients")
-    if not _none(hooks):
+        raise tensor_error(
+            path, name, "it is not made of a storage, its place in the storage, and a flag for gradients"
+        )
+    if not _is_empty(hooks):
         raise tensor_error(path, name, f"it has hooks, {kind_of(hooks)}, but nothing in a checkpoint is run; {FIX}")
     dtype, bits = storage.dtype, arguments[6:]
     if max(TENSORS[function]) == 8:
         dtype, bits = DTYPES.get(bits[0].name, "") if type(bits[0]) is Reference else "", bits[1:]
-    if bits and not _none(bits[0]):
+    if bits and not _is_empty(bits[0]):
         raise tensor_error(path, name, f"it is conjugated or negated as it is read, which is not supported; {FIX}")
     if dtype not in FROM_TORCH:
         found = f"torch.{dtype}" if dtype else "unknown"
         raise tensor_error(path, name, f"dtype {found} is none of {', '.join(FROM_TORCH)}")
     if not all(map(are_naturals, ((offset,), shape, strides))) or len(shape) != len(strides):
-        what = "offset, shape and strides are not whole numbers from 0 to 2^63 - 1, as many strides as dims"
+        what = "offset, shape and strides are not whole numbers from 0 to 2^63 - 1, with a stride for each dimension"
         raise tensor_error(path, name, what)
     if len(shape) > MAX_DIMS:
         raise tensor_error(path, name, f"{len(shape)} dimensions, but at most {MAX_DIMS} are read")
     return View(name, dtype, storage, offset, shape, strides)
 
 
-def _none(values: Any) -> bool:
+def _is_empty(values: Any) -> bool:
     """Return True for None and for an empty dict."""
     return values is None or (type(values) is dict and not values)
 
@@ -132,15 +134,15 @@ def locate(path: str, view: View) -> tuple[int, int, tuple[tuple[int, int], ...]
             f"{(last + 1) * item} of storage {storage.key!r}, which has {available}"
         )
         raise tensor_error(path, view.name, what)
-    dims = _merged(view.shape, view.strides)
+    dims = _merge_dims(view.shape, view.strides)
     if len(dims) > MAX_STRIDED_DIMS:
         what = f"{len(dims)} strided dimensions, but at most {MAX_STRIDED_DIMS} can be read"
         raise tensor_error(path, view.name, what)
     return storage.first * TORCH_ITEMSIZE[storage.dtype] + view.offset * item, nbytes, dims
 
 
-def _merged(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Return (length, stride) of each dimension longer than 1; two become one where one stride does for both."""
+def _merge_dims(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return (length, stride) of each dimension longer than 1; two become one where one stride serves for both."""
     dims: list[tuple[int, int]] = []
     for length, stride in zip(shape, strides, strict=True):
         if length == 1:

@@ -18,7 +18,7 @@ from .unpickler import FIX, MAX_PICKLE, TORCH_ITEMSIZE, PickleStream, Unpickler
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-MAX_DIRECTORY = 1 << 24  # most bytes of a zip file's directory; a storage takes some 100
+MAX_DIRECTORY = 1 << 24  # most bytes of a zip file's directory; an entry takes about 100
 
 
 def read_zip(path: str, file: BinaryIO, size: int, digest: _Hash) -> tuple[list[View], dict[str, int]]:
@@ -61,7 +61,7 @@ def read_zip(path: str, file: BinaryIO, size: int, digest: _Hash) -> tuple[list[
     return views, places
 
 
-class _Limited:
+class _LimitedFile:
     """A file for zipfile that refuses a large directory: zipfile itself would read one of any size."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -70,12 +70,13 @@ class _Limited:
     def read(self, count: int = -1) -> bytes:
         if count > MAX_DIRECTORY:
             raise ValueError(f"a directory of {count} bytes, but at most {MAX_DIRECTORY} are read")
-        return self._file.read(count if count >= 0 else 1 << 17)  # at most 65557 bytes: zipfile reads all of the end
+        # Without a count, zipfile reads the last bytes of the file, at most 65557 of them.
+        return self._file.read(count if count >= 0 else 1 << 17)
 
 
 def _read_directory(path: str, file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
     """Return the entries by name. A damaged directory may raise errors of several kinds in zipfile."""
-    limited: Any = _Limited(file)
+    limited: Any = _LimitedFile(file)
     try:
         with zipfile.ZipFile(limited) as archive:
             listed = archive.infolist()

@@ -89,7 +89,7 @@ class PickleStream:
         self.position = 0
 
     def read(self, count: int) -> bytes:
-        """Return at most `count` bytes. Raises ValueError for too many, and at the end."""
+        """Return at most `count` bytes. Raises ValueError for a `count` over MAX_TEXT, and at the end."""
         if count > MAX_TEXT:
             raise ValueError(f"a string of {count} bytes, but at most {MAX_TEXT} are read")
         return self._read(count, self._file.read)
@@ -120,17 +120,17 @@ class Unpickler:
     """Carries out the instructions of one pickle, with descriptions in place of tensors, storages and functions.
 
     Only strings among these values are ever hashed or compared, and no value is walked through: a pickle can nest
-    values a million deep, or make a few that are larger than any memory once they are written out. A dict keeps the
-    values of keys that are not strings under None.
+    values a million deep, or make a few that are larger than any memory once they are written out. For all keys that
+    are not strings, a dict here has the one key None.
     """
 
     def __init__(self, path: str, stream: PickleStream, storages: dict[str, Storage]) -> None:
-        """Make ready to run the pickle at the stream's position.
+        """Prepare to run the pickle that begins at the stream's position.
 
         Args:
             path: The file, for messages.
             stream: The bytes of the pickle.
-            storages: A dict that takes the storages that the pickle names, by their keys.
+            storages: A dict, to which `run` adds the storages that the pickle names, by their keys.
         """
         self._path, self._stream, self._storages = path, stream, storages
         self._stack: list[Any] = []
@@ -200,7 +200,7 @@ class Unpickler:
         self._stack.append(value)
 
     def _mark(self, _: Any) -> None:
-        """Begin a new stack above the one so far."""
+        """Put the stack aside, and begin an empty one for the values after the mark."""
         self._below.append(self._stack)
         self._stack = []
 
@@ -239,7 +239,7 @@ class Unpickler:
 
     def _get(self, number: int) -> None:
         if number not in self._memo:
-            raise ValueError(f"it reads value {number} of its memo, which has none")
+            raise ValueError(f"it reads value {number} of its memo, which does not exist")
         self._push(self._memo[number])
 
     def _string(self, text: str) -> None:

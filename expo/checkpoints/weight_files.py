@@ -1,4 +1,4 @@
-"""Opening one weight file, a .safetensors file or a file of PyTorch's own format: this reads the header alone."""
+"""Open one weight file, a .safetensors file or a file of PyTorch's own format, and read its header alone."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from .naming import INNER_WRAPPER, OUTER_WRAPPER, find_common_prefix
 _BODY = re.compile(r"(^|\.)base_model\.model\.\w+\.\d+\.")
 # A trainer's own module may have the model as `self.model`; after that, the model's names begin with one of these.
 _BEGINNINGS = ("model", "transformer", "gpt_neox", "bert", "roberta", "rwkv", "language_model", "lm_head", "embed_out")
-_NEVER_INSIDE = ("transformer", "gpt_neox", "bert", "roberta", "rwkv", "lm_head", "embed_out")  # model.bert is none
+# No model has one of these in a module of its own that is called `model`.
+_NEVER_INSIDE = ("transformer", "gpt_neox", "bert", "roberta", "rwkv", "lm_head", "embed_out")
 
 
 def remove_wrapper(aligned: Checkpoint, sft: Checkpoint) -> Checkpoint:
@@ -33,7 +34,7 @@ def remove_wrapper(aligned: Checkpoint, sft: Checkpoint) -> Checkpoint:
     """
     shorter = _model_names(aligned, sft)
     if all(name == new for name, new in shorter.items()) or len(set(shorter.values())) < len(shorter):
-        note = _suspicion(aligned.tensors)
+        note = _warn_of_prefix(aligned.tensors)
         return replace(aligned, notes=(*aligned.notes, note)) if note else aligned
     return replace(
         aligned,
@@ -54,8 +55,8 @@ def _note(shorter: Mapping[str, str]) -> str:
     )
 
 
-def _suspicion(names: Iterable[str]) -> str | None:
-    """Return a warning if all names begin with a prefix that may be a wrapper's, though no other name shows it."""
+def _warn_of_prefix(names: Iterable[str]) -> str | None:
+    """Return a warning if all names begin with a prefix that may be a wrapper's, and sft's names do not show it."""
     names = list(names)
     prefix = find_common_prefix(names)
     parts = prefix.split(".")[:-1]
@@ -78,10 +79,10 @@ def _model_names(aligned: Checkpoint, sft: Checkpoint) -> dict[str, str]:
         outer = {name: f"model.{short}" if short != names[name] else short for name, short in outer.items()}
     if _has_names(outer, names, theirs) or (_is_transformers_own(aligned) and _all_differ(outer, names)):
         names = outer
-    return _without_holder(names, theirs, _is_transformers_own(aligned))
+    return _without_trainers_module(names, theirs, _is_transformers_own(aligned))
 
 
-def _without_holder(names: dict[str, str], theirs: set[str], is_transformers_own: bool) -> dict[str, str]:
+def _without_trainers_module(names: dict[str, str], theirs: set[str], is_transformers_own: bool) -> dict[str, str]:
     """Return the names without the `model.` of a trainer's module, if all begin with it and the model's own follow.
 
     `model.layers.0` beside sft's `layers.0` is no wrapper: sft was saved without its head.
@@ -97,7 +98,13 @@ def _without_holder(names: dict[str, str], theirs: set[str], is_transformers_own
 
 
 def _has_names(shorter: Mapping[str, str], names: Mapping[str, str], theirs: set[str]) -> bool:
-    """Return True if most names that get shorter are, in their short form alone, names of the other checkpoint."""
+    """Return True if sft has the short form and not the long one, for most of the names that get shorter.
+
+    Args:
+        shorter: The short form of each name of aligned, which may be the long one.
+        names: The long form of each name of aligned.
+        theirs: The names of sft.
+    """
     changed = [name for name in names if shorter[name] != names[name]]
     fitting = sum(shorter[name] in theirs and names[name] not in theirs for name in changed)
     return 2 * fitting > len(changed)
@@ -109,5 +116,5 @@ def _all_differ(shorter: Mapping[str, str], names: Mapping[str, str]) -> bool:
 
 
 def _is_transformers_own(checkpoint: Checkpoint) -> bool:
-    """Return True if transformers' own code reads the checkpoint: no model there begins with a wrapper's name."""
+    """Return True if transformers' own code reads the checkpoint: none of its models has a wrapper's names."""
     return bool(checkpoint.config.get("model_type")) and not checkpoint.config.get("auto_map")

@@ -8,9 +8,9 @@ places.py         the layer of a tensor, and the kind of its module
 records.py        the result: Comparison, Part, Tensor
 pair_warnings.py  its warnings: swapped, unrelated, partly trained, not finite
 table.py          the lines for a terminal
-report.py         the file: all numbers as JSON, or
-heatmap.py        the picture, by matplotlib
-formatting.py     numbers and names in both
+report.py         the file: all numbers as JSON, or a picture
+heatmap.py        the picture, drawn by matplotlib
+formatting.py     numbers and names in the table and in the picture
 """
 
 from typing import TYPE_CHECKING, Any

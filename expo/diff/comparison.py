@@ -7,9 +7,10 @@ One pass reads both checkpoints. With d = aligned - sft, and 2-norms over the el
     |aligned| - |sft| = (2 d.aligned - |d|^2) / (|aligned| + |sft|)
 
 Two checkpoints of one model are so similar that 1 - (sft.aligned) / (|sft| |aligned|) would be rounding error. The
-formulas above subtract no numbers near 1, and the error of 1 - cosine is about 1e-6 of |d|^2 / (2 |aligned| |sft|),
-which is its largest value for that |d|. Sums are taken over pieces with fixed bounds and added exactly, so every run
-gives the same bits, whatever the number of threads. An adapter is added to its base in fp32 and not rounded.
+formulas above subtract no numbers near 1. The error of 1 - cosine is about 1e-6 of |d|^2 / (2 |aligned| |sft|), which
+is the largest value that 1 - cosine can have for this |d|. Sums are taken over pieces with fixed bounds and added
+exactly, so every run gives the same bits, whatever the number of threads. An adapter is added to its base in fp32 and
+not rounded.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def _find_warnings(sft: Checkpoint, aligned: Checkpoint, comparison: Comparison)
 
 
 def _make_tensor(step: Step, place: Place, sums: DistanceSums) -> Tensor:
+    """Return the result for the tensor of a step."""
     part = make_part(step.name, place, sums)
     rows = "" if step.rows is None else f"rows {step.rows[0]} to {step.rows[1] - 1}"
     sft_dtype = (step.sft or step.aligned).dtype

@@ -21,17 +21,17 @@ from .records import Comparison
 INSTALL = "a picture needs matplotlib: pip install matplotlib; `out='report.json'` needs nothing"
 # Lengths in inches.
 CELL_HEIGHT = 0.30
-LINE_HEIGHT = 0.30  # of a line of text, the space to the next line included
+LINE_HEIGHT = 0.30  # a line of text and the space to the next line
 WIDEST_CELL, NARROWEST_CELL = 0.62, 0.14  # the width of a cell with few layers and with many layers
 HEADER_HEIGHT = 1.05  # above the cells
-LETTER_WIDTH = 0.088  # of a label
-TITLE_LETTER_WIDTH = 0.125  # at 12 points
+LETTER_WIDTH = 0.088  # a letter of a label
+TITLE_LETTER_WIDTH = 0.125  # a letter of a title of 12 points
 NUMBERED_CELL = 0.4  # a cell of at most this width is too narrow for its number
 LAYER_LABEL_WIDTH = 0.3
 COLOUR_BAR_WIDTH = 0.16
 GAP = 0.4  # between the layers and the kinds outside of layers
 
-DECADES = 4  # of the colour scale; smaller values have the lowest colour
+DECADES = 4  # powers of ten on the colour scale; smaller values have the lowest colour
 UNCHANGED, MISSING, NOT_FINITE = "#d9d9d9", "#ffffff", "#d62728"
 LABEL = "relative norm  |aligned \N{MINUS SIGN} sft| / |aligned|"
 

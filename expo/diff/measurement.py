@@ -79,7 +79,7 @@ class MeasuringLane:
         """Do nothing: no work is left when begin() returns."""
 
     def _measure(self, piece: Piece) -> Iterator[DistanceSums]:
-        """Yield the sums of the blocks of a piece whose tensor has a counterpart, or is its own."""
+        """Yield the sums of a piece's blocks; a tensor that an adapter leaves unchanged is compared with itself."""
         step = piece.step
         aligned, *others = self._source.spans(step, piece.start, piece.stop)
         sft = others[0] if others else aligned
@@ -97,7 +97,7 @@ class MeasuringLane:
             yield from self._meter.measure(views[0], dtypes[0], views[1], dtypes[1], count)
 
     def _measure_adapted(self, piece: Piece) -> Iterator[DistanceSums]:
-        """Yield the sums of the blocks of base and base + delta, the latter as a merge has it before it rounds."""
+        """Yield the sums of the blocks of base and base + delta; base + delta is not rounded to an output's dtype."""
         step = piece.step
         work = "F64" if step.aligned.dtype == "F64" else "F32"
         unrounded = step._replace(action=Action.COPY, sft=None, alphas=(0.0,), dtype=work)

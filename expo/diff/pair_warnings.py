@@ -17,8 +17,8 @@ from .records import Comparison, Part
 
 ALIGNED_NAMES = re.compile(r"(?<![a-z])(dpo|rlhf|ppo|kto|orpo|simpo|grpo|ipo|rlaif|chat|instruct|aligned|it)(?![a-z])")
 SFT_NAMES = re.compile(r"(?<![a-z])(sft|base|pretrained|pt)(?![a-z])")
-MOST_CARD_CHARACTERS = 1 << 16  # that are read of a model card
-MOST_NAMES = 5  # in a warning
+MOST_CARD_CHARACTERS = 1 << 16  # characters of a model card that are read
+MOST_NAMES = 5  # names in a warning
 
 
 def find_warnings(comparison: Comparison) -> Iterator[str]:

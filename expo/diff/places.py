@@ -52,7 +52,7 @@ def _module_of(name: str) -> str:
 
 
 def kind_rank(kind: str) -> int:
-    """Return a kind's rank in a report: the order of the data flow through a layer, norms last."""
+    """Return the position of a kind in a report: kinds follow the data flow through a layer, and norms are last."""
     match = KIND_ORDER.search(kind)
     return 99 if kind == NORMS else match.lastindex or 0 if match else 50
 

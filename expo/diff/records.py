@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Part:
     """The distance between sft and aligned in a tensor, in a layer, in one kind of module of a layer, or in all.
 
-    Norms are 2-norms over the elements whose difference is finite; a norm is NaN if no element has one.
+    Norms are 2-norms over the elements whose difference is finite; they are 0 if no element's difference is.
 
     Attributes:
         name: The name of the tensor or of the place.
@@ -33,7 +33,7 @@ class Part:
         cosine: The cosine similarity of sft and aligned.
         one_minus_cosine: 1 - cosine, without the rounding error of that subtraction.
         changed: The number of elements whose values differ.
-        changed_share: Their share of the elements.
+        changed_share: The share of the elements whose values differ, from 0 to 1.
         max_abs_difference: The largest absolute difference of an element.
         non_finite_sft: The number of elements of sft that are inf or NaN.
         non_finite_aligned: The number of elements of aligned that are inf or NaN.
@@ -65,7 +65,7 @@ class Tensor(Part):
         shape: The shape in aligned; if only some rows are compared, the shape of these rows.
         dtype: The dtype in aligned.
         sft_dtype: The dtype in sft.
-        note: What a reader should know of its counterpart; "" if nothing is special.
+        note: Words about the rows that were compared and about the counterpart; "" if nothing is special.
     """
 
     shape: tuple[int, ...]

@@ -10,8 +10,8 @@ from .formatting import count_tensors, format_number, format_ranges, shorten_nam
 from .places import kind_rank
 from .records import Comparison, Part, Tensor, pool_relative_norm
 
-MOST_TENSORS = 6  # that the table names
-MOST_LAYER_ROWS = 16  # of the table; more layers share rows
+MOST_TENSORS = 6  # tensors that the table names
+MOST_LAYER_ROWS = 16  # rows for layers in the table; if there are more layers, several share a row
 NUMBER_WIDTH = 7  # characters of a formatted number
 SHORTEST_NAME = 12  # characters of a tensor's name that the table shows at least
 NARROWEST_GRID = 20  # characters of the columns of kinds, however narrow the terminal is

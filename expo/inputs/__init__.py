@@ -1,1 +1,1 @@
-"""The way from the words that a user typed to two opened checkpoints: paths, hub ids, recipes, adapters."""
+"""Open the two checkpoints that a user names: by paths, hub ids or a recipe; aligned may be an adapter."""

@@ -105,7 +105,7 @@ def fetch(
             return _find_in_cache(hub_id, weights_only, carry, error)
         sizes = {file.rfilename: file.size for file in info.siblings or ()}
         if info.sha is None:
-            raise CheckpointError(f"{hub_id}: {constants.ENDPOINT} does not say which commit that is; is it a hub?")
+            raise CheckpointError(f"{hub_id}: {constants.ENDPOINT} does not name the revision's commit; is it a hub?")
         return _download(hub_id, info.sha, sizes, weights_only, headers_folder, carry)
 
 
@@ -123,13 +123,13 @@ def choose_files(
     Raises:
         CheckpointError: The repository has no weights in a form that can be read.
     """
-    there = set(names)
-    form = next((file for file, beside in WEIGHT_FORMS if there.issuperset((file, *beside))), None)
+    present = set(names)
+    form = next((file for file, beside in WEIGHT_FORMS if present.issuperset((file, *beside))), None)
     if form is None:
         raise CheckpointError(_no_weights(hub_id, names))
-    others = [name for name in (*ABOUT_WEIGHTS, form) if name in there and (name in INDEXES or name != form)]
+    others = [name for name in (*ABOUT_WEIGHTS, form) if name in present and (name in INDEXES or name != form)]
     if not weights_only:
-        readme = [CARD] if CARD in there else []
+        readme = [CARD] if CARD in present else []
         others = list(dict.fromkeys((*others, *readme, *sort_files(sorted(names), carry=carry).carried)))
     return RepositoryFiles([], form, others) if form in INDEXES else RepositoryFiles([form], None, others)
 
@@ -175,7 +175,7 @@ def _download(
         fill_stand_in(hub_id, commit, folder, {name: sizes[name] for name in missing}, headers_folder)
         return Snapshot(folder, repo, commit)
     _download_weights(repo, commit, weights)
-    # The cache learns the revision's commit only now: a revision that it knows is complete.
+    # This call records the revision's commit in the cache. It comes last, so a recorded revision is complete.
     with contextlib.suppress(Exception):
         hf_hub_download(repo, first[0], revision=hub_id.revision)
     return Snapshot(folder, repo, commit)
@@ -281,9 +281,9 @@ def _missing_in_cache(hub_id: HubId, folder: str, weights_only: bool, carry: Seq
 
 
 def _known_files(hub_id: HubId, folder: str) -> list[str]:
-    """Return the names of a commit's files: all, where a newer version of the library has recorded them.
+    """Return the names of a commit's files: all of them if huggingface_hub has recorded them in the cache.
 
-    Older versions record nothing, and then only the files in the snapshot are known.
+    Older versions of huggingface_hub record nothing; then only the files in the snapshot are known.
     """
     try:
         from huggingface_hub import get_cached_repo_tree
@@ -295,7 +295,7 @@ def _known_files(hub_id: HubId, folder: str) -> list[str]:
 
 @contextlib.contextmanager
 def _progress_bars(quiet: bool) -> Iterator[None]:
-    """Switch the library's progress bars off for the block if `quiet` is set."""
+    """Switch the progress bars of huggingface_hub off for the block if `quiet` is set."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     # The environment variable takes precedence over calls, so there is nothing to switch where it is set.

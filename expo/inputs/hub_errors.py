@@ -16,7 +16,7 @@ from .hub_ids import HubId
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MAX_NAMES = 5  # files that a message names one by one
-AGAIN = "run the same command again: what is complete is not downloaded again"
+AGAIN = "run the same command again: complete files are not downloaded again"
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def explain_unreachable(error: BaseException) -> tuple[str, str]:
 
     error = _original(error)
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "the library is offline (HF_HUB_OFFLINE is set)", "unset HF_HUB_OFFLINE to have it downloaded"
+        return "huggingface_hub is offline (HF_HUB_OFFLINE is set)", "unset HF_HUB_OFFLINE to download it"
     if _http_status(error) == 429:
         return f"{constants.ENDPOINT} is asked too often ({error_line(error)})", f"wait a few minutes, then {AGAIN}"
     return f"no connection to {constants.ENDPOINT}, or a broken one ({error_line(error)})", AGAIN
@@ -97,14 +97,14 @@ def _token_state() -> str:
     """Return a clause that says if a token is set."""
     from huggingface_hub import get_token
 
-    return "the token that is set does not open it" if get_token() else "no token is set"
+    return "the token that is set has no access to it" if get_token() else "no token is set"
 
 
 def _original(error: BaseException) -> BaseException:
-    """Return the error that made the library look into its cache.
+    """Return the error of the hub behind an error of the cache; any other error is returned as it is.
 
-    The library raises LocalEntryNotFoundError for what the cache lacks, and the reason for the look is that error's
-    cause.
+    If a request fails, huggingface_hub looks into its cache. If the cache lacks the file, the library raises
+    LocalEntryNotFoundError, whose cause is the error of the request.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 

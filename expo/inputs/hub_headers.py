@@ -1,7 +1,7 @@
 """The headers of weights on the hub, downloaded without the weights: enough for the plan of a merge.
 
-A stand-in is a temporary folder that opens like a snapshot of which all weights are there. Each weight file in it has
-the name, the size and the header of the real one, and no data.
+A stand-in is a temporary folder that takes the place of a snapshot with all weights. Each weight file in it has the
+name, the size and the header of the real one, and no data.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def fill_stand_in(hub_id: HubId, commit: str, snapshot: str, weights: Mapping[st
     if pickled:
         raise CheckpointError(_no_header(hub_id, pickled))
 
-    names = [name for name in weights if os.path.basename(name) == name]  # opening the index refuses all other names
+    names = [name for name in weights if os.path.basename(name) == name]  # open_checkpoint refuses all other names
     bar: Callable[..., Iterable[tuple[str, bytes, int]]] = tqdm
-    headers = _headers({name: hf_hub_url(hub_id.repo, name, revision=commit) for name in names})
+    headers = _download_headers({name: hf_hub_url(hub_id.repo, name, revision=commit) for name in names})
     try:
         for entry in os.scandir(snapshot):
             if entry.is_file():
@@ -91,8 +91,8 @@ def fill_stand_in(hub_id: HubId, commit: str, snapshot: str, weights: Mapping[st
                 raise CheckpointError(_no_folder(hub_id, error)) from error
 
 
-def _headers(urls: Mapping[str, str]) -> Generator[tuple[str, bytes, int], None, None]:
-    """Download the headers of several safetensors files at a time.
+def _download_headers(urls: Mapping[str, str]) -> Generator[tuple[str, bytes, int], None, None]:
+    """Download the headers of safetensors files, PARALLEL_REQUESTS at a time.
 
     Args:
         urls: The files' addresses, by their names.
@@ -108,7 +108,7 @@ def _headers(urls: Mapping[str, str]) -> Generator[tuple[str, bytes, int], None,
             while True:
                 name = waiting.popleft()
                 try:
-                    results.put((name, *_header(name, urls[name])))
+                    results.put((name, *_download_header(name, urls[name])))
                 except Exception as error:
                     results.put(error)
 
@@ -124,11 +124,12 @@ def _headers(urls: Mapping[str, str]) -> Generator[tuple[str, bytes, int], None,
         waiting.clear()
 
 
-def _header(name: str, url: str) -> tuple[bytes, int]:
+def _download_header(name: str, url: str) -> tuple[bytes, int]:
     """Return a safetensors file's bytes up to the end of its header, and its size in bytes."""
     start, size = _first_bytes(name, url, FIRST_REQUEST)
     stop = 8 + int.from_bytes(start[:8], "little")
-    if len(start) < stop <= min(size, 8 + MAX_HEADER):  # for a size that is impossible, opening the file says so
+    # A header of an impossible length is not requested; open_checkpoint refuses it.
+    if len(start) < stop <= min(size, 8 + MAX_HEADER):
         start, size = _first_bytes(name, url, stop)
     return start[:stop], size
 
@@ -176,7 +177,7 @@ def _request_first_bytes(name: str, url: str, count: int) -> tuple[bytes, int]:
 
 
 def _no_header(hub_id: HubId, weights: Mapping[str, int | None]) -> str:
-    """Return the message for .bin weights: a plan needs the whole files, and the message has the command for these."""
+    """Return the message about .bin weights, which a plan needs whole; it has the command that downloads them."""
     sizes = [size for size in weights.values() if size is not None]
     total = f", {size_text(sum(sizes))} in all" if len(sizes) == len(weights) else ""
     words = ["hf", "download", hub_id.repo]

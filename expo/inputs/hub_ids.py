@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 _PART = r"(?=[\w.-]{1,96}(?:[/@]|$))\w(?:[\w.-]*\w)?"
 _ID = re.compile(rf"({_PART}/{_PART})(?:@([^\s~^:?*\[\\\x00-\x1f\x7f]+))?", re.ASCII)
-_FILE_SUFFIXES = (".git", ".safetensors", ".bin", ".pt", ".pth")  # no repository's name ends so, but a path may
+_FILE_SUFFIXES = (".git", ".safetensors", ".bin", ".pt", ".pth")  # endings of paths; no repository's name has one
 _SNAPSHOT = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})(?=/|$)", re.ASCII)
 
 

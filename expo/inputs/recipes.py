@@ -1,4 +1,4 @@
-"""The paper's twelve pairs: for each the sft, the aligned, the alpha, and the scores before and after.
+"""The paper's twelve pairs of checkpoints, with the alpha and the scores of each, before and after the merge.
 
 recipes.json, beside this file, has the data.
 """
@@ -17,16 +17,16 @@ _HEADINGS = ("recipe", "alpha", "LC win rate %", "win rate %", "MT-Bench", "alig
 
 
 class Recipe(NamedTuple):
-    """One pair of the paper's.
+    """One pair of checkpoints of the ExPO paper. In its scores, before is aligned's score and after is the merge's.
 
     Attributes:
         recipe: The name that --recipe takes.
         sft: A hub id.
         aligned: A hub id.
         alpha: The paper's alpha for this pair.
-        alpacaeval: Win rates of AlpacaEval 2.0 in percent, (before, after), under "wr", and controlled for length under
-            "lc".
-        mtbench: Scores of MT-Bench, (before, after).
+        alpacaeval: Win rates of AlpacaEval 2.0 in percent, as (before, after): "wr" has the plain win rates, "lc" those
+            that are controlled for length.
+        mtbench: Scores of MT-Bench from 1 to 10, as (before, after).
     """
 
     recipe: str

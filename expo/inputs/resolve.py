@@ -1,4 +1,4 @@
-"""The two inputs of a merge are opened by the names that a user types: folders, files, hub ids, a recipe."""
+"""Open the two inputs of a merge by the names that a user types: folders, files, hub ids, a recipe."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def open_inputs(
         carry: Patterns of further files of aligned that the output takes over.
 
     Yields:
-        sft and aligned; both have the tensor names of models without a wrapper.
+        sft and aligned. aligned, and the base of an adapter, have the tensor names of models without a wrapper.
 
     Raises:
         CheckpointError: An input is missing, damaged, or of a kind that cannot be read.
@@ -127,10 +127,11 @@ def _locate(
     """Find the files that a name means, and download them if the name is no path but a hub id.
 
     Args:
-        name: A path or a hub id; a path that exists goes first.
+        name: A path or a hub id; a path that exists takes precedence.
         weights_only: Download only what a merge needs of sft.
         quiet: Show no progress bars.
-        stand_ins: Download headers in place of weights; this stack removes the temporary folder with them.
+        stand_ins: A stack, if headers are to be downloaded in place of weights: it removes their temporary folder at
+            its end. None to download the weights.
         carry: Patterns of further files to download.
 
     Raises:
@@ -155,7 +156,7 @@ def _locate(
 
 
 def _open(location: _Location) -> Checkpoint:
-    """Open a checkpoint; one with a stand-in has the paths of the real files all the same."""
+    """Open the checkpoint at a location. Its paths are those of the real files, also if a stand-in is opened."""
     checkpoint = replace(open_checkpoint(location.path_to_open), origin=location.origin)
     if location.stand_in is None:
         return checkpoint
@@ -165,6 +166,7 @@ def _open(location: _Location) -> Checkpoint:
 
 
 def _is_adapter(folder: str) -> bool:
+    """Return True if a folder has an adapter and no whole model; see `lora.is_adapter`."""
     if not os.path.exists(os.path.join(folder, ADAPTER_CONFIG)):
         return False
     from ..checkpoints.lora import is_adapter
@@ -190,16 +192,16 @@ def _open_adapted(base: Checkpoint, location: _Location, base_has_data: bool) ->
 
     folder, has_data = location.path, location.stand_in is None
     tie = find_tie(base)
-    whole = add_head(base, tie)
-    adapter = open_adapter(location.path_to_open, whole.tensors)
+    base_with_head = add_head(base, tie)
+    adapter = open_adapter(location.path_to_open, base_with_head.tensors)
     try:
         if base_has_data and has_data:
-            check_copies(adapter, whole.tensors, whole.reader)
+            check_copies(adapter, base_with_head.tensors, base_with_head.reader)
         adapter = settle_tie(adapter, tie, base, has_data)
     except BaseException:
         adapter.shard.reader.close()
         raise
-    adapted = whole if adapter.unties else base
+    adapted = base_with_head if adapter.unties else base
     tensors = {name: adapter.full.get(name, tensor) for name, tensor in adapted.tensors.items()}
     files, strays = ({}, {}) if base.folder is None else _adapted_files(base, folder, adapter.shard.path)
     return replace(

@@ -1,1 +1,1 @@
-"""The way from computed buffers to durable files: direct writes, staging folders, atomic renames, the journal."""
+"""Write computed buffers to durable files: direct writes, staging folders, atomic renames, the journal."""

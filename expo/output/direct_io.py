@@ -17,7 +17,7 @@ O_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 on a system without it
 
 
 def create_shard(path: str, size: int, durable: int = 0) -> None:
-    """Create a shard's file with its full size and its blocks, or prepare one that an interrupted merge has left.
+    """Create a shard's file with its full size and its blocks, or prepare the file that an interrupted merge has left.
 
     The whole file is allocated before the first write: a full disk shows early, and writes into allocated blocks run
     in parallel.
@@ -35,7 +35,7 @@ def create_shard(path: str, size: int, durable: int = 0) -> None:
         fd = os.open(path, flags | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
         try:
             if durable and os.fstat(fd).st_size < size:
-                raise OutputError(f"{path} is shorter than it was left: `overwrite=True` starts anew")
+                raise OutputError(f"{path} is shorter than the interrupted merge left it: `overwrite=True` starts anew")
             allocate(fd, size)
             if durable == size:
                 # ShardWriter wrote the last block whole, and the merge may have ended before the excess was cut off.
@@ -46,7 +46,7 @@ def create_shard(path: str, size: int, durable: int = 0) -> None:
 
 
 def allocate(fd: int, size: int) -> None:
-    """Give an open file its size in bytes and, where the filesystem can allocate at once, its blocks."""
+    """Give an open file its size in bytes and, if the filesystem can allocate them at once, its blocks."""
     # os.posix_fallocate is no substitute: where the filesystem cannot allocate, glibc writes into every block instead.
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
     if fallocate is not None:
@@ -148,7 +148,7 @@ class ShardWriter:
             return self._fd
 
     def _finish(self) -> None:
-        """Cut off what the last block has too much, sync and close."""
+        """Cut off the part of the last block that is beyond the file's size, sync the file and close it."""
         os.ftruncate(self._fd, self.size)
         self._fsync()
         self.close()

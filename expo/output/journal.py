@@ -49,7 +49,7 @@ class JournalContents(NamedTuple):
 
 
 class DamagedJournal(Exception):
-    """A journal's line that this program has not written."""
+    """An error for a journal's line that does not have the form in which this program writes lines."""
 
 
 def encode(record: Any) -> bytes:
@@ -114,7 +114,7 @@ class Journal:
 
         Args:
             folders: The staging folders of all outputs.
-            merge: The identity of the merge, as JSON: a merge may only continue one with the same identity.
+            merge: The identity of the merge, as a JSON object: a merge can continue only a merge of the same identity.
             rank: The number of this rank.
         """
         self._folders = folders
@@ -197,7 +197,7 @@ class Journal:
             with output_errors(path):
                 self._locked_files.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
                 lock(self._locked_files[-1])
-        # Until the lock was taken, another merge may have emptied the staging folder, so the check is repeated.
+        # Another merge may have emptied the staging folder before the lock was taken, so the check is repeated.
         self._wait_for_rank_0()
         self._append({"merge": self._merge, "chunk": chunk_size})
 
@@ -218,7 +218,7 @@ class Journal:
             time.sleep(0.1)
 
     def invalidate(self) -> None:
-        """Remove this rank's journals, so that no chunk counts: the disk does not return what was written."""
+        """Remove this rank's journals, so that no chunk counts, because the disk does not return the bytes written."""
         for folder in filter(os.path.isdir, self._folders):
             for name in (JOURNAL, f"{JOURNAL}.{self._rank}"):
                 with contextlib.suppress(OSError):
@@ -275,7 +275,7 @@ class Journal:
             try:
                 os.unlink(path)
             except OSError as error:
-                warnings.append(f"{path} is of no use any more, but could not be removed: {error.strerror}")
+                warnings.append(f"{path} is not needed any more, but could not be removed: {error.strerror}")
         return warnings
 
     def _append(self, record: Any) -> None:
@@ -323,7 +323,7 @@ def differences(before: Any, now: Mapping[str, Any]) -> list[str]:
         else f"{name} was {json.dumps(before.get(name))}, is {json.dumps(value)}"
         for name, value in now.items()
         if before.get(name) != value
-    ] or ["it is of another version"]  # fmt: skip
+    ] or ["another version of expo has made it"]  # fmt: skip
 
 
 def _file_difference(name: str, before: Any, now: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The staging folder: a hidden folder beside an output, in which a merge makes the output and commits it whole.
 
-Nothing exists at the output's path before `Staging.commit`. A merge writes and syncs the shards and the other files in
-the staging folder, the index last, and one rename puts the folder (or the one file) in place.
+A merge changes nothing at the output's path before `Staging.commit`. It writes and syncs the shards and the other files
+in the staging folder, the index last, and one rename puts the folder (or the one file) in place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .mounts import refuse_mount_point
 from .os_errors import output_errors
 
 JOURNAL = ".expo-journal"  # the journal's file in the staging folder; journal.py explains it
-DIGEST_SUFFIX = ".sha256"  # ends the name of the digest beside an output of one file; its whole name in staging
+# The digest of an output of one file is OUT.sha256 beside the output, and .sha256 in the staging folder.
+DIGEST_SUFFIX = ".sha256"
 
 
 def staging_folder(out: str) -> str:
@@ -47,7 +48,7 @@ def check_free(out: str, single_file: bool, overwrite: bool) -> None:
         overwrite: True where the user allows to replace an output.
 
     Raises:
-        OutputError: The path exists and must not be replaced, or it cannot be.
+        OutputError: The path exists and must not be replaced, or it cannot be replaced.
     """
     refuse_mount_point(out, single_file)
     if not os.path.exists(out):
@@ -149,7 +150,7 @@ class Staging:
             self._created_parents.append(parent)
             parent = os.path.dirname(parent)
         if not os.path.isdir(parent):
-            raise OutputError(f"{self.out}: {parent} is no folder; choose another `out`")
+            raise OutputError(f"{self.out}: {parent} is not a folder; choose another `out`")
         os.makedirs(self.parent, exist_ok=True)
 
     def _create(self) -> None:
@@ -194,7 +195,7 @@ class Staging:
         self._remove_on_exit = False
 
     def discard(self) -> None:
-        """Remove the staging folder on exit, also if it was to be kept; a committed output stays."""
+        """Remove the staging folder on exit, also after a call of `keep`; a committed output stays."""
         self._remove_on_exit = not self.committed
 
     def _clean_up(self) -> None:
@@ -251,7 +252,7 @@ class Staging:
                 self._remove_on_exit = False
             self.committed = True
         if self.single_file:
-            self._remove_on_exit = True  # nobody needs the rest of the folder, also if an earlier merge began it
+            self._remove_on_exit = True  # the rest is not needed, also if an earlier merge began the folder
             warnings += self._place_digest()
         try:
             for folder in (self.parent, *map(os.path.dirname, self._created_parents)):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..checkpoints.model_parts import EMPTY_HINT, HEAD, generates, is_embedding, tie_flag
 from ..checkpoints.model_tensors import ModelTensors
-from ..checkpoints.naming import find_shared_prefix, mask_numbers, unwrap
+from ..checkpoints.naming import find_wrapper_prefix, mask_numbers, unwrap
 from ..checkpoints.quantization import describe_problem
 from ..checkpoints.safetensors_header import TensorInfo, describe, element_count
 from ..dtypes import INTEGERS, ITEMSIZE
@@ -119,7 +119,7 @@ def _unpaired_problem(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) ->
 def _unknown_prefix(sft: ModelTensors, aligned: ModelTensors) -> str | None:
     """Return the cause and the fix if all names of one model have a prefix that the other model's lack; else None."""
     for role, model, other_role, other in (("sft", sft, "aligned", aligned), ("aligned", aligned, "sft", sft)):
-        prefix = find_shared_prefix(map(unwrap, model.tensors), map(unwrap, other.tensors))
+        prefix = find_wrapper_prefix(map(unwrap, model.tensors), map(unwrap, other.tensors))
         if prefix:
             return (
                 f"all names of {role} {model.path} begin with {prefix!r}, and without it they are names of "

@@ -8,7 +8,7 @@ probing.py          the choice of the next alpha, for "auto"
 search_models.py    the inputs of a search, and its models, loaded at their first use
 models.py           models and tokenizers, loaded with transformers
 judged_model.py     the model that is judged: at each alpha, the one that the merge writes
-step_comparison.py  the comparison that shows this before the first reply
+step_comparison.py  the comparison that proves, before the first reply, that the judged model is the merge's
 merge_check.py      the comparison of a merge with the judged model, weight by weight
 sampling.py         replies, sampled with the paper's settings
 rewards.py          their rewards: a reward model, or a function

@@ -114,7 +114,7 @@ def parse_alphas(text: str) -> list[float]:
     A range is first:last:step, and contains its last number.
 
     Raises:
-        UsageError: The text is neither, or a range has no alpha or too many.
+        UsageError: The text is neither a list nor a range, or a range has no alpha or too many.
     """
     alphas: list[float] = []
     for part in text.split(","):

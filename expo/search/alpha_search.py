@@ -96,7 +96,7 @@ def search_alpha(
         batch_size: The number of replies that are sampled together.
         seed: The seed of the sampling. A reply is a function of the seed, the prompt and the model.
         device: "auto", "cpu" or "cuda[:index]".
-        keep: Where Live keeps the original weights.
+        keep: The place of the original weights: "device", "host" or "disk", as for Live.
         budget: The number of alphas that "auto" tries at most.
         on_unpaired: As for merge().
         on_mismatch: As for merge().
@@ -156,7 +156,7 @@ class _AlphaSearch:
             self._close_bar()
 
     def _probes(self) -> Iterator[float]:
-        """Yield alpha 0 and then one alpha after another; the replies at the last one must be complete by then."""
+        """Yield alpha 0, then one alpha after another; the caller completes the replies at each before the next."""
         replies: dict[float, list[Reply]] = {}
         alpha: float | None = 0.0
         while alpha is not None:
@@ -166,10 +166,15 @@ class _AlphaSearch:
             collapsed = [tried for tried, each in replies.items() if has_collapsed(each, replies[0.0])]
             alpha = next_probe(means, errors_from_best(replies), collapsed, self._task.options.budget)
 
-    def _evaluate(self, alpha: float, number: int, alphas: int) -> None:
-        """Sample and score the missing replies at one alpha, the number-th of `alphas`.
+    def _evaluate(self, alpha: float, number: int, count: int) -> None:
+        """Sample and score the missing replies at one alpha.
 
         A batch with a missing reply is sampled as a whole, because the rounding of a reply depends on its batch.
+
+        Args:
+            alpha: The alpha.
+            number: The number of alphas before this one, for the progress bar.
+            count: The number of all alphas, for the progress bar.
         """
         prompts = self._task.prompts
         if self._store.replies_to_all(alpha, len(prompts)) is not None:
@@ -183,7 +188,7 @@ class _AlphaSearch:
                 self._store.add(self._sample(alpha, batch, sampler, reward))
             done += len(batch)
             if self._bar is not None:
-                self._bar(number * len(prompts) + done, alphas * len(prompts))
+                self._bar(number * len(prompts) + done, count * len(prompts))
         self._close_bar()
         replies = self._replies_at(alpha)
         tokens = sum(reply.new_tokens for reply in replies) / len(replies)
@@ -231,12 +236,12 @@ class _AlphaSearch:
 
 
 def _mean_reward(replies: Sequence[Reply]) -> float:
-    """Return the mean of the exact sum, which does not depend on the order."""
+    """Return the mean reward; the sum is exact, so the mean does not depend on the order of the replies."""
     return math.fsum(reply.reward for reply in replies) / len(replies)
 
 
 def _settings_of(task: SearchTask, inputs: Inputs) -> dict[str, Any]:
-    """Return everything that replies depend on, by which a search that continues is recognised."""
+    """Return everything that replies depend on; a search continues in a folder only if its settings are the same."""
     options = task.options
     texts = json.dumps(task.prompts).encode()
     settings = {
@@ -250,7 +255,7 @@ def _settings_of(task: SearchTask, inputs: Inputs) -> dict[str, Any]:
         "on_mismatch": options.on_mismatch,
     }
     if options.on_unpaired == "aligned":
-        # Searches of older versions, which lack this entry, did not move experts that are fused in memory.
+        # Searches of older versions, whose settings lack this entry, kept aligned's experts if memory has them fused.
         settings["judged"] = "exactly what the merge writes"
     return settings
 

@@ -1,8 +1,8 @@
 """The judged model: at each alpha, every weight of it is the one that the merge writes.
 
-The steps of the Live are compared with the steps of the merge before the first reply is sampled. If their names do not
-agree, sft is loaded as a model too. Then both sides have the names of memory, and the loader has changed both in the
-same way.
+The steps of the Live are compared with the steps of the merge before the first reply is sampled. If the tensors have
+other names in memory than in the files, sft is loaded as a model too. Then sft and aligned both have the names of
+memory, and the loader has rearranged both in the same way.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class JudgedModel:
         Args:
             model: The model, which has aligned's weights.
             live: The Live of the model; without it the model stays at alpha 0.
-            rounded: See StepComparison.
+            rounded: The dtypes that some weights are rounded to after each change of alpha; see StepComparison.
         """
         weights = saved_weights(model)
         self.model = model

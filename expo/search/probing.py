@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 
 LADDER = (0.5, 1.0, 2.5, 5.0, 10.0, 25.0)
 BUDGET = 8  # the default number of alphas, 0 not counted
-NOISE = 2.0  # standard errors by which a reward must fall short of the best one before it counts as lower
+NOISE = 2.0  # a reward counts as lower than the best one if it is lower by more than this many standard errors
 FINEST = 0.1  # an interval of this width is not divided
 FINEST_SHARE = 1 / 6  # an interval that is narrower than this share of the best alpha is not divided either
 

@@ -19,7 +19,7 @@ MOST_DRAWN = 1 << 21  # random numbers that a bootstrap has in memory at a time
 FEW_PROMPTS = 50  # with fewer prompts the intervals are rough
 LONGER = 2.0  # a warning's threshold: the length of replies over the length of the baseline's
 SHARE_RISE = 0.1  # a warning's threshold: how far the share of unfinished or repeated text is above the baseline's
-COLLAPSE_RISE = 0.3  # the same share beyond which no higher alpha is tried
+COLLAPSE_RISE = 0.3  # no higher alpha is tried if such a share is further above the baseline's than this
 REWARD_FALL = 0.5  # a warning's threshold, in standard deviations of the baseline's rewards
 SURE = 2.0  # standard errors beyond which a difference counts as more than noise
 
@@ -35,7 +35,7 @@ class AlphaResult:
         error: The standard error of the mean reward.
         gain: The mean difference from alpha 0, prompt by prompt.
         low: The lower end of the 95% bootstrap interval of the gain.
-        high: The upper end of it.
+        high: The upper end of that interval.
         tokens: The mean number of new tokens of a reply.
         unfinished: The share of replies without an end token.
         repetition: The share of repeated 4-grams of tokens.
@@ -163,6 +163,7 @@ def has_collapsed(replies: Sequence[Reply], base: Sequence[Reply]) -> bool:
 
 
 def _result_of(alpha: float, replies: Sequence[Reply], base: Sequence[Reply]) -> AlphaResult:
+    """Return the result of an alpha, by its replies and those of alpha 0 to the same prompts."""
     rewards = np.array([reply.reward for reply in replies])
     gains = rewards - [reply.reward for reply in base]
     low, high = bootstrap_interval(gains) if alpha else (0.0, 0.0)

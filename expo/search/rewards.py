@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CheckpointError, UsageError
 
 BATCH = 8  # replies that a reward model scores at a time
-NO_LIMIT = 1 << 30  # tokens: a tokenizer that knows no limit names a larger number
+NO_LIMIT = 1 << 30  # tokens; model_max_length is larger than this if a tokenizer has no limit
 
 Reward = Callable[[list[str], list[str]], Sequence[float]]  # (prompts, replies) to a number for each reply
 
@@ -26,7 +26,7 @@ def reward_name(reward: Reward | str) -> str:
 
 
 def load_reward(reward: Reward | str, device: str = "auto", trust_remote_code: bool = False) -> Reward:
-    """Return a function of prompts and replies.
+    """Return a function that takes lists of prompts and replies, and returns a number for each reply.
 
     Args:
         reward: Such a function, "module:function", or the folder or hub id of a reward model. A module may also lie in

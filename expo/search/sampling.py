@@ -67,7 +67,7 @@ class DrawProcessor(LogitsProcessor):
     """Draw one token after temperature, top-k and top-p, in this order, and set all other logits to -inf."""
 
     def __init__(self, prompt_length: int, streams: torch.Tensor, sampling: Sampling) -> None:
-        """Take the columns of the prompts, the number of each row's random stream (int64), and the settings."""
+        """Take the number of columns of the prompts, the rows' stream numbers (int64, [rows]), and the settings."""
         self._start, self._streams, self._sampling = prompt_length, streams, sampling
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:

@@ -57,7 +57,7 @@ class SearchModels:
         """Keep the arguments; the stack closes the judged model."""
         self._stack, self._inputs, self._options = stack, inputs, options
         self._reward_source, self._sampling = reward, sampling
-        self.needs_alphas = True  # False if no alpha but 0 is judged: then the originals need not be kept
+        self.needs_alphas = True  # False if only alpha 0 is judged: then no originals are kept
         self._judged: tuple[JudgedModel, Any] | None = None
         self._sampler: tuple[JudgedModel, Sampler, Reward] | None = None
 
@@ -103,7 +103,7 @@ class SearchModels:
 
         if self._judged is None:
             print_message("the model is loaded once more, to compare the merge with it", self._options.quiet)
-        elif not self.needs_alphas:  # an earlier search has judged this alpha, and this one only alpha 0
+        elif not self.needs_alphas:  # the model was loaded for alpha 0 alone
             self._judged = self._sampler = None
         self.needs_alphas = True
         judged, _ = self._load_judged()

@@ -1,6 +1,7 @@
 """Compare what Live changes in a model in memory with what a merge changes in the files.
 
-Names in memory may differ from those in the files: transformers fuses the experts of a mixture into one tensor, say.
+Names in memory may differ from those in the files: transformers, for example, fuses all experts of a layer into one
+tensor.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class StepComparison(NamedTuple):
 def find_file_tensors(
     aligned: Checkpoint, memory: ModelTensors, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, TensorInfo]:
-    """Return the tensor of aligned's files that a weight in memory is, for each weight that is one, unchanged.
+    """Return aligned's tensor in the files for each weight in memory that was loaded from one tensor, unchanged.
 
     Args:
         aligned: The checkpoint that was loaded.
@@ -58,7 +59,7 @@ def find_file_tensors(
 
 
 def _is_equal(checkpoint: Checkpoint, tensor: TensorInfo, weight: torch.Tensor) -> bool:
-    """Return True if a weight has the shape of a file's tensor, and its elements at both ends.
+    """Return True if a weight has the shape of a file's tensor, and the same elements at both ends.
 
     The shape alone does not suffice: a square matrix that was transposed has the same shape.
     """
@@ -83,8 +84,9 @@ def compare_steps(
 ) -> StepComparison:
     """Return the differences between a merge of files and a Live.
 
-    A weight that is not one tensor of the files must be extrapolated with a counterpart from memory, and so must every
-    tensor of the files that is not one weight: a loader rearranges sft and aligned in the same way.
+    The loader may assemble one weight from several tensors of the files, such as fused experts. The judged model must
+    then extrapolate the weight, with a counterpart from memory, and the merge must extrapolate all of these tensors:
+    the loader rearranges sft and aligned in the same way, so the results agree.
 
     Args:
         files: The steps of the merge.
@@ -128,7 +130,7 @@ def _is_buffer(steps: Iterable[Step]) -> bool:
 
 
 def _compare_weight(files: list[Step], live: list[Step], by_files: bool) -> Difference:
-    """Return the difference between the steps of one weight in memory and those of the same tensor in the files."""
+    """Return the difference between the steps of a weight in memory and the steps of its tensor in the files."""
     actions = [
         [(step.action, step.rows, step.sft.name if step.sft and by_files else "") for step in steps]
         for steps in (files, live)
@@ -163,7 +165,7 @@ def _compare_assembled_weight(unmatched: list[list[Step]], live: list[Step], by_
         by_files: As for compare_steps().
     """
     if by_files or len(live) > 1 or live[0].sft is None:
-        return f"no tensor of aligned's files is this one, and the judged model {_describe(live)}", None
+        return f"no tensor of aligned's files equals this weight, and the judged model {_describe(live)}", None
     partial = next((steps for steps in unmatched if len(steps) > 1 or steps[0].sft is None), None)
     if partial is not None:
         name = partial[0].name
@@ -177,10 +179,14 @@ def _compare_assembled_weight(unmatched: list[list[Step]], live: list[Step], by_
 
 
 def _compare_dtypes(in_files: tuple[str, str], in_memory: tuple[str, str]) -> Difference:
-    """Return the difference that dtypes make, each pair of which is aligned's and sft's.
+    """Return the difference that the dtypes of aligned and sft make.
 
-    In a wider dtype than the files' the formula gives the number that the merge then rounds. In a narrower dtype it
-    gives another number.
+    If the dtypes in memory are wider than those in the files, the formula gives the number that the merge then rounds.
+    If they are narrower, it gives another number.
+
+    Args:
+        in_files: The dtypes of aligned and sft in the files.
+        in_memory: The dtypes of aligned and sft in memory.
     """
     for role, file, memory in zip(("aligned", "sft"), in_files, in_memory, strict=True):
         if file != memory and (ITEMSIZE[file], memory) != (2, "F32"):

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     Array = TypeVar("Array", npt.NDArray[Any], torch.Tensor)
     Several = Sequence[Array] | Iterator[Array]
 
-SPLIT_ELEMENTS = 1 << 22  # several threads share a call of this many: for fewer, their start costs more than they save
+# Several threads share a call of at least this many elements. With fewer elements, one thread is faster.
+SPLIT_ELEMENTS = 1 << 22
 MOST_THREADS = 8  # they saturate a memory controller
 
 
@@ -73,7 +74,7 @@ def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any
 def _extrapolate_lists(
     torch: Any, sft: list[Any], aligned: list[Any], alpha: float, out: list[Any] | None
 ) -> list[Any]:
-    """Compute several pairs after a check of all; those on one GPU share a launch if they can."""
+    """Check all pairs, then compute them; pairs on one GPU share a launch if they can."""
     outs = [None] * len(aligned) if out is None else out
     if not len(sft) == len(aligned) == len(outs):
         raise UsageError(f"as many of each are needed, got sft {len(sft)}, aligned {len(aligned)}, out {len(outs)}")
@@ -106,7 +107,8 @@ class _CheckedPair(NamedTuple):
         out: The array or tensor that takes the result.
         dtypes: The dtypes of sft and aligned.
         alpha: The working alpha.
-        addresses: The addresses of sft, aligned and out, if alpha is not 0 and the elements of each are contiguous.
+        addresses: The addresses of sft, aligned and out; None if alpha is 0, or if the elements of one of
+            them do not lie in memory one after the other.
     """
 
     out: Any
@@ -164,7 +166,7 @@ def _check_tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -
     _check_kinds(sft, aligned, given, torch.Tensor)
     _check_layouts(torch, sft, aligned, given)
     dtypes = _check_dtypes(sft, aligned, torch_names())
-    al = _check_alpha(alpha, dtypes)
+    used_alpha = _check_alpha(alpha, dtypes)
     device = aligned.device
     if sft.device != device or given.device != device:
         raise UsageError(f"devices differ: sft {sft.device}, aligned {device}, out {given.device}")
@@ -176,10 +178,10 @@ def _check_tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -
     elif out.numel() and any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
         raise UsageError(f"out has elements that share memory: shape {tuple(out.shape)}, strides {out.stride()}")
     addresses = None
-    if al and _are_plain(sft, aligned, out):
+    if used_alpha and _are_plain(sft, aligned, out):
         addresses = sft.data_ptr(), aligned.data_ptr(), out.data_ptr()
         _check_overlap(addresses, dtypes, aligned.numel())
-    return _CheckedPair(out, dtypes, al, addresses)
+    return _CheckedPair(out, dtypes, used_alpha, addresses)
 
 
 def _are_plain(sft: Any, aligned: Any, out: Any) -> bool:
@@ -189,19 +191,19 @@ def _are_plain(sft: Any, aligned: Any, out: Any) -> bool:
 
 
 def _compute_tensors(sft: Any, aligned: Any, checked: _CheckedPair) -> None:
-    """Fill out for tensors of torch."""
-    out, dtypes, al, addresses = checked
-    if al == 0:
+    """Write the result into checked.out, for tensors of torch."""
+    out, dtypes, used_alpha, addresses = checked
+    if used_alpha == 0:
         source = aligned.detach()
         apart = out is aligned or out.untyped_storage().data_ptr() != aligned.untyped_storage().data_ptr()
         out.detach().copy_(source if apart else source.clone())  # copy_ gives wrong results if the two overlap
     elif addresses is None:
         plain = [x.detach().resolve_neg().contiguous() for x in (sft, aligned)]
-        out.detach().copy_(extrapolate(plain[0], plain[1], al))
+        out.detach().copy_(extrapolate(plain[0], plain[1], used_alpha))
     elif aligned.device.type == "cpu":
-        _on_cpu(addresses, dtypes, aligned.numel(), al)
+        _compute_at_addresses(addresses, dtypes, aligned.numel(), used_alpha)
     else:
-        gpu_tensors.compute(sft.detach(), aligned.detach(), al, out.detach())
+        gpu_tensors.compute(sft.detach(), aligned.detach(), used_alpha, out.detach())
 
 
 def _check_layouts(torch: Any, sft: Any, aligned: Any, out: Any) -> None:
@@ -228,30 +230,30 @@ def _check_arrays(sft: Any, aligned: Any, alpha: float, out: Any) -> _CheckedPai
     for role, array in (("sft", sft), ("aligned", aligned), ("out", out)):
         check_unmasked(np, array, role)
     dtypes = _check_dtypes(sft, aligned, numpy_names())
-    al = _check_alpha(alpha, dtypes)
+    used_alpha = _check_alpha(alpha, dtypes)
     if not out.flags.writeable:
         raise UsageError("out is read-only")
     addresses = None
-    if al and all(x.flags.c_contiguous for x in (sft, aligned, out)):
+    if used_alpha and all(x.flags.c_contiguous for x in (sft, aligned, out)):
         addresses = tuple(x.__array_interface__["data"][0] for x in (sft, aligned, out))
         _check_overlap(addresses, dtypes, aligned.size)
-    return _CheckedPair(out, dtypes, al, addresses)
+    return _CheckedPair(out, dtypes, used_alpha, addresses)
 
 
 def _compute_arrays(sft: Any, aligned: Any, checked: _CheckedPair) -> None:
-    """Fill out for arrays of NumPy."""
+    """Write the result into checked.out, for arrays of NumPy."""
     import numpy as np
 
-    out, dtypes, al, addresses = checked
-    if al == 0:
+    out, dtypes, used_alpha, addresses = checked
+    if used_alpha == 0:
         out[...] = aligned
     elif addresses is None:
-        out[...] = extrapolate(np.ascontiguousarray(sft), np.ascontiguousarray(aligned), al).reshape(out.shape)
+        out[...] = extrapolate(np.ascontiguousarray(sft), np.ascontiguousarray(aligned), used_alpha).reshape(out.shape)
     else:
-        _on_cpu(addresses, dtypes, aligned.size, al)
+        _compute_at_addresses(addresses, dtypes, aligned.size, used_alpha)
 
 
-def _on_cpu(addresses: tuple[int, ...], dtypes: tuple[str, str], n: int, alpha: float) -> None:
+def _compute_at_addresses(addresses: tuple[int, ...], dtypes: tuple[str, str], n: int, alpha: float) -> None:
     """Compute n contiguous elements at the addresses of sft, aligned and out; several threads share a large tensor."""
     item = ITEMSIZE[dtypes[1]]
     sft = Operand(Address(addresses[0], n * ITEMSIZE[dtypes[0]]), dtypes[0])
@@ -288,4 +290,4 @@ def _check_overlap(addresses: tuple[int, ...], dtypes: tuple[str, str], n: int) 
         same = start == out and item == aligned_item
         has_memory = out != 0  # an empty tensor may be at address 0
         if has_memory and not same and start < out + size and out < start + n * item:
-            raise UsageError(f"out overlaps {name} in part; it may be all of it, or none")
+            raise UsageError(f"out overlaps {name} in part; out may be the same memory as {name}, or separate memory")

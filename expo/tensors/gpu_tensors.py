@@ -1,7 +1,8 @@
 """Tensors that are on a GPU: the Triton kernels compute them, or torch's own operations if the kernels fail.
 
-The kernels' failures, and the warning about them, are in `execution/gpu_fallback.py`. All tensors here are contiguous,
-and all alphas are working alphas other than 0.
+execution/gpu_fallback.py handles the kernels' failures and warns about them. The tensors sft, aligned and out of one
+call or triple are contiguous, of one shape and on one device; out has aligned's dtype. Every alpha is a result of
+`kernels.contract.working_alpha`, and not 0.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def compute_by_torch(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
 def make_table(triples: Iterable[Sequence[Any]]) -> Any:
     """Return the `whole_model.Table` of tensors (sft, aligned, out) on one GPU, or None if none can be made now.
 
-    A table is copied from the host, which a graph cannot capture.
+    Making a table copies memory from the host to the GPU, which a CUDA graph cannot capture.
     """
     triples = list(triples)
     device = triples[0][1].device
@@ -63,7 +64,7 @@ def make_table(triples: Iterable[Sequence[Any]]) -> Any:
 
 
 def compute_table(table: Any, alpha: float) -> None:
-    """Launch the groups of a table; torch computes a group whose launch fails."""
+    """Launch the kernel for each group of a table; torch computes a group whose launch fails."""
     for group in table.groups:
         if not gpu_fallback.attempt(group.table.device, partial(group.launch, alpha)):
             for sft, aligned, out in group.triples:

@@ -69,11 +69,13 @@ class Live:
             keep: The place of the originals: the model's "device", the "host"'s memory, or the "disk", in an unnamed
                 temporary file (TMPDIR says where). They take the bytes of both models. With "device" a model given as
                 sft is used where it is, and must not change meanwhile.
-            alpha_for, on_unpaired, on_mismatch: As for merge(). A UserWarning says so if they leave most of the weights
-                as aligned has them.
+            alpha_for, on_unpaired, on_mismatch: As for merge(). If they leave most of the weights as aligned has them,
+                a UserWarning says so.
 
         Raises:
-            UsageError, CheckpointError, PlanError: An argument, sft's files or the two models together are refused.
+            UsageError: An argument makes no sense, or a weight cannot be rewritten in place.
+            CheckpointError: sft's files cannot be read.
+            PlanError: The two models cannot be merged.
             EngineError: The place has too little memory for the originals.
         """
         if keep not in KEEP:
@@ -97,7 +99,8 @@ class Live:
             self._weights, self.memory = keep_originals(steps, weights, self._device, read, keep, usable)
         changed = {step.name for step in matched.steps if step.sft is not None}
         self._buffers = sorted(changed - dict(model.named_parameters()).keys())
-        self._jobs = [job for weight in self._weights for job in _jobs(weight)] if self._device.type == "cpu" else []
+        on_cpu = self._weights if self._device.type == "cpu" else []
+        self._jobs = [job for weight in on_cpu for job in _make_jobs(weight)]
         self._model = model
         self._former_addresses = self._addresses()
         self._threads = min(cpu_count(), MOST_THREADS)
@@ -129,12 +132,12 @@ class Live:
                 for weight in self._weights:
                     weight.out.copy_(weight.aligned)
             elif self._device.type == "cpu":
-                self._on_cpu(value)
+                self._run_jobs(value)
             else:
-                self._on_device(value)
+                self._compute_on_device(value)
         self._alpha = float(value)
 
-    def _on_cpu(self, value: float) -> None:
+    def _run_jobs(self, value: float) -> None:
         """Compute all jobs in several threads; each thread takes the next job when it is free."""
         queue = iter(self._jobs)
 
@@ -149,7 +152,7 @@ class Live:
         buffers = (self._model.get_buffer(name) for name in self._buffers)
         return [tensor.data_ptr() for tensor in (*self._model.parameters(), *buffers)]
 
-    def _on_device(self, value: float) -> None:
+    def _compute_on_device(self, value: float) -> None:
         """Compute all weights on a device that is not the CPU; those with one alpha share a launch if they can."""
         groups: dict[tuple[float | None, bool], list[LiveWeight]] = {}
         for weight in self._weights:
@@ -162,7 +165,7 @@ class Live:
                 gpu_tensors.compute_table(table, working_alpha(alpha))
                 continue
             for weight in weights:
-                self._in_parts(weight, working_alpha(alpha, *weight.dtypes))
+                self._compute_in_parts(weight, working_alpha(alpha, *weight.dtypes))
 
     def _table(self, own: float | None, weights: Sequence[LiveWeight]) -> Any:
         """Return the pointer table of all weights that share this alpha, cached for later launches.
@@ -176,7 +179,7 @@ class Live:
             self._tables[own] = made
         return self._tables[own]
 
-    def _in_parts(self, weight: LiveWeight, alpha: float) -> None:
+    def _compute_in_parts(self, weight: LiveWeight, alpha: float) -> None:
         """Compute one tensor in parts, whose originals are copied to the device first if they are elsewhere."""
         columns = (torch.split(each.reshape(-1), DEVICE_ELEMENTS) for each in (weight.sft, weight.aligned, weight.out))
         for sft, aligned, out in zip(*columns, strict=True):
@@ -202,17 +205,18 @@ class Live:
 
 
 def _refuse(matched: Matched, by_files: bool) -> None:
-    """Raise PlanError with every problem, and with advice if names in memory are not those of the files."""
+    """Raise PlanError with every problem, and with advice if the model's names are not those of sft's files."""
     only_in_sft = any(reason == ONLY_IN_SFT for reason in matched.dropped.values())
     if matched.problems and by_files and only_in_sft and any(step.reason == NOT_IN_SFT for step in matched.steps):
         raise PlanError(
-            "names in memory are not those of the files; where the library that loads them changes names, as "
-            "transformers fuses experts, give sft as a model that it has loaded too\n" + "\n".join(matched.problems)
+            "the names of the model's tensors are not those of sft's files; if the library that loads a model changes "
+            "names, as transformers does when it fuses experts, load sft with the same library and give that model "
+            "instead of the files\n" + "\n".join(matched.problems)
         )
     matched.check()
 
 
-def _jobs(weight: LiveWeight) -> Iterator[_Job]:
+def _make_jobs(weight: LiveWeight) -> Iterator[_Job]:
     """Yield the jobs that compute a weight on the CPU."""
     sft, aligned, out = (
         Operand(Address(tensor.data_ptr(), tensor.nbytes), torch_names()[tensor.dtype])
@@ -240,7 +244,7 @@ class _Job(NamedTuple):
     alpha: float | None
 
     def __call__(self, value: float) -> None:
-        """Compute the elements for an alpha of the model."""
+        """Compute the elements for a value of the model's alpha."""
         alpha = working_alpha(value if self.alpha is None else self.alpha, self.sft.dtype, self.aligned.dtype)
         if alpha:
             compute_on_cpu(self.sft, self.aligned, alpha, self.out)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from ..errors import UsageError
 
-# NumPy tries this many solutions to show that two strided views have no byte in common; then they count as overlapping.
+# NumPy tries at most this many solutions to find a byte that two strided views have in common. If these do not decide,
+# the views count as overlapping.
 MOST_CANDIDATES = 1 << 16
 
 
@@ -43,7 +44,7 @@ def _storage(torch: Any, tensor: Any) -> int:
     The tensor's own data_ptr() is of no use here: a subclass may override it, and a view of freed memory has an offset.
     """
     try:
-        if type(tensor) is torch.Tensor:  # This is no subclass, and takes a fifth of the time.
+        if type(tensor) is torch.Tensor:  # no subclass: this call takes a fifth of the time of the one below
             return int(tensor.untyped_storage().data_ptr())
         with torch._C.DisableTorchFunctionSubclass():
             return int(torch.Tensor.untyped_storage(tensor).data_ptr())
@@ -52,7 +53,7 @@ def _storage(torch: Any, tensor: Any) -> int:
 
 
 def _kind(tensor: Any) -> str:
-    """Return the type and the device of a tensor for a message."""
+    """Return the type and the device of a tensor, as a message names them."""
     return f"{type(tensor).__name__} on {tensor.device}"
 
 
@@ -75,7 +76,9 @@ def _advice(torch: Any, tensor: Any) -> str:
 
 
 def mark_firsts(triples: Sequence[tuple[Any, Any, Any]]) -> list[bool]:
-    """Return True for each (sft, aligned, out) that is the first with its memory: tied weights may be listed twice.
+    """Return for each pair (sft, aligned, out) True if no earlier pair has the same memory, and False if one has it.
+
+    Tied weights may be listed twice; the second pair is then not computed.
 
     Raises:
         UsageError: The result would depend on the order in which the pairs are computed, as two different pairs write
@@ -99,7 +102,7 @@ def mark_firsts(triples: Sequence[tuple[Any, Any, Any]]) -> list[bool]:
 def _plainly_apart(triples: Sequence[tuple[Any, Any, Any]]) -> bool:
     """Return True if no pair reads or writes memory that another writes; False if only `_check_apart` can decide that.
 
-    Nearly every list passes this test, which takes a third of the time of the other.
+    Nearly every list passes this test, which takes a third of the time of `_check_apart`.
     """
     spans = []
     for index, (s, a, o) in enumerate(triples):
@@ -227,6 +230,6 @@ def _clash(out: _Use, other: _Use) -> str:
             "overwrite the other; list tied weights with one sft, or leave one of them out"
         )
     return (
-        f"out[{out.pair}] overlaps {other.role}[{other.pair}], so the result would depend on the order: give out "
-        "memory of its own, or leave it away"
+        f"out[{out.pair}] overlaps {other.role}[{other.pair}], so the result would depend on the order: pass an "
+        "out with separate memory, or no out"
     )

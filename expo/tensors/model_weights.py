@@ -59,7 +59,7 @@ class ModelInMemory:
 def model_tensors(model: torch.nn.Module, role: str) -> ModelInMemory:
     """Return the tensors of a model by name. Raises UsageError for parameters that cannot be rewritten in place.
 
-    A buffer of a dtype that files of weights do not hold is left out.
+    A buffer of a dtype that weight files do not hold is left out. The bytes of each TensorInfo are [0, nbytes).
     """
     tensors: dict[str, TensorInfo] = {}
     for name, tensor in saved_weights(model).items():

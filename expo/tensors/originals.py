@@ -23,7 +23,7 @@ KEEP = ("device", "host", "disk")
 ALIGNMENT = 64  # bytes: the widest accesses need addresses that are multiples of it
 COPY_BYTES = 1 << 24  # bytes of an original that are read at a time on their way to a device
 
-ReadTensor = Callable[[str, int, memoryview], None]  # (tensor's name, first byte, memory to fill)
+ReadTensor = Callable[[str, int, memoryview], None]  # (name of a tensor, its first byte, memory to fill)
 
 
 class LiveWeight(NamedTuple):
@@ -33,7 +33,7 @@ class LiveWeight(NamedTuple):
         out: The weight itself.
         aligned: A copy of aligned's numbers.
         sft: The numbers of sft.
-        alpha: The alpha that `alpha_for` gives the weight; None for the alpha of the model.
+        alpha: The alpha that `alpha_for` gives the weight; None if the weight follows the alpha of the model.
     """
 
     out: torch.Tensor
@@ -134,7 +134,7 @@ class OriginalsMemory:
     def __init__(self, needed: int, keep: str, device: torch.device) -> None:
         """Allocate `needed` bytes. Raises EngineError if fewer are free."""
         self._used = 0
-        where, free = _free(keep, device)
+        where, free = _free_bytes(keep, device)
         if free is not None and needed > free:
             others = ", ".join(place for place in KEEP if place != keep)
             raise EngineError(
@@ -160,7 +160,7 @@ def _mapped(size: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), size)
 
 
-def _free(keep: str, device: torch.device) -> tuple[str, int | None]:
+def _free_bytes(keep: str, device: torch.device) -> tuple[str, int | None]:
     """Return the name of the place that `keep` means, and its free bytes; None if they are unknown."""
     if keep == "disk":
         folder = tempfile.gettempdir()

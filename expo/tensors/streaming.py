@@ -1,4 +1,4 @@
-"""stream(): the merged tensors, one after the other, in memory of the caller."""
+"""stream(): the merged tensors, one after the other; the caller owns the memory of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..options import MergeOptions
 from ..planning.matching import match_tensors
 from ..planning.steps import Step, by_tensor
 
-Wrapper = Callable[[memoryview, TensorInfo], Any]  # makes the framework's tensor of bytes
+MakeTensor = Callable[[memoryview, TensorInfo], Any]  # returns a tensor of the framework with these bytes
 AHEAD = 2  # tensors that are computed ahead of the consumer
 
 
@@ -44,9 +44,9 @@ def stream(
     """Yield (name, tensor) for every tensor of the merged model; nothing is written.
 
     The load_weights() of a serving engine takes such an iterator. Each tensor has memory of its own, which belongs to
-    the consumer; at most two tensors are computed ahead of the consumer. The order is that of aligned's files, and so
-    are the shapes, and the dtypes unless `dtype` names another. If the two tokenizers differ, a UserWarning says so.
-    This call reports bad arguments and inputs before the first tensor. Closing the iterator stops the work.
+    the consumer; at most two tensors are computed ahead of the consumer. Order, shapes and dtypes are those of
+    aligned's files, unless `dtype` names another dtype. If the two tokenizers differ, a UserWarning says so. This call
+    reports bad arguments and inputs before the first tensor. Closing the iterator stops the work.
 
     Args:
         sft: As for merge().
@@ -84,11 +84,11 @@ def stream(
             warnings.warn(chosen.note, RuntimeWarning, stacklevel=2)
         several = isinstance(alpha, Iterable) and not isinstance(alpha, str)
         steps, source = matched.at(pair.alphas), TensorSource(first, second)
-        return _stream(steps, source, chosen, _wrapper(framework, to), several, stack.pop_all())
+        return _stream(steps, source, chosen, _tensor_maker(framework, to), several, stack.pop_all())
 
 
-def _wrapper(framework: str, to: Any) -> Wrapper:
-    """Return a function that makes the framework's tensor of bytes, without a copy but the one to a device.
+def _tensor_maker(framework: str, to: Any) -> MakeTensor:
+    """Return a function that makes a tensor of the framework from bytes; it copies them only to another device.
 
     Raises:
         UsageError: torch has no such device here.
@@ -119,7 +119,12 @@ def _wrapper(framework: str, to: Any) -> Wrapper:
 
 
 def _stream(
-    steps: Sequence[Step], source: TensorSource, engine: Engine, wrap: Wrapper, several: bool, stack: ExitStack
+    steps: Sequence[Step],
+    source: TensorSource,
+    engine: Engine,
+    make_tensor: MakeTensor,
+    several: bool,
+    stack: ExitStack,
 ) -> Iterator[tuple[str, Any]]:
     """Yield the tensors, which threads compute ahead of the consumer; `stack` closes the inputs at the end."""
     stop = threading.Event()
@@ -136,8 +141,8 @@ def _stream(
                 source.compute(engine, step, start, end, outs)
             at += step.nbytes
         source.check()
-        wrapped = tuple(wrap(memory, tensor) for memory in memories)
-        return wrapped if several else wrapped[0]
+        made = tuple(make_tensor(memory, tensor) for memory in memories)
+        return made if several else made[0]
 
     ahead: deque[tuple[str, Future[Any]]] = deque()
     with stack, ThreadPoolExecutor(AHEAD, thread_name_prefix="expo-stream") as pool:

@@ -254,7 +254,7 @@ def test_a_shard_that_changes_after_its_header_was_read(single: Path, change: in
         contents(checkpoint)
     message = str(caught.value)
     assert message.startswith(f"{single / SINGLE}: {size + change} bytes now")
-    assert f"was {size} bytes long" in message
+    assert f"and had {size} bytes" in message
 
 
 # Files and folders that cannot be opened.

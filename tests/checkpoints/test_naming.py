@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expo.checkpoints.naming import find_shared_prefix, mask_numbers, unwrap
+from expo.checkpoints.naming import find_wrapper_prefix, mask_numbers, unwrap
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,9 @@ def test_unwrap(name: str, short: str) -> None:
 
 
 def test_the_prefix_that_names_share_and_others_lack() -> None:
-    assert find_shared_prefix(["a.b.c", "a.b.d"], ["c", "d"]) == "a.b."
-    assert find_shared_prefix(["a.b.c", "a.b.d"], ["b.c", "b.d"]) == "a."
-    assert find_shared_prefix(["a.c", "b.d"], ["c", "d"]) == ""
+    assert find_wrapper_prefix(["a.b.c", "a.b.d"], ["c", "d"]) == "a.b."
+    assert find_wrapper_prefix(["a.b.c", "a.b.d"], ["b.c", "b.d"]) == "a."
+    assert find_wrapper_prefix(["a.c", "b.d"], ["c", "d"]) == ""
 
 
 def test_numbers_are_parts_of_a_name() -> None:

@@ -253,8 +253,8 @@ def test_a_file_that_changes_before_it_is_read(
     with pytest.raises(CheckpointError) as caught:
         way(reader)
     assert str(caught.value) == (
-        f"{path}: {size} bytes now; it is being changed, but was {SIZE} bytes long and untouched when its header was "
-        "read: leave the file alone, and try again"
+        f"{path}: {size} bytes now; it is being changed, and had {SIZE} bytes when its header was "
+        "read: let no process change the file, and try again"
     )
 
 
@@ -303,7 +303,7 @@ def test_a_file_that_shrinks_between_two_reads(unmapped: FileReader, path: Path)
     assert take(unmapped, 0, PAGE) == CONTENT[:PAGE]  # the bytes of now are read, and `check` reports the change
     with pytest.raises(CheckpointError) as caught:
         take(unmapped, 10)
-    was = f"but was {SIZE} bytes long and untouched when its header was read: leave the file alone, and try again"
+    was = f"and had {SIZE} bytes when its header was read: let no process change the file, and try again"
     assert str(caught.value) == f"{path}: it ends at byte {PAGE + 1} now, {was}"
     with pytest.raises(CheckpointError, match=f"^{path}: it was changed while it was read, {was}$"):
         unmapped.check()
@@ -316,7 +316,7 @@ def test_a_file_that_is_changed_between_two_reads_fails_the_check(
     assert take(unmapped) == CONTENT
     change(path)
     take(unmapped)
-    with pytest.raises(CheckpointError, match=f"^{path}: it was changed while it was read, but was {SIZE} bytes long"):
+    with pytest.raises(CheckpointError, match=f"^{path}: it was changed while it was read, and had {SIZE} bytes"):
         unmapped.check()
 
 

@@ -457,9 +457,9 @@ def test_offline_the_cache_does(world: World) -> None:
     ran = world.ran["offline missing"]
     assert (ran.code, ran.out) == (3, "")
     assert ran.err == (
-        "expo: error: no/such: no such file or folder; as a hub id: no/such@main: the library is offline "
-        f"(HF_HUB_OFFLINE is set), and the cache {world.folder}/hf/hub has nothing of it; unset HF_HUB_OFFLINE to have "
-        "it downloaded\n"
+        "expo: error: no/such: no such file or folder; as a hub id: no/such@main: huggingface_hub is offline "
+        f"(HF_HUB_OFFLINE is set), and the cache {world.folder}/hf/hub has nothing of it; unset HF_HUB_OFFLINE to "
+        "download it\n"
     )
 
 

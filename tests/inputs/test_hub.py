@@ -183,9 +183,9 @@ def test_what_the_hub_refuses(server: Hub, client: Client) -> None:
         f"see {at}/org/public/tree/main"
     )  # fmt: skip
     missing, private, gated, _ = client(*ids, HF_TOKEN=TOKEN)
-    assert "or a private one, and the token that is set does not open it; check the name" in missing
+    assert "or a private one, and the token that is set has no access to it; check the name" in missing
     assert isinstance(private, Snapshot)
-    assert "is gated, and the token that is set does not open it; accept its conditions" in gated
+    assert "is gated, and the token that is set has no access to it; accept its conditions" in gated
     (refused,) = client("org/public", HF_TOKEN="hf_wrong")
     assert refused.startswith(f"org/public@main: {at} refuses the token (HfHubHTTPError: ")
     assert refused.endswith(login)
@@ -203,7 +203,7 @@ def test_a_connection_cut_in_the_middle_of_a_file_goes_on_where_it_was(server: H
     (snapshot,) = client("org/name")
     if isinstance(snapshot, str):  # older versions of the library do not continue a file by themselves
         assert snapshot.startswith(f"org/name@main: no connection to {server.endpoint}, or a broken one (")
-        assert snapshot.endswith("run the same command again: what is complete is not downloaded again")
+        assert snapshot.endswith("run the same command again: complete files are not downloaded again")
         (snapshot,) = client("org/name")
     assert (Path(snapshot.folder) / "model.safetensors").read_bytes() == data
     ranges = [found for verb, path, found in server.log if verb == "GET" and path.endswith("/model.safetensors")]
@@ -218,7 +218,7 @@ def test_a_hub_that_fails_in_the_middle_and_the_same_command_again(server: Hub, 
     (message,) = client("org/name")
     assert message.startswith(f"org/name@main: no connection to {server.endpoint}, or a broken one (HfHubHTTPError: ")
     assert "503" in message
-    assert message.endswith("; run the same command again: what is complete is not downloaded again")
+    assert message.endswith("; run the same command again: complete files are not downloaded again")
     (offline,) = client("org/name", HF_HUB_OFFLINE="1")
     assert "has nothing of it" in offline  # the cache records a revision when all of its files are there
     del server.status[last]
@@ -238,7 +238,7 @@ def test_without_a_network(server: Hub, client: Client, tmp_path: Path) -> None:
     server.log.clear()
     cached, incomplete, absent = client(("org/name", True, True), "org/name", "org/other", HF_HUB_OFFLINE="1")
     cache = client.home / "hf" / "hub"
-    offline, fix = "the library is offline (HF_HUB_OFFLINE is set)", "unset HF_HUB_OFFLINE to have it downloaded"
+    offline, fix = "huggingface_hub is offline (HF_HUB_OFFLINE is set)", "unset HF_HUB_OFFLINE to download it"
     assert cached == sft
     assert re.fullmatch(
         rf"org/name@main: .*, and the cache {cache} lacks .*generation_config.json.*; {fix}", incomplete
@@ -249,7 +249,7 @@ def test_without_a_network(server: Hub, client: Client, tmp_path: Path) -> None:
     cached, incomplete, absent = client(("org/name", True, True), "org/name", f"org/other@{commit}", **down)
     assert cached == sft
     assert re.match(r"org/name@main: no connection to http://127.0.0.1:9, or a broken one \(ConnectE", incomplete)
-    assert absent.endswith("has nothing of it; run the same command again: what is complete is not downloaded again")
+    assert absent.endswith("has nothing of it; run the same command again: complete files are not downloaded again")
     shard = Path(sft.folder) / "model-00002-of-00002.safetensors"
     shard.unlink()
     (incomplete,) = client(("org/name", True, True), HF_HUB_OFFLINE="1")
@@ -273,7 +273,7 @@ def test_a_cache_of_ones_own_and_one_that_cannot_be_written(server: Hub, client:
     (snapshot,) = client("org/name", HF_HUB_CACHE=str(tmp_path / "own"))
     assert Path(snapshot.folder).is_relative_to(tmp_path / "own" / "models--org--name")
     (full,) = client("org/name", FILE_LIMIT=str(1 << 20))
-    again = "run the same command again: what is complete is not downloaded again"
+    again = "run the same command again: complete files are not downloaded again"
     cache = client.home / "hf" / "hub"
     assert (
         full

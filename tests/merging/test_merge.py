@@ -843,8 +843,8 @@ def test_an_input_that_changes_under_the_merge_is_noticed(
         with pytest.raises(expo.CheckpointError) as caught:
             expo.merge(*pair, 0.3, out)
     assert str(caught.value) == (
-        f"{file}: {size + change} bytes now; it is being changed, but was {size} bytes long and untouched when its "
-        f"header was read: leave the file alone, and try again; {kept(out)}"
+        f"{file}: {size + change} bytes now; it is being changed, and had {size} bytes when its "
+        f"header was read: let no process change the file, and try again; {kept(out)}"
     )
     file.write_bytes(data)
     what = f"{which}: another size, time of change or header of model.safetensors"

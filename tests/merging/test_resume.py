@@ -251,7 +251,9 @@ def test_a_shard_that_has_gone_from_staging(monkeypatch: pytest.MonkeyPatch, pai
     with pytest.raises(expo.OutputError, match=rf"{name}: No such file"):
         expo.merge(*pair, 0.3, out, resume=True)
     (staging_folder(out) / name).write_bytes(b"short")
-    with pytest.raises(expo.OutputError, match=rf"{name} is shorter than it was left: `overwrite=True` starts anew"):
+    with pytest.raises(
+        expo.OutputError, match=rf"{name} is shorter than the interrupted merge left it: `overwrite=True` starts anew"
+    ):
         expo.merge(*pair, 0.3, out, resume=True)
 
 

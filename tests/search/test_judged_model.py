@@ -226,7 +226,8 @@ def test_a_square_matrix_that_the_library_transposes_is_not_taken_by_its_name(
 def test_live_names_the_way_out_where_names_differ(mixture: tuple[Path, Path]) -> None:
     model = load(mixture[1])
     with pytest.raises(
-        expo.PlanError, match=r"^names in memory are not those of the files; .* give sft as a model that"
+        expo.PlanError,
+        match=r"^the names of the model's tensors are not those of sft's files; .* load sft with the same library",
     ):
         expo.Live(model, mixture[0])
     expo.Live(model, load(mixture[0])).close()
