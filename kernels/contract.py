@@ -172,11 +172,11 @@ def check_no_scales(anchor: Operand, terms: Sequence[Term]) -> None:
         raise EngineError("an operand has scales, and no engine computes with quantised elements yet")
 
 
-def total(parts: Iterable[Statistics], outputs: int) -> Statistics:
+def total_statistics(parts: Iterable[Statistics], outputs: int) -> Statistics:
     """Return the statistics of several pieces together; the sums are exact, so the order of the pieces has no effect.
 
     Args:
-        outputs: The number of outputs, which are as many in each piece.
+        outputs: The number of outputs, which is the same for all pieces.
     """
     parts = list(parts)
     counts = tuple(

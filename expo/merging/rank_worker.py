@@ -13,7 +13,7 @@ from ..execution.worker_pool import Progress, WorkerPool
 from ..memory import page_aligned
 from ..output.direct_io import ShardWriter, read_back
 from ..output.journal import DoneChunks, Journal
-from ..planning.shards import Chunk, Measured, portion
+from ..planning.shards import Chunk, ChunkStatistics, portion
 from .job import MergeJob
 from .result import Tally
 
@@ -77,7 +77,7 @@ class RankWorker:
                 name: ShardWriter(os.path.join(folder, name), sizes[name], count) for name, count in missing.items()
             }
 
-        def record_chunk(chunk: Chunk, statistics: Measured) -> None:
+        def record_chunk(chunk: Chunk, statistics: ChunkStatistics) -> None:
             self._tally.add_chunk(chunk, statistics)
             self._journal.add(chunk, statistics)
 
