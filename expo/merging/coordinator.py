@@ -120,7 +120,7 @@ class Coordinator:
             how_to_continue = "`resume=True` without `check=True` puts it in place as it is"
             if not _is_unloadable(error):
                 how_to_continue = RESUME
-            hints.append(f"what is done is kept in {kept}: {how_to_continue}")
+            hints.append(f"the finished part is kept in {kept}: {how_to_continue}")
         if isinstance(error, ExpoError):
             error.add_hints(*hints)
         elif isinstance(error, KeyboardInterrupt):

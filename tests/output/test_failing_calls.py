@@ -34,7 +34,7 @@ def test_what_a_sync_failed_for_is_not_gone_on_with(
     out, name = tmp_path / "out", "model-00002-of-00002.safetensors"
     with monkeypatch.context() as patch:
         refuse_to_sync(patch, 1, name)
-        with pytest.raises(expo.OutputError, match=rf"{name}: Input/output error; what is done is kept in"):
+        with pytest.raises(expo.OutputError, match=rf"{name}: Input/output error; the finished part is kept in"):
             expo.merge(*pair, 0.3, out)
     found = read_journal(journal_path(str(staging_folder(out))))
     assert found is not None
