@@ -119,7 +119,7 @@ def narrow(r: Array, dtype: str, out: Array) -> None:
 
 
 def round_to_odd(r: Array) -> Array:
-    """Round float64 to float32 such that a second rounding, to 8 significant bits, gives the result of a single one.
+    """Round float64 to float32 such that a second rounding, to 8 significant bits, gives the result of one rounding.
 
     Inexact values become the neighbour towards zero with its last bit set (Boldo and Melquiond, "Emulation of FMA and
     correctly rounded sums", 2008).
