@@ -85,7 +85,7 @@ class Conversion:
                 counts.append(counted and (0, counted[1]))  # a copy changes nothing, but NaN compares as changed
                 continue
             assert step.sft is not None
-            # With a delta the engine is only needed for the sums, which are the same for every alpha.
+            # If there is a delta, only the sums need the engine, and they are the same for every alpha.
             if self._delta is None or (measure and not sums.aligned_squared):
                 sft, aligned = Operand(self._sft, step.sft.dtype), Operand(self._aligned, self._arithmetic)
                 sums = engine.run(*extrapolation(sft, aligned, (alpha,)), [result], measure) or sums

@@ -63,12 +63,12 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
         counterparts[name] = Counterpart(unpaired_sft.pop(old_name), f"sft calls it {old_name}")
         del unpaired_aligned[name]
     flags = tie_flag(sft.config), tie_flag(aligned.config)
-    # A head that sft lacks is not tied if sft's config denies the tie, or if it says nothing and aligned's denies it.
+    # A tensor that sft lacks is not tied if sft's config denies the tie, or if it says nothing and aligned's denies it.
     sft_ties = _find_ties(unpaired_aligned, of_sft, flags[0] is not False and flags != (None, False))
     counterparts |= {name: Counterpart(of_sft[other], f"sft ties it to {other}") for name, other in sft_ties.items()}
     tied_to = set(sft_ties.values())
     unpaired_sft = {name: tensor for name, tensor in unpaired_sft.items() if name not in tied_to}
-    # A head that aligned lacks is tied only if neither config denies the tie, because a wrong tie would drop a tensor.
+    # A tensor that aligned lacks is tied only if neither config denies the tie, because a wrong tie would drop a tensor.
     aligned_ties = _find_ties(unpaired_sft, of_aligned, False not in flags)
     dropped |= {name: f"aligned ties it to {other}" for name, other in aligned_ties.items()}
     only_in_aligned = [name for name in unpaired_aligned if name not in sft_ties]

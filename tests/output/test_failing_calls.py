@@ -199,7 +199,10 @@ def test_a_limit_on_the_size_of_files(pair: Pair, tmp_path: Path) -> None:
     assert done.returncode == 4
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "File too large; the filesystem or a limit (ulimit -f) refuses files of this size; the finished part" in done.stderr
+    assert (
+        "File too large; the filesystem or a limit (ulimit -f) refuses files of this size; the finished part"
+        in done.stderr
+    )
     assert done.stderr.endswith(f"; {with_options(kept(tmp_path / 'out'))}\n")
     assert sorted(os.listdir(tmp_path)) == [".out.expo-staging", "al", "sft"]
     expo.merge(*pair, 0.3, tmp_path / "out", resume=True)
