@@ -68,7 +68,7 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
     counterparts |= {name: Counterpart(of_sft[other], f"sft ties it to {other}") for name, other in sft_ties.items()}
     tied_to = set(sft_ties.values())
     unpaired_sft = {name: tensor for name, tensor in unpaired_sft.items() if name not in tied_to}
-    # A tensor that aligned lacks is tied only if neither config denies the tie, because a wrong tie would drop a tensor.
+    # A tensor that aligned lacks is tied only if neither config denies the tie, because a wrong tie drops a tensor.
     aligned_ties = _find_ties(unpaired_sft, of_aligned, False not in flags)
     dropped |= {name: f"aligned ties it to {other}" for name, other in aligned_ties.items()}
     only_in_aligned = [name for name in unpaired_aligned if name not in sft_ties]
