@@ -166,7 +166,7 @@ def left_to_resume(said: str, folder: Path) -> bool:
 def test_a_kernel_that_fails(
     monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any, order: str | int
 ) -> None:
-    """The error says whose it is, the finished part is kept, and nothing is under way any more."""
+    """The error says whose it is, what is done is kept, and nothing is under way any more."""
     calls = iter(range(1000))
 
     def failing(*arguments: Any) -> None:
