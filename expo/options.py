@@ -31,7 +31,7 @@ class AlphaRule(NamedTuple):
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """The options of a merge; the docstring of `merge()` explains each of them.
+    """The options of a merge, without its inputs and paths; the docstring of `merge()` explains each of them.
 
     Attributes:
         alphas: One alpha for each output; None if the caller sets alphas later, as a live model does.
@@ -69,7 +69,7 @@ class MergeOptions:
                 raise UsageError(f"`{option}` must be one of {', '.join(known)}, got {value!r}")
         if isinstance(self.carry, str) or not all(isinstance(pattern, str) and pattern for pattern in self.carry):
             raise UsageError(f"`carry` must be a list of patterns, such as ['*.png'], got {self.carry!r}")
-        _ = self.alpha_rules, self.shard_bytes  # computed here, so that an error comes before a download
+        _ = self.alpha_rules, self.shard_bytes  # these properties raise their errors here, before a download
 
     @cached_property
     def alpha_rules(self) -> tuple[AlphaRule, ...]:
@@ -78,7 +78,7 @@ class MergeOptions:
         for pattern, alpha in self.alpha_for.items():
             try:
                 if not isinstance(pattern, str):
-                    raise TypeError(f"it is a {type(pattern).__name__}")
+                    raise TypeError(f"its type is {type(pattern).__name__}")
                 rules.append(AlphaRule(re.compile(pattern), float(alpha)))
             except (re.error, OverflowError, RecursionError, TypeError) as error:
                 raise UsageError(f"`alpha_for` {pattern!r} is not a regular expression: {error}") from error

@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..dtypes import ITEMSIZE, OUTPUT_DTYPES
-from . import sweep as sweeping
-from . import whole_model as tables
+from . import sweep as sweep_module
+from . import whole_model as whole_model_module
 from .extrapolate import OPTIONS, PROGRAM_ELEMENTS, extrapolate
 
 TARGETS = (
@@ -33,24 +33,28 @@ TARGETS = (
     *(f"hip:{arch}" for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")),
 )
 STAGES = ("ttir", "ttgir", "llir", "ptx", "cubin", "amdgcn", "hsaco")
-TOO_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)  # it takes other descriptions of arguments
+# Versions before 3.3 take the types of a kernel's arguments in another form.
+TOO_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ITEM = {name: ITEMSIZE[dtype] for name, dtype in OUTPUT_DTYPES.items()}  # bytes, by Triton's names: those of --dtype
+ITEM = {name: ITEMSIZE[dtype] for name, dtype in OUTPUT_DTYPES.items()}  # bytes, by Triton's name of a dtype
 
 
 class CompilerError(RuntimeError):
-    """The compiler printed something: LLVM prints its errors, and Triton still returns code that lacks a part."""
+    """An error for code that a compiler printed something about.
+
+    LLVM only prints its errors, and Triton then returns code in which a part is missing.
+    """
 
 
 class Variant(NamedTuple):
-    """A kernel for certain dtypes and constants, for any target.
+    """A kernel with fixed dtypes and constants, which can be compiled for any target.
 
     Attributes:
         name: The name of the variant.
         kernel: The Triton kernel.
         types: The types of its arguments, in order; "constexpr" for those in `constants`.
-        constants: The values of its constants, but for PTX, which depends on the target: see `compiled`.
-        wide: The arguments that are multiples of 16.
+        constants: The values of its constants, except PTX, which `compiled` sets because it depends on the target.
+        wide: The names of the addresses and sizes that are multiples of 16, so that accesses can be wide.
         bytes_per_element: The bytes that the kernel reads and writes for every element of the tensor.
     """
 
@@ -67,7 +71,7 @@ class Variant(NamedTuple):
         return {name: kind for name, kind in self.types.items() if kind != "constexpr"}
 
 
-def _plain(sft: str, aligned: str, name: str, wide: bool = True) -> Variant:
+def _extrapolate(sft: str, aligned: str, name: str, wide: bool = True) -> Variant:
     types = {"sft_ptr": f"*{sft}", "aligned_ptr": f"*{aligned}", "out_ptr": f"*{aligned}", "n": "i64", "alpha": "fp32"}
     pointers = ("sft_ptr", "aligned_ptr", "out_ptr") if wide else ()
     moved = ITEM[sft] + 2 * ITEM[aligned]
@@ -78,30 +82,30 @@ def _sweep(dtype: str, alphas: int, measured: bool) -> Variant:
     pointers = {"sft_ptr": f"*{dtype}", "aligned_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "alphas_ptr": "*fp32"}
     partials = {"sums_ptr": "*fp32", "counts_ptr": "*i32"} if measured else {}
     absent = {} if measured else {"sums_ptr": None, "counts_ptr": None}
-    block = sweeping.PROGRAM_ELEMENTS
+    block = sweep_module.PROGRAM_ELEMENTS
     constants = {**absent, "K": alphas, "BLOCK": block}
     sizes = {"n": "i64", "pitch": "i64"}
     types = {**pointers, **partials, **dict.fromkeys(absent, "constexpr"), **sizes, "K": "constexpr"}
     moved = (2 + alphas) * ITEM[dtype] + (2 * (12 + 4 * alphas) / block if measured else 0)
     name = f"statistics{alphas}_{dtype}" if measured else f"sweep{alphas}_{dtype}"
     wide = (*pointers, *partials, "pitch")
-    return Variant(name, sweeping.sweep, types | {"BLOCK": "constexpr"}, constants, wide, moved)
+    return Variant(name, sweep_module.sweep, types | {"BLOCK": "constexpr"}, constants, wide, moved)
 
 
 def _whole_model(dtype: str) -> Variant:
-    kinds = tables.constants(OUTPUT_DTYPES[dtype], OUTPUT_DTYPES[dtype], tables.ACCESS_BYTES)
-    constants = {**kinds, "SEGMENT": tables.SEGMENT, "BLOCK": PROGRAM_ELEMENTS}
+    kinds = whole_model_module.constants(OUTPUT_DTYPES[dtype], OUTPUT_DTYPES[dtype], whole_model_module.ACCESS_BYTES)
+    constants = {**kinds, "SEGMENT": whole_model_module.SEGMENT, "BLOCK": PROGRAM_ELEMENTS}
     types = {"table_ptr": "*i64", "alpha": "fp32"} | dict.fromkeys(constants, "constexpr")
-    moved = 3 * ITEM[dtype] + 32 / (tables.SEGMENT * PROGRAM_ELEMENTS)
-    return Variant(f"whole_model_{dtype}", tables.whole_model, types, constants, ("table_ptr",), moved)
+    moved = 3 * ITEM[dtype] + 32 / (whole_model_module.SEGMENT * PROGRAM_ELEMENTS)
+    return Variant(f"whole_model_{dtype}", whole_model_module.whole_model, types, constants, ("table_ptr",), moved)
 
 
 def variants() -> dict[str, Variant]:
     """Return every variant by its name; a new kernel needs a new row here."""
     rows = [
-        *(_plain(dtype, dtype, f"extrapolate_{dtype}") for dtype in ITEM),
-        *(_plain(s, a, f"extrapolate_{s}_{a}") for s, a in product(ITEM, ITEM) if s != a),
-        *(_plain(dtype, dtype, f"extrapolate_{dtype}_unaligned", wide=False) for dtype in ITEM),
+        *(_extrapolate(dtype, dtype, f"extrapolate_{dtype}") for dtype in ITEM),
+        *(_extrapolate(s, a, f"extrapolate_{s}_{a}") for s, a in product(ITEM, ITEM) if s != a),
+        *(_extrapolate(dtype, dtype, f"extrapolate_{dtype}_unaligned", wide=False) for dtype in ITEM),
         *(_sweep(dtype, alphas, False) for dtype in ITEM for alphas in (2, 4)),
         *(_sweep(dtype, 1, True) for dtype in ITEM),
         _sweep("bf16", 4, True),
@@ -130,10 +134,11 @@ def compiled(variant: Variant, target: GPUTarget, **options: Any) -> Any:
 
 
 @contextmanager
-def _nothing_printed(what: str) -> Iterator[None]:
-    """Raise CompilerError at the end if anything was written to file descriptor 2, which still shows it.
+def _nothing_printed(compilation: str) -> Iterator[None]:
+    """Raise CompilerError at the end of the block if the compiler printed anything to stderr (file descriptor 2).
 
-    A process of its own copies the output, so that the last message of a compiler that aborts is not lost.
+    The text appears on stderr as usual. A separate process copies it, so that the last message of a compiler that
+    aborts is not lost.
     """
     sys.stderr.flush()
     kept = os.dup(2)
@@ -150,7 +155,7 @@ def _nothing_printed(what: str) -> Iterator[None]:
         printed = dict.fromkeys(copy.read().decode(errors="replace").strip().splitlines())  # each line once
     if printed:
         lines = "\n".join(list(printed)[:20])
-        raise CompilerError(f"{what}: the code cannot be trusted, as the compiler printed\n{lines}")
+        raise CompilerError(f"{compilation}: the code cannot be trusted, as the compiler printed\n{lines}")
 
 
 def hidden_arguments(kernel: Any, variant: Variant) -> int:
@@ -185,7 +190,7 @@ def opcodes(instructions: Sequence[str]) -> list[str]:
 
 
 def full_program(instructions: Sequence[str]) -> Sequence[str]:
-    """Return the code that a program with a full block executes: in all kernels, the code up to the first EXIT."""
+    """Return the code that a program with a full block executes, which ends at the first EXIT in all kernels."""
     return instructions[: instructions.index("EXIT") + 1]
 
 
@@ -203,7 +208,10 @@ def _usage(asm: dict[str, Any]) -> dict[str, int | None]:
 
 
 def described(variant: Variant, kernel: Any) -> dict[str, Any]:
-    """Return the variant's entry in kernels.json: null if a tool is missing, and for the instructions of AMD's GPUs."""
+    """Return the variant's entry in kernels.json.
+
+    Numbers that a missing tool would give are None, and so are the instructions of AMD's GPUs.
+    """
     block, warps = variant.constants["BLOCK"], kernel.metadata.num_warps
     per_thread = block / (warps * kernel.metadata.target.warp_size)
     code = machine_code(kernel.asm["cubin"]) if "cubin" in kernel.asm else None
@@ -239,7 +247,7 @@ def write(target: str, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command, and return 0, or 1 if a compiler printed something; bad arguments exit with 2."""
+    """Run the command. Return 0, or 1 if a compiler printed something; bad arguments exit with 2."""
     parser = argparse.ArgumentParser(prog="python -m expo.kernels.aot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--target", action="append", default=[], metavar="NAME", help="cuda:90, hip:gfx942; repeatable")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the parent of the folders, one for each target")
@@ -271,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _fresh_cache() -> Iterator[None]:
-    """Give Triton an empty cache: nobody checked what the compiler printed for the code in its own cache."""
+    """Give Triton an empty cache, because nobody checked the messages of the compiler about code in the usual cache."""
     before = os.environ.get("TRITON_CACHE_DIR")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder

@@ -31,7 +31,7 @@ class Address(NamedTuple):
 
     Attributes:
         start: The address of the first byte.
-        nbytes: The number of bytes that belong to it.
+        nbytes: The number of bytes of the memory.
     """
 
     start: int
@@ -67,7 +67,7 @@ class Operand(NamedTuple):
 
     @classmethod
     def of_tensor(cls, tensor: Any) -> Operand:
-        """Return the operand that a contiguous tensor of torch is. Raises KeyError for a dtype without a name."""
+        """Return a contiguous tensor of torch as an operand. Raises KeyError for an unknown dtype."""
         return cls(tensor, torch_names()[tensor.dtype])
 
     def part(self, first: int, count: int) -> Operand:
@@ -77,7 +77,7 @@ class Operand(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """The number of elements in the memory. Raises ValueError if the last one is not whole."""
+        """The number of elements in the memory. Raises ValueError if the memory ends inside an element."""
         memory, item = self.memory, ITEMSIZE[self.dtype]
         nbytes: int = memory.nbytes if hasattr(memory, "nbytes") else memoryview(memory).nbytes
         count, rest = divmod(nbytes, item)
@@ -103,16 +103,17 @@ class Term(NamedTuple):
 class Statistics(NamedTuple):
     """The statistics of a merge: sums over the difference of two tensors or pieces, and counts of the outputs.
 
-    The letter d means aligned - sft, computed in fp32, or in fp64 for F64 tensors. For a term other than that of ExPO,
-    d means plus - minus, and aligned means the anchor.
+    The letter d stands for aligned - sft, computed in fp32, or in fp64 if a tensor is F64. For a term that is not the
+    term of ExPO, d stands for plus - minus, and the word aligned stands for the anchor.
 
     Attributes:
         d_squared: The sum of d*d over the elements whose d is finite, accumulated in fp32 over short runs and in fp64
             across them. Its relative error is below 1e-5 as long as the squares are normal fp32 numbers.
         aligned_squared: The sum of aligned*aligned over the same elements, accumulated in the same way.
         max_abs_d: The largest finite |d|.
-        counts: For each output (changed, non_finite). Changed outputs are those that compare unequal to aligned by
-            IEEE's rule: -0 equals +0, and NaN equals nothing. Non-finite outputs are inf or NaN.
+        counts: For each output (changed, non_finite). The first number counts the elements that compare unequal to
+            aligned by the rule of IEEE 754: -0 equals +0, and NaN equals nothing. The second number counts the elements
+            that are inf or NaN.
     """
 
     d_squared: float
@@ -122,8 +123,9 @@ class Statistics(NamedTuple):
 
 
 # engine(anchor, terms, outputs, measure) fills the outputs, one for each coefficient of a term, and returns Statistics
-# if `measure`, else None. The anchor has as many elements as the engine computes, and fixes the dtype of the outputs;
-# the other memories may be longer. A single output may be the memory of an input, unless `measure` is set.
+# if `measure`, else None. The anchor fixes the number of elements that the engine computes, and the dtype of the
+# outputs; the other memories may be longer. If there is one output and `measure` is False, the output may be the memory
+# of an input.
 EngineFunction = Callable[[Operand, Sequence[Term], Sequence[Any], bool], "Statistics | None"]
 
 
@@ -151,6 +153,8 @@ def extrapolation_term(engine: str, anchor: Operand, terms: Sequence[Term]) -> T
 
     Args:
         engine: The name of the engine, for the message.
+        anchor: The anchor, as the engine got it.
+        terms: The terms, as the engine got them.
 
     Raises:
         EngineError: The arguments are not those of ExPO.
@@ -158,10 +162,10 @@ def extrapolation_term(engine: str, anchor: Operand, terms: Sequence[Term]) -> T
     if is_extrapolation(anchor, terms):
         return terms[0]
     check_no_scales(anchor, terms)
-    found = "another one" if len(terms) == 1 else f"{len(terms)} terms"
+    given = "another term" if len(terms) == 1 else f"{len(terms)} terms"
     raise EngineError(
-        f"the engine {engine} computes the one term alpha * (aligned - sft) from aligned on, and got {found}: use the "
-        "engine numpy, which computes any terms"
+        f"the engine {engine} computes only aligned + alpha * (aligned - sft), and got {given}: use the engine numpy, "
+        "which computes any terms"
     )
 
 
@@ -172,11 +176,12 @@ def check_no_scales(anchor: Operand, terms: Sequence[Term]) -> None:
         raise EngineError("an operand has scales, and no engine computes with quantised elements yet")
 
 
-def total(parts: Iterable[Statistics], outputs: int) -> Statistics:
+def total_statistics(parts: Iterable[Statistics], outputs: int) -> Statistics:
     """Return the statistics of several pieces together; the sums are exact, so the order of the pieces has no effect.
 
     Args:
-        outputs: The number of outputs, which are as many in each piece.
+        parts: The statistics of each piece.
+        outputs: The number of outputs, which is the same for all pieces.
     """
     parts = list(parts)
     counts = tuple(
@@ -188,7 +193,7 @@ def total(parts: Iterable[Statistics], outputs: int) -> Statistics:
 
 
 def exact_sum(values: Iterable[float]) -> float:
-    """Return the sum, rounded once, and inf where it overflows."""
+    """Return the sum, rounded once; inf if the sum overflows."""
     try:
         return math.fsum(values)
     except OverflowError:

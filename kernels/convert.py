@@ -2,12 +2,14 @@
 
     cast        out = round-to-nearest-even(x -> dtype of out), once; widening is exact
     low_rank    delta[i, j] = scale * (left[i, 0] * right[0, j] + left[i, 1] * right[1, j] + ...)
-    apply       out = f32(base) + f32(beta) * delta
+    add_delta   out = f32(base) + f32(beta) * delta, where beta is 1 for aligned and 1 + alpha for the output
 
-All of low_rank is fp32, each multiplication and each addition rounds once, and the sum runs from the left: NumPy and C
-give the same bits, and so does every part of the matrix by itself. The formula is LoRA's, "LoRA: Low-Rank Adaptation of
-Large Language Models" (arXiv 2106.09685), section 4.1. The operations are compiled where the engine cpu is built, and
-NumPy's elsewhere. Bytes moved: cast has a read and a write; low_rank has a write, as the factors stay in the cache.
+The arithmetic of low_rank is fp32, each multiplication and each addition rounds once, and the terms are added from left
+to right. So NumPy and C give the same bits, and a part of the matrix that is computed alone has the bits of the whole.
+The formula is LoRA's, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), section 4.1. The
+functions cast and low_rank use the compiled code where the engine cpu is built, and NumPy elsewhere; add_delta always
+uses NumPy. Bytes moved: cast reads and writes each element once; low_rank only writes, because the factors stay in the
+cache.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ try:
 except ImportError:
     _cpu = None  # type: ignore[assignment]
 
-CACHE_COLUMNS = 1 << 14  # that NumPy computes at a time
+CACHE_COLUMNS = 1 << 14  # the number of columns that NumPy computes at a time
 
 
 def cast(
@@ -39,7 +41,7 @@ def cast(
         out: A writable buffer of raw bytes.
         out_dtype: A dtype of the same four.
         n: The number of elements.
-        before: An array of fp32 or fp64 to compare the result with, or None.
+        before: n elements of fp32 or fp64 that the result is compared with; None to count nothing.
 
     Returns:
         The counts (changed, non_finite) of `Statistics` against `before`; None without it.
@@ -88,8 +90,18 @@ def low_rank(left: Array, right: Array, scale: float, first: int, out: Array) ->
             done += part.size
 
 
-def apply(base: Array, delta: Array, beta: float, out: Array) -> None:
-    """Write base + beta * delta to out in base's dtype, fp32 or fp64; each operation rounds once, and delta is fp32."""
+def add_delta(base: Array, delta: Array, beta: float, out: Array) -> None:
+    """Write base + beta * delta to out. Each operation rounds once.
+
+    Args:
+        base: fp32 or fp64; out has the same dtype and shape.
+        delta: fp32 of the same shape.
+        beta: The factor of delta, rounded to the dtype of base.
+        out: The memory of the result.
+
+    Raises:
+        RuntimeError: The floating-point mode of this thread would give other bits.
+    """
     check_floating_point_mode()
     with np.errstate(all="ignore"):
         np.multiply(delta.astype(base.dtype, copy=False), base.dtype.type(beta), out=out)

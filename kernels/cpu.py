@@ -1,6 +1,6 @@
 """The compiled CPU engine: `_cpu.c`, on machines where it was built; F64 tensors are left to NumPy.
 
-It gives the bits of `numerics.py` at the speed of memcpy, whatever the floating-point mode of the thread, and releases
+The engine gives the bits of `numerics.py` at the speed of memcpy in any floating-point mode of the thread, and releases
 the GIL. Bytes moved: one read of each input and one write for each output.
 """
 
@@ -18,8 +18,8 @@ def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], 
     """Compute the term of ExPO as `numerics.extrapolate` does.
 
     Raises:
-        EngineError: The terms are others.
-        ValueError: A memory is smaller than the anchor's number of elements needs.
+        EngineError: The arguments are not those of ExPO.
+        ValueError: A memory has fewer elements than the anchor.
     """
     alphas, _, sft = extrapolation_term("cpu", anchor, terms)
     if "F64" in (sft.dtype, anchor.dtype):
@@ -28,7 +28,7 @@ def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], 
         return numerics.extrapolate(anchor, terms, outputs, measure)
     n = anchor.elements
     size = n * ITEMSIZE[anchor.dtype]
-    moved = _cpu.extrapolate(
+    statistics = _cpu.extrapolate(
         _memory(sft.memory, n * ITEMSIZE[sft.dtype]),
         CODES[sft.dtype],
         _memory(anchor.memory, size),
@@ -38,11 +38,15 @@ def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], 
         tuple(alphas),
         measure,
     )
-    return Statistics(*moved) if moved else None
+    return Statistics(*statistics) if statistics else None
 
 
 def _memory(memory: Any, needed: int) -> Any:
-    """Return a memory as `_cpu.c` takes it: a buffer, whose size it checks, or the bare address of `needed` bytes."""
+    """Return a memory in the form that `_cpu.c` takes: a buffer, whose size `_cpu.c` checks, or a bare address.
+
+    Raises:
+        ValueError: The memory at an address has fewer bytes than `needed`.
+    """
     if type(memory) is not Address:
         return memory
     if memory.nbytes < needed:

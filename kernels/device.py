@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..memory import PAGE
-from .extrapolate import available
+from .extrapolate import why_unavailable
 
 
 class Cuda:
@@ -25,26 +25,26 @@ class Cuda:
         Raises:
             RuntimeError: torch sees no GPU, or none of that index.
         """
-        reason = available()
+        reason = why_unavailable()
         if reason:
             raise RuntimeError(reason)
-        # An index without a GPU fails here, and not in the middle of a merge.
+        # If no GPU has this index, the error comes here and not in the middle of a merge.
         self.device = torch.empty(0, device=device).device
 
     def pinned(self, size: int) -> torch.Tensor:
-        """Return uint8 memory of the host that the GPU can read and write itself, from the start of a page on."""
+        """Return `size` bytes of the host's memory, pinned, so that the GPU can access them, and aligned to a page."""
         memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=True)
         start = -memory.data_ptr() % PAGE
         return memory[start : start + size]
 
     def memory(self, size: int) -> torch.Tensor:
-        """Return uint8 memory of the GPU."""
+        """Return `size` bytes of the GPU's memory, as a uint8 tensor."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def stream(self) -> torch.cuda.Stream:
         """Return a new stream for work on memory that is allocated before this call."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        # The current stream may still use that memory for what freed it a moment ago.
+        # Work on the current stream may still use the memory of a tensor that was freed a moment ago.
         stream.wait_stream(torch.cuda.current_stream(self.device))
         return stream
 
@@ -54,7 +54,7 @@ class Cuda:
             work()
 
     def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        """Return an event that happens when all work that is on the stream now is done."""
+        """Return an event that completes when all work that is on the stream now is done."""
         # A thread that waits for a blocking event sleeps.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(stream)

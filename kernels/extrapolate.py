@@ -21,14 +21,14 @@ from .contract import Operand, Term, extrapolation_term
 
 # A kernel takes this number as BLOCK: 16 elements for each of 128 threads, two 128-bit accesses for a bf16 operand.
 PROGRAM_ELEMENTS = 2048
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # of every kernel of this project
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # the options with which every kernel is launched
 TAIL_ELEMENTS = tl.constexpr(8)  # a 128-bit access has 8 bf16 elements, so a tail has fewer
 _launches = threading.RLock()  # re-entrant: the self-test holds it around its launches
 
 
 @triton.jit
 def widen(x):  # type: ignore[no-untyped-def]
-    """Return x in fp32, which is exact."""
+    """Return the block x of bf16, fp16 or fp32 in fp32, which is exact."""
     if x.dtype == tl.bfloat16:
         # The compiler folds these integer operations into one instruction for each half of a register.
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -38,7 +38,7 @@ def widen(x):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def rounded(a, d, alpha, dtype: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return a + alpha * d, rounded to a dtype, from a and d in fp32; PTX is what `ptx` returns."""
+    """Return a + alpha * d from a and d in fp32, rounded to `dtype`; PTX is the value of `ptx()`."""
     if PTX:
         # For Blackwell LLVM packs two products and two sums, and ptxas 12.8 and 12.9 fuse the packed ones in spite of
         # their options. They do not fuse an instruction of inline assembly.
@@ -52,7 +52,7 @@ def rounded(a, d, alpha, dtype: tl.constexpr, PTX: tl.constexpr):  # type: ignor
 def write_elements(  # type: ignore[no-untyped-def]
     sft_ptr, aligned_ptr, out_ptr, alpha, at, inside, PTX: tl.constexpr
 ):
-    """Write the results of the elements `at` for which the mask `inside` is true; None is a mask of all."""
+    """Write the results of the elements `at` for which the mask `inside` is true, or of all if `inside` is None."""
     sft = tl.load(sft_ptr + at, mask=inside)
     aligned = tl.load(aligned_ptr + at, mask=inside)
     a = widen(aligned)
@@ -64,13 +64,16 @@ def write_elements(  # type: ignore[no-untyped-def]
 def write_block(  # type: ignore[no-untyped-def]
     sft_ptr, aligned_ptr, out_ptr, left, alpha, BLOCK: tl.constexpr, PTX: tl.constexpr
 ):
-    """Write the results of the first BLOCK elements, or of the `left` ones that there are, none if `left` <= 0."""
+    """Write the results of the first min(BLOCK, left) elements; `left` is the number of elements from here to the end.
+
+    If `left` is 0 or negative, nothing is written.
+    """
     at = tl.arange(0, BLOCK)
     if left >= BLOCK:
         write_elements(sft_ptr, aligned_ptr, out_ptr, alpha, at, None, PTX)
     else:
-        # The compiler sees that this bound is a multiple of 8. A mask against another bound allows 2-byte accesses
-        # alone. The division rounds towards zero, so the tail of a negative number is empty too.
+        # The compiler sees that this bound is a multiple of 8, and uses 128-bit accesses. With any other bound it would
+        # use 2-byte accesses only. The division rounds towards zero, so the tail is empty if the number is negative.
         body = (left.to(tl.int32) // TAIL_ELEMENTS) * TAIL_ELEMENTS
         write_elements(sft_ptr, aligned_ptr, out_ptr, alpha, at, at < body, PTX)
         tail = body + tl.arange(0, TAIL_ELEMENTS)
@@ -81,7 +84,7 @@ def write_block(  # type: ignore[no-untyped-def]
 def extrapolate(  # type: ignore[no-untyped-def]
     sft_ptr, aligned_ptr, out_ptr, n, alpha, BLOCK: tl.constexpr, PTX: tl.constexpr
 ):
-    """Compute n elements from three addresses, BLOCK in each program; out may be one of the inputs."""
+    """Compute n elements, BLOCK in each program; out_ptr may be one of the two input addresses."""
     start = tl.program_id(0).to(tl.int64) * BLOCK  # int64 before the multiplication: n may be past 2^31
     write_block(sft_ptr + start, aligned_ptr + start, out_ptr + start, n - start, alpha, BLOCK, PTX)
 
@@ -92,12 +95,12 @@ def launch(anchor: Operand, terms: Sequence[Term], outputs: Sequence[torch.Tenso
     Args:
         anchor: The aligned tensor.
         terms: The term of ExPO, with one coefficient: not 0, and finite in fp32.
-        outputs: One tensor of the anchor's shape and dtype, which may be the anchor's or sft's own.
+        outputs: One tensor of the anchor's shape and dtype, which may be the tensor aligned or sft itself.
 
-    The dtypes are BF16, F16 and F32 in any mix. The tensors are not checked.
+    The dtypes are BF16, F16 and F32 in any mix. The caller checks the tensors; this function does not.
 
     Raises:
-        EngineError: The terms are others.
+        EngineError: The arguments are not those of ExPO.
     """
     (alpha,), _, sft = extrapolation_term("triton", anchor, terms)
     (out,) = outputs
@@ -129,6 +132,6 @@ def ptx() -> bool:
     return torch.version.hip is None and not interpreted()
 
 
-def available() -> str:
-    """Return the reason why the kernels cannot run on this machine, or ""; Triton's interpreter can run them too."""
+def why_unavailable() -> str:
+    """Return the reason why the kernels cannot run on this machine; "" if they can, on a GPU or in the interpreter."""
     return "" if interpreted() or torch.cuda.is_available() else "torch sees no CUDA device"

@@ -1,7 +1,7 @@
 """The engine triton: an engine for memory of the host that computes with the Triton kernels on a GPU.
 
-Bytes moved: each input goes up the bus once, and each output comes down once; `sweep.py` has the bytes that the GPU's
-own memory moves.
+Bytes moved: each input is copied to the GPU once, and each output is copied back once. `sweep.py` states the bytes that
+move in the memory of the GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from ..dtypes import ITEMSIZE, torch_dtypes
 from . import numerics
 from .contract import Operand, Statistics, Term, buffer_of, extrapolation, extrapolation_term
-from .extrapolate import available, interpreted
+from .extrapolate import interpreted, why_unavailable
 from .sweep import Partials, launch, statistics
 
 
@@ -31,10 +31,10 @@ class HostEngine:
         Raises:
             RuntimeError: The kernels cannot run here.
         """
-        reason = available()
+        reason = why_unavailable()
         if reason:
             raise RuntimeError(reason)
-        # An index without a GPU fails here, and not in the middle of a merge.
+        # If no GPU has this index, the error comes here and not in the middle of a merge.
         self.device = torch.empty(0, device="cpu" if interpreted() else device).device
 
     def __call__(
@@ -45,7 +45,7 @@ class HostEngine:
         NumPy computes F64 tensors: few GPUs are fast at fp64, and few models have it.
 
         Raises:
-            EngineError: The terms are others.
+            EngineError: The arguments are not those of ExPO.
         """
         alphas, _, sft = extrapolation_term("triton", anchor, terms)
         if "F64" in (sft.dtype, anchor.dtype):
@@ -54,8 +54,8 @@ class HostEngine:
         s, a = self._upload(sft, n), self._upload(anchor, n)
         results = a.memory.new_empty((len(alphas), -(-n // 16) * 16))
         partials = Partials.empty(n, len(alphas), self.device) if measure else None
-        on_device = torch.tensor(alphas, dtype=torch.float32, device=self.device)
-        launch(*extrapolation(s, a, on_device), results, partials)
+        device_alphas = torch.tensor(alphas, dtype=torch.float32, device=self.device)
+        launch(*extrapolation(s, a, device_alphas), results, partials)
         for result, out in zip(results[:, :n], outputs, strict=True):
             bytes_ = result.view(torch.uint8).cpu().numpy()
             np.frombuffer(buffer_of(out), np.uint8, bytes_.size)[:] = bytes_

@@ -1,8 +1,8 @@
 """The numerics contract in NumPy: the definition that every engine is tested against, and the fallback.
 
-`contract.py` states the formula. NumPy has no bf16: the bits travel as uint16, and integer arithmetic rounds them. The
-work goes in runs of elements that stay in the cache. Bytes moved: one read of each input, however often the terms name
-it, and one write for each output.
+`contract.py` states the formula. NumPy has no bf16, so bf16 elements are stored as uint16, and integer arithmetic
+rounds them. The engine computes one short run of elements after the other, so that its arrays stay in the cache. Bytes
+moved: one read of each input, even if several terms name it, and one write for each output.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from .contract import Operand, Statistics, Term, buffer_of, check_no_scales
 
 Array = npt.NDArray[Any]
 
+# The NumPy dtype in which the elements of a safetensors dtype are stored.
 STORAGE: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-SUM_ELEMENTS = 1 << 12  # summed in fp32 at a time: a longer running sum of like terms would err by more than 1e-5
-CACHE_ELEMENTS = 1 << 15  # computed at a time: their few fp32 temporaries stay in a 1 MiB cache
+# The number of elements that are summed in fp32; an fp32 sum of more equal terms would have an error above 1e-5.
+SUM_ELEMENTS = 1 << 12
+CACHE_ELEMENTS = 1 << 15  # the elements that are computed at a time; their fp32 temporaries fit into a 1 MiB cache
 
 
 def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
@@ -29,14 +31,14 @@ def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], 
     Args:
         anchor: The operand that the sum starts from. It fixes the number of elements and the dtype of the outputs.
         terms: Any number of terms, added in this order.
-        outputs: Memories of at least as many elements as the anchor has. A single output may be the memory of an
-            input, but for `measure`.
-        measure: True to return the statistics, which only a single term has.
+        outputs: Memories of at least as many elements as the anchor has. If there is one output and `measure` is
+            False, the output may be the memory of an input.
+        measure: True to return the statistics, which are defined for a single term.
 
     Raises:
         EngineError: An operand has scales, or statistics are asked for with another number of terms.
         RuntimeError: The floating-point mode of this thread would give other bits.
-        ValueError: A memory is too small, or a term has not one coefficient for each output.
+        ValueError: A memory is too small, or the number of a term's coefficients is not the number of outputs.
     """
     check_no_scales(anchor, terms)
     if measure and len(terms) != 1:
@@ -69,7 +71,7 @@ def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], 
 
 
 def _key(operand: Operand) -> tuple[int, str]:
-    """Return what two operands have in common that share one read."""
+    """Return the same key for two operands of the same memory and dtype, so that their elements are read once."""
     return id(operand.memory), operand.dtype
 
 
@@ -89,7 +91,7 @@ def _sum(o: Array, coefficients: Sequence[Any], differences: Sequence[Array]) ->
 
 
 def widen(x: Array, dtype: str) -> Array:
-    """Return elements of a storage dtype in float32, which is exact; F64 and F32 are returned as they are."""
+    """Return elements that are stored as STORAGE[dtype] in float32, which is exact; F32 and F64 stay unchanged."""
     if dtype == "BF16":
         bits = x.astype(np.uint32)
         bits <<= np.uint32(16)
@@ -98,7 +100,7 @@ def widen(x: Array, dtype: str) -> Array:
 
 
 def narrow(r: Array, dtype: str, out: Array) -> None:
-    """Round r, of float32 or float64, to nearest even once, and write the result to out of a storage dtype."""
+    """Round r, in float32 or float64, to nearest even once, and write the result to `out`, stored as STORAGE[dtype]."""
     if dtype != "BF16":
         out[...] = r
         return
@@ -117,7 +119,7 @@ def narrow(r: Array, dtype: str, out: Array) -> None:
 
 
 def round_to_odd(r: Array) -> Array:
-    """Round float64 to float32 such that a second rounding, to 8 bits, is the rounding of r itself.
+    """Round float64 to float32 such that a second rounding, to 8 significant bits, gives the result of one rounding.
 
     Inexact values become the neighbour towards zero with its last bit set (Boldo and Melquiond, "Emulation of FMA and
     correctly rounded sums", 2008).
@@ -131,13 +133,19 @@ def round_to_odd(r: Array) -> Array:
 
 
 def count(before: Array, out: Array, dtype: str) -> tuple[int, int]:
-    """Return the number of elements of out that differ from `before`, which is wide, and that are not finite."""
+    """Return two numbers: of the elements of `out` that differ from `before`, and of those that are inf or NaN.
+
+    Args:
+        before: Elements in float32 or float64.
+        out: As many elements, stored as STORAGE[dtype].
+        dtype: The dtype of `out`.
+    """
     after = widen(out, dtype)
     return int(np.count_nonzero(after != before)), int(out.size - np.count_nonzero(np.isfinite(after)))
 
 
 def accumulate(totals: list[float], x: Array, d: Array) -> None:
-    """Add elements to the totals [sum of d*d, sum of x*x, max |d|]; those whose d is not finite are left out."""
+    """Add elements to the totals [sum of d*d, sum of x*x, max |d|]; an element whose d is not finite is left out."""
     finite = np.isfinite(d)
     if not finite.all():
         x, d = x[finite], d[finite]
@@ -154,14 +162,14 @@ _HALF = np.array([1.0, 0.5, 2.0**-24, 2.0**-24], np.float32)
 
 
 def check_floating_point_mode() -> None:
-    """Raise RuntimeError in a thread that flushes subnormals or does not round to nearest even, as NumPy would follow.
+    """Raise RuntimeError if the mode of this thread flushes subnormals or does not round to nearest even.
 
-    The call torch.set_flush_denormal(True) sets such a mode.
+    NumPy computes in the mode of the thread. The call torch.set_flush_denormal(True) sets such a mode.
     """
     product = _TINY[:2] * _HALF[:2]
     total = _TINY[2:] + _HALF[2:]
     if not (product[0] > 0 and product[1] > 0 and total[0] == 1.0 and total[1] > _TINY[3]):
         raise RuntimeError(
-            "this thread's floating-point mode flushes subnormals or rounds otherwise than to nearest even, and the "
+            "this thread's floating-point mode flushes subnormals or does not round to nearest even, and the "
             "NumPy engine would follow it: call torch.set_flush_denormal(False), or use the compiled engine (cpu)"
         )

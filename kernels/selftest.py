@@ -1,8 +1,8 @@
 """The self-test of the Triton kernels: once for each GPU, a tiny run of each kernel is compared with the definition.
 
-A compiler may fuse the product and the sum in spite of its options, as ptxas 12.8 and 12.9 do for Blackwell. The
-elements of the test are such that one rounding in place of two gives another bf16, and another fp32, at every place in
-a block and in a tail.
+A compiler may fuse the product and the sum in spite of its options, as ptxas 12.8 and 12.9 do for Blackwell. At
+every position in a block and in a tail, the elements of the test have another result, in bf16 and in fp32, if they are
+rounded once in place of twice.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _passed: set[torch.device] = set()
 
 
 def passed(device: torch.device) -> bool:
-    """Return True if a device has passed in this process, or needs no test, as Triton's interpreter does not."""
+    """Return True if a device has passed in this process, or needs no test because Triton's interpreter runs."""
     return device in _passed or interpreted()
 
 
 def check(device: torch.device) -> None:
     """Test the kernels on a device, unless the device has passed in this process.
 
-    The test waits for the device, so no graph may be captured meanwhile.
+    The test waits for the device, so no graph may be captured at the same time.
 
     Raises:
         RuntimeError: A kernel gives other bits than the definition.
-        Exception: A kernel cannot run. The errors of compilers have no type in common.
+        Exception: A kernel cannot run; an error of a compiler may have any type.
     """
     if passed(device):
         return
@@ -83,7 +83,8 @@ def _run(device: torch.device) -> None:
 def _compare(name: str, out: torch.Tensor, expected: torch.Tensor) -> None:
     """Raise RuntimeError if a kernel's bits are not those expected, with the likely reason.
 
-    If the wrong results are the next number above or below the right one, they were rounded once in place of twice.
+    If each wrong result is the next number above or below the right one, it was probably rounded once in place of
+    twice.
     """
     integer = torch.int16 if expected.dtype == torch.bfloat16 else torch.int32
     apart = (out.cpu().view(integer).long() - expected.view(integer).long()).abs()

@@ -19,7 +19,7 @@ import triton.language as tl
 from .contract import Operand, Statistics, Term, extrapolation_term
 from .extrapolate import OPTIONS, TAIL_ELEMENTS, launching, ptx, rounded, widen
 
-PART_ELEMENTS = 2048  # computed at a time: 16 for each of 128 threads
+PART_ELEMENTS = 2048  # the elements that a program computes at a time: 16 for each of 128 threads
 PROGRAM_ELEMENTS = 2 * PART_ELEMENTS  # the kernel's BLOCK: two parts share the cost of K addresses
 
 
@@ -48,7 +48,10 @@ def _write_elements(  # type: ignore[no-untyped-def]
     sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row, at, inside,
     K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Write the results of the elements `at` inside the mask, which None opens to all, and statistics to sums_ptr."""
+    """Write the results and the statistics of the elements `at` for which the mask `inside` is true (None: for all).
+
+    The statistics go into row `row` of sums_ptr and counts_ptr; if these are None, there are none.
+    """
     if inside is None:
         sft = tl.load(sft_ptr + at)
         aligned = tl.load(aligned_ptr + at)
@@ -74,8 +77,8 @@ def sweep(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Compute n elements, BLOCK in each program in two parts; output k starts k * pitch elements after out_ptr.
 
-    Both sums_ptr and counts_ptr are None, or the kernel writes rows of 3 and of K there: a row for each part, and one
-    for the tail.
+    If sums_ptr and counts_ptr are not None, the kernel writes statistics there, in rows of 3 and of K numbers: one row
+    for each part, and one row for the tail.
     """
     PART: tl.constexpr = BLOCK // 2
     row = tl.program_id(0).to(tl.int64) * 2
@@ -118,14 +121,14 @@ class Partials(NamedTuple):
 
     @classmethod
     def empty(cls, n: int, alphas: int, device: torch.device) -> Partials:
-        """Allocate memory on a device for the statistics of n elements and K = `alphas`."""
+        """Allocate memory on a device for the statistics of n elements and of K = `alphas` outputs."""
         rows = partial_rows(n)
         sums = torch.empty((rows, 3), dtype=torch.float32, device=device)
         return cls(sums, torch.empty((rows, alphas), dtype=torch.int32, device=device))
 
 
 def partial_rows(n: int) -> int:
-    """Return the rows for n elements: one for each part of each program, and one for the tail if there is any."""
+    """Return the number of rows for n elements: one for each part of each program, and one for the tail, if any."""
     return 2 * -(-n // PROGRAM_ELEMENTS) + (n % PROGRAM_ELEMENTS > 0)
 
 
@@ -136,14 +139,15 @@ def launch(anchor: Operand, terms: Sequence[Term], outputs: torch.Tensor, partia
         anchor: The aligned tensor, of n elements.
         terms: The term of ExPO. Its coefficients are a tensor on the same device: fp32 of shape (K,), none 0, all
             finite.
-        outputs: A tensor of shape (K, n) and the anchor's dtype, with contiguous rows at any distance; a distance of a
-            multiple of 16 elements keeps the stores wide. With K = 1 the output may be the memory of an input.
+        outputs: A tensor of shape (K, n) and the anchor's dtype. Each row is contiguous; the stride between rows is
+            any, but a multiple of 16 elements keeps the stores wide. With K = 1 the output may be the memory of an
+            input.
         partials: The memory of the statistics, as `Partials.empty` makes it, or None.
 
-    The dtypes are BF16, F16 and F32 in any mix. The tensors are not checked.
+    The dtypes are BF16, F16 and F32 in any mix. The caller checks the tensors; this function does not.
 
     Raises:
-        EngineError: The terms are others.
+        EngineError: The arguments are not those of ExPO.
     """
     alphas, _, sft = extrapolation_term("triton", anchor, terms)
     aligned, n = anchor.memory, anchor.elements

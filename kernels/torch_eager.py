@@ -1,7 +1,7 @@
 """The numerics contract in torch's own operations: an engine for devices and dtypes that have no Triton kernel.
 
-`contract.py` states the formula. The operations take several passes over memory, and give the same bits wherever the
-sub, mul and add of torch for fp32 round to nearest even and keep subnormal numbers.
+`contract.py` states the formula. The operations take several passes over memory. They give the same bits on every
+device whose sub, mul and add for fp32 in torch round to nearest even and keep subnormal numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from ..errors import EngineError
 from .contract import Operand, Statistics, Term, check_no_scales
 
-EAGER_ELEMENTS = 1 << 24  # computed at a time: the temporaries of one term take 16 bytes for each
+EAGER_ELEMENTS = 1 << 24  # the elements that are computed at a time; the temporaries of a term take 16 bytes for each
 
 
 def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
@@ -43,7 +43,7 @@ def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], 
 
 
 def _wide(operand: Operand, run: slice, work: torch.dtype) -> torch.Tensor:
-    """Return elements of an operand in the dtype of the arithmetic, which is exact."""
+    """Return the elements `run` of an operand in `work`, the dtype of the arithmetic, which is exact."""
     elements: torch.Tensor = operand.memory.view(-1)[run]
     return elements.to(work)
 

@@ -19,7 +19,8 @@ import triton.language as tl
 from ..dtypes import TABLE, torch_names
 from .extrapolate import OPTIONS, PROGRAM_ELEMENTS, launching, ptx, write_block
 
-# The programs of a row, for 2^18 elements: a tensor wastes at most 127 programs, and 7B parameters take 0.9 MB.
+# The number of programs of a row, which compute 2^18 elements. At most 127 programs of a tensor have nothing to do, and
+# the table of a model with 7B parameters takes 0.9 MB.
 SEGMENT = 128
 ACCESS_BYTES = 16  # 128-bit accesses need addresses that are multiples of this number
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -35,11 +36,11 @@ def whole_model(  # type: ignore[no-untyped-def]
     The addresses are multiples of ALIGNMENT bytes. SFT and ALIGNED are the dtypes of the elements, and not types of
     pointers: Triton can neither hash such a type nor write it as JSON, as it writes constants for a compile hook.
     """
-    # Triton's compiler passes constants in a wrapper that `pointer_type` does not take; its interpreter uses none.
     program = tl.program_id(0)
     row = table_ptr + (program // SEGMENT).to(tl.int64) * 4
     start = (program % SEGMENT) * BLOCK
     left = tl.load(row + 3) - start
+    # `pointer_type` takes a bare dtype: Triton's compiler passes constants in a wrapper, and its interpreter does not.
     sft_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.constexpr(SFT).value)), ALIGNMENT)
     aligned_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
     out_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
@@ -72,8 +73,8 @@ class Table:
     """The addresses of the tensors of a model on a GPU: made once, and launched for every alpha.
 
     Attributes:
-        groups: One group for each pair of dtypes, and one more for tensors of that pair at other addresses than
-            multiples of ACCESS_BYTES.
+        groups: For each pair of dtypes, one group of the tensors whose addresses are multiples of ACCESS_BYTES, and one
+            group of the other tensors, if there are any.
     """
 
     def __init__(
@@ -82,15 +83,15 @@ class Table:
         """Make the table of tensors in the same order, all contiguous and on one device.
 
         The three tensors at one position have one shape, and out has aligned's dtype; out[i] may be sft[i] or
-        aligned[i]. The dtypes are BF16, F16 and F32 in any mix. The tensors are not checked.
+        aligned[i]. The dtypes are BF16, F16 and F32 in any mix. The caller checks the tensors.
 
         Raises:
             ValueError: The numbers of tensors differ.
         """
         kinds: defaultdict[tuple[torch.dtype, torch.dtype, int], list[Triple]] = defaultdict(list)
         for s, a, o in zip(sft, aligned, out, strict=True):
-            apart = any(tensor.data_ptr() % ACCESS_BYTES for tensor in (s, a, o))
-            kinds[s.dtype, a.dtype, 1 if apart else ACCESS_BYTES].append((s, a, o))
+            unaligned = any(tensor.data_ptr() % ACCESS_BYTES for tensor in (s, a, o))
+            kinds[s.dtype, a.dtype, 1 if unaligned else ACCESS_BYTES].append((s, a, o))
         self.groups = [
             Group(triples, rows(triples), constants(torch_names()[s], torch_names()[a], alignment))
             for (s, a, alignment), triples in kinds.items()

@@ -70,7 +70,7 @@ def compare(
     with open_inputs(pair.sft, pair.aligned, quiet) as (sft_input, aligned_input):
         matched = _match(sft_input, aligned_input, on_unpaired, on_mismatch)
         source = TensorSource(sft_input, aligned_input)
-        steps = matched.at((1.0,))
+        steps = matched.with_alphas((1.0,))
         shards = lay_out(aligned_input, steps, None)
         sums = measure_distances(steps, shards, source, progress or (lambda done, to_read: None))
         source.check()

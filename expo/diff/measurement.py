@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from ..dtypes import BITS, ITEMSIZE
 from ..execution.engines import MOST_WORKERS, Engine, choose, cpu_count
 from ..execution.lanes import ComputedChunk
-from ..execution.tensor_source import WIDEST, TensorSource
+from ..execution.tensor_source import WIDEST_BYTES, TensorSource
 from ..execution.worker_pool import CHUNK, Progress, WorkerPool
 from ..memory import page_aligned
 from ..planning.plan import input_bytes
@@ -62,7 +62,7 @@ class MeasuringLane:
         """Allocate buffers. The engine adds an adapter's delta to its base."""
         self._source, self._engine, self._measurements = source, engine, measurements
         self._meter = DistanceMeter()
-        self._buffers = [page_aligned(ELEMENTS_READ * WIDEST) for _ in range(2)]
+        self._buffers = [page_aligned(ELEMENTS_READ * WIDEST_BYTES) for _ in range(2)]
 
     def begin(self, chunk: Chunk) -> None:
         """Measure the pieces of a chunk."""

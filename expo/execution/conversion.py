@@ -5,7 +5,8 @@ from aligned in fp32. With a delta,
 
     out = round(f32(base) + f32(1 + alpha) * delta),   aligned = f32(base) + delta
 
-which is the formula of ExPO with aligned - sft = delta. If a tensor is F64, all but delta is fp64.
+which is the formula of ExPO with aligned - sft = delta. If a tensor is F64, the arithmetic is fp64; only delta itself
+is still computed in fp32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..kernels.numerics import STORAGE, Array, widen
 from ..planning.steps import Step
 from .engines import Engine
 
-Factors = tuple[Array, Array, float]
+Factors = tuple[Array, Array, float]  # an adapter's matrices of shapes [M, r] and [r, N] in fp32, and their scale
 
 
 def factor_in_fp32(factor: Array, dtype: str) -> Array:
@@ -33,36 +34,36 @@ class Conversion:
     """The conversion of elements [first, first + n) of a step's output."""
 
     def __init__(self, step: Step, first: int, n: int, inputs: Sequence[Any], factors: Factors | None) -> None:
-        """Compute aligned in fp32.
+        """Compute aligned in the dtype of the arithmetic, fp32 or fp64.
 
         Args:
             step: The step.
-            first: The number of the first element.
+            first: The number of the first element, counted from the first element of the step's output.
             n: The number of elements.
             inputs: The bytes of aligned and of sft; of aligned alone for a copy; of the base alone with a delta.
-            factors: The adapter's factors of shapes (M, r) and (r, N), in fp32, and their scale; None without a delta.
+            factors: The adapter's matrices and their scale; None without a delta.
         """
         self._step = step
         self._n = n
         self._sft = inputs[-1]
         dtypes = [step.aligned.dtype, *([step.sft.dtype] if step.sft else [])]
-        self._work = "F64" if "F64" in dtypes else "F32"
-        self._base = np.empty(n, STORAGE[self._work])
-        convert.cast(inputs[0], step.aligned.dtype, self._base, self._work, n)
+        self._arithmetic = "F64" if "F64" in dtypes else "F32"
+        self._base = np.empty(n, STORAGE[self._arithmetic])
+        convert.cast(inputs[0], step.aligned.dtype, self._base, self._arithmetic, n)
         self._delta: Array | None = None
         self._aligned = self._base
         if factors is not None:
             self._delta = np.empty(n, np.float32)
             convert.low_rank(*factors, first, self._delta)
             self._aligned = np.empty_like(self._base)
-            convert.apply(self._base, self._delta, 1.0, self._aligned)
+            convert.add_delta(self._base, self._delta, 1.0, self._aligned)
 
-    def _as_written(self) -> Array:
-        """Return aligned rounded to the output's dtype, with which the count of changed elements compares."""
+    def _round_aligned(self) -> Array:
+        """Return aligned rounded to the output's dtype and widened again, with which outputs are compared."""
         out = np.empty(self._n, STORAGE[self._step.dtype])
-        convert.cast(self._aligned, self._work, out, self._step.dtype, self._n)
+        convert.cast(self._aligned, self._arithmetic, out, self._step.dtype, self._n)
         back = np.empty_like(self._aligned)
-        convert.cast(out, self._step.dtype, back, self._work, self._n)
+        convert.cast(out, self._step.dtype, back, self._arithmetic, self._n)
         return back
 
     def compute(self, engine: Engine, outs: Sequence[Any], measure: bool) -> Statistics | None:
@@ -75,20 +76,21 @@ class Conversion:
             RuntimeError: The engine failed.
         """
         step, counts, sums = self._step, [], Statistics(0.0, 0.0, 0.0, ())
-        against = self._as_written() if measure else None
+        before = self._round_aligned() if measure else None
         result = np.empty_like(self._aligned)
         for k, out in enumerate(outs):
             alpha = step.alphas[k]
             if not alpha:
-                found = convert.cast(self._aligned, self._work, out, step.dtype, self._n, against)
-                counts.append(found and (0, found[1]))  # a copy changes nothing, but NaN compares as changed
+                counted = convert.cast(self._aligned, self._arithmetic, out, step.dtype, self._n, before)
+                counts.append(counted and (0, counted[1]))  # a copy changes nothing, but NaN compares as changed
                 continue
             assert step.sft is not None
+            # If there is a delta, only the sums need the engine, and they are the same for every alpha.
             if self._delta is None or (measure and not sums.aligned_squared):
-                sft, aligned = Operand(self._sft, step.sft.dtype), Operand(self._aligned, self._work)
+                sft, aligned = Operand(self._sft, step.sft.dtype), Operand(self._aligned, self._arithmetic)
                 sums = engine.run(*extrapolation(sft, aligned, (alpha,)), [result], measure) or sums
             if self._delta is not None:
-                beta = working_alpha(1.0 + alpha, self._work)
-                convert.apply(self._base, self._delta, beta, result)
-            counts.append(convert.cast(result, self._work, out, step.dtype, self._n, against))
+                beta = working_alpha(1.0 + alpha, self._arithmetic)
+                convert.add_delta(self._base, self._delta, beta, result)
+            counts.append(convert.cast(result, self._arithmetic, out, step.dtype, self._n, before))
         return sums._replace(counts=tuple(each for each in counts if each)) if measure else None

@@ -1,7 +1,8 @@
 """The choice of the engine that computes on this machine.
 
-An engine is a function with the contract's signature (`kernels.contract.EngineFunction`). Every worker has one, and all
-workers take chunks from one queue: all engines give the same bits, so any of them may compute any chunk.
+An engine is a function with the contract's signature (`kernels.contract.EngineFunction`); the class `Engine` adds its
+name and its devices. Every worker has one engine, and all workers take chunks from one queue. Any engine may compute
+any chunk, because all engines give the same bits.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class Engine(NamedTuple):
 
     Attributes:
         name: The name in `--engine`.
-        run: The function.
-        why: A phrase for the summary: why this engine computes.
+        run: The function that computes.
+        why: The reason why this engine computes, as a phrase for the printed summary.
         gpu: The `gpu_lane.Device` that a GpuLane streams chunks through; None for an engine on the CPU.
-        reserve: The engine of the CPU that takes over if the GPU fails; None if none may.
+        reserve: The engine of the CPU that takes over if the GPU fails; None if no engine may take over.
         note: A sentence for a warning if this engine takes the place of a GPU, else "".
     """
 
@@ -56,13 +57,13 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
     """Return the engine that the caller names, or the best one for the CPU.
 
     Args:
-        engine: "auto", "numpy", "cpu" or "triton". The engine of "auto" is the compiled one, or NumPy if that is not
-            built: from file to file the disk is the limit, so a GPU would not help.
-        device: "auto", "cpu" or "cuda[:index]". If `device` alone names a GPU, and the kernels fail there, the CPU
-            computes, and the engine's note says so.
+        engine: "auto", "numpy", "cpu" or "triton". "auto" chooses "cpu", or "numpy" if the compiled engine is not
+            built: a merge from file to file is as fast as the disk, so a GPU would not help.
+        device: "auto", "cpu" or "cuda[:index]". With engine "auto" a GPU computes if `device` names one; if the
+            kernels fail there, the CPU computes, and the engine's note says so.
 
     Raises:
-        UsageError: A name is unknown, or the two do not fit together.
+        UsageError: `engine` or `device` is unknown, or the two do not fit together.
         EngineError: The engine that the caller names cannot run here.
     """
     if engine not in ENGINES:
@@ -118,12 +119,12 @@ def _triton(device: str) -> Engine:
     except Exception as error:
         text = error_text(error)
         raise EngineError(f"`engine='triton'` cannot run here: {text}; `engine='cpu'` needs no GPU") from error
-    reason = reason_given_up(engine.device)  # a kernel has failed for dtypes that the self-test does not have
+    reason = reason_given_up(engine.device)  # a kernel may have failed for dtypes that the self-test does not use
     if reason:
         raise UnusableGpu(engine.device, reason)
     try:
         selftest.check(engine.device)
-    except Exception as error:  # wrong bits, or an error of a compiler: those have no type in common
+    except Exception as error:  # wrong bits, or an error of a compiler, which may have any type
         raise UnusableGpu(engine.device, error_text(error)) from error
     return Engine("triton", _raising_runtime_errors(engine), f"asked for, on {device}", stream_to)
 
@@ -163,10 +164,10 @@ def _triton_or_cpu(device: str) -> Engine:
 
     def run(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
         arguments = anchor, terms, outputs, measure
-        found: list[Statistics | None] = []
+        results: list[Statistics | None] = []  # one element after the kernel has run
         has_kernel = is_extrapolation(anchor, terms) and "F64" not in (anchor.dtype, terms[0].minus.dtype)
-        if has_kernel and attempt(first.gpu.device, lambda: found.append(first.run(*arguments))):
-            return found[0]
+        if has_kernel and attempt(first.gpu.device, lambda: results.append(first.run(*arguments))):
+            return results[0]
         return reserve.run(*arguments)
 
     return first._replace(run=run, reserve=reserve)
@@ -175,8 +176,9 @@ def _triton_or_cpu(device: str) -> Engine:
 def engines_for(engine: str = "auto", device: str = "auto", processes: int = 1) -> tuple[Engine, ...]:
     """Return an engine for each worker of a merge from file to file.
 
-    On the CPU there is one worker more than processors, as a worker waits while it writes, and 8 at most. A GPU has two
-    workers: one reads while the other writes. With engine "auto" and a GPU as the device, the CPU has its workers too.
+    The CPU has one worker more than it has processors, because a worker waits while it writes, and at most
+    MOST_WORKERS. A GPU has two workers: one reads while the other writes. With engine "auto" and a GPU as the device,
+    the workers of the CPU compute beside those of the GPU.
 
     Args:
         engine: As in `choose`.
@@ -188,11 +190,11 @@ def engines_for(engine: str = "auto", device: str = "auto", processes: int = 1) 
         EngineError: As in `choose`.
     """
     first = choose(engine, device)
-    many = min(cpu_count() // processes + 1, MOST_WORKERS)
+    cpu_workers = min(cpu_count() // processes + 1, MOST_WORKERS)
     if first.name != "triton":
-        return (first,) * many
-    alone = (first,) * (2 if first.gpu else 1)
-    return alone + (choose("auto", "cpu"),) * many if engine == "auto" else alone
+        return (first,) * cpu_workers
+    on_gpu = (first,) * (2 if first.gpu else 1)
+    return on_gpu + (choose("auto", "cpu"),) * cpu_workers if engine == "auto" else on_gpu
 
 
 def cpu_count() -> int:

@@ -32,18 +32,18 @@ class FallbackLane:
         self._reserve, self._name, self._report = reserve, name, report
         self._chunks: deque[Chunk] = deque()  # chunks that are begun and not finished
         self._gpu: Lane | None = None
-        self._gpu = self._attempt(make_gpu)
+        self._gpu = self._try_gpu(make_gpu)
 
     def begin(self, chunk: Chunk) -> None:
         """Start a chunk on the GPU; after a failure, `finish` computes it."""
         self._chunks.append(chunk)
         if self._gpu is not None:
             lane = self._gpu
-            self._attempt(lambda: lane.begin(chunk))
+            self._try_gpu(lambda: lane.begin(chunk))
 
     def finish(self) -> ComputedChunk:
         """Return the chunk that was begun first; the reserve computes it if the GPU failed."""
-        computed = self._attempt(self._gpu.finish) if self._gpu is not None else None
+        computed = self._try_gpu(self._gpu.finish) if self._gpu is not None else None
         chunk = self._chunks.popleft()
         if computed is not None:
             return computed
@@ -55,7 +55,7 @@ class FallbackLane:
         if self._gpu is not None:
             self._gpu.close()
 
-    def _attempt(self, work: Callable[[], T]) -> T | None:
+    def _try_gpu(self, work: Callable[[], T]) -> T | None:
         """Return the result of the GPU's work; after a failure close the GPU's lane, report, and return None."""
         try:
             return work()

@@ -1,7 +1,7 @@
 """The GPUs that may run the Triton kernels: a GPU whose kernels fail is given up for this process, with one warning.
 
-Callers compute in another way where `attempt` returns False. An engine that was asked for by name fails instead: see
-`engines.py`. A caller that has a GPU has imported torch already.
+A caller computes in another way if `attempt` returns False. If the user asks for the engine triton by name, the engine
+raises an error instead: see `engines.py`. A caller that has a GPU has imported torch already.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 _given_up: dict[Any, str] = {}  # the reason, for each torch.device
-_ran_out: set[Any] = set()  # torch.devices that ran out of memory, and whose warning is out
+_ran_out: set[Any] = set()  # torch.devices that ran out of memory; the warning about each was given
 _lock = threading.Lock()
 
 
@@ -24,7 +24,7 @@ def reason_given_up(device: Any) -> str:
 def fall_back(device: Any, error: Exception) -> None:
     """Warn once for each torch.device, and give up its kernels for this process unless the device ran out of memory.
 
-    Memory may be free at the next call; a kernel with wrong bits and a compiler that fails stay as they are.
+    The next call may find free memory. A kernel that gives wrong bits or does not compile would fail again.
     """
     memory, text = is_out_of_memory(error), error_text(error)
     with _lock:
@@ -36,7 +36,7 @@ def fall_back(device: Any, error: Exception) -> None:
             _given_up[device] = text
     calls = "where memory runs out" if memory else f"on {device}"
     warnings.warn(
-        f"the Triton kernels are not used {calls}; what computes instead is slower, with the same bits. "
+        f"the Triton kernels are not used {calls}; another engine computes instead, slower and with the same bits. "
         f"The reason: {text}",
         RuntimeWarning,
         stacklevel=3,
@@ -68,10 +68,10 @@ def capturing(device: Any) -> bool:
 
 
 def usable(device: Any) -> bool:
-    """Return True if kernels may run on a torch.device now; if they failed there, a warning has given the reason.
+    """Return True if kernels may run on a torch.device now; if they have failed there, a warning says why.
 
-    A device that has not passed the self-test has no usable kernels while a graph is captured, as the test would be
-    captured too: the graph gets torch's own operations instead.
+    While a graph is captured, only a device that has passed the self-test is usable, because the graph would capture
+    the test too. The graph of another device gets torch's own operations.
     """
     if device in _given_up:
         return False
@@ -83,7 +83,7 @@ def usable(device: Any) -> bool:
         if capturing(device):
             return False
         selftest.check(device)
-    except Exception as error:  # wrong bits; no memory; no Triton; a compiler, a linker or a cache folder is missing
+    except Exception as error:  # wrong bits, too little memory, or no Triton, compiler, linker or cache folder
         fall_back(device, error)
         return False
     return True
@@ -97,7 +97,7 @@ def attempt(device: Any, launch: Callable[[], None]) -> bool:
         computed.
 
     Raises:
-        Exception: A launch failed while a graph is captured: the capture has failed with it.
+        Exception: The launch failed during the capture of a graph, and the capture failed with it.
     """
     if not usable(device):
         return False

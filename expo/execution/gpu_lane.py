@@ -1,10 +1,11 @@
 """The lane of a GPU: bytes go from the files through pinned memory to the GPU, and back through pinned memory.
 
-The lane has a ring of slots, each with buffers of its own on the host and on the GPU, and three streams. While the
-worker writes one chunk, the next comes down the bus, and another goes up or is computed. A slot is filled again only
-after the host has waited for its last download, so three waits are enough for a chunk: its kernels wait for its
-uploads, its downloads wait for its kernels, and the host waits for its downloads. Every input goes up the bus once, and
-every output comes down once.
+The lane has a ring of slots, each with buffers of its own on the host and on the GPU, and three streams: for uploads
+(from the host to the GPU), kernels, and downloads (from the GPU to the host). While the worker writes one chunk, the
+outputs of the next chunk are downloaded, and a third chunk is uploaded or computed. A slot is filled again only after
+the host has waited for its last download, so three waits are enough for a chunk: its kernels wait for its uploads, its
+downloads wait for its kernels, and the host waits for its downloads. Every input is uploaded once, and every output
+downloaded once.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from ..kernels import sweep
 from ..kernels.contract import Operand, extrapolation
 from ..kernels.sweep import Partials
 from ..planning.plan import Plan
-from ..planning.shards import Chunk, Measured, Piece
+from ..planning.shards import Chunk, ChunkStatistics, Piece
 from ..planning.steps import Step
 from .engines import choose
 from .gpu_fallback import error_text
 from .lanes import RING_SLOTS, ComputedChunk, write_header
 from .tensor_source import TensorSource
 
-# Lanes whose GPU failed for good stay in this list: torch aborts the process if it frees their memory and events then.
+# Lanes whose GPU does not work any more stay in this list, because torch aborts the process if it frees their memory.
 _undrained: list[GpuLane] = []
-LEAST_GPU_BYTES = 64 << 10  # of a piece: the CPU computes a smaller one in less time than a kernel's launch takes
+LEAST_GPU_BYTES = 64 << 10  # the CPU computes a smaller piece in less time than the launch of a kernel takes
 
 
 class Device(Protocol):
@@ -46,7 +47,7 @@ class Device(Protocol):
 
 
 class GpuPiece(NamedTuple):
-    """A piece of the chunk that the GPU computes, as views of one slot's buffers.
+    """A piece that the GPU computes, with the views of a slot's buffers that it needs.
 
     Attributes:
         number: The number of the piece in its chunk.
@@ -55,8 +56,8 @@ class GpuPiece(NamedTuple):
         operands: The operands sft and aligned on the GPU.
         results: The outputs that differ from aligned, on the GPU, of shape (outputs, elements).
         outputs: The bytes of these outputs, each on the host and on the GPU.
-        partials: The memory of the statistics on the GPU; None if nothing is measured.
-        measured: The same on the host.
+        gpu_partials: The memory of the statistics on the GPU; None if nothing is measured.
+        host_partials: The memory on the host that the statistics are downloaded to; None if nothing is measured.
     """
 
     number: int
@@ -65,12 +66,19 @@ class GpuPiece(NamedTuple):
     operands: tuple[Operand, Operand]
     results: torch.Tensor
     outputs: Sequence[tuple[torch.Tensor, torch.Tensor]]
-    partials: Partials | None
-    measured: Partials | None
+    gpu_partials: Partials | None
+    host_partials: Partials | None
 
 
 class SlotBuffers(NamedTuple):
-    """The uint8 buffers of a slot that exist both on the host and on the GPU, on one of the two."""
+    """The uint8 buffers of a slot on the host, or those of the same sizes on the GPU.
+
+    Attributes:
+        sft: The bytes of sft.
+        aligned: The bytes of aligned.
+        sums: The memory of `Partials.sums`, for all pieces of a chunk.
+        counts: The memory of `Partials.counts`, for all pieces of a chunk.
+    """
 
     sft: torch.Tensor
     aligned: torch.Tensor
@@ -84,7 +92,7 @@ class SlotBuffers(NamedTuple):
             first: The number of the first row.
             rows: The number of rows.
             alphas: The number of outputs that are counted.
-            outputs: The number of all outputs: a row of the buffer is as long as they need.
+            outputs: The number of all outputs: each row of the buffer has room for so many counts.
         """
         counts = self.counts.view(torch.int32)[first * outputs : first * outputs + rows * alphas]
         return Partials(self.sums.view(torch.float32).view(-1, 3)[first : first + rows], counts.view(-1, alphas))
@@ -102,7 +110,8 @@ class Slot:
             sft_size: Bytes of sft for such a chunk.
             outputs: The number of outputs.
         """
-        rows = 2 * size // sweep.PROGRAM_ELEMENTS + 8 * (size // LEAST_GPU_BYTES + 1)  # an element has at least 2 bytes
+        # At most: 2 for each program of 2-byte elements, and 8 more for each piece, for its tail and for `place`.
+        rows = 2 * size // sweep.PROGRAM_ELEMENTS + 8 * (size // LEAST_GPU_BYTES + 1)
         sizes = (sft_size, size, rows * 12, rows * 4 * outputs)
         self.host = SlotBuffers(*map(device.pinned, sizes))
         self.gpu = SlotBuffers(*map(device.memory, sizes))
@@ -110,8 +119,8 @@ class Slot:
         self.results = device.memory(outputs * size).view(outputs, size)
         self.buffers = [out.numpy().data for out in self.outs]
         self.pieces: list[GpuPiece] = []
-        self.measured: Measured = {}  # the statistics of the pieces that the CPU computed
-        self.rows = 0  # of statistics that are in use
+        self.measured: ChunkStatistics = {}  # the statistics of the pieces that the CPU computed
+        self.rows = 0  # the number of rows of the statistics that are in use
         self.done: Any = None
 
     def place(self, number: int, piece: Piece, ratio: int, sft_bytes: int, measure: bool) -> GpuPiece:
@@ -119,15 +128,15 @@ class Slot:
 
         Args:
             number: The number of the piece in its chunk.
-            piece: The piece, which aligned's bytes have the size of.
-            ratio: The bytes of sft lie this many times as far from the start of their buffer as those of aligned.
+            piece: The piece, whose bytes of aligned have the size of its output.
+            ratio: The offset of the piece in the buffer of sft, divided by its offset in the buffer of aligned.
             sft_bytes: The size of the piece's part of sft.
-            measure: True for statistics.
+            measure: True if the piece needs memory for statistics.
         """
         step, start, stop, at = piece
         assert step.sft is not None
         s, a = slice(at * ratio, at * ratio + sft_bytes), slice(at, at + stop - start)
-        kind = torch_dtypes()[step.aligned.dtype]
+        dtype = torch_dtypes()[step.aligned.dtype]
         results = self.results[: len(step.active), a]
         rows = sweep.partial_rows((stop - start) // ITEMSIZE[step.aligned.dtype])
         first, self.rows = self.rows, self.rows + -(-rows // 4) * 4  # so that every piece's rows start at 16 bytes
@@ -137,12 +146,12 @@ class Slot:
             inputs=[(self.host.sft[s], self.gpu.sft[s]), (self.host.aligned[a], self.gpu.aligned[a])],
             operands=(
                 Operand(self.gpu.sft[s].view(torch_dtypes()[step.sft.dtype]), step.sft.dtype),
-                Operand(self.gpu.aligned[a].view(kind), step.aligned.dtype),
+                Operand(self.gpu.aligned[a].view(dtype), step.aligned.dtype),
             ),
-            results=results.view(kind),
+            results=results.view(dtype),
             outputs=[(self.outs[k][a], row) for k, row in zip(step.active, results, strict=True)],
-            partials=self.gpu.partials(first, rows, len(results), len(self.outs)) if measure else None,
-            measured=self.host.partials(first, rows, len(results), len(self.outs)) if measure else None,
+            gpu_partials=self.gpu.partials(first, rows, len(results), len(self.outs)) if measure else None,
+            host_partials=self.host.partials(first, rows, len(results), len(self.outs)) if measure else None,
         )
 
 
@@ -171,7 +180,7 @@ class GpuLane:
         self._ratio = max([1, *(_ratio(step) for step in plan.steps if _on_gpu(step))])
         self._free = deque(Slot(device, size, size * self._ratio, len(plan.alphas)) for _ in range(RING_SLOTS))
         self._up, self._compute, self._down = (device.stream() for _ in range(3))
-        self._alphas: dict[tuple[float, ...], torch.Tensor] = {}
+        self._alpha_tensors: dict[tuple[float, ...], torch.Tensor] = {}
         self._busy: deque[Slot] = deque()
 
     def begin(self, chunk: Chunk) -> None:
@@ -188,12 +197,16 @@ class GpuLane:
         """Return the chunk that was begun first; its buffers stay as they are until RING_SLOTS more have begun."""
         slot = self._busy.popleft()
         self._device.synchronize(slot.done)
-        on_gpu = {piece.number: sweep.statistics(piece.measured) for piece in slot.pieces if piece.measured is not None}
+        on_gpu = {
+            piece.number: sweep.statistics(piece.host_partials)
+            for piece in slot.pieces
+            if piece.host_partials is not None
+        }
         self._free.append(slot)
         return ComputedChunk(slot.buffers, slot.measured | on_gpu)
 
     def close(self) -> None:
-        """Wait for all that is under way, whose memory will be freed."""
+        """Wait for the work on all three streams, so that its memory can be freed."""
         try:
             for stream in (self._up, self._compute, self._down):
                 self._device.drain(stream)
@@ -222,7 +235,7 @@ class GpuLane:
     def _enqueue(self, slot: Slot) -> None:
         """Enqueue the GPU's work on a chunk on the three streams, with two of the three waits."""
         device, pieces = self._device, slot.pieces
-        alphas = [self._constants(tuple(piece.step.alphas[k] for k in piece.step.active)) for piece in pieces]
+        alphas = [self._alphas_on_gpu(tuple(piece.step.alphas[k] for k in piece.step.active)) for piece in pieces]
 
         def upload() -> None:
             for piece in pieces:
@@ -231,14 +244,15 @@ class GpuLane:
 
         def compute() -> None:
             try:
-                for piece, constants in zip(pieces, alphas, strict=True):
-                    sweep.launch(*extrapolation(*piece.operands, constants), piece.results, piece.partials)
-            except OSError as error:  # Triton cannot write to its cache; callers take an OSError for an input's
+                for piece, alphas_of_piece in zip(pieces, alphas, strict=True):
+                    sweep.launch(*extrapolation(*piece.operands, alphas_of_piece), piece.results, piece.gpu_partials)
+            except OSError as error:  # of Triton's cache; callers take an OSError for an error of an input
                 raise RuntimeError(error_text(error)) from error
 
         def download() -> None:
             for piece in pieces:
-                for host, gpu in [*piece.outputs, *zip(piece.measured or (), piece.partials or (), strict=True)]:
+                partials = zip(piece.host_partials or (), piece.gpu_partials or (), strict=True)
+                for host, gpu in [*piece.outputs, *partials]:
                     host.copy_(gpu, non_blocking=True)
 
         device.enqueue(self._up, upload)
@@ -248,13 +262,13 @@ class GpuLane:
         device.enqueue(self._down, download)
         slot.done = device.record(self._down)
 
-    def _constants(self, alphas: tuple[float, ...]) -> torch.Tensor:
-        """Return alphas as a tensor on the GPU, which stays for later chunks: a plan has few different alphas."""
-        if alphas not in self._alphas:
+    def _alphas_on_gpu(self, alphas: tuple[float, ...]) -> torch.Tensor:
+        """Return alphas as an fp32 tensor on the GPU, kept for later chunks: a plan has few different alphas."""
+        if alphas not in self._alpha_tensors:
             memory = self._device.memory(4 * len(alphas)).view(torch.float32)
             memory.copy_(torch.tensor(alphas, dtype=torch.float32))  # a copy from pageable memory is done on return
-            self._alphas[alphas] = memory
-        return self._alphas[alphas]
+            self._alpha_tensors[alphas] = memory
+        return self._alpha_tensors[alphas]
 
 
 def _on_gpu(step: Step) -> bool:
@@ -263,6 +277,6 @@ def _on_gpu(step: Step) -> bool:
 
 
 def _ratio(step: Step) -> int:
-    """Return the bytes of sft for one byte of aligned, at least 1."""
+    """Return the number of bytes of sft for each byte of aligned; 1 if sft has fewer."""
     assert step.sft is not None
     return max(1, BITS[step.sft.dtype] // BITS[step.aligned.dtype])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from ..memory import page_aligned
-from ..planning.shards import Chunk, Measured
+from ..planning.shards import Chunk, ChunkStatistics
 from .engines import Engine
 from .tensor_source import TensorSource
 
@@ -26,12 +26,12 @@ class ComputedChunk(NamedTuple):
     """
 
     buffers: Sequence[memoryview]
-    measured: Measured
+    measured: ChunkStatistics
     engine: str = ""
 
 
 class Lane(Protocol):
-    """An object that computes chunks in one thread.
+    """An object that computes the chunks of one worker, in the worker's thread.
 
     Attributes:
         depth: The largest number of chunks that are begun and not finished.
@@ -66,7 +66,7 @@ class CpuLane:
         """
         self._engine, self._source, self._measure = engine, source, measure
         self._buffers = [page_aligned(chunk_bytes) for _ in range(outputs)]
-        self._measured: Measured = {}
+        self._measured: ChunkStatistics = {}
 
     def begin(self, chunk: Chunk) -> None:
         """Compute a chunk."""

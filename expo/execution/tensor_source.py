@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..checkpoints.reader import ByteReader, FileReader
 from ..dtypes import BITS
 from ..errors import EngineError
-from ..kernels.contract import Operand, Statistics, extrapolation, total
+from ..kernels.contract import Operand, Statistics, extrapolation, total_statistics
 from ..memory import page_aligned
 from ..planning.shards import Piece
 from ..planning.steps import Step
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from ..checkpoints.adapter import LowRank
     from ..checkpoints.checkpoint import Checkpoint
 
-# Bytes of each input that are read at a time if it is not mapped: blocks of both fit into the second-level cache.
-READ = 256 << 10
-WIDEST = 8  # bytes of an element of the widest dtype
-# Elements that are converted at a time. This size was the fastest of 2^15 to 2^19: larger blocks leave the cache, and
-# with smaller blocks Python takes more of the time.
-CONVERTED = 1 << 17
-CONVERSION_BYTES = 7 * CONVERTED * WIDEST  # bytes of a worker: two inputs, and at most five fp32 or fp64 forms
-MOST_FACTORS = 8  # deltas whose matrices stay in memory, because neighbouring chunks need the same ones
+# The size of a block of an input that is not mapped. Blocks of both inputs fit into the second-level cache.
+READ_BYTES = 256 << 10
+WIDEST_BYTES = 8  # of one element of the widest dtype
+# The number of elements that a worker converts at a time, the fastest of 2^15 to 2^19: larger blocks do not fit into
+# the cache, and smaller blocks spend more time in Python.
+CONVERTED_ELEMENTS = 1 << 17
+# The memory of a worker that converts: two inputs, and at most five fp32 or fp64 arrays that are computed from them.
+CONVERSION_BYTES = 7 * CONVERTED_ELEMENTS * WIDEST_BYTES
+MOST_FACTORS = 8  # the number of deltas whose matrices stay in memory, because neighbouring chunks need the same ones
 
 
 class Span(NamedTuple):
@@ -50,7 +51,7 @@ class Span(NamedTuple):
 
 
 class TensorSource:
-    """The bytes of both inputs, from which it computes any run of a step's output; safe for any number of threads."""
+    """A reader of both inputs, which can compute any run of a step's output bytes; any number of threads may use it."""
 
     def __init__(self, sft: Checkpoint, aligned: Checkpoint) -> None:
         """Take both inputs; nothing is read before the first call of a method."""
@@ -126,24 +127,25 @@ class TensorSource:
                 out[:] = copies[0]
         if not active:
             return None
-        run = Run(engine, step, active, [outs[k] for k in active], measure)
+        call = EngineCall(engine, step, active, [outs[k] for k in active], measure)
         with aligned.mapped() as a, sft[0].mapped() as s:
-            return run(s, a, 0) if a is not None and s is not None else self._in_blocks(run, sft[0], aligned)
+            return call(s, a, 0) if a is not None and s is not None else self._call_in_blocks(call, sft[0], aligned)
 
-    def _in_blocks(self, run: Run, sft: Span, aligned: Span) -> Statistics | None:
-        """Run the engine over spans that are not mapped: read blocks into buffers that stay in the cache."""
+    def _call_in_blocks(self, call: EngineCall, sft: Span, aligned: Span) -> Statistics | None:
+        """Call the engine for spans that are not mapped: read block by block into buffers that stay in the cache."""
         sizes = sft.stop - sft.start, aligned.stop - aligned.start
-        n = sizes[1] * 8 // BITS[run.step.aligned.dtype]
+        n = sizes[1] * 8 // BITS[call.step.aligned.dtype]
         items = [size // max(n, 1) for size in sizes]
-        most = READ // max(items)  # elements of a block; items has the bytes of an element of each input
+        most = READ_BYTES // max(items)  # elements of a block; items has the bytes of an element of each input
         parts = []
         for at in range(0, n, most):
             views = []
-            for span, item, buffer in zip((sft, aligned), items, self._buffers(READ), strict=True):
+            for span, item, buffer in zip((sft, aligned), items, self._buffers(READ_BYTES), strict=True):
                 views.append(buffer[: min(most, n - at) * item])
                 span.reader.read(span.start + at * item, views[-1])
-            parts.append(run(views[0], views[1], at * items[1]))
-        return total([part for part in parts if part is not None], len(run.active)) if run.measure else None
+            parts.append(call(views[0], views[1], at * items[1]))
+        measured = [part for part in parts if part is not None]
+        return total_statistics(measured, len(call.active)) if call.measure else None
 
     def _buffers(self, size: int) -> tuple[memoryview, memoryview]:
         """Return this thread's two buffers of `size` bytes each."""
@@ -157,17 +159,17 @@ class TensorSource:
     def _convert(
         self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], measure: bool
     ) -> Statistics | None:
-        """Fill the outputs of a step that has a delta or another dtype than aligned: compute in fp32, round once."""
+        """Fill the outputs of a step that needs a conversion; the arguments are those of `compute`."""
         from .conversion import Conversion
 
-        item = BITS[step.dtype] // 8
+        item, buffers = BITS[step.dtype] // 8, self._buffers(CONVERTED_ELEMENTS * WIDEST_BYTES)
         with self._factors_lock:
             factors = None if step.delta is None else self._factors(step.delta)
         parts = []
-        for low in range(start, stop, CONVERTED * item):
-            high = min(low + CONVERTED * item, stop)
+        for low in range(start, stop, CONVERTED_ELEMENTS * item):
+            high = min(low + CONVERTED_ELEMENTS * item, stop)
             inputs = []
-            for span, buffer in zip(self.spans(step, low, high), self._buffers(CONVERTED * WIDEST), strict=False):
+            for span, buffer in zip(self.spans(step, low, high), buffers, strict=False):
                 inputs.append(buffer[: span.stop - span.start])
                 span.reader.read(span.start, inputs[-1])
             views = [out[low - start : high - start] for out in outs]
@@ -176,7 +178,7 @@ class TensorSource:
                 parts.append(conversion.compute(engine, views, measure))
             except RuntimeError as error:
                 raise EngineError(f"`engine={engine.name!r}` failed on {step.name}: {error}") from error
-        return total([part for part in parts if part is not None], len(step.counted)) if measure else None
+        return total_statistics([part for part in parts if part is not None], len(step.counted)) if measure else None
 
     def _read_factors(self, delta: LowRank) -> Any:
         """Return a delta's two matrices in fp32, of shapes [M, r] and [r, N], and its scale."""
@@ -188,8 +190,16 @@ class TensorSource:
         return factor_in_fp32(left, delta.left.dtype), factor_in_fp32(right, delta.right.dtype), delta.scale
 
 
-class Run(NamedTuple):
-    """An engine at work on a step: for the outputs `active`, whose memory is `outs`."""
+class EngineCall(NamedTuple):
+    """A call of an engine for one step; the bytes of the inputs follow later, all at once or in blocks.
+
+    Attributes:
+        engine: The engine.
+        step: The step.
+        active: The numbers of the outputs that the engine computes.
+        outs: The memory of each of these outputs.
+        measure: True to return statistics.
+    """
 
     engine: Engine
     step: Step
@@ -198,7 +208,11 @@ class Run(NamedTuple):
     measure: bool
 
     def __call__(self, sft: memoryview, aligned: memoryview, at: int) -> Statistics | None:
-        """Compute from both inputs' bytes into the outputs' from byte `at` on. Raises EngineError."""
+        """Compute the elements of these bytes of both inputs, and write them from byte `at` of each output on.
+
+        Raises:
+            EngineError: The engine failed.
+        """
         step = self.step
         assert step.sft is not None
         outs = [out[at : at + len(aligned)] for out in self.outs]

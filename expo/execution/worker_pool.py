@@ -13,20 +13,20 @@ from contextlib import closing
 
 from ..errors import Cancelled, EngineError, ExpoError
 from ..memory import MIB, PAGE
-from ..planning.shards import Chunk, Measured
+from ..planning.shards import Chunk, ChunkStatistics
 from .engines import Engine
 from .gpu_fallback import error_text
 from .lanes import Lane
 from .tensor_source import TensorSource
 
-MOST_BUFFER_BYTES = 32 * MIB  # bytes of the buffers of all workers together
+MOST_BUFFER_BYTES = 32 * MIB  # of the output buffers of all workers together
 CHUNK = 4 * MIB  # bytes of a chunk of one output; 2 to 8 MiB were equally fast, and smaller chunks take less memory
-TICK = 0.05  # seconds between two reports of progress
+TICK = 0.05  # seconds between two calls of `tick`, which reports the progress
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 Tick = Callable[[int], None]  # (bytes of output done)
 Sink = Callable[[int, Chunk, memoryview], None]  # (the output's number, chunk, its bytes in a page-aligned buffer)
-Landed = Callable[[Chunk, Measured], None]
+OnWritten = Callable[[Chunk, ChunkStatistics], None]  # (a chunk that the sink has taken, its statistics)
 
 
 def chunk_size(workers: int, outputs: int) -> int:
@@ -35,14 +35,14 @@ def chunk_size(workers: int, outputs: int) -> int:
 
 
 class ChunkQueue:
-    """A queue of chunks for any number of threads, which has the system read the inputs of the next chunk.
+    """A queue of chunks for any number of threads, which asks the system to read the inputs of the next chunk.
 
     The queue reads one chunk ahead and no more: from a cold cache, a merge that read 1, 4, 16 or 64 chunks ahead took
     0.88, 1.12, 1.0 or 1.08 times as long as `cat` of both inputs.
     """
 
     def __init__(self, chunks: Iterator[Chunk], source: TensorSource) -> None:
-        """Start to read the inputs of the first chunk."""
+        """Ask the system to read the inputs of the first chunk."""
         self._chunks = chunks
         self._source = source
         self._lock = threading.Lock()
@@ -75,7 +75,7 @@ class WorkerPool:
         engines: Sequence[Engine],
         make_lane: Callable[[Engine], Lane],
         sink: Sink,
-        landed: Landed | None = None,
+        on_written: OnWritten | None = None,
     ) -> None:
         """Prepare a pass.
 
@@ -84,19 +84,21 @@ class WorkerPool:
             engines: One engine for each worker.
             make_lane: Returns the lane of a worker. The worker's thread calls it.
             sink: Takes the bytes of a chunk, once for each output. The worker's thread calls it.
-            landed: Takes every chunk that the sink has taken for all outputs. The thread of `run` calls it.
+            on_written: Takes every chunk that the sink has taken for all outputs. The thread of `run` calls it.
         """
         self._source, self._engines, self._make_lane = source, engines, make_lane
-        self._sink, self._landed = sink, landed
+        self._sink, self._on_written = sink, on_written
         self.shares = dict.fromkeys((engine.name for engine in engines), 0)
-        self._landing: deque[tuple[str, int, Chunk, Measured]] = deque()  # chunks that run() has not reported yet
+        # Chunks that the sink has taken and run() has not reported yet: (engine, bytes of output, chunk, statistics).
+        self._unreported: deque[tuple[str, int, Chunk, ChunkStatistics]] = deque()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
 
     def run(self, chunks: Iterator[Chunk], tick: Tick, cancel: threading.Event | None = None) -> None:
         """Compute all chunks.
 
-        When this method returns or raises, no worker runs, and `landed` has taken every chunk that is done.
+        When this method returns or raises, no worker runs, and `on_written` has had every chunk that the sink has
+        taken.
 
         Args:
             chunks: The chunks, none larger than the lanes' buffers.
@@ -109,7 +111,7 @@ class WorkerPool:
         """
         queue = ChunkQueue(chunks, self._source)
         threads = [
-            threading.Thread(target=self._work, args=(engine, queue), name=f"expo-{engine.name}")
+            threading.Thread(target=self._run_worker, args=(engine, queue), name=f"expo-{engine.name}")
             for engine in self._engines
         ]
         try:
@@ -134,23 +136,24 @@ class WorkerPool:
         tick(sum(self.shares.values()))
 
     def _report(self) -> None:
-        while self._landing:
-            name, size, chunk, measured = self._landing.popleft()
+        """Count the chunks that the sink has taken, and pass them to `on_written`."""
+        while self._unreported:
+            name, size, chunk, measured = self._unreported.popleft()
             self.shares[name] = self.shares.get(name, 0) + size
-            if self._landed is not None:
-                self._landed(chunk, measured)
+            if self._on_written is not None:
+                self._on_written(chunk, measured)
 
-    def _work(self, engine: Engine, queue: ChunkQueue) -> None:
+    def _run_worker(self, engine: Engine, queue: ChunkQueue) -> None:
         """Run one worker: make its lane, compute chunks, and record the error if one is raised."""
         try:
             with closing(self._make_lane(engine)) as lane:
-                self._drive(lane, engine.name, queue)
+                self._run_lane(lane, engine.name, queue)
         except (ExpoError, OSError) as error:  # the messages of these errors are complete
             self._fail(error)
         except Exception as error:
             # A GPU may run out of memory, or a kernel may not compile. Errors of a compiler have no common base class.
-            known = isinstance(error, RuntimeError) or engine.name == "triton"
-            self._fail(EngineError(f"`engine={engine.name!r}` failed: {error_text(error)}") if known else error)
+            is_of_engine = isinstance(error, RuntimeError) or engine.name == "triton"
+            self._fail(EngineError(f"`engine={engine.name!r}` failed: {error_text(error)}") if is_of_engine else error)
         except BaseException as error:  # the thread that called run() raises every error
             self._fail(error)
 
@@ -158,8 +161,8 @@ class WorkerPool:
         self._failure = self._failure or error
         self._stop.set()
 
-    def _drive(self, lane: Lane, name: str, queue: ChunkQueue) -> None:
-        """Begin chunks until `depth` of them are under way; then finish one, for the sink, before the next begins."""
+    def _run_lane(self, lane: Lane, name: str, queue: ChunkQueue) -> None:
+        """Compute the chunks of the queue, at most `depth` of them at the same time, and pass them to the sink."""
         under_way: deque[Chunk] = deque()
         while not self._stop.is_set():
             chunk = queue.take()
@@ -173,7 +176,6 @@ class WorkerPool:
                 computed = lane.finish()
                 for k, buffer in enumerate(computed.buffers):
                     self._sink(k, done, buffer)
-                size = (done.stop - done.start) * max(
-                    len(computed.buffers), 1
-                )  # a lane that only measures has no buffers
-                self._landing.append((computed.engine or name, size, done, computed.measured))
+                outputs = max(len(computed.buffers), 1)  # a lane that only measures has no buffers
+                size = (done.stop - done.start) * outputs
+                self._unreported.append((computed.engine or name, size, done, computed.measured))

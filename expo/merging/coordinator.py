@@ -1,4 +1,7 @@
-"""The work of rank 0: stage the outputs, complete them after all ranks have filled them, and commit or keep them."""
+"""The work of rank 0: stage the outputs, complete them after all ranks have computed their parts, and commit them.
+
+After an error the staging folders stay, so that a later merge can resume.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ RESUME = "repeat the merge with `resume=True` to continue"
 
 
 class Coordinator:
-    """The owner of a merge's staging folders, which stay for `--resume` after an error.
+    """The owner of a merge's staging folders, which stay for `resume` after an error unless their bytes are wrong.
 
     Attributes:
         worker: The worker of this rank.
@@ -37,7 +40,7 @@ class Coordinator:
     """
 
     def __init__(self, job: MergeJob, stagings: Mapping[int, Staging], journal: Journal) -> None:
-        """Continue with the chunks that the journal has, or start anew.
+        """Take over the finished chunks of an interrupted merge if `resume` is set, or start with empty folders.
 
         Args:
             job: The merge.
@@ -52,7 +55,7 @@ class Coordinator:
         self._done: DoneChunks = {}
         self.tally = Tally(len(job.outs))
         earlier = journal.resume(job.options.overwrite) if job.options.resume else None
-        continues = earlier is not None and self._adopt(earlier.chunk_size, earlier.done)
+        continues = earlier is not None and self._take_over(earlier.chunk_size, earlier.done)
         for staging in stagings.values():
             with output_errors(staging.folder):
                 staging.clear(keep={JOURNAL, *(name for name, _ in self._done)} if continues else ())
@@ -60,15 +63,15 @@ class Coordinator:
             journal.begin(self._chunk_bytes)
         self.worker = RankWorker(job, journal, self.tally, self._chunk_bytes, self._done)
 
-    def _adopt(self, chunk_bytes: int, done: DoneChunks) -> bool:
-        """Take over the chunks of an interrupted merge; return False if they do not fit the plan."""
+    def _take_over(self, chunk_bytes: int, done: DoneChunks) -> bool:
+        """Take over the finished chunks of an interrupted merge, or return False if they do not fit the plan."""
         tally = Tally(len(self._job.outs))
-        if chunk_bytes % PAGE or chunk_bytes > CHUNK or not self._add(tally, chunk_bytes, done):
+        if chunk_bytes % PAGE or chunk_bytes > CHUNK or not self._add_statistics(tally, chunk_bytes, done):
             return False
         self._chunk_bytes, self._done, self.tally = chunk_bytes, done, tally
         return True
 
-    def _add(self, tally: Tally, chunk_bytes: int, done: DoneChunks) -> bool:
+    def _add_statistics(self, tally: Tally, chunk_bytes: int, done: DoneChunks) -> bool:
         """Add the statistics of these chunks to the tally; return False if one of them is no chunk of the plan."""
         remaining = len(done)
         for chunk in cut(self._job.plan.shards, chunk_bytes):
@@ -99,7 +102,7 @@ class Coordinator:
             self.worker.close()
 
     def _keep(self, error: BaseException) -> None:
-        """Record the finished chunks, keep the staging folders, and add to the error how to continue."""
+        """Record the finished chunks, keep the staging folders, and add hints to the error on how to continue."""
         # The chunks that the journal already has stay valid if the disk fails now or an input has changed.
         with contextlib.suppress(CheckpointError, OutputError):
             self.worker.record()
@@ -114,8 +117,10 @@ class Coordinator:
         hints = [f"already in place: {', '.join(committed)}"] if committed else []
         if uncommitted:
             kept = ", ".join(staging.folder for staging in uncommitted)
-            way = "`resume=True` without `check=True` puts it in place as it is" if _is_unloadable(error) else RESUME
-            hints.append(f"what is done is kept in {kept}: {way}")
+            how_to_continue = "`resume=True` without `check=True` puts it in place as it is"
+            if not _is_unloadable(error):
+                how_to_continue = RESUME
+            hints.append(f"the finished part is kept in {kept}: {how_to_continue}")
         if isinstance(error, ExpoError):
             error.add_hints(*hints)
         elif isinstance(error, KeyboardInterrupt):
@@ -149,13 +154,13 @@ class Coordinator:
         valid = True
         for done in self._journal.collect(self._chunk_bytes):
             written += sum(stop - start for (_, start), (stop, _) in done.items()) * len(self._job.outs)
-            valid = valid and self._add(self.tally, self._chunk_bytes, done)
+            valid = valid and self._add_statistics(self.tally, self._chunk_bytes, done)
         if not valid or written != self._job.plan.output_bytes:
             folders = ", ".join(staging.folder for staging in self._stagings.values())
             raise OutputError(f"{folders}: a rank's journal cannot be read completely")
 
     def complete(self, card_of: Callable[[int], bytes]) -> None:
-        """Add aligned's other files, the model card, the index, and the digests if the options want them.
+        """Add aligned's other files, the model card and the index to each output, and the digests if `digest` is set.
 
         Args:
             card_of: Returns the model card of an output, whose number it takes.
@@ -169,7 +174,7 @@ class Coordinator:
             names = [shard.name for shard in plan.shards]
             if aligned.folder is not None:
                 for name in plan.carried:
-                    staging.put(name, _parts(aligned.files[name]))
+                    staging.put(name, _read_in_parts(aligned.files[name]))
                 for name, data in {**plan.rewritten, CARD: card_of(k)}.items():
                     staging.put(name, [data])
                     names.append(name)
@@ -183,9 +188,9 @@ class Coordinator:
     def _put_digests(self, staging: Staging, names: list[str]) -> None:
         """Write SHA256SUMS into an output, or OUT.sha256 beside an output that is one file."""
         if self._job.aligned.folder is not None:
-            staging.put(DIGESTS, _digests(staging, [(name, name) for name in sorted(names)]))
+            staging.put(DIGESTS, _digest_lines(staging, [(name, name) for name in sorted(names)]))
         else:
-            staging.put_digest(_digests(staging, [(names[0], os.path.basename(staging.out))]))
+            staging.put_digest(_digest_lines(staging, [(names[0], os.path.basename(staging.out))]))
 
     def check(self, loader: Any) -> None:
         """Load each output from its staging folder with this class of transformers. Raises Unloadable."""
@@ -209,13 +214,13 @@ class Coordinator:
 
 
 def _is_unloadable(error: BaseException) -> bool:
-    """Return True if `--check` failed, because a merge that resumes would fail in the same way."""
+    """Return True if the check of `check=True` failed: a merge that resumes with the check would fail again."""
     from .load_check import Unloadable
 
     return isinstance(error, Unloadable)
 
 
-def _parts(path: str) -> Iterator[bytes]:
+def _read_in_parts(path: str) -> Iterator[bytes]:
     """Yield the bytes of a file of aligned, one MiB at a time. Raises CheckpointError."""
     try:
         with open(path, "rb") as file:
@@ -225,7 +230,7 @@ def _parts(path: str) -> Iterator[bytes]:
         raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
-def _digests(staging: Staging, names: Sequence[tuple[str, str]]) -> Iterator[bytes]:
+def _digest_lines(staging: Staging, names: Sequence[tuple[str, str]]) -> Iterator[bytes]:
     """Yield a line for each file in the format of sha256sum, with the digest of the bytes on the disk.
 
     Args:

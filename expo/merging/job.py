@@ -88,7 +88,7 @@ class MergeJob:
 
     @property
     def free(self) -> int:
-        """Free bytes on the disk of the outputs, or on the fullest of several disks."""
+        """Free bytes on the disk of the outputs; the smallest number if they go to several disks."""
         return min(map(free_bytes, self.outs))
 
     @property
@@ -140,7 +140,7 @@ def open_job(
         out: The template of the outputs' paths; None for the default.
         options: The options of the merge, with its alphas.
         ranks: The processes that make the merge together.
-        headers_only: True to fetch only the headers of weight files from the hub.
+        headers_only: True to download only the headers of weight files that are on the hub.
 
     Raises:
         ExpoError: There is no plan at all; see `preview` in merge.py.
@@ -157,22 +157,22 @@ def open_job(
     with open_inputs(pair.sft, pair.aligned, options.quiet, headers_only, options.carry) as (sft, aligned):
         code = find_code(aligned.files)
         plan = plan_output(aligned, match_tensors(sft, aligned, options), options, code)
-        about = (
+        input_notes = (
             tokenizer.compare(sft, aligned),
             tokenizer.find_missing(sft, aligned),
             find_missing_modules(plan.left_out),
         )
-        notes = (*plan.notes, *filter(None, about), *code.notes, *filter(None, [engines[0].note]))
+        notes = (*plan.notes, *filter(None, input_notes), *code.notes, *filter(None, [engines[0].note]))
         outs = output_paths(out, aligned, options.alphas)
         committed = _committed(outs) if options.resume else frozenset()
-        error = _obstacle(plan, [path for path in outs if path not in committed], (sft, aligned), options.overwrite)
+        error = _find_error(plan, [path for path in outs if path not in committed], (sft, aligned), options.overwrite)
         yield MergeJob(pair, options, sft, aligned, plan, outs, committed, engines, ranks, notes, error)
 
 
-def _obstacle(
+def _find_error(
     plan: Plan, missing: list[str], inputs: tuple[Checkpoint, Checkpoint], overwrite: bool
 ) -> ExpoError | None:
-    """Return the error that prevents the plan; None if there is none.
+    """Return the error that prevents the merge; None if the plan can be carried out.
 
     Args:
         plan: The plan of all outputs.
@@ -193,8 +193,8 @@ def _obstacle(
 def _committed(outs: tuple[str, ...]) -> frozenset[str]:
     """Return the outputs that an interrupted merge has put in place, which are those with a journal beside them.
 
-    A merge starts to remove its journals when all outputs are in place. So if one journal is left, and every output
-    exists and none is staged, then all outputs are in place.
+    A merge removes its journals only after it has put all outputs in place. So all outputs are in place if at least one
+    journal is left, every output exists, and no output has a staging folder.
     """
     unstaged = [out for out in outs if os.path.exists(out) and not os.path.isdir(staging_folder(out))]
     committed = frozenset(out for out in unstaged if has_journal(staging_folder(out)))

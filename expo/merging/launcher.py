@@ -1,4 +1,4 @@
-"""The connection of the ranks that a launcher has started, such as torchrun: the store, gloo, and the process group."""
+"""The connection of ranks that a launcher such as torchrun has started: the store, gloo, and the process group."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from ..errors import RankError, UsageError
 from .process_group import Exchange, ProcessGroup, SingleProcess
 
-START_TIMEOUT_SECONDS = 300.0  # in which all ranks must have started
-CONNECT_TIMEOUT_SECONDS = 2.0  # of one attempt to connect to the store
-RETRY_SECONDS = 0.5  # between two attempts
-POLL_SECONDS = 0.02  # between two reads of the store while a rank waits for the others
-EXCHANGE_TIMEOUT_SECONDS = 60.0  # of a gloo operation, which starts when all ranks have arrived
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of the environment
+START_TIMEOUT_SECONDS = 300.0  # the longest time until all ranks have started
+CONNECT_TIMEOUT_SECONDS = 2.0  # the longest time of one attempt to connect to the store
+RETRY_SECONDS = 0.5  # the time between two attempts
+POLL_SECONDS = 0.02  # the time between two reads of the store while a rank waits for the others
+EXCHANGE_TIMEOUT_SECONDS = 60.0  # the longest time of a gloo operation, which starts when all ranks wait for it
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables
 
 
 def launched() -> bool:
@@ -25,7 +25,7 @@ def launched() -> bool:
 
 
 def launched_rank() -> int:
-    """Return the rank that a launcher gave this process; 0 for a process that none started. Raises UsageError."""
+    """Return the rank that a launcher gave this process; 0 if no launcher started it. Raises UsageError."""
     return _number_from_launcher("RANK", 0) if launched() else 0
 
 
@@ -71,7 +71,7 @@ def _number_from_launcher(name: str, default: int) -> int:
 
 @contextlib.contextmanager
 def _connect(rank: int, world: int) -> Iterator[tuple[Any, Exchange]]:
-    """Connect to the other ranks, and yield the store and the exchange of values through gloo.
+    """Connect to the other ranks, and yield the store and the function that exchanges values through gloo.
 
     A process group of torch.distributed that the program has made already is neither changed nor closed.
 
@@ -83,16 +83,16 @@ def _connect(rank: int, world: int) -> Iterator[tuple[Any, Exchange]]:
     import torch
 
     dist: Any = torch.distributed
-    own, timeout = not dist.is_initialized(), timedelta(seconds=EXCHANGE_TIMEOUT_SECONDS)
+    makes_group, timeout = not dist.is_initialized(), timedelta(seconds=EXCHANGE_TIMEOUT_SECONDS)
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         launcher_store = _open_store(dist, rank, deadline)
         store = dist.PrefixStore(f"expo/{_agree_on_token(launcher_store, rank, world, deadline)}", launcher_store)
-        if own:
+        if makes_group:
             gloo_store = dist.PrefixStore("gloo", store)
             dist.init_process_group("gloo", store=gloo_store, rank=rank, world_size=world, timeout=timeout)
-        group = None if own else dist.new_group(backend="gloo", timeout=timeout)
+        group = None if makes_group else dist.new_group(backend="gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise RankError(
             f"rank {rank} of {world} could not connect to the other ranks at {address}: {error}; "
@@ -100,6 +100,7 @@ def _connect(rank: int, world: int) -> Iterator[tuple[Any, Exchange]]:
         ) from error
 
     def exchange(value: Any) -> list[Any]:
+        """Return the values of all ranks, by rank; every rank makes this call."""
         values: list[Any] = [None] * world
         dist.all_gather_object(values, value, group=group)
         return values
@@ -111,30 +112,34 @@ def _connect(rank: int, world: int) -> Iterator[tuple[Any, Exchange]]:
 
 
 def _open_store(dist: Any, rank: int, deadline: float) -> Any:
-    """Return the store at MASTER_ADDR, which torchrun hosts, or else rank 0.
+    """Return the key-value store at MASTER_ADDR, which the process of torchrun serves, or rank 0 without torchrun.
 
     Python handles a signal only between two attempts, so each attempt takes at most CONNECT_TIMEOUT_SECONDS.
+
+    Raises:
+        RuntimeError: This rank cannot serve the store, or cannot reach it before the deadline.
     """
     from datetime import timedelta
 
-    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     while True:
         try:
             return dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=is_host,
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=is_server,
                 timeout=timedelta(seconds=CONNECT_TIMEOUT_SECONDS), wait_for_workers=False, multi_tenant=True,
             )  # fmt: skip
-        except RuntimeError:  # the host may not have started yet; a host that cannot listen now never can
-            if is_host or time.monotonic() > deadline:
+        except RuntimeError:  # the server may not have started yet, but a server that cannot start would fail again
+            if is_server or time.monotonic() > deadline:
                 raise
             time.sleep(RETRY_SECONDS)
 
 
 def _agree_on_token(store: Any, rank: int, world: int, deadline: float) -> str:
-    """Return a random word that these ranks share and no earlier ones had.
+    """Return the token of these ranks: a random word that the ranks of an earlier start do not have.
 
-    A launcher's store may outlive the processes that it restarts, so old keys must not count. Each rank therefore
-    writes a random word of its own, and rank 0 answers under the word that it reads: its own word is the token.
+    The token is needed because a launcher may restart the ranks and keep the store with the keys of earlier ranks. Each
+    rank writes a random word into the store. The word of rank 0 is the token. Rank 0 reads the word w of each other
+    rank and writes the token under the key expo/token/w, which only the rank with the word w reads.
 
     Raises:
         RuntimeError: Not all ranks have started before the deadline.

@@ -1,8 +1,8 @@
-"""The check of `--check`: transformers loads an output, and every weight must fit.
+"""The check of `--check`: transformers loads an output, and each weight in the files must fit one of the model.
 
-transformers' own loader decides, because it renames, converts and ties weights. The loader gets the names and shapes in
-the files, as tensors on torch's meta device, and no data. No custom code runs. Only this module and its callers import
-transformers, and only if the check is asked for.
+The loader of transformers decides this, because it renames, converts and ties weights. The loader gets the names and
+shapes in the files, as tensors on torch's meta device, and no data. No custom code runs. Only this module and its
+callers import transformers, and only if the check is asked for.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..checkpoints.safetensors_header import TensorInfo
 from ..dtypes import TABLE
 from ..errors import OutputError, UsageError
 
-MAX_LISTED = 36  # problems in a message, which then has at most 40 lines
-COMPARED_BYTES = 1 << 20  # of each of two tensors at a time
+MAX_LISTED = 36  # the number of problems in a message, which then has at most 40 lines
+COMPARED_BYTES = 1 << 20  # the bytes of each of two tensors that are compared at a time
 LEAVE_OUT = "leave `check` out"
 
 
@@ -37,15 +37,15 @@ def model_class(aligned: Checkpoint) -> Any:
     if aligned.folder is None or CONFIG not in aligned.files:
         reason = "is one bare file" if aligned.folder is None else f"has no {CONFIG}"
         raise UsageError(f"`check` loads a folder with a {CONFIG}, but aligned {aligned.path} {reason}; {LEAVE_OUT}")
-    library = _library()
+    library = _import_transformers()
     config = aligned.config
-    architectures, kind = config.get("architectures"), config.get("model_type")
+    architectures, model_type = config.get("architectures"), config.get("model_type")
     if isinstance(architectures, list) and architectures:
         name, loader = f"class {architectures[0]}", getattr(library, str(architectures[0]), None)
     else:
-        known = kind in library.CONFIG_MAPPING
-        name = f"model_type {kind!r}"
-        loader = library.MODEL_MAPPING.get(library.CONFIG_MAPPING[kind], None) if known else None
+        known = model_type in library.CONFIG_MAPPING
+        name = f"model_type {model_type!r}"
+        loader = library.MODEL_MAPPING.get(library.CONFIG_MAPPING[model_type], None) if known else None
     if hasattr(loader, "from_pretrained") and hasattr(loader, "config_class"):
         return loader
     if config.get("auto_map"):
@@ -59,7 +59,7 @@ def model_class(aligned: Checkpoint) -> Any:
     )
 
 
-def _library() -> Any:
+def _import_transformers() -> Any:
     """Return the module transformers. Raises UsageError if it or accelerate is missing or broken."""
     try:
         import transformers
@@ -149,13 +149,13 @@ def _silent_transformers() -> Iterator[None]:
 def _stored_ties(model: Any, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
     """Yield pairs of tensors that are stored apart, although the model's config ties them."""
     for target, source in _ties(model).items():
-        stored = _stored(target, tensors), _stored(source, tensors)
-        if stored[0] is not None and stored[1] is not None and stored[0] != stored[1]:
-            yield stored[0], stored[1]
+        first, second = _name_in_files(target, tensors), _name_in_files(source, tensors)
+        if first is not None and second is not None and first != second:
+            yield first, second
 
 
 def _ties(model: Any) -> dict[str, str]:
-    """Return the name of each tied parameter with the name of the parameter that it is tied to."""
+    """Return, for the name of each tied parameter, the name of the parameter that it is tied to."""
     ties = getattr(model, "all_tied_weights_keys", None)
     if isinstance(ties, dict):
         return ties
@@ -167,8 +167,11 @@ def _ties(model: Any) -> dict[str, str]:
     return {names[head]: names[embedding]}
 
 
-def _stored(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Return the name in the files of the model's head or embedding; None if the files do not have it."""
+def _name_in_files(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Return the name that a parameter of the model has in the files; None if the files do not have the parameter.
+
+    A head or an embedding may have another name in the files, if the files have only one head or embedding.
+    """
     if name in tensors:
         return name
     pattern = next((pattern for pattern in (HEAD, EMBEDDING) if pattern.search(name)), None)

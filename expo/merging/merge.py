@@ -1,4 +1,4 @@
-"""Merge two checkpoints into a third, from files to files (`merge`), or plan that without a write (`preview`)."""
+"""Merge two checkpoints into a third, from files to files (`merge`), or plan this and write nothing (`preview`)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from .process_group import SingleProcess
 from .rank_worker import RankWorker
 from .result import Merged, Tally
 
-MAX_CARD_CHARACTERS = 1 << 20  # that are read of aligned's own card
-Shares = tuple[dict[str, int], bool, list[str]]  # bytes by engine, True if all used O_DIRECT, and notes about GPUs
+MAX_CARD_CHARACTERS = 1 << 20  # the largest number of characters that are read of aligned's own card
+Shares = tuple[dict[str, int], bool, list[str]]  # (bytes by engine, True if all writes used O_DIRECT, notes on GPUs)
 
 
 def merge(
@@ -92,8 +92,8 @@ def merge(
         verify: Read the output back and compare it with a second computation before it is put in place.
         digest: Write SHA256SUMS too.
         check: Have transformers load each output, without its data, before it is put in place. Weights that are
-            missing, unexpected, of another shape, or tied by the config but stored apart are an OutputError. No custom
-            code is run.
+            missing, unexpected, of another shape, or tied by the config but stored apart raise an OutputError. No
+            custom code is run.
         quiet: Download without progress bars.
         progress: Called in this thread with (bytes of output done, bytes of output in all).
         cancel: Stops the merge when any thread sets it.
@@ -149,7 +149,7 @@ def merge_pair(
                 coordinator.check(loader)
             notes = dict.fromkeys((*job.notes, *gpu_notes))
             warnings = [*notes, *coordinator.tally.warnings(), *coordinator.commit()]
-        merged = _merged(job, coordinator, shares, direct, time.perf_counter() - began, warnings)
+        merged = _make_result(job, coordinator, shares, direct, time.perf_counter() - began, warnings)
         try:
             ranks.gather(merged)
         except (RankError, KeyboardInterrupt):
@@ -161,17 +161,17 @@ def merge_pair(
 
 
 def preview(pair: PairRequest, out: StrPath | None, options: MergeOptions) -> MergeJob:
-    """Return the job of a merge without a write to the disk, except for headers in the hub's cache.
+    """Return the job of a merge, and write nothing to the disk except headers into the hub's cache.
 
     Raises:
-        ExpoError: There is no plan at all: UsageError, EngineError, CheckpointError, and OutputError for an `out` that
+        ExpoError: No plan can be made: UsageError, EngineError, CheckpointError, and OutputError for an `out` that
             is a mount point. The job's `error` has every other error that merge() would raise.
     """
     with open_job(pair, out, options, SingleProcess(), headers_only=True) as job:
         return job
 
 
-def _merged(
+def _make_result(
     job: MergeJob, coordinator: Coordinator, shares: dict[str, int], direct: bool, seconds: float, warnings: list[str]
 ) -> Merged:
     """Return the result of a merge that is in place."""
@@ -239,14 +239,14 @@ def _follow(job: MergeJob, fill: Callable[[RankWorker], Shares]) -> Merged:
     return merged
 
 
-def _check_agreement(ranks: SingleProcess, merge: Mapping[str, Any]) -> None:
-    """Raise RankError if the ranks do not see the same merge.
+def _check_agreement(ranks: SingleProcess, values: Mapping[str, Any]) -> None:
+    """Raise RankError if the ranks have different inputs, options or outputs.
 
     Args:
         ranks: The processes of the merge.
-        merge: The values that must be equal on all ranks, as a JSON object.
+        values: The values that must be equal on all ranks, as a JSON object.
     """
-    own = json.loads(json.dumps(merge))
+    own = json.loads(json.dumps(values))
     for rank, other in enumerate(ranks.gather(own)):
         if other != own:
             differing = "; ".join(differences(other, own))

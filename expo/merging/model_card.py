@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Origin
     from .result import Output
 
-MAX_LISTED = 8  # copied or dropped tensors that the card names; it counts the rest
-MAX_ID = 96  # characters of each part of a model id on the Hub
-MAX_MATTER, MAX_DEPTH = 1 << 18, 16  # characters and nested collections of a front matter that is parsed
-MAX_FIELD = 500  # characters of a value that is taken over from aligned's card
+MAX_LISTED = 8  # the number of copied or dropped tensors that the card names; the card counts the others
+MAX_ID = 96  # the largest number of characters in each part of a model id on the Hub
+MAX_MATTER, MAX_DEPTH = 1 << 18, 16  # the most characters, and the deepest nesting, of a front matter that is parsed
+MAX_FIELD = 500  # the largest number of characters in a value that is taken over from aligned's card
 PAPER = "[*Model Extrapolation Expedites Alignment*, arXiv 2404.16792](https://arxiv.org/abs/2404.16792)"
 _MATTER = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\r|\n|$)", re.DOTALL)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -299,7 +299,7 @@ def _text(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Return one line of code between more backticks than the code has in a row."""
+    """Return one line of Markdown code. Its delimiters are longer than any run of backticks in the code."""
     text = _line(text) or " "
     ticks = "`" * (_longest_run(text) + 1)
     padding = " " if text.startswith("`") or text.endswith("`") or text != text.strip() else ""

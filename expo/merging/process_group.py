@@ -2,8 +2,11 @@
 
 The ranks share a key-value store of torch.distributed and exchange values through gloo. In each rank one thread, the
 `HeartbeatWatcher`, writes heartbeats into the store, reads those of other ranks, and reads why a rank has failed. Only
-this thread uses the store, because a call to a store whose host does not answer never returns, and Python handles no
+this thread uses the store, because a call to a store whose server does not answer never returns, and Python handles no
 signal during the call.
+
+A merge has phases. Each phase ends with a call of `gather()`, in which a rank waits for all others, and each phase
+counts its progress from 0.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ from typing import Any, NamedTuple
 
 from ..errors import Cancelled, ExpoError, RankError
 
-HEARTBEAT_SECONDS = 0.5  # between two heartbeats of a rank
-DEAD_AFTER_SECONDS = 30.0  # without a heartbeat, until a rank counts as dead
-POLL_SECONDS = 0.02  # between two reads of the store while a rank waits for the others
-GRACE_SECONDS = 2.0  # that a failed rank stays, so that the others can read its failure: it may host the store
+HEARTBEAT_SECONDS = 0.5  # the time between two heartbeats of a rank
+DEAD_AFTER_SECONDS = 30.0  # the time without a heartbeat after which a rank counts as dead
+POLL_SECONDS = 0.02  # the time between two reads of the store while a rank waits for the others
+GRACE_SECONDS = 2.0  # the time that a failed rank waits for others to read its failure: it may serve the store
 Exchange = Callable[[Any], "list[Any]"]  # takes this rank's value and returns the values of all ranks, by rank
 
 
@@ -73,8 +76,8 @@ class ProcessGroup(SingleProcess):
         """Start to send heartbeats.
 
         Args:
-            store: A store of torch.distributed in which no other processes write.
-            exchange: Gives a value to all ranks; every rank calls it at the same time.
+            store: A store of torch.distributed into which only these processes write.
+            exchange: Returns the values of all ranks, by rank; every rank calls it at the same time.
             rank, world, local_rank, local_world, restarts: See the attributes.
             timeout: Seconds without a heartbeat after which a rank counts as dead.
         """
@@ -102,7 +105,7 @@ class ProcessGroup(SingleProcess):
         try:
             values = self._exchange(value)
         except RuntimeError as error:
-            # gloo only says that a connection is lost; the rank behind it may still report why.
+            # gloo only says that a connection is lost. The rank that closed it may report the reason a little later.
             time.sleep(2 * HEARTBEAT_SECONDS)
             self._check()
             raise RankError(f"{self._name()} has lost the connection to the other ranks: {error}") from error
@@ -111,9 +114,9 @@ class ProcessGroup(SingleProcess):
         return values
 
     def report_progress(self, done: int) -> int:
-        """Send this rank's progress with its next heartbeat, and return the progress of the ranks known here.
+        """Send this rank's progress with its next heartbeat, and return the sum of the progress that this rank knows.
 
-        Rank 0 knows the progress of all ranks, another rank that of rank 0 and its own.
+        Rank 0 knows the progress of all ranks. Each other rank knows its own progress and that of rank 0.
 
         Args:
             done: Bytes that this rank has done since the last `gather`.
@@ -194,11 +197,13 @@ class Failure(NamedTuple):
 
 
 class HeartbeatWatcher:
-    """The thread that writes this rank's heartbeats and reads those of others: rank 0 of all, another rank of rank 0.
+    """The thread that writes this rank's heartbeats and reads those of other ranks.
+
+    Rank 0 reads the heartbeats of all other ranks. Each other rank reads those of rank 0.
 
     Attributes:
         last_answer: The time (`time.monotonic`) of the store's last answer.
-        failure: The failure of any rank; None while all work.
+        failure: The first failure of any rank; None if no rank has failed.
         failure_stored: Set when a failure is in the store.
         done: Bytes that this rank has done in this phase.
         others: Bytes that the watched ranks have done in this phase, by rank.
@@ -212,7 +217,8 @@ class HeartbeatWatcher:
         self.done = 0
         self.others: dict[int, int] = {}
         self._store, self._rank, self._world, self._timeout = store, rank, world, timeout
-        self._phase, self._own_arrival, self._all_arrived = 0, -1, -1  # the latest phase of each
+        # The current phase, the last phase that this rank has ended, and the last phase that all ranks have ended.
+        self._phase, self._own_arrival, self._all_arrived = 0, -1, -1
         self._own_failure: Failure | None = None
         self._wake, self._closed = threading.Event(), threading.Event()
         watched = range(1, world) if rank == 0 else (0,)
@@ -234,7 +240,7 @@ class HeartbeatWatcher:
         self._phase, self.done, self.others = phase, 0, {}
 
     def store_failure(self, failure: Failure) -> None:
-        """Have the thread write a failure into the store, unless one is there; wait at most GRACE_SECONDS for that."""
+        """Let the thread write a failure into the store, if it has none; wait for the thread at most GRACE_SECONDS."""
         self._own_failure = failure
         self._wake.set()
         self.failure_stored.wait(GRACE_SECONDS)
@@ -289,5 +295,5 @@ class HeartbeatWatcher:
                 self._put_failure(Failure(text, ""))
 
     def _put_failure(self, failure: Failure) -> None:
-        """Write a failure into the store, unless it has one: the first failure is the cause of later ones."""
+        """Write a failure into the store, unless the store has one: the first failure is the cause of later ones."""
         self._store.compare_set("failed", "", json.dumps(failure))

@@ -13,7 +13,7 @@ from ..execution.worker_pool import Progress, WorkerPool
 from ..memory import page_aligned
 from ..output.direct_io import ShardWriter, read_back
 from ..output.journal import DoneChunks, Journal
-from ..planning.shards import Chunk, Measured, portion
+from ..planning.shards import Chunk, ChunkStatistics, portion
 from .job import MergeJob
 from .result import Tally
 
@@ -30,7 +30,7 @@ class RankWorker:
     Attributes:
         resumed: Bytes of output that an interrupted merge has made durable.
         shares: Bytes of output that each engine has computed, by the engine's name.
-        notes: Sentences for warnings about GPUs that failed; a dict, so that each sentence occurs once, in order.
+        notes: Warnings about GPUs that failed, in order, each once. The values of the dictionary mean nothing.
     """
 
     def __init__(self, job: MergeJob, journal: Journal, tally: Tally, chunk_bytes: int, done: DoneChunks) -> None:
@@ -61,15 +61,15 @@ class RankWorker:
         """Compute and write this rank's chunks that are not durable yet.
 
         Args:
-            progress: Called with (bytes of output that the ranks known here have done, bytes of output in all).
+            progress: Called with (bytes of output that are done, as far as this rank knows; bytes of output in all).
             cancel: Stops the computation when any thread sets it.
 
         Raises:
-            ExpoError: `WorkerPool.run` or `record` has failed, or another rank.
+            ExpoError: `WorkerPool.run` or `record` has failed, or another rank has failed.
         """
         plan = self._job.plan
         missing: Counter[str] = Counter()
-        for chunk in self._portion(self._done):
+        for chunk in self._own_chunks(self._done):
             missing[chunk.shard.name] += chunk.stop - chunk.start
         sizes = {shard.name: shard.size for shard in plan.shards}
         for k, folder in self._folders.items():
@@ -77,7 +77,7 @@ class RankWorker:
                 name: ShardWriter(os.path.join(folder, name), sizes[name], count) for name, count in missing.items()
             }
 
-        def record_chunk(chunk: Chunk, statistics: Measured) -> None:
+        def record_chunk(chunk: Chunk, statistics: ChunkStatistics) -> None:
             self._tally.add_chunk(chunk, statistics)
             self._journal.add(chunk, statistics)
 
@@ -88,7 +88,7 @@ class RankWorker:
 
         make_lane = LaneMaker(plan, self._job.source, self._chunk_bytes, measure=True)
         pool = WorkerPool(self._job.source, self._job.engines, make_lane, self._write, record_chunk)
-        pool.run(self._portion(self._done), report, cancel)
+        pool.run(self._own_chunks(self._done), report, cancel)
         self.record()
         self._journal.close()
         self.shares = pool.shares
@@ -103,13 +103,13 @@ class RankWorker:
 
         Raises:
             Corrupt: A byte on the disk differs; the journal is invalid from then on.
-            ExpoError: `WorkerPool.run` has failed, or another rank.
+            ExpoError: `WorkerPool.run` has failed, or another rank has failed.
         """
         job, total = self._job, self._job.plan.output_bytes
         make_lane = LaneMaker(job.plan, job.source, self._chunk_bytes, measure=False)
         pool = WorkerPool(job.source, job.engines, make_lane, self._compare)
         try:
-            pool.run(self._portion({}), lambda count: progress(job.ranks.report_progress(count), total), cancel)
+            pool.run(self._own_chunks({}), lambda count: progress(job.ranks.report_progress(count), total), cancel)
         except Corrupt:
             self._journal.invalidate()
             raise
@@ -131,8 +131,8 @@ class RankWorker:
             for writer in files.values():
                 writer.close()
 
-    def _portion(self, done: DoneChunks) -> Iterator[Chunk]:
-        """Yield this rank's chunks, without those that are done."""
+    def _own_chunks(self, done: DoneChunks) -> Iterator[Chunk]:
+        """Yield the chunks that this rank computes, without the chunks in `done`."""
         ranks = self._job.ranks
         return portion(self._job.plan.shards, self._chunk_bytes, done, ranks.rank, ranks.world)
 

@@ -85,7 +85,7 @@ class Merged:
 
 
 class Tally:
-    """The statistics of all pieces, whose sums are exact: workers may finish in any order and give the same numbers.
+    """The statistics of all pieces. Their sums are exact, so the order in which workers finish does not change them.
 
     Attributes:
         elements: The number of extrapolated elements.
@@ -94,15 +94,15 @@ class Tally:
         max_abs_d: The largest element of |aligned - sft|.
     """
 
-    def __init__(self, alphas: int) -> None:
-        """Start at 0 for this number of outputs."""
+    def __init__(self, outputs: int) -> None:
+        """Start all statistics at 0, for this number of outputs."""
         self.elements = 0
-        self.changed = [0] * alphas
-        self.non_finite = [0] * alphas
+        self.changed = [0] * outputs
+        self.non_finite = [0] * outputs
         self.max_abs_d = 0.0
         self._d_squares: list[float] = []  # |aligned - sft|^2 of each piece
         self._aligned_squares: list[float] = []  # |aligned|^2 of each piece
-        self._change_squares: list[list[float]] = [[] for _ in range(alphas)]  # |alpha * (aligned - sft)|^2
+        self._change_squares: list[list[float]] = [[] for _ in range(outputs)]  # |alpha * (aligned - sft)|^2
 
     def add_chunk(self, chunk: Chunk, measured: Mapping[int, Statistics]) -> bool:
         """Add the statistics of a chunk's pieces; return False if they cannot belong to this chunk.
@@ -162,6 +162,6 @@ class Tally:
 
 
 def _norm_ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Return the ratio of two 2-norms, from the squares that each sums; 0 if the second norm is 0."""
+    """Return the ratio of two 2-norms, each given by the squared norms of its parts; 0 if the second norm is 0."""
     denominator = exact_sum(denominators)
     return math.sqrt(exact_sum(numerators) / denominator) if denominator else 0.0

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from ..errors import OutputError
 from ..kernels.contract import Statistics
-from ..planning.shards import Chunk, Measured
+from ..planning.shards import Chunk, ChunkStatistics
 from .os_errors import output_errors
 from .staging import JOURNAL, journals_of_ranks, lock
 
@@ -31,7 +31,7 @@ JOIN_TIMEOUT = 40.0  # seconds; a client of NFS may show other hosts' files up t
 MAX_JOURNAL_SIZE = 1 << 30  # bytes; the journal of a terabyte of output takes a tenth of this
 
 ChunkKey = tuple[str, int]  # the name of the chunk's shard, and the offset of the chunk's first byte in it
-DoneChunks = dict[ChunkKey, tuple[int, Measured]]  # the offset after the chunk's last byte, and its statistics
+DoneChunks = dict[ChunkKey, tuple[int, ChunkStatistics]]  # the offset after the chunk's last byte, and its statistics
 
 
 class JournalContents(NamedTuple):
@@ -229,7 +229,7 @@ class Journal:
         while self._locked_files:
             os.close(self._locked_files.pop())
 
-    def add(self, chunk: Chunk, measured: Measured) -> None:
+    def add(self, chunk: Chunk, measured: ChunkStatistics) -> None:
         """Remember a chunk that was written for all outputs; `flush` syncs it and writes it to the journals."""
         self._pending[chunk.shard.name, chunk.start] = chunk.stop, measured
 

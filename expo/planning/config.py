@@ -14,7 +14,7 @@ from .steps import Step
 
 
 def rewrite_config(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None) -> dict[str, bytes]:
-    """Return the bytes of config.json by the file's name; {} if the output can have aligned's config.json unchanged.
+    """Return {"config.json": its new bytes}; {} if the output can have aligned's config.json, or aligned has none.
 
     Args:
         aligned: The checkpoint whose config the output takes over.
@@ -49,7 +49,7 @@ def _with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
 
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the config with this dtype in place of every dtype, null included, of itself and of its parts."""
+    """Return the config with this dtype for every dtype, null included, of the config and of its nested configs."""
     return {
         key: name if key in ("dtype", "torch_dtype") and isinstance(value, str | None)
         else _with_dtype(value, name) if isinstance(value, dict) and key.endswith("config")

@@ -23,7 +23,7 @@ from .steps import NOT_IN_SFT, ONLY_IN_SFT, SFT_HAS, UNTOUCHED, Action, Step, so
 if TYPE_CHECKING:
     from ..checkpoints.adapter import Adapter
 
-MOST_LINES = 40  # lines of an error's message
+MOST_LINES = 40  # the largest number of lines in an error's message
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Matched:
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
-    def at(self, alphas: Sequence[float]) -> tuple[Step, ...]:
+    def with_alphas(self, alphas: Sequence[float]) -> tuple[Step, ...]:
         """Return the steps with one alpha for each output."""
-        return tuple(step.at(alphas) for step in self.steps)
+        return tuple(step.with_alphas(alphas) for step in self.steps)
 
     def check(self) -> None:
         """Raise PlanError if there is a problem."""
@@ -78,7 +78,7 @@ def match_tensors(sft: ModelTensors, aligned: ModelTensors, options: MergeOption
     steps: list[Step] = []
     for name, tensor in aligned.tensors.items():
         if name in pairs.kept:
-            steps.append(_copy(name, tensor, tensor.dtype, pairs.kept[name]))
+            steps.append(_copy_step(name, tensor, tensor.dtype, pairs.kept[name]))
             continue
         counterpart = pairs.counterparts.get(name)
         dtype = _output_dtype(aligned, name, counterpart, options.dtype)
@@ -96,53 +96,54 @@ def match_tensors(sft: ModelTensors, aligned: ModelTensors, options: MergeOption
 def _steps_of(
     aligned: ModelTensors, name: str, counterpart: Counterpart | None, dtype: str, by_rows: bool
 ) -> list[Step]:
-    """Return the steps of one tensor: one step, or two if the rows of both models differ in number.
+    """Return the steps of one tensor: two if the common rows are extrapolated and the other rows copied, else one.
 
-    A tensor that cannot be extrapolated is a copy here. `tensor_problems` reports it if no option allows the copy.
+    A tensor that cannot be extrapolated gets a copy. `tensor_problems` reports the tensor if no option allows the copy.
 
     Args:
         aligned: The model that has the tensor.
         name: The tensor's name in aligned.
-        counterpart: The tensor of sft that belongs to it; None if there is none.
+        counterpart: The tensor's counterpart in sft; None if there is none.
         dtype: The safetensors name of the output's dtype.
-        by_rows: True to extrapolate the rows that both tensors have, where only the numbers of rows differ.
+        by_rows: True to extrapolate the common rows of two tensors that differ only in the number of rows.
     """
     tensor = aligned.tensors[name]
     if counterpart is None:
-        return [_copy(name, tensor, dtype, NOT_IN_SFT)]
+        return [_copy_step(name, tensor, dtype, NOT_IN_SFT)]
     if aligned.adapter is not None and name not in aligned.adapter.full:
-        return [_adapted(name, aligned.adapter, tensor, dtype)]
+        return [_adapter_step(name, aligned.adapter, tensor, dtype)]
     other = counterpart.tensor
     if not mismatched(tensor, other):
-        return [_extrapolate(name, tensor, other, dtype, counterpart.reason)]
+        return [_extrapolation_step(name, tensor, other, dtype, counterpart.reason)]
     common = rows_in_common(tensor, other) if by_rows else 0
     reason = f"{SFT_HAS}{describe(other)}"
     if not common:
-        return [_copy(name, tensor, dtype, reason)]
+        return [_copy_step(name, tensor, dtype, reason)]
     both = some_rows(tensor, 0, common), some_rows(other, 0, common)
     rows = tensor.shape[0]
-    first = _extrapolate(name, *both, dtype, "; ".join(filter(None, [counterpart.reason, reason])))
+    first = _extrapolation_step(name, *both, dtype, "; ".join(filter(None, [counterpart.reason, reason])))
     if common == rows:
         return [first]
-    rest = _copy(name, some_rows(tensor, common, rows), dtype, reason)
+    rest = _copy_step(name, some_rows(tensor, common, rows), dtype, reason)
     return [first._replace(rows=(0, common)), rest._replace(rows=(common, rows))]
 
 
-def _extrapolate(name: str, aligned: TensorInfo, sft: TensorInfo, dtype: str, reason: str) -> Step:
+def _extrapolation_step(name: str, aligned: TensorInfo, sft: TensorInfo, dtype: str, reason: str) -> Step:
+    """Return the step of a pair of one shape: an extrapolation, or a copy if the tensors have integers."""
     if aligned.dtype not in ITEMSIZE:
-        return _copy(name, aligned, dtype, f"{aligned.dtype} is not a floating-point dtype")
+        return _copy_step(name, aligned, dtype, f"{aligned.dtype} is not a floating-point dtype")
     return Step(name, Action.EXTRAPOLATE, reason, aligned, sft, dtype)
 
 
-def _adapted(name: str, adapter: Adapter, base: TensorInfo, dtype: str) -> Step:
+def _adapter_step(name: str, adapter: Adapter, base: TensorInfo, dtype: str) -> Step:
     """Return the step of a tensor of the base: an extrapolation if the adapter changes the tensor, else a copy."""
     delta = adapter.low_rank.get(name)
     if delta is None:
-        return _copy(name, base, dtype, UNTOUCHED)
+        return _copy_step(name, base, dtype, UNTOUCHED)
     return Step(name, Action.EXTRAPOLATE, f"adapter of rank {delta.rank}", base, base, dtype, delta=delta)
 
 
-def _copy(name: str, tensor: TensorInfo, dtype: str, reason: str) -> Step:
+def _copy_step(name: str, tensor: TensorInfo, dtype: str, reason: str) -> Step:
     return Step(name, Action.COPY, reason, tensor, None, dtype)
 
 
@@ -159,7 +160,7 @@ def _with_own_alpha(step: Step, alpha: float | None) -> Step:
 def _output_dtype(aligned: ModelTensors, name: str, counterpart: Counterpart | None, dtype: str | None) -> str:
     """Return the safetensors name of the output tensor's dtype.
 
-    A tensor that an adapter stores as a whole takes the base's dtype, as the other tensors of the output have it.
+    A tensor that an adapter stores as a whole gets the dtype of the base, because the other tensors have that dtype.
     """
     tensor = aligned.tensors[name]
     if tensor.dtype not in ITEMSIZE:
@@ -180,7 +181,7 @@ def _notes(sft: ModelTensors, aligned: ModelTensors, steps: Sequence[Step]) -> t
 
 
 def _warn_of_copies(aligned: ModelTensors, steps: Sequence[Step]) -> str | None:
-    """Return a warning if the options have most floating-point bytes copied from aligned; else None."""
+    """Return a warning if `on_unpaired` and `on_mismatch` copy most floating-point bytes from aligned; else None."""
     if aligned.adapter is not None:  # an adapter changes few tensors, so its merge may copy most of the model
         return None
     copied = [step for step in steps if step.action is Action.COPY]

@@ -55,27 +55,29 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
     dropped = {name: "a buffer, which the model computes" for name, tensor in of_sft.items()
                if is_buffer(tensor) and name not in of_aligned}  # fmt: skip
     counterparts = {name: Counterpart(of_sft[name], "") for name in of_aligned if name in of_sft and name not in kept}
-    only_aligned = {
+    unpaired_aligned = {
         name: tensor for name, tensor in of_aligned.items() if name not in counterparts and name not in kept
     }
-    only_sft = {name: tensor for name, tensor in of_sft.items() if name not in of_aligned and name not in dropped}
-    for name, old_name in _find_renames(only_aligned, only_sft).items():
-        counterparts[name] = Counterpart(only_sft.pop(old_name), f"sft calls it {old_name}")
-        del only_aligned[name]
+    unpaired_sft = {name: tensor for name, tensor in of_sft.items() if name not in of_aligned and name not in dropped}
+    for name, old_name in _find_renames(unpaired_aligned, unpaired_sft).items():
+        counterparts[name] = Counterpart(unpaired_sft.pop(old_name), f"sft calls it {old_name}")
+        del unpaired_aligned[name]
     flags = tie_flag(sft.config), tie_flag(aligned.config)
-    sft_ties = _find_ties(only_aligned, of_sft, flags[0] is not False and flags != (None, False))
+    # A tensor that sft lacks is not tied if sft's config denies the tie, or if it says nothing and aligned's denies it.
+    sft_ties = _find_ties(unpaired_aligned, of_sft, flags[0] is not False and flags != (None, False))
     counterparts |= {name: Counterpart(of_sft[other], f"sft ties it to {other}") for name, other in sft_ties.items()}
-    read = set(sft_ties.values())
-    only_sft = {name: tensor for name, tensor in only_sft.items() if name not in read}
-    aligned_ties = _find_ties(only_sft, of_aligned, False not in flags)
+    tied_to = set(sft_ties.values())
+    unpaired_sft = {name: tensor for name, tensor in unpaired_sft.items() if name not in tied_to}
+    # A tensor that aligned lacks is tied only if neither config denies the tie, because a wrong tie drops a tensor.
+    aligned_ties = _find_ties(unpaired_sft, of_aligned, False not in flags)
     dropped |= {name: f"aligned ties it to {other}" for name, other in aligned_ties.items()}
-    only_in_aligned = [name for name in only_aligned if name not in sft_ties]
-    only_in_sft = [name for name in only_sft if name not in aligned_ties]
+    only_in_aligned = [name for name in unpaired_aligned if name not in sft_ties]
+    only_in_sft = [name for name in unpaired_sft if name not in aligned_ties]
     return Pairs(counterparts, kept, dropped, only_in_aligned, only_in_sft)
 
 
 def _find_renames(unpaired: Mapping[str, TensorInfo], candidates: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Return the candidate's name for each unpaired tensor that has the same shape and means the same by its name.
+    """Return the candidate's name for each unpaired tensor that has the candidate's shape and an equivalent name.
 
     A tensor with two candidates stays unpaired, and so do two tensors with the same candidate.
     """
@@ -92,7 +94,7 @@ def _find_renames(unpaired: Mapping[str, TensorInfo], candidates: Mapping[str, T
 
 
 def _find_ties(unpaired: Mapping[str, TensorInfo], others: Mapping[str, TensorInfo], tied: bool) -> dict[str, str]:
-    """Return the name of the tensor that the other model uses in the place of each unpaired tensor.
+    """Return the tied tensor that the other model uses in the place of each unpaired tensor, by the unpaired name.
 
     A model without a head uses its embedding, and a model without an embedding uses its head, if the two are tied. An
     encoder and a decoder share their embedding.
@@ -119,7 +121,7 @@ def _find_ties(unpaired: Mapping[str, TensorInfo], others: Mapping[str, TensorIn
 
 
 def mismatched(aligned: TensorInfo, sft: TensorInfo) -> bool:
-    """Return True if the two shapes differ, or if one dtype alone can be extrapolated."""
+    """Return True if the two shapes differ, or if only one of the two dtypes can be extrapolated."""
     return aligned.shape != sft.shape or (aligned.dtype in ITEMSIZE) != (sft.dtype in ITEMSIZE)
 
 

@@ -30,7 +30,7 @@ class Plan:
         dropped: The reason for each tensor of sft that no step reads, by the tensor's name.
         shards: The weight files of one output.
         index: The bytes of the index file; None for an output without an index.
-        rewritten: The new bytes of each of aligned's files that the output needs with a change, by the file's name.
+        rewritten: The new bytes of each file of aligned that the merge changes for the output, by the file's name.
         carried: The names of aligned's other files that the merge copies into the output.
         left_out: (name, reason) of each of aligned's files that the merge does not copy.
         problems: The reasons why the merge cannot be done; empty if it can.
@@ -77,7 +77,7 @@ class Plan:
         return input_bytes(self.steps)
 
     def check(self) -> None:
-        """Raise PlanError with the problems, if there is one."""
+        """Raise PlanError with the problems; do nothing if there is no problem."""
         refuse(self.problems)
 
 
@@ -105,7 +105,7 @@ def plan_output(aligned: Checkpoint, matched: Matched, options: MergeOptions, co
     """
     _check_bare_file(aligned, options)
     assert options.alphas is not None
-    steps = matched.at(options.alphas)
+    steps = matched.with_alphas(options.alphas)
     new_files = rewrite_config(aligned, steps, OUTPUT_DTYPES[options.dtype] if options.dtype else None)
     carried, left_out, unmet = sort_files(list(aligned.files), code, options.carry, aligned.path)
     carried = tuple(name for name in carried if name not in new_files)

@@ -30,22 +30,22 @@ _EXPERTS = re.compile(r"(^|\.)\w*experts?\.")
 def model_problems(sft: ModelTensors, aligned: ModelTensors) -> list[str]:
     """Return the problems of either model as a whole, and of the two together."""
     roles = (("sft", sft), ("aligned", aligned))
-    own = roles[: 1 if aligned.adapter else 2]
-    problems = [text for role, checkpoint in own if (text := describe_problem(role, checkpoint))]
-    problems += [text for role, checkpoint in roles if (text := _empty(role, checkpoint, sft, aligned))]
-    kinds = [checkpoint.config.get("model_type") for checkpoint in (sft, aligned)]
-    if None not in kinds and kinds[0] != kinds[1]:
+    checked = roles[: 1 if aligned.adapter else 2]  # an adapter has sft's config
+    problems = [text for role, checkpoint in checked if (text := describe_problem(role, checkpoint))]
+    problems += [text for role, checkpoint in roles if (text := _empty_problem(role, checkpoint, sft, aligned))]
+    types = [checkpoint.config.get("model_type") for checkpoint in (sft, aligned)]
+    if None not in types and types[0] != types[1]:
         problems.append(
-            f"different architectures: sft {sft.path} is {kinds[0]!r}, aligned {aligned.path} is {kinds[1]!r}; "
+            f"different architectures: sft {sft.path} is {types[0]!r}, aligned {aligned.path} is {types[1]!r}; "
             "extrapolation needs two checkpoints of one model"
         )
     return problems
 
 
-def _empty(role: str, checkpoint: ModelTensors, sft: ModelTensors, aligned: ModelTensors) -> str | None:
+def _empty_problem(role: str, checkpoint: ModelTensors, sft: ModelTensors, aligned: ModelTensors) -> str | None:
     """Return the problem of a model with empty weights, which were not gathered before saving; None without one."""
-    own = checkpoint.adapter.full if checkpoint.adapter else checkpoint.tensors
-    names = [name for name in checkpoint.tensors if name in own and is_hollow(name, sft, aligned, checkpoint)]
+    stored = checkpoint.adapter.full if checkpoint.adapter else checkpoint.tensors
+    names = [name for name in checkpoint.tensors if name in stored and _lacks_elements(name, sft, aligned, checkpoint)]
     if not names:
         return None
     first = checkpoint.tensors[names[0]]
@@ -56,10 +56,11 @@ def _empty(role: str, checkpoint: ModelTensors, sft: ModelTensors, aligned: Mode
     )
 
 
-def is_hollow(name: str, sft: ModelTensors, aligned: ModelTensors, checkpoint: ModelTensors) -> bool:
-    """Return True if a tensor is empty though it should have elements.
+def _lacks_elements(name: str, sft: ModelTensors, aligned: ModelTensors, checkpoint: ModelTensors) -> bool:
+    """Return True if a tensor is empty although it should have elements.
 
-    A weight, a bias and an expert's tensor have elements, and so has a tensor that is not empty in the other model.
+    A weight, a bias and an expert's tensor should have elements, and so should a tensor that is not empty in the
+    other model.
 
     Args:
         name: The tensor's name in `checkpoint`.
@@ -145,7 +146,7 @@ def _likely_cause(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str
             "one checkpoint has its experts fused and the other has a tensor for each expert: load the other with "
             f"transformers, and save it by {SAVE_AS_IN_MEMORY}, which fuses the experts"
         )
-    if _same_shapes(sft, aligned, pairs) or _same_layers(pairs):
+    if _same_shapes(sft, aligned, pairs) or _same_modules(pairs):
         return (
             "they look like the same tensors under other names or in another form: if transformers loads both and "
             f"reports no missing weights, {SAVE_AS_IN_MEMORY} gives both the same names; else rename the tensors of one"
@@ -163,7 +164,7 @@ def _differs_by_experts(pairs: Pairs) -> bool:
 
 
 def _tie_fix(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str | None:
-    """Return the cause and the fix if one model lacks its head or its embedding; None if the cause is another."""
+    """Return the cause and the fix if one model lacks its head or its embedding; None for any other cause."""
     for role, lacking, other, names in (
         ("sft", sft, "aligned", pairs.only_in_aligned),
         ("aligned", aligned, "sft", pairs.only_in_sft),
@@ -190,15 +191,18 @@ def _tie_fix(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str | No
 def _same_shapes(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> bool:
     """Return True if most unpaired tensors of one model have the shapes of unpaired tensors of the other.
 
-    The model with fewer unpaired tensors counts.
+    Most means more than half of the unpaired tensors of the model that has fewer of them.
     """
     of_aligned = Counter(aligned.tensors[name].shape for name in pairs.only_in_aligned)
     of_sft = Counter(sft.tensors[name].shape for name in pairs.only_in_sft)
     return 2 * (of_aligned & of_sft).total() > min(of_aligned.total(), of_sft.total()) > 0
 
 
-def _same_layers(pairs: Pairs) -> bool:
-    """Return True if most modules with unpaired tensors have some in both models, such as q_proj and qkv_proj."""
+def _same_modules(pairs: Pairs) -> bool:
+    """Return True if the unpaired tensors of both models lie in mostly the same modules of numbered layers.
+
+    For example, q_proj in sft and qkv_proj in aligned both lie in the module model.layers.0.self_attn.
+    """
     names = pairs.only_in_aligned, pairs.only_in_sft
     of_aligned, of_sft = ({name.rsplit(".", 2)[0] for name in side} for side in names)
     both = [module for module in of_aligned & of_sft if re.search(r"\.\d+(\.|$)", module)]
@@ -206,7 +210,7 @@ def _same_layers(pairs: Pairs) -> bool:
 
 
 def _lacks_layers(aligned: ModelTensors, pairs: Pairs) -> bool:
-    """Return True if sft alone has layers that aligned's config counts.
+    """Return True if aligned lacks layers that sft has and that the number of layers in aligned's config includes.
 
     A layer that the config does not count may be missing: DeepSeek and others publish one more layer, which predicts
     further tokens, and transformers does not save it.
@@ -223,22 +227,24 @@ def _lacks_layers(aligned: ModelTensors, pairs: Pairs) -> bool:
 
 
 def _mismatch_problems(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs, on_mismatch: str) -> list[str]:
-    """Return the problems of pairs that differ in shape, or in which one tensor alone has floating-point numbers."""
+    """Return the problems of pairs that differ in shape, or in which only one tensor has floating-point numbers."""
     others = {name: counterpart.tensor for name, counterpart in pairs.counterparts.items()}
     others = {name: other for name, other in others.items() if mismatched(aligned.tensors[name], other)}
-    kinds, shapes = [], {}
+    integers, shapes = [], {}  # pairs of integers and floating-point numbers; pairs of two shapes
     for name, other in others.items():
         tensor = aligned.tensors[name]
-        if is_hollow(name, sft, aligned, aligned) or (name in sft.tensors and is_hollow(name, sft, aligned, sft)):
+        if _lacks_elements(name, sft, aligned, aligned) or (
+            name in sft.tensors and _lacks_elements(name, sft, aligned, sft)
+        ):
             continue  # model_problems reports empty tensors
         if (tensor.dtype in ITEMSIZE) != (other.dtype in ITEMSIZE):
-            kinds.append(name)
+            integers.append(name)
         elif not (on_mismatch == "rows" and rows_in_common(tensor, other)):
             shapes[name] = other
     problems = []
     for names, difference, fix in (
         (
-            kinds,
+            integers,
             "with integers in one checkpoint and floating-point numbers in the other",
             "one of the two is quantised, or they are different models",
         ),

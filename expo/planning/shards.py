@@ -38,24 +38,24 @@ class OutputShard(NamedTuple):
     steps: tuple[tuple[Step, TensorInfo], ...]
 
 
-def lay_out(aligned: Checkpoint, steps: Sequence[Step], most: int | None) -> tuple[OutputShard, ...]:
+def lay_out(aligned: Checkpoint, steps: Sequence[Step], max_bytes: int | None) -> tuple[OutputShard, ...]:
     """Return the weight files of an output.
 
     Args:
-        aligned: The checkpoint whose shards the output takes over if `most` is None.
+        aligned: The checkpoint whose shards the output takes over if `max_bytes` is None.
         steps: The steps of the output; the steps of one tensor go into one file.
-        most: The largest number of tensor bytes in a file; None for aligned's division into files.
+        max_bytes: The largest number of tensor bytes in a file; None for aligned's division into files.
     """
     tensors: dict[str, list[Step]] = {}
     for step in steps:
         tensors.setdefault(step.name, []).append(step)
-    if most is None:
+    if max_bytes is None:
         groups: dict[str, list[str]] = {output_name(name): [] for name in aligned.shards}
         for name in tensors:
             groups[output_name(aligned.weight_map[name])].append(name)
         metadata = {output_name(name): file.header.metadata for name, file in aligned.shards.items()}
     else:
-        groups, metadata = _by_size(tensors, most), {}
+        groups, metadata = _by_size(tensors, max_bytes), {}
     return tuple(
         _make_shard(file, {name: tensors[name] for name in group}, metadata.get(file, {}))
         for file, group in groups.items()
@@ -68,10 +68,10 @@ def output_name(shard: str) -> str:
     return stem.replace("pytorch_model", "model", 1) + ".safetensors" if suffix in PICKLED else shard
 
 
-def _by_size(tensors: Mapping[str, Sequence[Step]], most: int) -> dict[str, list[str]]:
+def _by_size(tensors: Mapping[str, Sequence[Step]], max_bytes: int) -> dict[str, list[str]]:
     """Return the names of the tensors in each file, with the file names that save_pretrained gives.
 
-    A file has at most `most` bytes of tensors; a larger tensor has a file to itself.
+    A file has at most `max_bytes` bytes of tensors; a larger tensor has a file to itself.
     """
     groups: list[list[str]] = []
     free = 0  # bytes that the last file can still take
@@ -79,7 +79,7 @@ def _by_size(tensors: Mapping[str, Sequence[Step]], most: int) -> dict[str, list
         size = sum(step.nbytes for step in steps)
         if size > max(free, 0) or not groups:
             groups.append([])
-            free = most
+            free = max_bytes
         groups[-1].append(name)
         free -= size
     if len(groups) == 1:
@@ -127,7 +127,7 @@ class Piece(NamedTuple):
     Attributes:
         step: The step that computes the piece.
         start: The piece's first byte, counted from the first byte of the step's output.
-        stop: The byte after the piece's last, counted likewise.
+        stop: The byte after the piece's last one, counted from the first byte of the step's output.
         at: The piece's first byte, counted from the first byte of the chunk.
     """
 
@@ -153,13 +153,14 @@ class Chunk(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-Measured = dict[int, Statistics]  # the statistics of a chunk's pieces, by the piece's position in `Chunk.pieces`
+ChunkStatistics = dict[int, Statistics]  # the statistics of pieces, by the piece's position in `Chunk.pieces`
 
 
 def cut(shards: Sequence[OutputShard], size: int) -> Iterator[Chunk]:
     """Yield the chunks of the output, each of `size` bytes at most.
 
-    `size` is a multiple of 4096, so no element lies in two chunks.
+    No element lies in two chunks: `size` and the start of the data are multiples of 4096, and tensors of wide dtypes
+    come first.
     """
     for shard in shards:
         first = 0  # the first step that reaches into the chunk
@@ -187,16 +188,16 @@ def portion(
     Args:
         shards: The weight files of the output.
         size: The size of a chunk in bytes, a multiple of 4096.
-        done: The chunks that are done, by the shard's name and the chunk's start: the byte after the chunk's last, and
-            a value that this function ignores.
+        done: The chunks that are done. A key has the shard's name and the chunk's start. A value has the chunk's stop,
+            and statistics that this function ignores.
         rank: The number of the rank, from 0.
         world: The number of ranks.
     """
     total = sum(shard.size for shard in shards) - sum(stop - start for (_, start), (stop, _) in done.items())
-    at = 0  # bytes of the chunks to do that come before this one
+    before = 0  # bytes of the chunks that are not done and come before this one
     for chunk in cut(shards, size):
         if (chunk.shard.name, chunk.start) not in done:
             length = chunk.stop - chunk.start
-            if (2 * at + length) * world // (2 * total) == rank:  # the chunk's middle lies in this rank's run
+            if (2 * before + length) * world // (2 * total) == rank:  # the chunk's middle lies in this rank's run
                 yield chunk
-            at += length
+            before += length

@@ -26,7 +26,7 @@ from ..kernels.contract import working_alpha
 if TYPE_CHECKING:
     from ..checkpoints.adapter import LowRank
 
-# The reasons why a tensor is copied or dropped.
+# The reasons why a tensor is copied or dropped. SFT_HAS is the start of a reason: the dtype and shape in sft follow it.
 NOT_IN_SFT, ONLY_IN_SFT, UNTOUCHED, SFT_HAS = "not in sft", "only in sft", "not in the adapter", "sft has "
 
 
@@ -48,7 +48,8 @@ class Step(NamedTuple):
         sft: The counterpart, or its rows; None if the action is COPY.
         dtype: The safetensors name of the output's dtype.
         own_alpha: The alpha that `alpha_for` gives this tensor in every output; None if each output's alpha applies.
-        alphas: One alpha for each output, 0 if the step is a copy in that output; empty until `at` sets them.
+        alphas: One alpha for each output, 0 if the step is a copy in that output; empty until `with_alphas` sets
+            them.
         rows: The first row, and the row after the last; None for the whole tensor.
         delta: The product of two matrices by which an adapter changes the tensor; None without an adapter.
     """
@@ -64,7 +65,7 @@ class Step(NamedTuple):
     rows: tuple[int, int] | None = None
     delta: LowRank | None = None
 
-    def at(self, alphas: Sequence[float]) -> Step:
+    def with_alphas(self, alphas: Sequence[float]) -> Step:
         """Return the step with one alpha for each output; a copy if every alpha is 0 in the step's arithmetic."""
         if self.sft is None:
             return self._replace(alphas=(0.0,) * len(alphas))
@@ -91,7 +92,7 @@ class Step(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """True if the output has an engine's result or aligned's bytes without a conversion."""
+        """True if the step needs no conversion: an engine or a copy of aligned's bytes makes the output directly."""
         return self.delta is None and self.dtype == self.aligned.dtype
 
     @property
@@ -134,14 +135,14 @@ def some_rows(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
 
 
 def join_shapes(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the shape of a tensor that parts of these shapes make along the first dimension."""
+    """Return the shape of a tensor that consists of parts of these shapes, joined along the first dimension."""
     return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def by_tensor(steps: Iterable[Step]) -> Iterator[tuple[TensorInfo, list[Step]]]:
     """Yield each tensor of the output, in aligned's order, and the steps that make it.
 
-    The tensor's bytes are counted from the tensor's own start, so `start` is 0.
+    The steps of one tensor must follow each other. The `start` of each tensor is 0, because it lies in no file yet.
     """
     for name, group in itertools.groupby(steps, key=lambda step: step.name):
         own = list(group)

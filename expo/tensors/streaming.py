@@ -83,7 +83,7 @@ def stream(
         if chosen.note:
             warnings.warn(chosen.note, RuntimeWarning, stacklevel=2)
         several = isinstance(alpha, Iterable) and not isinstance(alpha, str)
-        steps, source = matched.at(pair.alphas), TensorSource(first, second)
+        steps, source = matched.with_alphas(pair.alphas), TensorSource(first, second)
         return _stream(steps, source, chosen, _tensor_maker(framework, to), several, stack.pop_all())
 
 

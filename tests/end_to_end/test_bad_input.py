@@ -226,7 +226,7 @@ def refused_folder(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "mkdir", mkdir)
 
 
-KEPT = "what is done is kept in {root}/to/.out.expo-staging: repeat the merge with --resume to continue"
+KEPT = "the finished part is kept in {root}/to/.out.expo-staging: repeat the merge with --resume to continue"
 
 CASES = {
     "missing folder": Case(missing_folder, 3, ("{root}/nowhere: no such file or folder",)),

@@ -140,7 +140,7 @@ def staging_folder(out: Path) -> Path:
 def kept(*outs: Path) -> str:
     """Return the end of the message of a merge that has left its staging folders."""
     folders = ", ".join(str(staging_folder(out)) for out in outs)
-    return f"what is done is kept in {folders}: repeat the merge with `resume=True` to continue"
+    return f"the finished part is kept in {folders}: repeat the merge with `resume=True` to continue"
 
 
 def sparse_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> Path:

@@ -251,7 +251,7 @@ def test_numpy_refuses_a_thread_that_flushes(monkeypatch: pytest.MonkeyPatch) ->
         lambda: cast(bytes(8), ("F32", "BF16")),
         lambda: cast(bytes(8), ("F64", "F32")),
         lambda: convert.low_rank(ones, ones, 1.0, 0, np.empty(1, np.float32)),
-        lambda: convert.apply(ones, ones, 1.0, np.empty_like(ones)),
+        lambda: convert.add_delta(ones, ones, 1.0, np.empty_like(ones)),
     ]
     for task in tasks:
         with pytest.raises(RuntimeError, match="set_flush_denormal"):
@@ -480,7 +480,7 @@ def test_apply_is_two_rounded_operations(dtype: str, beta: float) -> None:
     base = np.array([each for each, _ in pairs], BITS[dtype]).view(KINDS[dtype])
     delta = np.array([each for _, each in pairs], np.uint32).view(np.float32)
     out = np.empty_like(base)
-    convert.apply(base, delta, beta, out)
+    convert.add_delta(base, delta, beta, out)
     expected = [
         exact.encode(
             exact.add(
@@ -498,7 +498,7 @@ def test_apply_of_1_is_the_plain_sum() -> None:
     rng = np.random.default_rng(12)
     base, delta = rng.standard_normal((2, 999)).astype(np.float32)
     out = np.empty_like(base)
-    convert.apply(base, delta, 1.0, out)
+    convert.add_delta(base, delta, 1.0, out)
     assert not differing(out.view(np.uint32), (base + delta).view(np.uint32), "F32").size
     assert out.dtype == np.float32
     assert numerics.STORAGE["F32"] is np.float32

@@ -178,7 +178,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make chunks so small that most of them begin and end inside a row."""
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 4096)
     monkeypatch.setattr("expo.tensors.streaming.CHUNK", 1000)
-    monkeypatch.setattr("expo.execution.tensor_source.CONVERTED", 333)
+    monkeypatch.setattr("expo.execution.tensor_source.CONVERTED_ELEMENTS", 333)
 
 
 # The expected tensors, from the files' bytes and the documents alone

@@ -43,7 +43,8 @@ def refused(inputs: tuple[Path, Path], out: Path) -> list[str]:
     assert staging_folder(out).is_dir()
     lines = str(caught.value).splitlines()
     kept = (
-        f"; what is done is kept in {staging_folder(out)}: `resume=True` without `check=True` puts it in place as it is"
+        f"; the finished part is kept in {staging_folder(out)}: `resume=True` without `check=True` puts it in place "
+        "as it is"
     )
     assert lines[0].startswith(f"{out}: transformers {transformers.__version__} does not load it completely as ")
     assert lines[-1].endswith(kept)

@@ -376,7 +376,9 @@ def test_an_interrupt_is_explained_by_the_failure_behind_it(
     with monkeypatch.context() as patch:
         patch.setattr(rank_worker.RankWorker, "_write", sinking)
         results = Host(2).run(lambda ranks: expo.merge(*pair, 0.3, tmp_path / "out", ranks=ranks))
-    assert "failed: the disk of rank 1 is full; rank 0 of 2 has stopped too; what is done is kept" in str(results[0])
+    assert "failed: the disk of rank 1 is full; rank 0 of 2 has stopped too; the finished part is kept" in str(
+        results[0]
+    )
     assert expo.merge(*pair, 0.3, tmp_path / "out", resume=True).resumed == 0
 
 

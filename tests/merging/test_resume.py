@@ -211,7 +211,7 @@ def test_a_stop_between_two_commits(monkeypatch: pytest.MonkeyPatch, pair: Pair,
     with monkeypatch.context() as patch:
         patch.setattr(merge_module.Staging, "commit", once)
         with pytest.raises(
-            expo.OutputError, match=r"already in place: .*/0\.3; what is done is kept in .*\.1\.expo-staging"
+            expo.OutputError, match=r"already in place: .*/0\.3; the finished part is kept in .*\.1\.expo-staging"
         ):
             work("out")
     first = (tmp_path / "out" / "0.3").stat().st_ino

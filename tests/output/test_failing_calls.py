@@ -34,7 +34,7 @@ def test_what_a_sync_failed_for_is_not_gone_on_with(
     out, name = tmp_path / "out", "model-00002-of-00002.safetensors"
     with monkeypatch.context() as patch:
         refuse_to_sync(patch, 1, name)
-        with pytest.raises(expo.OutputError, match=rf"{name}: Input/output error; what is done is kept in"):
+        with pytest.raises(expo.OutputError, match=rf"{name}: Input/output error; the finished part is kept in"):
             expo.merge(*pair, 0.3, out)
     found = read_journal(journal_path(str(staging_folder(out))))
     assert found is not None
@@ -199,7 +199,10 @@ def test_a_limit_on_the_size_of_files(pair: Pair, tmp_path: Path) -> None:
     assert done.returncode == 4
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "File too large; the filesystem or a limit (ulimit -f) refuses files of this size; what" in done.stderr
+    assert (
+        "File too large; the filesystem or a limit (ulimit -f) refuses files of this size; the finished part"
+        in done.stderr
+    )
     assert done.stderr.endswith(f"; {with_options(kept(tmp_path / 'out'))}\n")
     assert sorted(os.listdir(tmp_path)) == [".out.expo-staging", "al", "sft"]
     expo.merge(*pair, 0.3, tmp_path / "out", resume=True)

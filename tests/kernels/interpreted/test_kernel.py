@@ -323,7 +323,7 @@ def test_other_combinations_are_refused(dtype: str) -> None:
     o, x = (Operand(bytes(16), dtype) for _ in range(2))
     engine, out = host.HostEngine("cuda"), bytearray([POISON]) * 16
     for anchor, terms in ((o, []), (o, [Term([1.0], o, x)] * 2), (x, [Term([1.0], o, x)])):
-        with pytest.raises(expo.EngineError, match="the engine triton computes the one term"):
+        with pytest.raises(expo.EngineError, match="the engine triton computes only aligned"):
             engine(anchor, terms, [out], False)
     with pytest.raises(expo.EngineError, match="an operand has scales"):
         engine(o, [Term([1.0], o, x._replace(scales=bytes(4)))], [out], False)
