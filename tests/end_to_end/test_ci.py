@@ -97,7 +97,7 @@ def test_make_check_runs_a_part_of_make_test() -> None:
     (check,), (test, _) = runs_of_pytest("check"), runs_of_pytest("test")
     assert check[: len(test)] == test
     assert len(check) > len(test)
-    assert all((ROOT / path).exists() for path in check[len(test) :])
+    assert all((ROOT / word.removeprefix("--ignore=")).exists() for word in check[len(test) :])
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)

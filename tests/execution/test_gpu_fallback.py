@@ -270,7 +270,7 @@ def by_live() -> tuple[torch.Tensor, torch.Tensor]:
     held = live.Live(models[1], models[0])
     held._launches = True
     for alpha in (0.7, 0.3):
-        held._on_device(alpha)
+        held._compute_on_device(alpha)
     return models[1].weight.detach().reshape(-1), expected(s.reshape(-1), a.reshape(-1))
 
 
@@ -358,9 +358,9 @@ def test_a_table_is_made_when_there_is_memory_again(software: SoftwareGpu, monke
     with monkeypatch.context() as short:
         short.setattr(whole_model, "rows", failing(MEMORY[0]))
         with pytest.warns(RuntimeWarning, match="where memory runs out"):
-            held._on_device(0.7)
+            held._compute_on_device(0.7)
     assert "whole_model" not in [name for name, _ in software.launches[len(TESTED) :]]
-    held._on_device(0.3)
+    held._compute_on_device(0.3)
     assert software.launches[-1][0] == "whole_model"
 
 
@@ -445,7 +445,7 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> None:
             self.device = CPU
 
     monkeypatch.setattr(device, "Cuda", Device)
-    monkeypatch.setattr(host, "available", lambda: "")
+    monkeypatch.setattr(host, "why_unavailable", lambda: "")
     made = host.HostEngine
     monkeypatch.setattr(host, "HostEngine", lambda _: made("cpu"))
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 64 << 10)
