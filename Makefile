@@ -50,7 +50,7 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-.venv/installed: setup.py pyproject.toml kernels/_cpu.c
+.venv/installed: setup.py pyproject.toml $(wildcard kernels/_cpu*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable ".[test,bench]"

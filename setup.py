@@ -7,6 +7,7 @@ from setuptools import Extension, setup
 CPU_ENGINE = Extension(
     "expo.kernels._cpu",
     ["kernels/_cpu.c"],
+    depends=sorted(str(path) for path in Path("kernels").glob("_cpu_*.h")),
     # -ffp-contract=off: a fused multiply-add would round once where the numerics contract rounds twice.
     extra_compile_args=["-O3", "-ffp-contract=off", "-std=gnu11"],
     optional=True,  # without a compiler the NumPy engine takes over

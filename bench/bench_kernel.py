@@ -11,6 +11,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,14 +57,14 @@ def _memory(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())
 
 
-def cpu(dtype: str, measure: bool = False) -> Launch:
-    """Return the compiled engine."""
+def cpu(dtype: str, measure: bool = False, variant: str | None = None) -> Launch:
+    """Return the compiled engine, with the variant that a merge takes or another one."""
     engine = pytest.importorskip("expo.kernels.cpu", reason="the compiled engine is not built")
 
     def launch(s: torch.Tensor, a: torch.Tensor, o: torch.Tensor) -> None:
         sft, aligned, out = (Address(tensor.data_ptr(), tensor.nbytes) for tensor in (s, a, o))
         arguments = extrapolation(Operand(sft, dtype), Operand(aligned, dtype), (ALPHA,))
-        engine.extrapolate(*arguments, (out,), measure)
+        engine.extrapolate(*arguments, (out,), measure, variant)
 
     return launch
 
@@ -71,6 +72,19 @@ def cpu(dtype: str, measure: bool = False) -> Launch:
 def cpu_with_statistics(dtype: str) -> Launch:
     """Return the compiled engine with the statistics of a merge."""
     return cpu(dtype, measure=True)
+
+
+def variants() -> dict[str, Contestant]:
+    """Return the compiled engine's variants for this processor, each with statistics and without, by their names."""
+    try:
+        from expo.kernels.cpu import variants as names
+    except ImportError:  # the engine is not built
+        return {}
+    makers = {}
+    for name in names():
+        makers[f"cpu_{name}"] = partial(cpu, variant=name)
+        makers[f"cpu_{name}_with_statistics"] = partial(cpu, variant=name, measure=True)
+    return makers
 
 
 def numpy(dtype: str) -> Launch:
@@ -111,16 +125,18 @@ def torch_lerp(dtype: str) -> Launch:
     return launch
 
 
-EXACT = (cpu, cpu_with_statistics, numpy, torch_in_fp32)
+EXACT = {each.__name__: each for each in (cpu, cpu_with_statistics, numpy, torch_in_fp32)} | variants()
+INEXACT = {each.__name__: each for each in (papers_expression, torch_lerp)}
+CONTESTANTS: dict[str, Contestant] = EXACT | INEXACT
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("contestant", [*EXACT, papers_expression, torch_lerp], ids=lambda f: f.__name__)
-def test_kernel(benchmark: Any, contestant: Contestant, dtype: str) -> None:
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+def test_kernel(benchmark: Any, contestant: str, dtype: str) -> None:
     """Time a contestant; extra_info["of_memcpy"] is its GB/s divided by memcpy's, the median of the rounds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    buffers, launch = Buffers(dtype), contestant(dtype)
+    buffers, launch = Buffers(dtype), CONTESTANTS[contestant](dtype)
     size = BUFFER_ELEMENTS * buffers.sets[0][0].element_size()
     memcpy_rates: list[float] = []
 
@@ -145,7 +161,7 @@ def test_kernel(benchmark: Any, contestant: Contestant, dtype: str) -> None:
     _check(contestant, launch, buffers)
 
 
-def _check(contestant: Contestant, launch: Launch, buffers: Buffers) -> None:
+def _check(contestant: str, launch: Launch, buffers: Buffers) -> None:
     """Compare a result with the definition: bit for bit, or to a few roundings."""
     s, a, out = buffers.next()
     launch(s, a, out.zero_())

@@ -7,7 +7,8 @@
  * restores it.  Bytes moved: one read of sft, one of aligned, and one write for each alpha.
  * Inputs and outputs may be unaligned.  With one alpha and no statistics the output may be the memory of an input;
  * memories that overlap in part give wrong results.
- */
+ *
+ * One build serves every x86-64: it has four variants of the same bits, and VARIANTS lists them from the best on. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <fenv.h>
@@ -15,21 +16,14 @@
 #include <stdint.h>
 #include <string.h>
 
-/* One build serves every x86-64: the loader picks the variant.  Older compilers do not know these levels. */
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) /* clang cannot ask the processor for f16c */
-#define F16C
-#endif
-
 #define MAX_ALPHAS 64
 /* Both inputs and an output of a block of this many elements stay in the L1 cache between the passes over it. */
 #define CACHE_ELEMENTS 2048
 /* Independent fp32 sums in a block: this number fixes the order of the additions, not the width of a vector. */
 #define SUMS 32
+/* The fused loops ask for memory this many bytes ahead: the processor's own prefetching stops at the end of a page. */
+#define AHEAD 2048
+#define LINE 64 /* the bytes of a cache line */
 
 typedef uint16_t BF16 __attribute__((aligned(1), may_alias));
 typedef uint16_t F16 __attribute__((aligned(1), may_alias));
@@ -49,70 +43,14 @@ static inline void store_BF16(BF16 *p, float r) {
     *p = r != r ? 0x7fc0 : (uint16_t)rounded;
 }
 
-/* fp16 goes through a block of fp32 in the L1 cache.  Widening is exact: the exponent moves to its place in fp32, and a
- * multiplication rebiases it, for subnormals too. */
-CLONES static void widen_portable(const F16 *from, float *to, Py_ssize_t n) {
-    for (Py_ssize_t i = 0; i < n; i++) {
-        uint32_t half = from[i], magnitude = (half & 0x7fff) << 13;
-        uint32_t bits = as_bits(as_float(magnitude) * 0x1p112f);
-        bits = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : bits;
-        to[i] = as_float(bits | (half & 0x8000) << 16);
-    }
-}
+enum { CODE_BF16, CODE_F16, CODE_F32 };
+static const Py_ssize_t ITEMSIZE[3] = {2, 2, 4};
 
-CLONES static void narrow_portable(const float *from, F16 *to, Py_ssize_t n) {
-    for (Py_ssize_t i = 0; i < n; i++) {
-        uint32_t bits = as_bits(from[i]), magnitude = bits & 0x7fffffff;
-        uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13; /* rebias by -112, round */
-        uint32_t small = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u; /* 0.5's ulp is fp16's least step */
-        uint32_t half = magnitude < 0x38800000u ? small : normal;
-        half = magnitude >= 0x477ff000u ? 0x7c00 : half; /* halfway past the largest finite fp16 */
-        half = magnitude > 0x7f800000u ? 0x7e00 : half;
-        to[i] = (F16)(half | ((bits >> 16) & 0x8000));
-    }
-}
-
-static void (*widen_F16)(const F16 *, float *, Py_ssize_t) = widen_portable;
-static void (*narrow_F16)(const float *, F16 *, Py_ssize_t) = narrow_portable;
-/* fp16 with fp16 in one pass through the registers; NULL where the processor cannot. */
-static void (*merge_F16_F16)(const F16 *, const F16 *, F16 *, Py_ssize_t, float) = NULL;
-
-#ifdef F16C
-#include <immintrin.h>
-
-__attribute__((target("avx,f16c"))) static void widen_f16c(const F16 *from, float *to, Py_ssize_t n) {
-    Py_ssize_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
-    widen_portable(from + i, to + i, n - i);
-}
-
-__attribute__((target("avx,f16c"))) static void narrow_f16c(const float *from, F16 *to, Py_ssize_t n) {
-    Py_ssize_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-    narrow_portable(from + i, to + i, n - i);
-}
-
-__attribute__((target("avx,f16c"))) static inline void merge_eight(const F16 *sft, const F16 *aligned, F16 *out,
-                                                                   __m256 alpha) {
-    const __m256 x = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)aligned));
-    const __m256 d = _mm256_sub_ps(x, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)sft)));
-    const __m256 r = _mm256_add_ps(x, _mm256_mul_ps(alpha, d));
-    _mm_storeu_si128((__m128i *)out, _mm256_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT));
-}
-
-__attribute__((target("avx,f16c"))) static void merge_f16c(const F16 *sft, const F16 *aligned, F16 *out, Py_ssize_t n,
-                                                           float alpha) {
-    const __m256 wide = _mm256_set1_ps(alpha);
-    const Py_ssize_t whole = n / 8 * 8;
-    for (Py_ssize_t i = 0; i < whole; i += 8) merge_eight(sft + i, aligned + i, out + i, wide);
-    F16 last[3][8] = {{0}};
-    memcpy(last[0], sft + whole, 2 * (n - whole));
-    memcpy(last[1], aligned + whole, 2 * (n - whole));
-    merge_eight(last[0], last[1], last[2], wide);
-    memcpy(out + whole, last[2], 2 * (n - whole));
-}
-#endif
+/* The sums of a block: element i belongs to lane i % SUMS.  Elements whose d is not finite are left out. */
+typedef struct {
+    float dd[SUMS], aa[SUMS]; /* of d * d and of aligned * aligned */
+    float top[SUMS];          /* the largest |d| */
+} Lanes;
 
 typedef struct {
     double d_squared, aligned_squared; /* over elements whose d is finite */
@@ -120,79 +58,6 @@ typedef struct {
 } Distance;
 
 typedef struct { int64_t changed, non_finite; } Count;
-
-/* Each pair of input dtypes has one merge kernel and one distance kernel; fp16 elements are fp32 by now. */
-#define PAIR(S, A)                                                                                    \
-    CLONES static void merge_##S##_##A(const char *sft, const char *aligned, char *out, Py_ssize_t n, \
-                                       float alpha) {                                                 \
-        const S *s = (const S *)sft;                                                                  \
-        const A *a = (const A *)aligned;                                                              \
-        A *o = (A *)out;                                                                              \
-        for (Py_ssize_t i = 0; i < n; i++) {                                                          \
-            float x = load_##A(a + i), d = x - load_##S(s + i), p = alpha * d;                        \
-            store_##A(o + i, x + p);                                                                  \
-        }                                                                                             \
-    }                                                                                                 \
-    CLONES static void distance_##S##_##A(const char *sft, const char *aligned, Py_ssize_t n,         \
-                                          Distance *total) {                                          \
-        const S *s = (const S *)sft;                                                                  \
-        const A *a = (const A *)aligned;                                                              \
-        float dd[SUMS] = {0}, aa[SUMS] = {0}, top[SUMS] = {0};                                        \
-        Py_ssize_t i = 0;                                                                             \
-        for (; i + SUMS <= n; i += SUMS)                                                              \
-            for (int l = 0; l < SUMS; l++) MEASURE(S, A)                                              \
-        for (int l = 0; l < n - i; l++) MEASURE(S, A)                                                 \
-        for (int l = 0; l < SUMS; l++) {                                                              \
-            total->d_squared += dd[l];                                                                \
-            total->aligned_squared += aa[l];                                                          \
-            total->max_abs_d = top[l] > total->max_abs_d ? top[l] : total->max_abs_d;                 \
-        }                                                                                             \
-    }
-
-#define MEASURE(S, A)                                               \
-    {                                                               \
-        float x = load_##A(a + i + l), d = x - load_##S(s + i + l); \
-        float size = as_float(as_bits(d) & 0x7fffffff);             \
-        x = size < INFINITY ? x : 0.0f;                             \
-        size = size < INFINITY ? size : 0.0f;                       \
-        dd[l] += size * size;                                       \
-        aa[l] += x * x;                                             \
-        top[l] = size > top[l] ? size : top[l];                     \
-    }
-
-/* Changed is IEEE's "not equal": -0 equals +0, NaN equals nothing. */
-#define ALIGNED(A)                                                                                   \
-    CLONES static void count_##A(const char *aligned, const char *out, Py_ssize_t n, Count *total) { \
-        const A *a = (const A *)aligned, *o = (const A *)out;                                        \
-        uint32_t changed = 0, non_finite = 0;                                                        \
-        for (Py_ssize_t i = 0; i < n; i++) {                                                         \
-            float before = load_##A(a + i), after = load_##A(o + i);                                 \
-            changed += before != after ? 1u : 0u;                                                    \
-            non_finite += ((as_bits(after) >> 23 & 0xff) + 1) >> 8; /* exponent 255 */               \
-        }                                                                                            \
-        total->changed += changed;                                                                   \
-        total->non_finite += non_finite;                                                             \
-    }                                                                                                \
-    PAIR(BF16, A)                                                                                    \
-    PAIR(F32, A)
-
-ALIGNED(BF16)
-ALIGNED(F32)
-
-typedef struct {
-    void (*merge)(const char *, const char *, char *, Py_ssize_t, float);
-    void (*distance)(const char *, const char *, Py_ssize_t, Distance *);
-    void (*count)(const char *, const char *, Py_ssize_t, Count *);
-} Kernels;
-
-enum { CODE_BF16, CODE_F16, CODE_F32 };
-static const Py_ssize_t ITEMSIZE[3] = {2, 2, 4};
-
-/* Indexed by [sft is F32][aligned is F32]. */
-static const Kernels KERNELS[2][2] = {
-    {{merge_BF16_BF16, distance_BF16_BF16, count_BF16}, {merge_BF16_F32, distance_BF16_F32, count_F32}},
-    {{merge_F32_BF16, distance_F32_BF16, count_BF16}, {merge_F32_F32, distance_F32_F32, count_F32}},
-};
 
 typedef struct {
     const char *sft, *aligned;
@@ -204,31 +69,172 @@ typedef struct {
     Count count[MAX_ALPHAS];
 } Job;
 
+static void add_lanes(Distance *total, const Lanes *lanes) {
+    int32_t top = (int32_t)as_bits(total->max_abs_d); /* numbers from 0 on have the order of their bits */
+    for (int l = 0; l < SUMS; l++) {
+        total->d_squared += lanes->dd[l];
+        total->aligned_squared += lanes->aa[l];
+    }
+    for (int l = 0; l < SUMS; l++) top = (int32_t)as_bits(lanes->top[l]) > top ? (int32_t)as_bits(lanes->top[l]) : top;
+    total->max_abs_d = as_float((uint32_t)top);
+}
+
+/* Return 1 if no sum of d * d is infinite or NaN. */
+static int are_finite(const Lanes *lanes) {
+    uint32_t carry = 0;
+    for (int l = 0; l < SUMS; l++) carry |= (as_bits(lanes->dd[l]) & 0x7fffffff) + 0x00800000; /* from exponent 255 */
+    return !(carry >> 31);
+}
+
+/* delta = scale * left @ right, and each sum runs from the left, so the size of the tiles changes no bit of an element.
+ * The sums of a tile stay in registers over all of r.  A tile has TILE_COLUMNS columns of one row, or of TILE_ROWS rows
+ * that share the loads of right. */
+#define TILE_ROWS 4
+#define VECTOR_BYTES 64
+#define TILE_VECTORS 4
+typedef float V __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+enum { VECTOR_COLUMNS = VECTOR_BYTES / 4, TILE_COLUMNS = TILE_VECTORS * VECTOR_COLUMNS };
+typedef void Tile(const float *, const float *, float, Py_ssize_t, Py_ssize_t, Py_ssize_t, float *);
+
+/* A loop over n elements of one pair of dtypes; the last two return 1 unless the block needs the exact path. */
+typedef struct {
+    void (*merge)(const char *sft, const char *aligned, char *out, Py_ssize_t n, float alpha);
+    int (*count)(const char *sft, const char *aligned, char *out, Py_ssize_t n, float alpha, Lanes *, int64_t *changed);
+    int (*measure)(const char *sft, const char *aligned, char *out, Py_ssize_t n, float alpha, Lanes *,
+                   int64_t *changed);
+} Fused;
+
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+    void (*compute)(Job *, Py_ssize_t, Py_ssize_t);
+    void (*widen)(const char *, int, float *, Py_ssize_t);
+    void (*narrow)(const float *, int, char *, Py_ssize_t);
+    void (*count)(const char *, const char *, Py_ssize_t, Count *); /* of fp32 elements */
+    Tile *one_row, *some_rows;
+    const Fused (*fused)[3]; /* indexed by [dtype of sft][dtype of aligned]; NULL where there is no such loop */
+} Variant;
+
+#define JOIN(x, y) x##_##y
+#define EXPAND_AND_JOIN(x, y) JOIN(x, y)
+#define NAME(x) EXPAND_AND_JOIN(x, SUFFIX)
+#define INLINE static inline __attribute__((always_inline))
+#define VARIANT(NAME_, SUPPORTED, FUSED_)                                                                       \
+    {                                                                                                           \
+        #NAME_, SUPPORTED, JOIN(compute, NAME_), JOIN(widen, NAME_), JOIN(narrow, NAME_), JOIN(loop_count_F32, NAME_), \
+            JOIN(one_row, NAME_), JOIN(some_rows, NAME_), FUSED_                                                \
+    }
+
+static int always(void) { return 1; }
+
+#define SUFFIX portable
+#define TARGET
+#include "_cpu_loops.h"
+#undef SUFFIX
+#undef TARGET
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define X86
+#include <cpuid.h>
+#include <immintrin.h>
+
+static int has_f16c(void) { /* clang's __builtin_cpu_supports does not know f16c, and "avx" asks the system too */
+    unsigned a, b, c = 0, d;
+    return __builtin_cpu_supports("avx") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
+static int has_avx2(void) {
+    return has_f16c() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+static int has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+#define F16C
+#define SUFFIX f16c
+#define TARGET __attribute__((target("avx,f16c")))
+#include "_cpu_loops.h"
+#undef SUFFIX
+#undef TARGET
+
+#define SUFFIX avx2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#include "_cpu_loops.h"
+#include "_cpu_avx2.h"
+#include "_cpu_vectors.h"
+#undef SUFFIX
+#undef TARGET
+
+#define SUFFIX avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#include "_cpu_loops.h"
+#include "_cpu_avx512.h"
+#include "_cpu_vectors.h"
+#undef SUFFIX
+#undef TARGET
+#endif
+
+static const Variant VARIANTS[] = {
+#ifdef X86
+    VARIANT(avx512, has_avx512, FUSED_avx512),
+    VARIANT(avx2, has_avx2, FUSED_avx2),
+    VARIANT(f16c, has_f16c, NULL),
+#endif
+    VARIANT(portable, always, NULL),
+};
+enum { VARIANT_COUNT = sizeof VARIANTS / sizeof VARIANTS[0] };
+
+/* Return the variant of a name, or the best one for NULL; NULL with an exception if this processor has none. */
+static const Variant *find_variant(const char *name) {
+    for (int i = 0; i < VARIANT_COUNT; i++)
+        if ((!name || !strcmp(name, VARIANTS[i].name)) && VARIANTS[i].supported()) return &VARIANTS[i];
+    PyErr_Format(PyExc_ValueError, "this processor has no variant %s", name);
+    return NULL;
+}
+
+/* Compute a block of a job in one pass for each alpha, and return 1; or return 0 if the block needs the exact path, with
+ * no statistics added. */
+static int compute_fused(const Fused *fused, Job *job, Py_ssize_t i, Py_ssize_t n) {
+    const Py_ssize_t item = ITEMSIZE[job->aligned_dtype];
+    const char *sft = job->sft + i * ITEMSIZE[job->sft_dtype], *aligned = job->aligned + i * item;
+    int64_t changed[MAX_ALPHAS];
+    Lanes lanes;
+    for (int k = 0; k < job->alphas; k++) {
+        char *out = job->out[k] + i * item;
+        const float alpha = (float)job->alpha[k];
+        if (!job->measure)
+            fused->merge(sft, aligned, out, n, alpha);
+        else if (!(k ? fused->count : fused->measure)(sft, aligned, out, n, alpha, &lanes, &changed[k]))
+            return 0;
+    }
+    if (!job->measure) return 1;
+    if (!are_finite(&lanes)) return 0;
+    add_lanes(&job->distance, &lanes);
+    for (int k = 0; k < job->alphas; k++) job->count[k].changed += changed[k];
+    return 1;
+}
+
+/* Return the number of elements before the first one of an output that starts a cache line, at most n: stores that cross
+ * lines take a third more time. */
+static Py_ssize_t elements_to_line(const char *out, Py_ssize_t item, Py_ssize_t n) {
+    const Py_ssize_t bytes = (Py_ssize_t)(-(uintptr_t)out % LINE);
+    return bytes % item ? 0 : bytes / item < n ? bytes / item : n;
+}
+
 /* The blocks are small, so that the fp32 copies of fp16, the second alpha and the statistics find their inputs in the
  * cache. */
-static void run(Job *job) {
-    const int half = job->aligned_dtype == CODE_F16, sft_half = job->sft_dtype == CODE_F16;
-    const Kernels kernels = KERNELS[job->sft_dtype != CODE_BF16][job->aligned_dtype != CODE_BF16];
-    const Py_ssize_t sft_item = ITEMSIZE[job->sft_dtype], item = ITEMSIZE[job->aligned_dtype];
-    const Py_ssize_t block = job->measure || job->alphas > 1 || half || sft_half ? CACHE_ELEMENTS : job->n;
-    float wide_sft[CACHE_ELEMENTS], wide_aligned[CACHE_ELEMENTS], wide_out[CACHE_ELEMENTS];
-    if (half && sft_half && merge_F16_F16 && job->alphas == 1 && !job->measure) {
-        merge_F16_F16((const F16 *)job->sft, (const F16 *)job->aligned, (F16 *)job->out[0], job->n, (float)job->alpha[0]);
-        return;
-    }
-    for (Py_ssize_t i = 0; i < job->n; i += block) {
+static void run(const Variant *variant, Job *job) {
+    const int one_pass = job->alphas == 1 && !job->measure;
+    const int half = job->aligned_dtype == CODE_F16 || job->sft_dtype == CODE_F16;
+    const Fused *fused = variant->fused ? &variant->fused[job->sft_dtype][job->aligned_dtype] : NULL;
+    const Py_ssize_t block = one_pass && (fused || !half) ? job->n : CACHE_ELEMENTS;
+    const Py_ssize_t head = fused && one_pass ? elements_to_line(job->out[0], ITEMSIZE[job->aligned_dtype], job->n) : 0;
+    if (head) compute_fused(fused, job, 0, head);
+    for (Py_ssize_t i = head; i < job->n; i += block) {
         const Py_ssize_t n = job->n - i < block ? job->n - i : block;
-        const char *sft = job->sft + i * sft_item, *aligned = job->aligned + i * item;
-        if (sft_half) widen_F16((const F16 *)sft, wide_sft, n), sft = (const char *)wide_sft;
-        if (half) widen_F16((const F16 *)aligned, wide_aligned, n), aligned = (const char *)wide_aligned;
-        if (job->measure) kernels.distance(sft, aligned, n, &job->distance);
-        for (int k = 0; k < job->alphas; k++) {
-            char *out = job->out[k] + i * item, *result = half ? (char *)wide_out : out;
-            kernels.merge(sft, aligned, result, n, (float)job->alpha[k]);
-            if (half) narrow_F16(wide_out, (F16 *)out, n);
-            if (half && job->measure) widen_F16((const F16 *)out, wide_out, n);
-            if (job->measure) kernels.count(aligned, result, n, &job->count[k]);
-        }
+        if (!fused || !compute_fused(fused, job, i, n)) variant->compute(job, i, n);
     }
 }
 
@@ -261,12 +267,13 @@ static PyObject *extrapolate(PyObject *module, PyObject *args) {
     Job job = {0};
     PyObject *sft, *aligned, *outs, *alphas;
     Py_buffer views[MAX_ALPHAS + 2] = {{0}};
+    const char *name = NULL;
     int used = 0;
     PyObject *result = NULL;
     fenv_t mode;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OiOinO!O!p", &sft, &job.sft_dtype, &aligned, &job.aligned_dtype, &job.n, &PyTuple_Type,
-                          &outs, &PyTuple_Type, &alphas, &job.measure))
+    if (!PyArg_ParseTuple(args, "OiOinO!O!p|z", &sft, &job.sft_dtype, &aligned, &job.aligned_dtype, &job.n, &PyTuple_Type,
+                          &outs, &PyTuple_Type, &alphas, &job.measure, &name))
         return NULL;
     if (job.sft_dtype < 0 || job.sft_dtype > 2 || job.aligned_dtype < 0 || job.aligned_dtype > 2 || job.n < 0 ||
         job.n > PY_SSIZE_T_MAX / 4 || PyTuple_GET_SIZE(outs) != PyTuple_GET_SIZE(alphas) ||
@@ -274,6 +281,8 @@ static PyObject *extrapolate(PyObject *module, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "dtype codes are 0 to 2, n >= 0, and as many outputs as alphas, 1 to 64");
         return NULL;
     }
+    const Variant *variant = find_variant(name);
+    if (!variant) return NULL;
     job.alphas = (int)PyTuple_GET_SIZE(outs);
     const Py_ssize_t bytes = job.n * ITEMSIZE[job.aligned_dtype];
     job.sft = memory(sft, job.n * ITEMSIZE[job.sft_dtype], 0, &views[used++]);
@@ -289,7 +298,7 @@ static PyObject *extrapolate(PyObject *module, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     fegetenv(&mode);
     fesetenv(FE_DFL_ENV);
-    run(&job);
+    run(variant, &job);
     fesetenv(&mode);
     Py_END_ALLOW_THREADS
     if (job.measure)
@@ -301,35 +310,20 @@ release:
     return result;
 }
 
-/* Conversions from dtype to dtype round once, through a block of fp32 in the L1 cache. */
-CLONES static void widen_BF16(const BF16 *from, float *to, Py_ssize_t n) {
-    for (Py_ssize_t i = 0; i < n; i++) to[i] = load_BF16(from + i);
-}
-
-CLONES static void narrow_BF16(const float *from, BF16 *to, Py_ssize_t n) {
-    for (Py_ssize_t i = 0; i < n; i++) store_BF16(to + i, from[i]);
-}
-
-static void widen(const char *from, int dtype, float *wide, Py_ssize_t n) {
-    if (dtype == CODE_BF16) widen_BF16((const BF16 *)from, wide, n);
-    else if (dtype == CODE_F16) widen_F16((const F16 *)from, wide, n);
-    else memcpy(wide, from, 4 * n);
-}
-
-/* The argument before is fp32 to compare the result with, for the counts, or NULL. */
-static void convert(const char *from, int source, char *to, int target, Py_ssize_t n, const char *before, Count *count) {
+/* Conversions from dtype to dtype round once, through a block of fp32 in the L1 cache.  The argument before is fp32 to
+ * compare the result with, for the counts, or NULL. */
+static void convert(const Variant *variant, const char *from, int source, char *to, int target, Py_ssize_t n,
+                    const char *before, Count *count) {
     float wide[CACHE_ELEMENTS];
     for (Py_ssize_t i = 0; i < n; i += CACHE_ELEMENTS) {
         const Py_ssize_t some = n - i < CACHE_ELEMENTS ? n - i : CACHE_ELEMENTS;
         const char *x = from + i * ITEMSIZE[source];
         char *out = to + i * ITEMSIZE[target];
-        widen(x, source, wide, some);
-        if (target == CODE_BF16) narrow_BF16(wide, (BF16 *)out, some);
-        else if (target == CODE_F16) narrow_F16(wide, (F16 *)out, some);
-        else memcpy(out, wide, 4 * some);
+        variant->widen(x, source, wide, some);
+        variant->narrow(wide, target, out, some);
         if (before) {
-            widen(out, target, wide, some);
-            count_F32(before + 4 * i, (const char *)wide, some, count);
+            variant->widen(out, target, wide, some);
+            variant->count(before + 4 * i, (const char *)wide, some, count);
         }
     }
 }
@@ -340,13 +334,16 @@ static PyObject *cast(PyObject *module, PyObject *args) {
     Py_ssize_t n;
     Py_buffer views[3] = {{0}};
     Count count = {0};
+    const char *name = NULL;
     fenv_t mode;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OiOinO", &source, &from, &out, &to, &n, &before)) return NULL;
+    if (!PyArg_ParseTuple(args, "OiOinO|z", &source, &from, &out, &to, &n, &before, &name)) return NULL;
     if (from < 0 || from > 2 || to < 0 || to > 2 || n < 0 || n > PY_SSIZE_T_MAX / 4) {
         PyErr_SetString(PyExc_ValueError, "dtype codes are 0 to 2, and n >= 0");
         return NULL;
     }
+    const Variant *variant = find_variant(name);
+    if (!variant) return NULL;
     const char *x = memory(source, n * ITEMSIZE[from], 0, &views[0]);
     if (PyErr_Occurred()) goto release;
     char *y = memory(out, n * ITEMSIZE[to], 1, &views[1]);
@@ -356,7 +353,7 @@ static PyObject *cast(PyObject *module, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     fegetenv(&mode);
     fesetenv(FE_DFL_ENV);
-    convert(x, from, y, to, n, against, &count);
+    convert(variant, x, from, y, to, n, against, &count);
     fesetenv(&mode);
     Py_END_ALLOW_THREADS
     result = against ? Py_BuildValue("(LL)", (long long)count.changed, (long long)count.non_finite) : Py_NewRef(Py_None);
@@ -364,30 +361,6 @@ release:
     for (int v = 0; v < 3; v++) PyBuffer_Release(&views[v]);
     return result;
 }
-
-/* delta = scale * left @ right, and each sum runs from the left, so the size of the tiles changes no bit of an element.
- * The sums of a tile stay in registers over all of r.  A tile has TILE_COLUMNS columns of one row, or of TILE_ROWS rows
- * that share the loads of right. */
-#define TILE_ROWS 4
-#define VECTOR_BYTES 64
-#define TILE_VECTORS 4
-typedef float V __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
-enum { VECTOR_COLUMNS = VECTOR_BYTES / 4, TILE_COLUMNS = TILE_VECTORS * VECTOR_COLUMNS };
-
-#define TILE(NAME, M)                                                                                                 \
-    CLONES static void NAME(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,       \
-                            Py_ssize_t stride, float *out) {                                                          \
-        V sum[M][TILE_VECTORS] = {{{0}}};                                                                             \
-        for (Py_ssize_t k = 0; k < r; k++)                                                                            \
-            for (int v = 0; v < TILE_VECTORS; v++) {                                                                  \
-                const V x = *(const V *)(right + k * width + v * VECTOR_COLUMNS);                                     \
-                for (int m = 0; m < M; m++) sum[m][v] += left[m * r + k] * x;                                         \
-            }                                                                                                         \
-        for (int m = 0; m < M; m++)                                                                                   \
-            for (int v = 0; v < TILE_VECTORS; v++) *(V *)(out + m * stride + v * VECTOR_COLUMNS) = sum[m][v] * scale; \
-    }
-TILE(one_row, 1)
-TILE(some_rows, TILE_ROWS)
 
 static void few_columns(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,
                         Py_ssize_t n, float *out) {
@@ -398,7 +371,7 @@ static void few_columns(const float *left, const float *right, float scale, Py_s
     }
 }
 
-static void product(const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,
+static void product(const Variant *variant, const float *left, const float *right, float scale, Py_ssize_t r, Py_ssize_t width,
                     Py_ssize_t first, Py_ssize_t n, float *out) {
     while (n > 0) {
         const Py_ssize_t row = first / width, column = first % width;
@@ -407,7 +380,7 @@ static void product(const float *left, const float *right, float scale, Py_ssize
         const float *a = left + row * r;
         Py_ssize_t j = 0;
         for (; j + TILE_COLUMNS <= some; j += TILE_COLUMNS)
-            (rows == 1 ? one_row : some_rows)(a, right + column + j, scale, r, width, width, out + j);
+            (rows == 1 ? variant->one_row : variant->some_rows)(a, right + column + j, scale, r, width, width, out + j);
         for (Py_ssize_t m = 0; m < rows; m++)
             few_columns(a + m * r, right + column + j, scale, r, width, some - j, out + m * width + j);
         first += rows * some, out += rows * some, n -= rows * some;
@@ -419,15 +392,19 @@ static PyObject *low_rank(PyObject *module, PyObject *args) {
     double scale;
     Py_ssize_t rows, r, width, first, n;
     Py_buffer views[3] = {{0}};
+    const char *name = NULL;
     fenv_t mode;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOdnnnnnO", &left, &right, &scale, &rows, &r, &width, &first, &n, &out)) return NULL;
+    if (!PyArg_ParseTuple(args, "OOdnnnnnO|z", &left, &right, &scale, &rows, &r, &width, &first, &n, &out,
+                          &name)) return NULL;
     const Py_ssize_t most = PY_SSIZE_T_MAX / 8;
     if (rows < 0 || r < 0 || width < 0 || first < 0 || n < 0 || (width && (rows > most / width || r > most / width)) ||
         (r && rows > most / r) || first > rows * width || n > rows * width - first) {
         PyErr_SetString(PyExc_ValueError, "elements [first, first + n) lie in a matrix of rows times width");
         return NULL;
     }
+    const Variant *variant = find_variant(name);
+    if (!variant) return NULL;
     const float *a = (const float *)memory(left, 4 * rows * r, 0, &views[0]);
     if (PyErr_Occurred()) goto release;
     const float *b = (const float *)memory(right, 4 * r * width, 0, &views[1]);
@@ -437,7 +414,7 @@ static PyObject *low_rank(PyObject *module, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     fegetenv(&mode);
     fesetenv(FE_DFL_ENV);
-    product(a, b, (float)scale, r, width, first, n, o);
+    product(variant, a, b, (float)scale, r, width, first, n, o);
     fesetenv(&mode);
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
@@ -446,31 +423,38 @@ release:
     return result;
 }
 
+static PyObject *variants(PyObject *module, PyObject *args) {
+    (void)module, (void)args;
+    PyObject *names = PyList_New(0);
+    for (int i = 0; names && i < VARIANT_COUNT; i++) {
+        if (!VARIANTS[i].supported()) continue;
+        PyObject *name = PyUnicode_FromString(VARIANTS[i].name);
+        if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
 static PyMethodDef methods[] = {
     {"extrapolate", extrapolate, METH_VARARGS,
-     "extrapolate(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure)\n--\n\n"
+     "extrapolate(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure, variant=None)\n--\n\n"
      "Write aligned + alpha * (aligned - sft) into outs[k] for each alphas[k]; n elements; dtype codes 0 BF16, 1 F16,\n"
      "2 F32; an output has aligned's dtype.  Each memory is a contiguous buffer or an address.  Returns None, or with\n"
      "measure (sum of d*d, sum of aligned*aligned, max |d|, ((changed, non-finite), ...))."},
     {"cast", cast, METH_VARARGS,
-     "cast(source, source_dtype, out, out_dtype, n, before)\n--\n\n"
+     "cast(source, source_dtype, out, out_dtype, n, before, variant=None)\n--\n\n"
      "Write n elements in another dtype, rounded once.  Returns None, or with fp32 elements to compare the result with\n"
      "(changed, non-finite)."},
     {"low_rank", low_rank, METH_VARARGS,
-     "low_rank(left, right, scale, rows, rank, width, first, n, out)\n--\n\n"
+     "low_rank(left, right, scale, rows, rank, width, first, n, out, variant=None)\n--\n\n"
      "Write elements [first, first + n) of scale * left @ right, all fp32; every sum runs from the left."},
+    {"variants", variants, METH_NOARGS,
+     "variants()\n--\n\n"
+     "Return the names of the variants that this processor has, the best first.  The other functions take one of them;\n"
+     "all variants give the same bits."},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__cpu(void) {
-#ifdef F16C
-    if (__builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c")) {
-        widen_F16 = widen_f16c;
-        narrow_F16 = narrow_f16c;
-        merge_F16_F16 = merge_f16c;
-    }
-#endif
-    return PyModule_Create(&module);
-}
+PyMODINIT_FUNC PyInit__cpu(void) { return PyModule_Create(&module); }

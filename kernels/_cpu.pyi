@@ -1,5 +1,6 @@
 from typing import Any
 
+def variants() -> list[str]: ...
 def extrapolate(
     sft: Any,
     sft_dtype: int,
@@ -9,8 +10,20 @@ def extrapolate(
     outs: tuple[Any, ...],
     alphas: tuple[float, ...],
     measure: bool,
+    variant: str | None = None,
 ) -> tuple[float, float, float, tuple[tuple[int, int], ...]] | None: ...
-def cast(source: Any, source_dtype: int, out: Any, out_dtype: int, n: int, before: Any) -> tuple[int, int] | None: ...
+def cast(
+    source: Any, source_dtype: int, out: Any, out_dtype: int, n: int, before: Any, variant: str | None = None
+) -> tuple[int, int] | None: ...
 def low_rank(
-    left: Any, right: Any, scale: float, rows: int, rank: int, width: int, first: int, n: int, out: Any
+    left: Any,
+    right: Any,
+    scale: float,
+    rows: int,
+    rank: int,
+    width: int,
+    first: int,
+    n: int,
+    out: Any,
+    variant: str | None = None,
 ) -> None: ...

@@ -14,12 +14,19 @@ from . import _cpu
 from .contract import CODES, Address, Operand, Statistics, Term, extrapolation_term
 
 
-def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> Statistics | None:
-    """Compute the term of ExPO as `numerics.extrapolate` does.
+def variants() -> list[str]:
+    """Return the names of the variants of the compiled code that this processor has, the best one first."""
+    return _cpu.variants()
+
+
+def extrapolate(
+    anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool, variant: str | None = None
+) -> Statistics | None:
+    """Compute the term of ExPO as `numerics.extrapolate` does, with a variant of `variants()` or the best one.
 
     Raises:
         EngineError: The arguments are not those of ExPO.
-        ValueError: A memory has fewer elements than the anchor.
+        ValueError: A memory has fewer elements than the anchor, or the processor does not have the variant.
     """
     alphas, _, sft = extrapolation_term("cpu", anchor, terms)
     if "F64" in (sft.dtype, anchor.dtype):
@@ -37,6 +44,7 @@ def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], 
         tuple([_memory(output, size) for output in outputs]),
         tuple(alphas),
         measure,
+        variant,
     )
     return Statistics(*statistics) if statistics else None
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import random
-import shutil
+import re
 import struct
-import subprocess
-import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,30 +54,55 @@ def eager(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measur
     return statistics
 
 
+# "cpu" is the variant that a merge takes, and the other names are variants that a test asks for.
+COMPILED = ("cpu", "avx512", "avx2", "f16c", "portable")
+
+
 def engine_function(name: str) -> EngineFunction:
+    if name not in COMPILED:
+        return {"numerics": numerics.extrapolate, "torch_eager": eager}[name]
+    try:
+        from expo.kernels import cpu
+    except ImportError as error:
+        pytest.skip(f"the compiled engine is not built: {error}")
     if name == "cpu":
-        try:
-            from expo.kernels import cpu
-        except ImportError as error:
-            pytest.skip(f"the compiled engine is not built: {error}")
         return cpu.extrapolate
-    return {"numerics": numerics.extrapolate, "torch_eager": eager}[name]
+    if name not in cpu.variants():
+        pytest.skip(f"this processor has no {name}")
+    return partial(cpu.extrapolate, variant=name)
 
 
-@pytest.fixture(params=["numerics", "cpu", "torch_eager"])
+def test_the_best_variant_is_the_first() -> None:
+    cpu = pytest.importorskip("expo.kernels.cpu", reason="the compiled engine is not built", exc_type=ImportError)
+    names = list(COMPILED[1:])
+    assert cpu.variants() == [name for name in names if name in cpu.variants()]
+    assert cpu.variants()[-1] == "portable"
+    if on_x86() and Path("/proc/cpuinfo").exists():
+        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+        needed = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx2": {"avx2", "fma"}, "f16c": {"f16c"}}
+        assert set(cpu.variants()) == {"portable"} | {name for name in needed if needed[name] <= flags}
+
+
+def test_an_unknown_variant_is_refused(cpu: EngineFunction) -> None:
+    with pytest.raises(ValueError, match="this processor has no variant sse9"):
+        run_engine(partial(cpu, variant="sse9"), bytes(2), bytes(2), B, [bytearray(2)], [0.5])
+
+
+@pytest.fixture(params=["numerics", *COMPILED[1:], "torch_eager"])
 def engine(request: pytest.FixtureRequest) -> EngineFunction:
     return engine_function(request.param)
 
 
-@pytest.fixture(params=["numerics", "cpu"])
+@pytest.fixture(params=["numerics", *COMPILED[1:]])
 def host_engine(request: pytest.FixtureRequest) -> EngineFunction:
     """Return an engine over the host's memory, which takes any address and gives statistics."""
     return engine_function(request.param)
 
 
-@pytest.fixture
-def cpu() -> EngineFunction:
-    return engine_function("cpu")
+@pytest.fixture(params=COMPILED[1:])
+def cpu(request: pytest.FixtureRequest) -> EngineFunction:
+    """Return a variant of the compiled engine."""
+    return engine_function(request.param)
 
 
 def compute(
@@ -529,79 +551,34 @@ def test_memory_at_an_address_shorter_than_the_anchor(host_engine: EngineFunctio
     assert not arrays[2].any()
 
 
-# The compiled engine's code for processors without fp16 conversions
-
-
-@pytest.fixture(scope="module")
-def portable(tmp_path_factory: pytest.TempPathFactory) -> EngineFunction:
-    """Return the compiled engine, built again so that it finds no processor feature and takes its portable code."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    source = Path(numerics.__file__).with_name("_cpu.c")
-    built = tmp_path_factory.mktemp("portable") / "_cpu.so"
-    flags = ["-O2", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC", "-D__builtin_cpu_supports(feature)=0"]
-    headers = sysconfig.get_paths()["include"]
-    subprocess.run([compiler, *flags, f"-I{headers}", str(source), "-o", str(built)], check=True, capture_output=True)
-    spec = importlib.util.spec_from_file_location("portable._cpu", built)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    codes = {dtype: code for code, dtype in enumerate(NARROW)}
-
-    def run(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], measure: bool) -> None:
-        alphas, _, sft = terms[0]
-        operands = sft.memory, codes[sft.dtype], anchor.memory, codes[anchor.dtype]
-        module.extrapolate(*operands, anchor.elements, tuple(outputs), tuple(alphas), measure)
-
-    return run
-
-
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if "F16" in pair], ids="-".join)
-def test_portable_fp16(portable: EngineFunction, pair: tuple[str, str]) -> None:
-    rng = np.random.default_rng(14)
-    for sft, aligned in (crossed_specials(pair), tuple(random_bits(rng, dtype, 50_021) for dtype in pair)):
-        outs = compute(portable, sft, aligned, pair, ALPHAS)
-        for out, expected in zip(outs, compute(numerics.extrapolate, sft, aligned, pair, ALPHAS), strict=True):
-            assert_same(out, expected, pair[1], sft, aligned)
-
-
-def test_portable_fp16_ties(portable: EngineFunction) -> None:
-    """The portable code agrees with NumPy on all fp32 ties between two fp16 values, and on the values beside them."""
-    sft = fp32_ties("F16").tobytes()
-    aligned = bytes(len(sft) // 2)
-    (out,), (expected,) = (
-        compute(run, sft, aligned, ("F32", "F16"), [1.0]) for run in (portable, numerics.extrapolate)
-    )
-    assert_same(out, expected, "F16", sft, aligned)
-
-
 # All pairs of bf16 values
 
 
-def bf16_disagreements(run: EngineFunction, sft_values: Sequence[int]) -> int:
-    """Return how many outputs differ from NumPy's at alpha 0.3, for all aligned values with these sft values."""
+def assert_bf16_pairs(sft_values: Sequence[int]) -> None:
+    """Compare every variant with NumPy at alpha 0.3, for all aligned values with each of these sft values."""
     together = 16  # sft values of one call; their memory fits into a cache
+    variants = [engine_function(name) for name in pytest.importorskip("expo.kernels.cpu").variants()]
     aligned = np.tile(np.arange(1 << 16, dtype=np.uint16), together).tobytes()
-    bad = 0
     for i in range(0, len(sft_values), together):
         sft = np.repeat(np.array(sft_values[i : i + together], np.uint16), 1 << 16).tobytes()
-        (out,), (expected,) = (compute(each, sft, aligned, B, [0.3]) for each in (run, numerics.extrapolate))
-        bad += differing(out, expected, "BF16").size
-    return bad
+        (expected,) = compute(numerics.extrapolate, sft, aligned, B, [0.3])
+        for run in variants:
+            for measure in (False, True):
+                out = bytearray([POISON]) * len(aligned)
+                run_engine(run, sft, aligned, B, [out], [working_alpha(0.3)], measure)
+                assert_same(np.frombuffer(out, np.uint16), expected, "BF16", sft, aligned)
 
 
-def test_sampled_bf16_pairs(cpu: EngineFunction) -> None:
+def test_sampled_bf16_pairs() -> None:
     """The engines agree on 2^24 pairs: all aligned values with one random sft value for each upper byte of bf16."""
     rng = np.random.default_rng(11)
-    assert bf16_disagreements(cpu, [256 * k + int(rng.integers(256)) for k in range(256)]) == 0
+    assert_bf16_pairs([256 * k + int(rng.integers(256)) for k in range(256)])
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("sft_exponents", range(16))
-def test_all_bf16_pairs(cpu: EngineFunction, sft_exponents: int) -> None:
-    assert bf16_disagreements(cpu, range(sft_exponents << 12, (sft_exponents + 1) << 12)) == 0
+def test_all_bf16_pairs(sft_exponents: int) -> None:
+    assert_bf16_pairs(range(sft_exponents << 12, (sft_exponents + 1) << 12))
 
 
 # Statistics
