@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -26,14 +27,22 @@ BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 KINDS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 POISON, GUARD = 0xA5, 64  # the byte that fills outputs, and how many such bytes surround an output
 built = pytest.mark.skipif(convert._cpu is None, reason="the compiled engine is not built")
-VERSIONS = [pytest.param("compiled", marks=built), "numpy"]
+VERSIONS = [*([] if convert._cpu is None else convert._cpu.variants()), "numpy"]
+
+
+class OneVariant:
+    """The compiled engine with one of its variants."""
+
+    def __init__(self, name: str) -> None:
+        assert convert._cpu is not None
+        self.cast = partial(convert._cpu.cast, variant=name)
+        self.low_rank = partial(convert._cpu.low_rank, variant=name)
 
 
 @pytest.fixture(params=VERSIONS)
 def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Make `convert` use the compiled engine or NumPy, and return which one."""
-    if request.param == "numpy":
-        monkeypatch.setattr(convert, "_cpu", None)
+    """Make `convert` use a variant of the compiled engine or NumPy, and return its name."""
+    monkeypatch.setattr(convert, "_cpu", None if request.param == "numpy" else OneVariant(request.param))
     return str(request.param)
 
 

@@ -669,6 +669,34 @@ def test_minus_zero_that_became_zero_has_not_changed(host_engine: EngineFunction
     assert statistics.counts == ((0, 0),)
 
 
+@pytest.mark.parametrize("spoilt", ["nothing", "a NaN in sft", "an infinity in aligned", "an output that overflows"])
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_variants_measure_the_same_bits(pair: tuple[str, str], spoilt: str) -> None:
+    """Sums do not depend on the width of vectors, nor on the path of a block: the middle one of three may be spoilt."""
+    cpu = pytest.importorskip("expo.kernels.cpu", reason="the compiled engine is not built", exc_type=ImportError)
+    rng = np.random.default_rng(15)
+    for n in (1, 31, 32, 33, 2048, 3 * 2048 + 45):
+        a = rng.standard_normal(n) * 0.02
+        s = a + rng.standard_normal(n) * 0.001
+        s[::5] = a[::5]
+        middle = n * 2 // 3
+        if spoilt == "a NaN in sft":
+            s[middle] = np.nan
+        elif spoilt == "an infinity in aligned":
+            a[middle] = np.inf
+        elif spoilt == "an output that overflows":
+            a[middle], s[middle] = (6e4, 0) if "F16" in pair else (3e38, 0)
+        with np.errstate(over="ignore"):
+            case = Case(s.astype(KINDS[pair[0]]).tobytes(), a.astype(KINDS[pair[1]]).tobytes(), n)
+        results = [measured(engine_function(name), case, pair, (0.3, -0.7, 25.0)) for name in cpu.variants()]
+        counted = {statistics.counts[0][1] for statistics, _ in results}
+        assert counted == {0 if spoilt == "nothing" else 1}
+        for statistics, outs in results:
+            assert statistics == results[-1][0]
+            for out, expected in zip(outs, results[-1][1], strict=True):
+                assert_same(*(np.frombuffer(each, BITS[pair[1]]) for each in (out, expected)), pair[1])
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_engines_measure_the_same(cpu: EngineFunction, pair: tuple[str, str]) -> None:
     """The engines' counts and largest differences are equal for any bits."""
