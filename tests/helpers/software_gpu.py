@@ -14,7 +14,7 @@ code of ptxas, CUDA's launch and streams do not run; `rewrite` can change the PT
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,28 +103,40 @@ class Launcher:
     """The launcher of a compiled kernel."""
 
     def __init__(self, gpu: SoftwareGpu, source: Any, metadata: Any) -> None:
-        self._gpu, self._source, self._name = gpu, source, metadata.name
+        self._gpu: Any = gpu
+        self._source, self.name = source, metadata.name
         files = get_cache_manager(metadata.hash).get_group(f"{metadata.name[:150]}.json")
         (path,) = (path for name, path in files.items() if name.endswith(".ptx"))
         self._kernel = ptx.Kernel(gpu.rewrite(Path(path).read_text()), metadata.shared)
 
     def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, *rest: Any) -> None:
-        """Run the PTX; `rest` has metadata of kernel and launch, two hooks, and the arguments with the constants."""
-        arguments = dict(zip(self._source.fn.arg_names, rest[4:], strict=True))
-        given = {name: arguments[name] for name, kind in self._source.signature.items() if kind != "constexpr"}
+        """Run the PTX on the memory of the arguments."""
+        given = self.given(rest)
         memory = ptx.Memory()
         for name, value in given.items():
             if isinstance(value, torch.Tensor):
                 memory.map(value.data_ptr(), extent(value), name in WRITTEN)
         if "table_ptr" in given:
-            self._reach(memory, given["table_ptr"], arguments)
+            self._reach(memory, given["table_ptr"], self.arguments(rest))
         numbers = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in given.values()]
-        numbers += [0] * (
-            len(self._kernel.parameters) - len(numbers)
-        )  # the sizes of Triton's scratch memory, which these kernels do not use
         assert (y, z) == (1, 1)
-        self._gpu.launches.append((self._name, x))
-        self._kernel.run(range(x), numbers, memory)
+        self._gpu.launches.append((self.name, x))
+        self.run(x, numbers, memory)
+
+    def run(self, programs: int, numbers: list[Any], memory: ptx.Memory) -> None:
+        """Run the PTX of all programs with the kernel's arguments as addresses and numbers."""
+        # The sizes of Triton's scratch memory come last; these kernels do not use it.
+        hidden = [0] * (len(self._kernel.parameters) - len(numbers))
+        self._kernel.run(range(programs), numbers + hidden, memory)
+
+    def arguments(self, rest: Sequence[Any]) -> dict[str, Any]:
+        """Return the arguments with the constants, which come after two kinds of metadata and two hooks."""
+        return dict(zip(self._source.fn.arg_names, rest[4:], strict=True))
+
+    def given(self, rest: Sequence[Any]) -> dict[str, Any]:
+        """Return the arguments that are no constants."""
+        arguments = self.arguments(rest)
+        return {name: arguments[name] for name, kind in self._source.signature.items() if kind != "constexpr"}
 
     @staticmethod
     def _reach(memory: ptx.Memory, table: torch.Tensor, arguments: dict[str, Any]) -> None:

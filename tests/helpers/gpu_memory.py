@@ -1,0 +1,173 @@
+"""The memory of a software GPU: tensors of torch in a range of addresses of their own, with the state of every byte.
+
+A tensor whose storage lies in the range of a device counts as that device's tensor. No address is used twice, so a
+kernel that reads freed memory finds freed memory. Allocations are CUDA's: 512 bytes apart at least, and stream-ordered
+when they are freed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import mmap
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ptx
+import torch
+
+RANGE_BYTES = 1 << 36  # of addresses for each device; the system gives pages when they are touched
+NO_RESERVE = 0x4000  # Linux: MAP_NORESERVE, which Python names since 3.13
+APART = 512  # bytes: allocations start at multiples of this number, with at least as many bytes between them
+FREE_BYTES = 256 << 20  # what a device claims to have, so that tests of huge tensors skip
+UNALLOCATED, UNWRITTEN, WRITTEN, FREED = range(4)
+GARBAGE = 0x5A  # fills memory that nothing has written; it gives finite numbers in fp32
+
+
+class OutOfMemory(torch.cuda.OutOfMemoryError):
+    """The software GPU has no memory left."""
+
+
+class DeviceMemory(ptx.Memory):
+    """The memory of one device, or the pinned memory of the host.
+
+    Attributes:
+        base: The first address.
+        limit: The bytes that may be allocated at a time; an allocation beyond them raises OutOfMemory.
+        used: The bytes that are allocated.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._map = mmap.mmap(-1, RANGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+        self._states = mmap.mmap(-1, RANGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+        self.bytes = np.frombuffer(self._map, np.uint8)
+        self.states = np.frombuffer(self._states, np.uint8)
+        self.base = int(self.bytes.ctypes.data)
+        self.limit, self.used = FREE_BYTES, 0
+        self._next = APART
+        self._starts: list[int] = []
+        self._lock = threading.RLock()
+
+    def holds(self, address: int) -> bool:
+        """Return True if an address is in the range of this device."""
+        return self.base <= address < self.base + RANGE_BYTES
+
+    def allocate(self, size: int, when_freed: Callable[[Callable[[], None]], None]) -> torch.UntypedStorage:
+        """Return a new storage of `size` bytes; `when_freed` is called with the action that frees the memory.
+
+        Raises:
+            OutOfMemory: The limit is reached.
+        """
+        size = max(size, 1)  # an empty tensor has a device too
+        with self._lock:
+            if self.used + size > self.limit:
+                raise OutOfMemory(f"CUDA out of memory. Tried to allocate {size} bytes on {self.name}")
+            at, self._next = self._next, -(-(self._next + size + APART) // APART) * APART
+            self.used += size
+        self.states[at : at + size] = UNWRITTEN
+        self.bytes[at : at + size] = GARBAGE
+        buffer = (ctypes.c_ubyte * size).from_address(self.base + at)
+        storage = torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
+        weakref.finalize(buffer, when_freed, lambda: self._free(at, size)).atexit = False
+        return storage
+
+    def _free(self, at: int, size: int) -> None:
+        self.states[at : at + size] = FREED
+        with self._lock:
+            self.used -= size
+
+    def mark(self, address: int, size: int, state: int = WRITTEN) -> None:
+        """Record that bytes have been written."""
+        self.states[address - self.base : address - self.base + size] = state
+
+    def require(self, address: int, size: int, what: str, least: int = UNWRITTEN) -> None:
+        """Raise a Fault unless all bytes are allocated, and written if `least` is WRITTEN."""
+        states = self.states[address - self.base : address - self.base + size]
+        wrong = np.flatnonzero((states < least) | (states == FREED))
+        if wrong.size:
+            kind = ("outside all tensors", "never written", "", "freed")[states[wrong[0]]]
+            raise ptx.Fault(f"{what} of memory of {self.name} that is {kind}: {address + int(wrong[0]):#x}")
+
+    def copy_in(self, address: int, source: int, size: int) -> None:
+        """Copy bytes of the process to an address of the device."""
+        self.require(address, size, "a copy to")
+        ctypes.memmove(address, source, size)
+        self.mark(address, size)
+
+
+class LaunchMemory(ptx.Memory):
+    """The memory that one launch sees: every tensor of the device that exists when the kernel runs."""
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        super().__init__()
+        self._memory = memory
+        self._writers: dict[int, int] = {}  # the program that wrote a unit of memory, by its address
+        self._written: list[tuple[Any, Any]] = []
+
+    def _units(self, access: ptx.Access, least: int, what: str) -> tuple[Any, Any]:
+        """Return the device's memory in units of the access, and the number of each lane's unit."""
+        memory = self._memory
+        access.require(access.address % access.size == 0, "misaligned")
+        at = (access.address.astype(np.uint64) - np.uint64(memory.base)).astype(np.int64)
+        access.require((at >= 0) & (at < RANGE_BYTES), f"{what} outside the device's memory")
+        for byte in (at, at + access.size - 1):
+            states = memory.states[byte]
+            access.require(states != UNALLOCATED, f"{what} outside all tensors")
+            access.require(states != FREED, f"{what} of freed memory")
+            access.require(states >= least, f"{what} of memory that nothing has written")
+        units = memory.bytes[: RANGE_BYTES // 16 * 16].view(ptx.STORED[access.width]).reshape(-1, access.words)
+        shift = memory.base % access.size
+        assert shift == 0  # a mapping starts at a page
+        return units, at // access.size
+
+    def load(self, access: ptx.Access) -> Any:
+        units, at = self._units(access, WRITTEN, "a read")
+        return units[at]
+
+    def store(self, access: ptx.Access, words: Any) -> None:
+        units, at = self._units(access, UNWRITTEN, "a write")
+        units[at] = words
+        first = at * access.size
+        for k in range(access.size):
+            self._memory.states[first + k] = WRITTEN
+        self._written.append(
+            (
+                np.repeat(first, access.size) + np.tile(np.arange(access.size), len(first)),
+                np.repeat(access.program, access.size),
+            )
+        )
+
+    def check_writers(self) -> None:
+        """Raise a Fault if two programs of the launch wrote one byte."""
+        if not self._written:
+            return
+        places = np.concatenate([each for each, _ in self._written])
+        programs = np.concatenate([each for _, each in self._written])
+        order = np.argsort(places, kind="stable")
+        places, programs = places[order], programs[order]
+        clash = np.flatnonzero((places[1:] == places[:-1]) & (programs[1:] != programs[:-1]))
+        if clash.size:
+            address = self._memory.base + int(places[clash[0]])
+            raise ptx.Fault(f"programs {programs[clash[0]]} and {programs[clash[0] + 1]} both write {address:#x}")
+
+
+def span_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the address of a tensor's first byte, and the bytes from there to the end of its last element."""
+    if not tensor.numel():
+        return tensor.data_ptr(), 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.data_ptr(), (sum((size - 1) * step for size, step in steps) + 1) * tensor.element_size()
+
+
+def find(memories: list[DeviceMemory], tensor: torch.Tensor) -> DeviceMemory | None:
+    """Return the memory that a tensor's storage lies in, or None."""
+    try:
+        address = tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a wrapper without a storage
+        return None
+    at = bisect.bisect([memory.base for memory in memories], address) - 1
+    return memories[at] if at >= 0 and memories[at].holds(address) else None
