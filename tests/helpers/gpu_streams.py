@@ -102,15 +102,21 @@ class Scheduler:
     """
 
     def __init__(self, order: str | int = "needed", devices: int = 1) -> None:
-        self.order, self.devices = order, devices
+        self.devices = devices
+        self.lock = threading.RLock()
+        Event.scheduler = Stream.scheduler = Graph.scheduler = self
+        self.reset(order)
+
+    def reset(self, order: str | int) -> None:
+        """Forget all streams, their work and errors."""
+        self.order = order
         self.random = random.Random(order)
         self.streams: list[Stream] = []
-        self.lock = threading.RLock()
         self.local = threading.local()
         self.broken: Exception | None = None  # an error that stays, as CUDA's sticky errors do
         self.capturing: Graph | None = None
         Event.scheduler = Stream.scheduler = Graph.scheduler = self
-        self.defaults = [Stream(i, default=True) for i in range(devices)]
+        self.defaults = [Stream(i, default=True) for i in range(self.devices)]
 
     def index(self, device: Any = None) -> int:
         """Return the index of a device that is given as torch.cuda's functions take it."""
@@ -188,7 +194,12 @@ class Scheduler:
         return [stream for stream in self.streams if stream.queue and self._needed(stream) is stream]
 
     def _run(self, stream: Stream) -> None:
-        work = stream.queue.popleft()
+        """Run the next work of a stream, and free memory whose last work it was."""
+        self._run_one(stream.queue.popleft())
+        while stream.queue and isinstance(stream.queue[0], tuple) and stream.queue[0][0] == "free":
+            stream.queue.popleft()[1]()
+
+    def _run_one(self, work: Any) -> None:
         if isinstance(work, tuple):
             if work[0] == "record":
                 work[1].happened = True

@@ -27,6 +27,7 @@ import torch
 from gpu_memory import UNWRITTEN, WRITTEN, DeviceMemory, LaunchMemory, find, span_of
 from gpu_streams import Event, Graph, Scheduler, Stream
 from software_gpu import Launcher, SoftwareGpu
+from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -59,6 +60,7 @@ class SoftwareCuda(TorchFunctionMode):
         self.pinned.limit = 8 << 30
         self.launches: list[tuple[str, int, int]] = []
         self.written = 0
+        self.driver = Driver(self)
         self._all = sorted([*self.memories, self.pinned], key=lambda memory: memory.base)
         self._answers = {
             torch.Tensor.device.__get__: self._device,  # type: ignore[attr-defined]
@@ -77,6 +79,12 @@ class SoftwareCuda(TorchFunctionMode):
             torch.Tensor.record_stream: lambda tensor, stream: None,
         }
 
+    def reset(self, order: str | int = "needed") -> None:
+        """Forget errors, unfinished work and what has run, as in a new process; compiled kernels are kept."""
+        self.scheduler.reset(order)
+        self.launches.clear()
+        self.written = 0
+
     # Answers to calls of torch's functions
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -85,6 +93,10 @@ class SoftwareCuda(TorchFunctionMode):
         if answer is not None:
             return answer(*args, **kwargs)
         name = getattr(function, "__name__", "")
+        own = str(function).removesuffix(".default").replace("expo.", "expo::")
+        if own in OPDEFS:  # torch's dispatcher calls this function, and modes see what happens in it
+            with self:
+                return OPDEFS[own]._init_fn(*args, **kwargs)
         target = self._asked_device(kwargs)
         devices = {index for tensor in tensors_in((args, kwargs)) if (index := self._index(tensor)) is not None}
         if target is None and not devices and not kwargs.get("pin_memory"):
@@ -157,7 +169,7 @@ class SoftwareCuda(TorchFunctionMode):
                 if stream is None or not stream.queue:
                     free()
                 else:
-                    stream.queue.append(free)
+                    stream.queue.append(("free", free))
 
         storage = memory.allocate(size, when_freed)
         if self.scheduler.capturing is not None:
@@ -354,7 +366,7 @@ class SoftwareCuda(TorchFunctionMode):
                 before = getattr(owner, name)
                 setattr(owner, name, value)
                 stack.callback(setattr, owner, name, before)
-            stack.enter_context(Driver(self).active())
+            stack.enter_context(self.driver.active())
             stack.enter_context(self)
             yield self
 

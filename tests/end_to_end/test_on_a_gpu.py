@@ -1,0 +1,259 @@
+"""The whole way of a user of a GPU, on the GPU in software of `software_cuda`: the bits are those of the CPU.
+
+Every test asserts that kernels have computed, because pieces below 64 KiB go to the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.6", reason="the PTX of an older Triton has what helpers.ptx does not know")
+
+import ptx
+from searches import quiet_transformers, search_demo
+from software_cuda import SoftwareCuda
+from tiny_models import LOAD
+
+import expo
+from expo import op
+from expo.demo import ALIGNED, SFT
+from expo.execution import gpu_fallback
+from expo.kernels import device, extrapolate, selftest, whole_model
+
+if extrapolate.interpreted():
+    pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
+
+ALPHA = 0.3
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoftwareCuda]:
+    """A machine with three GPUs, whose kernels pass their self-test once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+        patch.setattr(selftest, "_passed", set())
+        yield SoftwareCuda(3)
+
+
+@pytest.fixture
+def gpu(machine: SoftwareCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[SoftwareCuda]:
+    """The machine, without work and without a device that was given up; work runs only when the host waits for it."""
+    monkeypatch.setattr(gpu_fallback, "_given_up", {})
+    monkeypatch.setattr(gpu_fallback, "_ran_out", set())
+    machine.reset()
+    with machine.active():
+        selftest.check(torch.device("cuda", 0))
+        machine.reset()
+        yield machine
+
+
+def same(on_gpu: torch.Tensor, on_cpu: torch.Tensor) -> bool:
+    """Return True if two tensors have the same bits."""
+    here = on_gpu.detach().cpu().contiguous()
+    return here.dtype == on_cpu.dtype and torch.equal(
+        here.view(torch.uint8), on_cpu.detach().contiguous().view(torch.uint8)
+    )
+
+
+def computed(gpu: SoftwareCuda) -> int:
+    """Return the bytes that kernels have written, when all work is done."""
+    for index in range(gpu.scheduler.devices):
+        torch.cuda.synchronize(index)
+    return gpu.written
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("aligned_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sft_dtype", DTYPES, ids=str)
+def test_a_tensor(gpu: SoftwareCuda, sft_dtype: torch.dtype, aligned_dtype: torch.dtype) -> None:
+    sft, aligned = torch.randn(5003).to(sft_dtype), torch.randn(5003).to(aligned_dtype)
+    expected = expo.extrapolate(sft, aligned, ALPHA)
+    out = expo.extrapolate(sft.cuda(), aligned.cuda(), ALPHA)
+    assert out.is_cuda
+    assert same(out, expected)
+    assert computed(gpu) == out.nbytes
+
+
+def test_a_list_of_all_kinds(gpu: SoftwareCuda) -> None:
+    """A list may have tied and empty tensors, views, odd addresses, and tensors that no kernel takes."""
+    torch.manual_seed(1)
+    plain, odd = torch.randn(3000).bfloat16(), torch.randn(2001).half()
+    aligned = [plain, odd[1:], torch.empty(0), torch.randn(40, 50).T, torch.randn(7).double(), plain]
+    sft = [torch.randn_like(each) for each in aligned]
+    sft[5] = sft[0]
+    expected = expo.extrapolate(sft, aligned, ALPHA)
+    on_gpu = [[each.cuda() for each in tensors] for tensors in (sft, aligned)]
+    on_gpu[1][1] = odd.cuda()[1:]
+    on_gpu[0][5], on_gpu[1][5] = on_gpu[0][0], on_gpu[1][0]
+    assert on_gpu[1][1].data_ptr() % 16
+    outs = expo.extrapolate(iter(on_gpu[0]), iter(on_gpu[1]), ALPHA)
+    assert all(same(out, right) for out, right in zip(outs, expected, strict=True))
+    assert computed(gpu) >= plain.nbytes + odd.nbytes - 2
+    assert "whole_model" in {name for name, _, _ in gpu.launches}
+
+
+def test_in_place_and_on_another_stream(gpu: SoftwareCuda) -> None:
+    sft, aligned = torch.randn(4096).bfloat16(), torch.randn(4096).bfloat16()
+    expected = expo.extrapolate(sft, expo.extrapolate(sft, aligned, ALPHA), 0.5)
+    s, a = sft.cuda(), aligned.cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expo.extrapolate(s, a, ALPHA, out=a)
+        expo.extrapolate([s], [a], 0.5, out=[a])
+    torch.cuda.current_stream().wait_stream(stream)
+    assert same(a, expected)
+    assert not gpu.scheduler.broken
+
+
+def test_the_operator(gpu: SoftwareCuda) -> None:
+    sft, aligned = torch.randn(3000), torch.randn(3000)
+    expected = op.extrapolate(sft, aligned, ALPHA)
+    assert same(torch.ops.expo.extrapolate(sft.cuda(), aligned.cuda(), ALPHA), expected)
+    assert computed(gpu) >= 12_000
+
+
+def test_a_device_that_is_not_the_current_one(gpu: SoftwareCuda) -> None:
+    sft, aligned = torch.randn(3000), torch.randn(3000)
+    expected = expo.extrapolate(sft, aligned, ALPHA)
+    out = expo.extrapolate(sft.to("cuda:1"), aligned.to("cuda:1"), ALPHA)
+    pairs = [(sft.to(where), aligned.to(where)) for where in ("cuda:1", "cuda:0")]
+    outs = expo.extrapolate([s for s, _ in pairs], [a for _, a in pairs], ALPHA)
+    assert [each.device.index for each in (out, *outs)] == [1, 1, 0]
+    assert all(same(each, expected) for each in (out, *outs))
+    assert {index for name, _, index in gpu.launches if name == "whole_model"} == {0, 1}
+
+
+# Models
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights that a merge on the CPU writes."""
+    from safetensors.torch import load_file
+
+    out = tmp_path_factory.mktemp("cpu") / "out"
+    expo.merge(SFT, ALIGNED, ALPHA, out)
+    return {name: each for path in sorted(out.glob("*.safetensors")) for name, each in load_file(path).items()}
+
+
+@pytest.mark.parametrize("keep", ["device", "host", "disk"])
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
+def test_live(gpu: SoftwareCuda, merged: dict[str, torch.Tensor], keep: str) -> None:
+    with quiet_transformers():
+        model = LOAD(ALIGNED, dtype=torch.bfloat16)
+    original = {name: each.clone() for name, each in model.state_dict().items()}
+    model.to("cuda")
+    with expo.Live(model, SFT, keep=keep) as live:
+        for alpha in (0.9, ALPHA):
+            live.alpha = alpha
+        weights = model.state_dict()
+        assert all(weights[name].is_cuda for name in merged)
+        assert all(same(weights[name], merged[name]) for name in merged)
+        assert computed(gpu) >= 2 * sum(each.nbytes for each in merged.values())
+    assert all(same(weights[name], original[name]) for name in merged)
+
+
+@pytest.mark.parametrize("options", [{"engine": "triton"}, {"engine": "cpu"}, {"device": "cuda"}], ids=str)
+def test_a_stream_to_the_gpu(gpu: SoftwareCuda, merged: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
+    found = dict(expo.stream(SFT, ALIGNED, ALPHA, to="cuda", **options))
+    assert found.keys() == merged.keys()
+    assert all(each.is_cuda and same(each, merged[name]) for name, each in found.items())
+    if "cpu" not in options.values():
+        assert computed(gpu) >= sum(each.nbytes for each in merged.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
+def test_a_search(gpu: SoftwareCuda, tmp_path: Path) -> None:
+    with quiet_transformers():
+        on_cpu = search_demo(tmp_path / "cpu", max_new_tokens=2, alphas=[0.2])
+        on_gpu = search_demo(tmp_path / "gpu", max_new_tokens=2, alphas=[0.2], device="cuda")
+    assert on_gpu.best == on_cpu.best
+    assert computed(gpu) > 1_000_000
+
+
+# Merges from file to file
+
+
+def weight_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("order", ["needed", "at once", 7])
+def test_a_merge(gpu: SoftwareCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str | int) -> None:
+    """The ring gives the CPU's files on every device and in every legal order of work."""
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 256 << 10)
+    expo.merge(SFT, ALIGNED, ALPHA, tmp_path / "cpu")
+    gpu.reset(order)
+    index = ["needed", "at once", 7].index(order)
+    done = expo.merge(SFT, ALIGNED, ALPHA, tmp_path / "gpu", engine="triton", device=f"cuda:{index}", verify=True)
+    assert weight_bytes(tmp_path / "gpu") == weight_bytes(tmp_path / "cpu")
+    assert done.engine == "triton"
+    assert {device for name, _, device in gpu.launches} == {index}
+    assert computed(gpu) > 1_000_000
+
+
+# Faults of the host's code are found
+
+
+def broken_merge(tmp_path: Path) -> bool:
+    """Return True if a merge by kernels fails or gives other files than the CPU."""
+    expo.merge(SFT, ALIGNED, ALPHA, tmp_path / "cpu")
+    try:
+        expo.merge(SFT, ALIGNED, ALPHA, tmp_path / "gpu", engine="triton")
+    except expo.ExpoError:
+        return True
+    return weight_bytes(tmp_path / "gpu") != weight_bytes(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("fault", ["no wait between streams", "work on the default stream", "no wait of the host"])
+def test_faults_of_the_ring(gpu: SoftwareCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 256 << 10)
+    if fault == "no wait between streams":
+        monkeypatch.setattr(device.Cuda, "wait", lambda *_: None)
+    elif fault == "no wait of the host":
+        monkeypatch.setattr(device.Cuda, "synchronize", lambda *_: None)
+    else:
+        monkeypatch.setattr(device.Cuda, "enqueue", lambda self, stream, work: work())
+    assert broken_merge(tmp_path)
+
+
+def test_a_launch_on_the_wrong_device(gpu: SoftwareCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    import contextlib
+
+    selftest.check(torch.device("cuda", 1))
+    monkeypatch.setattr(extrapolate, "launching", lambda tensor: contextlib.nullcontext())
+    with pytest.warns(RuntimeWarning, match="cannot be accessed"):
+        expo.extrapolate(torch.ones(3000, device="cuda:1"), torch.ones(3000, device="cuda:1"), ALPHA)
+
+
+def test_a_table_that_is_freed_too_early(gpu: SoftwareCuda) -> None:
+    """A table that belongs to one stream may not be freed while another stream's launch has not read it."""
+    tensors = [torch.randn(3000, device="cuda") for _ in range(3)]
+    table = whole_model.Table(*([each] for each in tensors))
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        table.launch(0.3)
+    del table
+    with pytest.raises(ptx.Fault, match="freed"):
+        other.synchronize()
+
+
+def test_weights_that_have_moved(gpu: SoftwareCuda) -> None:
+    """A table of addresses that are freed is seen by the kernel: nothing but `Live`'s own check keeps users from it."""
+    sft, aligned, out = (torch.randn(3000, device="cuda") for _ in range(3))
+    table = whole_model.Table([sft], [aligned], [out])
+    table.groups[0] = table.groups[0]._replace(triples=[])
+    del out
+    table.launch(0.3)
+    with pytest.raises(ptx.Fault, match="freed"):
+        torch.cuda.synchronize()
