@@ -23,6 +23,8 @@ from ..planning.matching import match_tensors
 from ..planning.steps import Step, by_tensor
 
 MakeTensor = Callable[[memoryview, TensorInfo], Any]  # returns a tensor of the framework with these bytes
+# Returns a tensor for each alpha; None after a call of the last argument has returned True.
+Compute = Callable[[TensorInfo, Sequence[Step], Callable[[], bool]], Any]
 AHEAD = 2  # tensors that are computed ahead of the consumer
 
 
@@ -84,11 +86,12 @@ def stream(
             warnings.warn(chosen.note, RuntimeWarning, stacklevel=2)
         several = isinstance(alpha, Iterable) and not isinstance(alpha, str)
         steps, source = matched.with_alphas(pair.alphas), TensorSource(first, second)
-        return _stream(steps, source, chosen, _tensor_maker(framework, to), several, stack.pop_all())
+        compute = _computation(source, chosen, framework, to)
+        return _stream(steps, compute, several, stack.pop_all())
 
 
-def _tensor_maker(framework: str, to: Any) -> MakeTensor:
-    """Return a function that makes a tensor of the framework from bytes; it copies them only to another device.
+def _computation(source: TensorSource, engine: Engine, framework: str, to: Any) -> Compute:
+    """Return the function that computes a tensor for each alpha, on the device that the caller wants.
 
     Raises:
         UsageError: torch has no such device here.
@@ -101,7 +104,7 @@ def _tensor_maker(framework: str, to: Any) -> MakeTensor:
         return np.frombuffer(memory, dtypes[tensor.dtype]).reshape(tensor.shape)
 
     if framework == "numpy":
-        return as_array
+        return _on_host(source, engine, as_array)
     import torch
 
     try:
@@ -109,51 +112,56 @@ def _tensor_maker(framework: str, to: Any) -> MakeTensor:
     except (RuntimeError, TypeError, AssertionError) as error:  # AssertionError comes from a torch without CUDA
         raise UsageError(f"to={to!r} is no device that torch has here: {error}") from error
 
+    if target.type == "cuda":
+        from .device_stream import DeviceStream
+
+        return DeviceStream(source, engine, target).compute
+
     def as_tensor(memory: memoryview, tensor: TensorInfo) -> Any:
         if tensor.dtype == "BF16":  # torch does not know the dtype of ml_dtypes
             bits = np.frombuffer(memory, np.int16).reshape(tensor.shape)
             return torch.from_numpy(bits).view(torch.bfloat16).to(target)
         return torch.from_numpy(as_array(memory, tensor)).to(target)
 
-    return as_tensor
+    return _on_host(source, engine, as_tensor)
 
 
-def _stream(
-    steps: Sequence[Step],
-    source: TensorSource,
-    engine: Engine,
-    make_tensor: MakeTensor,
-    several: bool,
-    stack: ExitStack,
-) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors, which threads compute ahead of the consumer; `stack` closes the inputs at the end."""
-    stop = threading.Event()
+def _on_host(source: TensorSource, engine: Engine, make_tensor: MakeTensor) -> Compute:
+    """Return the function that computes in memory of the host, and makes tensors of the bytes."""
 
-    def compute(tensor: TensorInfo, own: list[Step]) -> Any:
+    def compute(tensor: TensorInfo, own: Sequence[Step], stopped: Callable[[], bool]) -> Any:
         memories = [memoryview(bytearray(tensor.nbytes)) for _ in own[0].alphas]
         at = 0
         for step in own:
             for start in range(0, step.nbytes, CHUNK):
-                if stop.is_set():
+                if stopped():
                     return None
                 end = min(start + CHUNK, step.nbytes)
                 outs = [memory[at + start : at + end] for memory in memories]
                 source.compute(engine, step, start, end, outs)
             at += step.nbytes
         source.check()
-        made = tuple(make_tensor(memory, tensor) for memory in memories)
-        return made if several else made[0]
+        return tuple(make_tensor(memory, tensor) for memory in memories)
+
+    return compute
+
+
+def _stream(steps: Sequence[Step], compute: Compute, several: bool, stack: ExitStack) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors, which threads compute ahead of the consumer; `stack` closes the inputs at the end."""
+    stop = threading.Event()
+
+    def item(name: str, future: Future[Any]) -> tuple[str, Any]:
+        made = future.result()
+        return name, made if several else made[0]
 
     ahead: deque[tuple[str, Future[Any]]] = deque()
     with stack, ThreadPoolExecutor(AHEAD, thread_name_prefix="expo-stream") as pool:
         try:
             for tensor, own in by_tensor(steps):
-                ahead.append((tensor.name, pool.submit(compute, tensor, own)))
+                ahead.append((tensor.name, pool.submit(compute, tensor, own, stop.is_set)))
                 if len(ahead) > AHEAD:
-                    name, future = ahead.popleft()
-                    yield name, future.result()
+                    yield item(*ahead.popleft())
             while ahead:
-                name, future = ahead.popleft()
-                yield name, future.result()
+                yield item(*ahead.popleft())
         finally:
             stop.set()

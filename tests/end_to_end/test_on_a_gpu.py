@@ -16,7 +16,7 @@ pytest.importorskip("triton", minversion="3.6", reason="the PTX of an older Trit
 
 import ptx
 from searches import quiet_transformers, search_demo
-from software_cuda import SoftwareCuda
+from software_cuda import CudaLauncher, SoftwareCuda
 from tiny_models import LOAD
 
 import expo
@@ -164,11 +164,35 @@ def test_live(gpu: SoftwareCuda, merged: dict[str, torch.Tensor], keep: str) -> 
 
 @pytest.mark.parametrize("options", [{"engine": "triton"}, {"engine": "cpu"}, {"device": "cuda"}], ids=str)
 def test_a_stream_to_the_gpu(gpu: SoftwareCuda, merged: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
+    """Where the GPU computes, both inputs go up; else the result goes up. Nothing comes down."""
     found = dict(expo.stream(SFT, ALIGNED, ALPHA, to="cuda", **options))
+    size = sum(each.nbytes for each in merged.values())
+    assert gpu.moved == {"up": size if "cpu" in options.values() else 2 * size, "down": 0}
     assert found.keys() == merged.keys()
     assert all(each.is_cuda and same(each, merged[name]) for name, each in found.items())
     if "cpu" not in options.values():
-        assert computed(gpu) >= sum(each.nbytes for each in merged.values())
+        assert computed(gpu) == size
+
+
+@pytest.mark.parametrize("fault", ["engine", "device"])
+def test_a_stream_whose_kernels_fail(
+    gpu: SoftwareCuda, merged: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """An engine that was asked for by name fails; without a name torch computes, with one warning."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("no assembler")
+
+    options: dict[str, Any] = {"engine": "triton"} if fault == "engine" else {"device": "cuda"}
+    stream = expo.stream(SFT, ALIGNED, ALPHA, to="cuda", **options)
+    monkeypatch.setattr(CudaLauncher, "__call__", broken)
+    if fault == "engine":
+        with pytest.raises(expo.EngineError, match=r"`engine='triton'` failed on .*: OSError: no assembler"):
+            list(stream)
+        return
+    with pytest.warns(RuntimeWarning, match="no assembler"):
+        found = dict(stream)
+    assert all(same(each, merged[name]) for name, each in found.items())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*")

@@ -50,6 +50,7 @@ class SoftwareCuda(TorchFunctionMode):
         memories: The memory of each device, and at last the pinned memory of the host.
         launches: The name, the grid and the device of every kernel that has run.
         written: The bytes that kernels have written.
+        moved: The bytes that copies have taken over the bus, "up" and "down".
     """
 
     def __init__(self, devices: int = 1, order: str | int = "needed") -> None:
@@ -60,6 +61,7 @@ class SoftwareCuda(TorchFunctionMode):
         self.pinned.limit = 8 << 30
         self.launches: list[tuple[str, int, int]] = []
         self.written = 0
+        self.moved = {"up": 0, "down": 0}
         self.driver = Driver(self)
         self._all = sorted([*self.memories, self.pinned], key=lambda memory: memory.base)
         self._answers = {
@@ -84,6 +86,7 @@ class SoftwareCuda(TorchFunctionMode):
         self.scheduler.reset(order)
         self.launches.clear()
         self.written = 0
+        self.moved = {"up": 0, "down": 0}
 
     # Answers to calls of torch's functions
 
@@ -203,6 +206,8 @@ class SoftwareCuda(TorchFunctionMode):
         if there is not None and there != here and non_blocking and dtype in (None, tensor.dtype):
             result = self._empty(tensor, self.memories[there])
             return self._copy(result, tensor, non_blocking=True)
+        if (here is None) != (there is None):
+            self.moved["up" if here is None else "down"] += tensor.nbytes
         if here is not None:
             self.scheduler.current(here).synchronize()
         result = tensor.to(dtype or tensor.dtype, copy=True, memory_format=layout or torch.preserve_format)
@@ -218,6 +223,8 @@ class SoftwareCuda(TorchFunctionMode):
             return to.copy_(source)
         if len(set(indexes)) == 2:
             self.scheduler.defaults[indexes[1]].synchronize()
+        if len(indexes) == 1:
+            self.moved["up" if self._index(source) is None else "down"] += to.nbytes
         stream = self.scheduler.current(indexes[0])
         host = [find(self._all, tensor) for tensor in (to, source) if self._index(tensor) is None]
         plain = to.dtype == source.dtype and to.shape == source.shape and to.is_contiguous() and source.is_contiguous()
