@@ -7,6 +7,7 @@ and the same at every run, whatever else the machine does.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import signal
 import sys
@@ -71,7 +72,7 @@ def instructions_per_element(variant: str, dtypes: tuple[int, int], alphas: tupl
     counts = []
     sizes = (2048, 6144)  # one block and three of them
     for n in sizes:
-        memories = [bytearray(4 * n) for _ in range(2 + len(alphas))]
+        memories = [mmap.mmap(-1, 4 * n) for _ in range(2 + len(alphas))]  # they start at a page
         arguments = memories[0], dtypes[0], memories[1], dtypes[1], n, tuple(memories[2:]), alphas, measure, variant
         counts.append(count_instructions(lambda arguments=arguments: _cpu.extrapolate(*arguments)))
     return (counts[1] - counts[0]) / (sizes[1] - sizes[0]) / len(alphas)
