@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -34,9 +33,10 @@ class OneVariant:
     """The compiled engine with one of its variants."""
 
     def __init__(self, name: str) -> None:
-        assert convert._cpu is not None
-        self.cast = partial(convert._cpu.cast, variant=name)
-        self.low_rank = partial(convert._cpu.low_rank, variant=name)
+        compiled = convert._cpu
+        assert compiled is not None
+        self.cast: Callable[..., Any] = lambda *arguments: compiled.cast(*arguments, name)
+        self.low_rank: Callable[..., Any] = lambda *arguments: compiled.low_rank(*arguments, name)
 
 
 @pytest.fixture(params=VERSIONS)

@@ -5,8 +5,12 @@ The GPU is simulated (`software_gpu`): Triton binds, hashes, specializes and com
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import exact
@@ -181,3 +185,26 @@ def test_other_gpus(arch: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -
     with SoftwareGpu(arch).active() as software:
         for launcher, pair in product((plain, measured, whole), (("BF16", "BF16"), ("F32", "F16"))):
             verify(launcher, *random_bits(pair, sweep.PROGRAM_ELEMENTS + 13), pair, 0, software)
+
+
+# Other releases of Triton
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("version", ["3.0.0", "3.2.0", "3.4.0", "3.6.0", "newest"])
+def test_every_kernel_is_launched_by_other_releases(version: str, tmp_path: Path) -> None:
+    """The launch path of each release binds, specializes and compiles every kernel; the package comes from the index."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "packages")]
+    package = "triton" if version == "newest" else f"triton=={version}"
+    # The constraints of this project's own tests would forbid the other releases.
+    environment = {key: value for key, value in os.environ.items() if key not in ("PIP_CONSTRAINT", "PYTHONPATH")}
+    installed = subprocess.run([*install, package], env=environment, capture_output=True, text=True, timeout=600)
+    if installed.returncode:
+        pytest.skip(f"{package} cannot be installed here: {installed.stderr[-300:]}")
+    environment |= {"PYTHONPATH": str(tmp_path / "packages"), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    script = Path(__file__).parents[1] / "helpers" / "launch_versions.py"
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, _, launched = done.stdout.partition(" ")
+    assert found == version or version == "newest"
+    assert launched.strip() == "{'extrapolate': 18, 'sweep': 36, 'whole_model': 18}"
