@@ -10,6 +10,23 @@ from ..memory import PAGE
 from .extrapolate import why_unavailable
 
 
+def resolve(device: str) -> str:
+    """Return the GPU that a name means in the calling thread, as "cuda:index".
+
+    torch has a current GPU for each thread, so the name "cuda" may mean another GPU in a thread that starts later.
+
+    Args:
+        device: "cuda", which means the current GPU of the calling thread, or "cuda:index".
+
+    Raises:
+        RuntimeError: torch sees no GPU.
+    """
+    reason = why_unavailable()
+    if reason:
+        raise RuntimeError(reason)
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+
+
 class Cuda:
     """One GPU.
 
@@ -20,14 +37,11 @@ class Cuda:
         """Find the GPU.
 
         Args:
-            device: "cuda" or "cuda:index".
+            device: "cuda:index", as `resolve` returns it.
 
         Raises:
-            RuntimeError: torch sees no GPU, or none of that index.
+            RuntimeError: torch sees no GPU of that index.
         """
-        reason = why_unavailable()
-        if reason:
-            raise RuntimeError(reason)
         # If no GPU has this index, the error comes here and not in the middle of a merge.
         self.device = torch.empty(0, device=device).device
 

@@ -59,8 +59,9 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
     Args:
         engine: "auto", "numpy", "cpu" or "triton". "auto" chooses "cpu", or "numpy" if the compiled engine is not
             built: a merge from file to file is as fast as the disk, so a GPU would not help.
-        device: "auto", "cpu" or "cuda[:index]". With engine "auto" a GPU computes if `device` names one; if the
-            kernels fail there, the CPU computes, and the engine's note says so.
+        device: "auto", "cpu" or "cuda[:index]". Without an index it is the current GPU of the calling thread. With
+            engine "auto" a GPU computes if `device` names one; if the kernels fail there, the CPU computes, and the
+            engine's note says so.
 
     Raises:
         UsageError: `engine` or `device` is unknown, or the two do not fit together.
@@ -114,7 +115,11 @@ def _triton(device: str) -> Engine:
         raise EngineError(f"`engine='triton'` needs torch and triton, which cannot be imported: {error}") from error
     device = "cuda" if device == "auto" else device
     try:
-        stream_to = None if extrapolate.interpreted() else gpu.Cuda(device)
+        if extrapolate.interpreted():
+            stream_to = None
+        else:
+            device = gpu.resolve(device)
+            stream_to = gpu.Cuda(device)
         engine = host.HostEngine(device)
     except Exception as error:
         text = error_text(error)

@@ -146,10 +146,7 @@ def open_job(
         ExpoError: There is no plan at all; see `preview` in merge.py.
     """
     assert options.alphas is not None
-    device = options.device
-    if ranks.world > 1 and (device == "cuda" or (options.engine == "triton" and device == "auto")):
-        device = f"cuda:{ranks.local_rank}"
-    engines = engines_for(options.engine, device, ranks.local_world)
+    engines = engines_for(options.engine, _device_of_rank(options, ranks), ranks.local_world)
     check_template(out, options.alphas)
     if out is not None:
         for path in fill_in(out, options.alphas):
@@ -167,6 +164,20 @@ def open_job(
         committed = _committed(outs) if options.resume else frozenset()
         error = _find_error(plan, [path for path in outs if path not in committed], (sft, aligned), options.overwrite)
         yield MergeJob(pair, options, sft, aligned, plan, outs, committed, engines, ranks, notes, error)
+
+
+def _device_of_rank(options: MergeOptions, ranks: SingleProcess) -> str:
+    """Return the device that this rank computes on, which has an index if several ranks use GPUs.
+
+    A launcher may let each rank see all GPUs of the host or only some of them (CUDA_VISIBLE_DEVICES), so the index is
+    the local rank modulo the number of GPUs that this rank sees.
+    """
+    device = options.device
+    if ranks.world > 1 and (device == "cuda" or (options.engine == "triton" and device == "auto")):
+        import torch
+
+        return f"cuda:{ranks.local_rank % max(torch.cuda.device_count(), 1)}"
+    return device
 
 
 def _find_error(

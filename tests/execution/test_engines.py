@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,37 @@ def test_triton_without_a_gpu_says_so() -> None:
     for engine, device in (("triton", "auto"), ("auto", "cuda"), ("triton", "cuda:0")):
         with pytest.raises(expo.EngineError, match=r"cannot run here: torch sees no CUDA device; `engine='cpu'`"):
             choose(engine, device)
+
+
+@pytest.mark.parametrize(
+    ("engine", "device"), [("triton", "auto"), ("triton", "cuda"), ("auto", "cuda"), ("triton", "cuda:2")]
+)
+def test_a_gpu_without_an_index_is_the_current_one_of_the_caller(
+    monkeypatch: pytest.MonkeyPatch, engine: str, device: str
+) -> None:
+    """Torch has a current GPU for each thread, and the threads of the lanes start with GPU 0."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from expo.kernels import device as gpu
+    from expo.kernels import extrapolate, host, selftest
+
+    if extrapolate.interpreted():
+        pytest.skip("the interpreter takes the GPU's place")
+    caller, named = threading.current_thread(), []
+
+    def made(name: str) -> SimpleNamespace:
+        named.append(name)
+        return SimpleNamespace(device=name)
+
+    monkeypatch.setattr(gpu, "why_unavailable", lambda: "")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: int(threading.current_thread() is caller))
+    monkeypatch.setattr(gpu, "Cuda", made)
+    monkeypatch.setattr(host, "HostEngine", made)
+    monkeypatch.setattr(selftest, "check", lambda _: None)
+    chosen, expected = choose(engine, device), "cuda:2" if device == "cuda:2" else "cuda:1"
+    assert named == [expected] * 2
+    assert chosen.gpu.device == expected
+    assert chosen.why == f"asked for, on {expected}"
 
 
 @pytest.mark.parametrize(

@@ -444,6 +444,7 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(getattr(late.Late, "begins", "needed"))
             self.device = CPU
 
+    monkeypatch.setattr(device, "resolve", lambda name: name)
     monkeypatch.setattr(device, "Cuda", Device)
     monkeypatch.setattr(host, "why_unavailable", lambda: "")
     made = host.HostEngine
