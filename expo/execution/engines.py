@@ -158,12 +158,7 @@ def _triton_or_cpu(device: str) -> Engine:
     try:
         first = _triton(device)
     except UnusableGpu as error:
-        note = (
-            f"the Triton kernels are not used on {error.device}; `engine={reserve.name!r}` computes instead, with the "
-            f"same bits. The reason: {error.reason}"
-        )
-        return reserve._replace(why=f"the kernels fail on {error.device}", note=note)
-
+        return in_place_of(error, reserve)
     if first.gpu is None:  # Triton's interpreter
         return first
 
@@ -176,6 +171,15 @@ def _triton_or_cpu(device: str) -> Engine:
         return reserve.run(*arguments)
 
     return first._replace(run=run, reserve=reserve)
+
+
+def in_place_of(gpu: UnusableGpu, reserve: Engine) -> Engine:
+    """Return the reserve with a note that it computes in place of a GPU whose kernels fail."""
+    note = (
+        f"the Triton kernels are not used on {gpu.device}; `engine={reserve.name!r}` computes instead, with the same "
+        f"bits. The reason: {gpu.reason}"
+    )
+    return reserve._replace(why=f"the kernels fail on {gpu.device}", note=note)
 
 
 def engines_for(engine: str = "auto", device: str = "auto", processes: int = 1) -> tuple[Engine, ...]:

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..planning.plan import Plan
-from .engines import Engine
+from .engines import Engine, UnusableGpu, in_place_of
+from .gpu_fallback import error_text
 from .lanes import CpuLane, Lane
 from .tensor_source import TensorSource
 
 if TYPE_CHECKING:
+    from ..planning.plan import Plan
     from .gpu_lane import GpuLane
+
+
+def compile_kernels(engines: Sequence[Engine], plan: Plan) -> tuple[Engine, ...]:
+    """Compile the kernels that the lanes of these engines launch for a plan, in this thread, once for each GPU.
+
+    A merge calls this function before it stages an output. Otherwise the lanes would compile the kernels, and an error
+    of a compiler would leave an unfinished output.
+
+    Args:
+        engines: One engine for each worker, as `engines_for` returns them.
+        plan: The plan.
+
+    Returns:
+        The engines. If the kernels fail on a GPU whose engine has a reserve, the reserve takes the place of the engines
+        of the CPU, and has a note.
+
+    Raises:
+        EngineError: The kernels fail on a GPU whose engine has no reserve, because the user named it.
+    """
+    for device, engine in {each.gpu.device: each for each in engines if each.gpu is not None}.items():
+        from . import gpu_lane
+
+        try:
+            gpu_lane.compile_kernels(device, plan)
+        except Exception as error:  # errors of compilers and of the system's programs have no common base class
+            unusable = UnusableGpu(device, error_text(error))
+            if engine.reserve is None:
+                raise unusable from error
+            workers = sum(each.gpu is None for each in engines)
+            return (in_place_of(unusable, engine.reserve),) * max(workers, 1)
+    return tuple(engines)
 
 
 class LaneMaker:

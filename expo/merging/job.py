@@ -19,6 +19,7 @@ from ..checkpoints.sidecars import find_missing_modules
 from ..errors import ExpoError, OutputError, PlanError
 from ..execution.engines import Engine, engines_for
 from ..execution.lanes import RING_SLOTS
+from ..execution.make_lanes import compile_kernels
 from ..execution.tensor_source import CONVERSION_BYTES, MOST_FACTORS, TensorSource
 from ..execution.worker_pool import chunk_size
 from ..inputs.resolve import PairRequest, StrPath, open_inputs
@@ -159,10 +160,11 @@ def open_job(
             tokenizer.find_missing(sft, aligned),
             find_missing_modules(plan.left_out),
         )
-        notes = (*plan.notes, *filter(None, input_notes), *code.notes, *filter(None, [engines[0].note]))
         outs = output_paths(out, aligned, options.alphas)
         committed = _committed(outs) if options.resume else frozenset()
         error = _find_error(plan, [path for path in outs if path not in committed], (sft, aligned), options.overwrite)
+        engines = engines if error else compile_kernels(engines, plan)
+        notes = (*plan.notes, *filter(None, input_notes), *code.notes, *filter(None, [engines[0].note]))
         yield MergeJob(pair, options, sft, aligned, plan, outs, committed, engines, ranks, notes, error)
 
 

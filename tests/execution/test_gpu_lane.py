@@ -44,6 +44,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 16 << 10)
     monkeypatch.setattr(ring, "LEAST_GPU_BYTES", 1 << 10)
     monkeypatch.setattr(sweep, "launch", late.kernel)
+    monkeypatch.setattr(job, "compile_kernels", lambda engines, plan: engines)
 
 
 @pytest.fixture(scope="module")
