@@ -48,7 +48,8 @@ class FallbackLane:
         if computed is not None:
             return computed
         self._reserve.begin(chunk)
-        return self._reserve.finish()._replace(engine=self._name)
+        computed = self._reserve.finish()
+        return computed._replace(others={self._name: (chunk.stop - chunk.start) * len(computed.buffers)})
 
     def close(self) -> None:
         """Close the GPU's lane."""

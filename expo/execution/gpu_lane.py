@@ -130,6 +130,7 @@ class Slot:
         """Forget the pieces of the last chunk."""
         self.pieces: list[GpuPiece] = []
         self.measured: ChunkStatistics = {}  # the statistics of the pieces that the CPU computed
+        self.cpu_bytes = 0  # bytes of the outputs that the CPU computed or copied
         self._rows = self._sft_bytes = self._aligned_bytes = 0  # the parts of the GPU's buffers that are in use
 
     def place(self, number: int, piece: Piece, ratio: int, sft_bytes: int, measure: bool) -> GpuPiece:
@@ -215,7 +216,8 @@ class GpuLane:
             if piece.host_partials is not None
         }
         self._free.append(slot)
-        return ComputedChunk(slot.buffers, slot.measured | on_gpu)
+        others = {self._cpu.name: slot.cpu_bytes} if slot.cpu_bytes else {}
+        return ComputedChunk(slot.buffers, slot.measured | on_gpu, others)
 
     def close(self) -> None:
         """Wait for the work on all three streams, so that its memory can be freed."""
@@ -234,6 +236,7 @@ class GpuLane:
             statistics = self._source.compute(self._cpu, step, start, stop, outs, self._measure)
             if statistics is not None:
                 slot.measured[number] = statistics
+            slot.cpu_bytes += (stop - start) * len(outs)
             return
         aligned, sft = self._source.spans(step, start, stop)
         placed = slot.place(number, piece, self._ratio, sft.stop - sft.start, self._measure)
@@ -242,6 +245,7 @@ class GpuLane:
         for k, out in enumerate(outs):
             if k not in step.active:
                 out[:] = placed.inputs[1][0].numpy().data
+                slot.cpu_bytes += stop - start
         slot.pieces.append(placed)
 
     def _enqueue(self, slot: Slot) -> None:

@@ -5,7 +5,8 @@ A lane on the CPU computes a chunk in `begin`. A lane on a GPU has several chunk
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from ..memory import page_aligned
@@ -22,12 +23,12 @@ class ComputedChunk(NamedTuple):
     Attributes:
         buffers: The bytes of the chunk, one page-aligned buffer for each output.
         measured: The statistics of the pieces that have any.
-        engine: The name of the engine that computed the chunk; "" if it is the worker's own engine.
+        others: Bytes of all outputs that an engine other than the worker's computed or copied, by the engine's name.
     """
 
     buffers: Sequence[memoryview]
     measured: ChunkStatistics
-    engine: str = ""
+    others: Mapping[str, int] = MappingProxyType({})
 
 
 class Lane(Protocol):

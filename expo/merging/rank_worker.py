@@ -29,7 +29,7 @@ class RankWorker:
 
     Attributes:
         resumed: Bytes of output that an interrupted merge has made durable.
-        shares: Bytes of output that each engine has computed, by the engine's name.
+        shares: Bytes of output that each engine has computed or copied, by the engine's name.
         notes: Warnings about GPUs that failed, in order, each once. The values of the dictionary mean nothing.
     """
 

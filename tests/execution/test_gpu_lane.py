@@ -99,7 +99,7 @@ def test_same_bytes_in_any_order(
     report = merged(monkeypatch, pair, tmp_path / "ring", (engine(device),))
     assert contents(tmp_path / "ring") == plain[0]
     assert device.waited == {"compute", "down", "host"}
-    assert report.shares == {"triton": report.bytes_written}
+    assert sum(report.shares.values()) == report.bytes_written
     for ours, theirs in zip(report.outputs, plain[1].outputs, strict=True):
         assert (ours.changed, ours.non_finite) == (theirs.changed, theirs.non_finite)
         assert ours.relative_change == pytest.approx(theirs.relative_change, rel=1e-5)
@@ -139,6 +139,17 @@ def test_gpu_and_cpu_on_one_queue(
     assert contents(tmp_path / "ring") == plain[0]
     assert sum(report.shares.values()) == report.bytes_written
     assert report.shares["triton"]
+
+
+def test_shares_count_the_cpu_in_a_worker_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The CPU copies, and computes small pieces and F64 tensors; its bytes do not count as the GPU's."""
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 1 << 20)  # one chunk has all tensors
+    shapes = {"k": ("BF16", (64, 64)), "double": ("F64", (30, 31)), "kept": ("BF16", (90, 90)), "q": ("BF16", (64,))}
+    pair = [write_folder(tmp_path / name, random_tensors(shapes, i)) for i, name in enumerate(("sft", "aligned"))]
+    report = merged(monkeypatch, (pair[0], pair[1]), tmp_path / "ring", (engine(late.Late()),))
+    copied = 2 * 64 * 64  # bytes of "k" in the output whose alpha is 0
+    by_cpu = copied + len(ALPHAS) * (8 * 30 * 31 + 2 * 90 * 90 + 2 * 64)
+    assert report.shares == {"triton": report.bytes_written - by_cpu, choose().name: by_cpu}
 
 
 def test_memory_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -184,7 +195,7 @@ def test_a_kernel_that_fails(
     monkeypatch.setattr(sweep, "launch", late.kernel)
     report = merged(monkeypatch, pair, tmp_path / "ring", (engine(late.Late(order)),), resume=True)
     assert contents(tmp_path / "ring") == plain[0]
-    assert 0 < report.resumed == report.bytes_written - report.shares["triton"]
+    assert 0 < report.resumed == report.bytes_written - sum(report.shares.values())
     for ours, theirs in zip(report.outputs, plain[1].outputs, strict=True):
         assert (ours.changed, ours.non_finite) == (theirs.changed, theirs.non_finite)
 
