@@ -182,6 +182,19 @@ def in_place_of(gpu: UnusableGpu, reserve: Engine) -> Engine:
     return reserve._replace(why=f"the kernels fail on {gpu.device}", note=note)
 
 
+def engine_to_verify(engines: Sequence[Engine]) -> Engine:
+    """Return the engine of the CPU that computes an output again to verify it.
+
+    It is another engine than those that wrote the output, so that it also notices an engine that computes wrong bits:
+    numpy if cpu was one of them, or else cpu. If the compiled engine is not built, numpy verifies its own output.
+
+    Args:
+        engines: The engines that wrote the output.
+    """
+    names = {each.name for engine in engines for each in (engine, engine.reserve) if each is not None}
+    return choose("numpy" if "cpu" in names else "auto", "cpu")
+
+
 def engines_for(engine: str = "auto", device: str = "auto", processes: int = 1) -> tuple[Engine, ...]:
     """Return an engine for each worker of a merge from file to file.
 

@@ -6,8 +6,10 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from ..errors import OutputError
+from ..execution.engines import engine_to_verify
 from ..execution.make_lanes import LaneMaker
 from ..execution.worker_pool import Progress, WorkerPool
 from ..memory import page_aligned
@@ -95,7 +97,7 @@ class RankWorker:
         self.notes |= make_lane.notes
 
     def verify(self, progress: Progress, cancel: threading.Event | None) -> None:
-        """Compute this rank's part again and compare it with the bytes on the disk.
+        """Compute this rank's part again, by another engine, and compare it with the bytes on the disk.
 
         Args:
             progress: Called with (bytes of output that are compared, bytes of output in all).
@@ -106,14 +108,15 @@ class RankWorker:
             ExpoError: `WorkerPool.run` has failed, or another rank has failed.
         """
         job, total = self._job, self._job.plan.output_bytes
+        engine = engine_to_verify(job.engines)
         make_lane = LaneMaker(job.plan, job.source, self._chunk_bytes, measure=False)
-        pool = WorkerPool(job.source, job.engines, make_lane, self._compare)
+        compare = partial(self._compare, engine.name)
+        pool = WorkerPool(job.source, (engine,) * len(job.engines), make_lane, compare)
         try:
             pool.run(self._own_chunks({}), lambda count: progress(job.ranks.report_progress(count), total), cancel)
         except Corrupt:
             self._journal.invalidate()
             raise
-        self.notes |= make_lane.notes
 
     def record(self) -> None:
         """Make the finished chunks durable and write them into the journal.
@@ -145,8 +148,8 @@ class RankWorker:
             for name in shards:
                 files[name].sync()
 
-    def _compare(self, k: int, chunk: Chunk, data: memoryview) -> None:
-        """Compare a chunk of output k with the disk. Raises Corrupt."""
+    def _compare(self, engine: str, k: int, chunk: Chunk, data: memoryview) -> None:
+        """Compare a chunk of output k, which an engine has computed again, with the disk. Raises Corrupt."""
         if k not in self._folders:
             return
         path = os.path.join(self._folders[k], chunk.shard.name)
@@ -157,7 +160,9 @@ class RankWorker:
         if actual != expected:
             offset = next((i for i, (x, y) in enumerate(zip(actual, expected, strict=False)) if x != y), len(actual))
             raise Corrupt(
-                f"{path}: byte {chunk.start + offset}, {_describe(chunk, offset)}, does not read back as it was written"
+                f"{path}: byte {chunk.start + offset}, {_describe(chunk, offset)}, does not read back as "
+                f"`engine={engine!r}` computes it again: the disk returns other bytes than were written, or an engine "
+                "computes wrong bits"
             )
 
 
