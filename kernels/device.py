@@ -47,6 +47,11 @@ class Cuda:
 
     def pinned(self, size: int) -> torch.Tensor:
         """Return `size` bytes of the host's memory, pinned, so that the GPU can access them, and aligned to a page."""
+        # torch rounds the size of pinned memory up to a power of two, so a page more may double it. Large memory
+        # usually starts at a page anyway.
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        if memory.data_ptr() % PAGE == 0:
+            return memory
         memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=True)
         start = -memory.data_ptr() % PAGE
         return memory[start : start + size]

@@ -199,8 +199,9 @@ def engines_for(engine: str = "auto", device: str = "auto", processes: int = 1) 
     """Return an engine for each worker of a merge from file to file.
 
     The CPU has one worker more than it has processors, because a worker waits while it writes, and at most
-    MOST_WORKERS. A GPU has two workers: one reads while the other writes. With engine "auto" and a GPU as the device,
-    the workers of the CPU compute beside those of the GPU.
+    MOST_WORKERS. A GPU has as many workers as there are processors, at least two and at most MOST_WORKERS: a worker
+    reads, waits for the GPU and writes, and the bus to the GPU is faster than the reads and writes of a few workers.
+    With engine "auto" and a GPU as the device, the workers of the CPU compute beside those of the GPU.
 
     Args:
         engine: As in `choose`.
@@ -212,10 +213,11 @@ def engines_for(engine: str = "auto", device: str = "auto", processes: int = 1) 
         EngineError: As in `choose`.
     """
     first = choose(engine, device)
-    cpu_workers = min(cpu_count() // processes + 1, MOST_WORKERS)
+    processors = cpu_count() // processes
+    cpu_workers = min(processors + 1, MOST_WORKERS)
     if first.name != "triton":
         return (first,) * cpu_workers
-    on_gpu = (first,) * (2 if first.gpu else 1)
+    on_gpu = (first,) * (max(2, min(processors, MOST_WORKERS)) if first.gpu else 1)
     return on_gpu + (choose("auto", "cpu"),) * cpu_workers if engine == "auto" else on_gpu
 
 

@@ -25,7 +25,7 @@ from ..planning.shards import Chunk, ChunkStatistics, Piece
 from ..planning.steps import Step
 from .engines import choose
 from .gpu_fallback import error_text
-from .lanes import RING_SLOTS, ComputedChunk, write_header
+from .lanes import ComputedChunk, write_header
 from .tensor_source import TensorSource
 
 # Lanes whose GPU does not work any more stay in this list, because torch aborts the process if it frees their memory.
@@ -169,11 +169,9 @@ class Slot:
 
 
 class GpuLane:
-    """The lane of an engine on a GPU (see `lanes.Lane`), with a ring of RING_SLOTS slots."""
+    """The lane of an engine on a GPU (see `lanes.Lane`), with a ring of `depth` slots."""
 
-    depth = RING_SLOTS
-
-    def __init__(self, device: Device, plan: Plan, source: TensorSource, size: int, measure: bool) -> None:
+    def __init__(self, device: Device, plan: Plan, source: TensorSource, size: int, measure: bool, depth: int) -> None:
         """Allocate the ring.
 
         Args:
@@ -182,22 +180,24 @@ class GpuLane:
             source: The bytes of both inputs.
             size: Bytes of the largest chunk.
             measure: True to return statistics of every piece.
+            depth: The number of slots of the ring.
 
         Raises:
             RuntimeError: The GPU or the host has too little free memory.
         """
+        self.depth = depth
         self._device = device
         self._cpu = choose("auto", "cpu")  # for F64 and for small pieces
         self._source = source
         self._measure = measure
         self._ratio = max([1, *(_ratio(step) for step in plan.steps if _on_gpu(step, step.nbytes))])
-        self._free = deque(Slot(device, size, size * self._ratio, len(plan.alphas)) for _ in range(RING_SLOTS))
+        self._free = deque(Slot(device, size, size * self._ratio, len(plan.alphas)) for _ in range(depth))
         self._up, self._compute, self._down = (device.stream() for _ in range(3))
         self._alpha_tensors: dict[tuple[float, ...], torch.Tensor] = {}
         self._busy: deque[Slot] = deque()
 
     def begin(self, chunk: Chunk) -> None:
-        """Read a chunk's inputs and start its computation; at most RING_SLOTS chunks may be under way."""
+        """Read a chunk's inputs and start its computation; at most `depth` chunks may be under way."""
         slot = self._free.popleft()
         self._busy.append(slot)
         slot.clear()
@@ -207,7 +207,7 @@ class GpuLane:
         self._enqueue(slot)
 
     def finish(self) -> ComputedChunk:
-        """Return the chunk that was begun first; its buffers stay as they are until RING_SLOTS more have begun."""
+        """Return the chunk that was begun first; its buffers stay as they are until `depth` more have begun."""
         slot = self._busy.popleft()
         self._device.synchronize(slot.done)
         on_gpu = {

@@ -14,7 +14,8 @@ from ..planning.shards import Chunk, ChunkStatistics
 from .engines import Engine
 from .tensor_source import TensorSource
 
-RING_SLOTS = 3  # chunks under way on a GPU: the host fills or empties one, one goes to the device, one comes back
+RING_SLOTS = 3  # chunks under way in a lane of a GPU: one goes to the GPU, one comes back, the host fills a third
+MOST_RING_SLOTS = 16  # in all lanes of a process together, whose pinned memory they bound
 
 
 class ComputedChunk(NamedTuple):
@@ -85,6 +86,16 @@ class CpuLane:
 
     def close(self) -> None:
         """Do nothing, because no chunk is under way."""
+
+
+def ring_slots(engines: Sequence[Engine]) -> int:
+    """Return the number of slots of each lane on a GPU: with many workers, two are enough to keep the bus busy.
+
+    Args:
+        engines: One engine for each worker.
+    """
+    lanes = sum(engine.gpu is not None for engine in engines)
+    return max(2, min(RING_SLOTS, MOST_RING_SLOTS // max(lanes, 1)))
 
 
 def write_header(chunk: Chunk, buffers: Sequence[memoryview]) -> None:

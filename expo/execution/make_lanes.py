@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .engines import Engine, UnusableGpu, in_place_of
 from .gpu_fallback import error_text
-from .lanes import CpuLane, Lane
+from .lanes import CpuLane, Lane, ring_slots
 from .tensor_source import TensorSource
 
 if TYPE_CHECKING:
@@ -53,15 +53,19 @@ class LaneMaker:
         notes: Warnings about GPUs that failed, in order, each once. The values of the dictionary mean nothing.
     """
 
-    def __init__(self, plan: Plan, source: TensorSource, chunk_bytes: int, measure: bool) -> None:
+    def __init__(
+        self, engines: Sequence[Engine], plan: Plan, source: TensorSource, chunk_bytes: int, measure: bool
+    ) -> None:
         """Keep what all lanes share.
 
         Args:
+            engines: One engine for each worker.
             plan: The plan whose chunks the lanes compute.
             source: The bytes of both inputs.
             chunk_bytes: The size of the largest chunk in bytes.
             measure: True to measure the statistics of every piece.
         """
+        self._slots = ring_slots(engines)
         self._plan, self._source = plan, source
         self._chunk_bytes, self._measure = chunk_bytes, measure
         self.notes: dict[str, None] = {}
@@ -82,7 +86,7 @@ class LaneMaker:
                 f"The reason: {reason}"
             ] = None
 
-        return FallbackLane(lambda: self._on_gpu(engine), self._on_cpu(reserve), reserve.name, report)
+        return FallbackLane(lambda: self._on_gpu(engine), self._slots, self._on_cpu(reserve), reserve.name, report)
 
     def _on_cpu(self, engine: Engine) -> CpuLane:
         return CpuLane(engine, self._source, len(self._plan.alphas), self._chunk_bytes, self._measure)
@@ -90,4 +94,4 @@ class LaneMaker:
     def _on_gpu(self, engine: Engine) -> GpuLane:
         from .gpu_lane import GpuLane
 
-        return GpuLane(engine.gpu, self._plan, self._source, self._chunk_bytes, self._measure)
+        return GpuLane(engine.gpu, self._plan, self._source, self._chunk_bytes, self._measure, self._slots)

@@ -18,7 +18,7 @@ from ..checkpoints.model_parts import tie_flag
 from ..checkpoints.sidecars import find_missing_modules
 from ..errors import ExpoError, OutputError, PlanError
 from ..execution.engines import Engine, engines_for
-from ..execution.lanes import RING_SLOTS
+from ..execution.lanes import ring_slots
 from ..execution.make_lanes import compile_kernels
 from ..execution.tensor_source import CONVERSION_BYTES, MOST_FACTORS, TensorSource
 from ..execution.worker_pool import chunk_size
@@ -95,7 +95,7 @@ class MergeJob:
     @property
     def memory(self) -> int:
         """Bytes of memory that the merge takes: buffers, the pages that are mapped at a time, and the interpreter."""
-        slots = sum(1 if engine.gpu is None else 1 + RING_SLOTS for engine in self.engines)
+        slots = sum(1 if engine.gpu is None else 1 + ring_slots(self.engines) for engine in self.engines)
         on_gpu = any(engine.name == "triton" for engine in self.engines)
         converts = any(not step.plain for step in self.plan.steps)
         deltas = sorted(step.delta.nbytes for step in self.plan.steps if step.delta is not None)

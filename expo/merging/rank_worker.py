@@ -88,8 +88,9 @@ class RankWorker:
             if self._journal.due:
                 self.record()
 
-        make_lane = LaneMaker(plan, self._job.source, self._chunk_bytes, measure=True)
-        pool = WorkerPool(self._job.source, self._job.engines, make_lane, self._write, record_chunk)
+        engines, source = self._job.engines, self._job.source
+        make_lane = LaneMaker(engines, plan, source, self._chunk_bytes, measure=True)
+        pool = WorkerPool(source, engines, make_lane, self._write, record_chunk)
         pool.run(self._own_chunks(self._done), report, cancel)
         self.record()
         self._journal.close()
@@ -109,9 +110,9 @@ class RankWorker:
         """
         job, total = self._job, self._job.plan.output_bytes
         engine = engine_to_verify(job.engines)
-        make_lane = LaneMaker(job.plan, job.source, self._chunk_bytes, measure=False)
-        compare = partial(self._compare, engine.name)
-        pool = WorkerPool(job.source, (engine,) * len(job.engines), make_lane, compare)
+        engines = (engine,) * len(job.engines)
+        make_lane = LaneMaker(engines, job.plan, job.source, self._chunk_bytes, measure=False)
+        pool = WorkerPool(job.source, engines, make_lane, partial(self._compare, engine.name))
         try:
             pool.run(self._own_chunks({}), lambda count: progress(job.ranks.report_progress(count), total), cancel)
         except Corrupt:

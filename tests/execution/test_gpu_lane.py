@@ -107,6 +107,17 @@ def test_same_bytes_in_any_order(
     assert report.max_abs_difference == plain[1].max_abs_difference
 
 
+@pytest.mark.parametrize("order", [*late.ORDERS, 0, 1])
+def test_two_slots_are_enough(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any, order: str | int
+) -> None:
+    """With many workers a lane has two slots."""
+    monkeypatch.setattr("expo.execution.lanes.MOST_RING_SLOTS", 2)
+    poisoning(monkeypatch)
+    merged(monkeypatch, pair, tmp_path / "ring", (engine(late.Late(order)),))
+    assert contents(tmp_path / "ring") == plain[0]
+
+
 @pytest.mark.parametrize("lost", ["compute", "down", "host"])
 def test_every_wait_is_needed(
     monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any, lost: str
