@@ -54,9 +54,10 @@ class FallbackLane:
         return computed._replace(others={self._name: (chunk.stop - chunk.start) * len(computed.buffers)})
 
     def close(self) -> None:
-        """Close the GPU's lane."""
-        if self._gpu is not None:
-            self._gpu.close()
+        """Close the GPU's lane. A failure is reported and not raised, because every chunk is finished or abandoned."""
+        lane, self._gpu = self._gpu, None
+        if lane is not None:
+            self._try_gpu(lane.close)
 
     def _try_gpu(self, work: Callable[[], T]) -> T | None:
         """Return the result of the GPU's work; after a failure close the GPU's lane, report, and return None."""
