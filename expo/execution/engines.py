@@ -186,7 +186,8 @@ def engine_to_verify(engines: Sequence[Engine]) -> Engine:
     """Return the engine of the CPU that computes an output again to verify it.
 
     It is another engine than those that wrote the output, so that it also notices an engine that computes wrong bits:
-    numpy if cpu was one of them, or else cpu. If the compiled engine is not built, numpy verifies its own output.
+    numpy if cpu was one of them, or else cpu. There are two exceptions: cpu also verifies the small pieces that it has
+    computed in the lane of a GPU, and numpy verifies its own output if the compiled engine is not built.
 
     Args:
         engines: The engines that wrote the output.
