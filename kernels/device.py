@@ -10,6 +10,23 @@ from ..memory import PAGE
 from .extrapolate import why_unavailable
 
 
+def resolve(device: str) -> str:
+    """Return the GPU that a name means in the calling thread, as "cuda:index".
+
+    torch has a current GPU for each thread, so the name "cuda" may mean another GPU in a thread that starts later.
+
+    Args:
+        device: "cuda", which means the current GPU of the calling thread, or "cuda:index".
+
+    Raises:
+        RuntimeError: torch sees no GPU.
+    """
+    reason = why_unavailable()
+    if reason:
+        raise RuntimeError(reason)
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+
+
 class Cuda:
     """One GPU.
 
@@ -20,19 +37,21 @@ class Cuda:
         """Find the GPU.
 
         Args:
-            device: "cuda" or "cuda:index".
+            device: "cuda:index", as `resolve` returns it.
 
         Raises:
-            RuntimeError: torch sees no GPU, or none of that index.
+            RuntimeError: torch sees no GPU of that index.
         """
-        reason = why_unavailable()
-        if reason:
-            raise RuntimeError(reason)
         # If no GPU has this index, the error comes here and not in the middle of a merge.
         self.device = torch.empty(0, device=device).device
 
     def pinned(self, size: int) -> torch.Tensor:
         """Return `size` bytes of the host's memory, pinned, so that the GPU can access them, and aligned to a page."""
+        # torch rounds the size of pinned memory up to a power of two, so a page more may double it. Large memory
+        # usually starts at a page anyway.
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        if memory.data_ptr() % PAGE == 0:
+            return memory
         memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=True)
         start = -memory.data_ptr() % PAGE
         return memory[start : start + size]

@@ -26,7 +26,7 @@ class HostEngine:
         """Find the GPU.
 
         Args:
-            device: "cuda" or "cuda:index"; Triton's interpreter computes on the CPU.
+            device: "cuda:index"; Triton's interpreter computes on the CPU.
 
         Raises:
             RuntimeError: The kernels cannot run here.

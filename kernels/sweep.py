@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .contract import Operand, Statistics, Term, extrapolation_term
+from ..dtypes import torch_dtypes
+from .contract import Operand, Statistics, Term, extrapolation_term, tensor_extrapolation
 from .extrapolate import OPTIONS, TAIL_ELEMENTS, launching, ptx, rounded, widen
 
 PART_ELEMENTS = 2048  # the elements that a program computes at a time: 16 for each of 128 threads
@@ -158,6 +159,30 @@ def launch(anchor: Operand, terms: Sequence[Term], outputs: torch.Tensor, partia
                 sft.memory, aligned, outputs, alphas, sums, counts, n, outputs.stride(0),
                 K=len(alphas), BLOCK=PROGRAM_ELEMENTS, PTX=ptx(), **OPTIONS,
             )  # fmt: skip
+
+
+def compile_for(sft: str, aligned: str, alphas: int, measure: bool, device: torch.device) -> None:
+    """Compile the kernel by a launch for 16 elements, and wait until the device has run it.
+
+    Triton compiles a kernel once more for addresses that are not multiples of 16 bytes, and for a stride between the
+    outputs that is no multiple of 16 elements. The launch has such addresses and such a stride that both are multiples.
+
+    Args:
+        sft: The dtype of sft: BF16, F16 or F32.
+        aligned: The dtype of aligned.
+        alphas: The number of outputs.
+        measure: True for the kernel with statistics.
+        device: The GPU.
+
+    Raises:
+        Exception: The kernel cannot be compiled or launched; an error of a compiler may have any type.
+    """
+    s, a = (torch.zeros(16, dtype=torch_dtypes()[dtype], device=device) for dtype in (sft, aligned))
+    ones = torch.ones(alphas, dtype=torch.float32, device=device)
+    outputs = a.new_empty((alphas, 16))
+    partials = Partials.empty(16, alphas, device) if measure else None
+    launch(*tensor_extrapolation(s, a, ones), outputs, partials)
+    outputs.cpu()
 
 
 def statistics(partials: Partials) -> Statistics:

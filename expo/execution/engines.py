@@ -59,8 +59,9 @@ def choose(engine: str = "auto", device: str = "auto") -> Engine:
     Args:
         engine: "auto", "numpy", "cpu" or "triton". "auto" chooses "cpu", or "numpy" if the compiled engine is not
             built: a merge from file to file is as fast as the disk, so a GPU would not help.
-        device: "auto", "cpu" or "cuda[:index]". With engine "auto" a GPU computes if `device` names one; if the
-            kernels fail there, the CPU computes, and the engine's note says so.
+        device: "auto", "cpu" or "cuda[:index]". Without an index it is the current GPU of the calling thread. With
+            engine "auto" a GPU computes if `device` names one; if the kernels fail there, the CPU computes, and the
+            engine's note says so.
 
     Raises:
         UsageError: `engine` or `device` is unknown, or the two do not fit together.
@@ -114,7 +115,11 @@ def _triton(device: str) -> Engine:
         raise EngineError(f"`engine='triton'` needs torch and triton, which cannot be imported: {error}") from error
     device = "cuda" if device == "auto" else device
     try:
-        stream_to = None if extrapolate.interpreted() else gpu.Cuda(device)
+        if extrapolate.interpreted():
+            stream_to = None
+        else:
+            device = gpu.resolve(device)
+            stream_to = gpu.Cuda(device)
         engine = host.HostEngine(device)
     except Exception as error:
         text = error_text(error)
@@ -153,12 +158,7 @@ def _triton_or_cpu(device: str) -> Engine:
     try:
         first = _triton(device)
     except UnusableGpu as error:
-        note = (
-            f"the Triton kernels are not used on {error.device}; `engine={reserve.name!r}` computes instead, with the "
-            f"same bits. The reason: {error.reason}"
-        )
-        return reserve._replace(why=f"the kernels fail on {error.device}", note=note)
-
+        return in_place_of(error, reserve)
     if first.gpu is None:  # Triton's interpreter
         return first
 
@@ -173,12 +173,36 @@ def _triton_or_cpu(device: str) -> Engine:
     return first._replace(run=run, reserve=reserve)
 
 
+def in_place_of(gpu: UnusableGpu, reserve: Engine) -> Engine:
+    """Return the reserve with a note that it computes in place of a GPU whose kernels fail."""
+    note = (
+        f"the Triton kernels are not used on {gpu.device}; `engine={reserve.name!r}` computes instead, with the same "
+        f"bits. The reason: {gpu.reason}"
+    )
+    return reserve._replace(why=f"the kernels fail on {gpu.device}", note=note)
+
+
+def engine_to_verify(engines: Sequence[Engine]) -> Engine:
+    """Return the engine of the CPU that computes an output again to verify it.
+
+    It is another engine than those that wrote the output, so that it also notices an engine that computes wrong bits:
+    numpy if cpu was one of them, or else cpu. There are two exceptions: cpu also verifies the small pieces that it has
+    computed in the lane of a GPU, and numpy verifies its own output if the compiled engine is not built.
+
+    Args:
+        engines: The engines that wrote the output.
+    """
+    names = {each.name for engine in engines for each in (engine, engine.reserve) if each is not None}
+    return choose("numpy" if "cpu" in names else "auto", "cpu")
+
+
 def engines_for(engine: str = "auto", device: str = "auto", processes: int = 1) -> tuple[Engine, ...]:
     """Return an engine for each worker of a merge from file to file.
 
     The CPU has one worker more than it has processors, because a worker waits while it writes, and at most
-    MOST_WORKERS. A GPU has two workers: one reads while the other writes. With engine "auto" and a GPU as the device,
-    the workers of the CPU compute beside those of the GPU.
+    MOST_WORKERS. A GPU has as many workers as there are processors, at least two and at most MOST_WORKERS: a worker
+    reads, waits for the GPU and writes, and the bus to the GPU is faster than the reads and writes of a few workers.
+    With engine "auto" and a GPU as the device, the workers of the CPU compute beside those of the GPU.
 
     Args:
         engine: As in `choose`.
@@ -190,10 +214,11 @@ def engines_for(engine: str = "auto", device: str = "auto", processes: int = 1) 
         EngineError: As in `choose`.
     """
     first = choose(engine, device)
-    cpu_workers = min(cpu_count() // processes + 1, MOST_WORKERS)
+    processors = cpu_count() // processes
+    cpu_workers = min(processors + 1, MOST_WORKERS)
     if first.name != "triton":
         return (first,) * cpu_workers
-    on_gpu = (first,) * (2 if first.gpu else 1)
+    on_gpu = (first,) * (max(2, min(processors, MOST_WORKERS)) if first.gpu else 1)
     return on_gpu + (choose("auto", "cpu"),) * cpu_workers if engine == "auto" else on_gpu
 
 

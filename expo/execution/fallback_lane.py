@@ -10,7 +10,7 @@ from typing import TypeVar
 from ..errors import ExpoError
 from ..planning.shards import Chunk
 from .gpu_fallback import error_text
-from .lanes import RING_SLOTS, ComputedChunk, Lane
+from .lanes import ComputedChunk, Lane
 
 T = TypeVar("T")
 
@@ -18,17 +18,19 @@ T = TypeVar("T")
 class FallbackLane:
     """A lane on a GPU; after a failure of the GPU, the reserve computes the chunks."""
 
-    depth = RING_SLOTS
-
-    def __init__(self, make_gpu: Callable[[], Lane], reserve: Lane, name: str, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, make_gpu: Callable[[], Lane], depth: int, reserve: Lane, name: str, report: Callable[[str], None]
+    ) -> None:
         """Make the GPU's lane.
 
         Args:
             make_gpu: Returns the GPU's lane; if this call fails, the reserve computes every chunk.
+            depth: The depth of the GPU's lane.
             reserve: The lane on the CPU that computes after a failure.
             name: The name of the reserve's engine.
             report: Takes the text of the GPU's error.
         """
+        self.depth = depth
         self._reserve, self._name, self._report = reserve, name, report
         self._chunks: deque[Chunk] = deque()  # chunks that are begun and not finished
         self._gpu: Lane | None = None
@@ -48,12 +50,14 @@ class FallbackLane:
         if computed is not None:
             return computed
         self._reserve.begin(chunk)
-        return self._reserve.finish()._replace(engine=self._name)
+        computed = self._reserve.finish()
+        return computed._replace(others={self._name: (chunk.stop - chunk.start) * len(computed.buffers)})
 
     def close(self) -> None:
-        """Close the GPU's lane."""
-        if self._gpu is not None:
-            self._gpu.close()
+        """Close the GPU's lane. A failure is reported and not raised, because every chunk is finished or abandoned."""
+        lane, self._gpu = self._gpu, None
+        if lane is not None:
+            self._try_gpu(lane.close)
 
     def _try_gpu(self, work: Callable[[], T]) -> T | None:
         """Return the result of the GPU's work; after a failure close the GPU's lane, report, and return None."""

@@ -25,12 +25,15 @@ from ..planning.shards import Chunk, ChunkStatistics, Piece
 from ..planning.steps import Step
 from .engines import choose
 from .gpu_fallback import error_text
-from .lanes import RING_SLOTS, ComputedChunk, write_header
+from .lanes import ComputedChunk, write_header
 from .tensor_source import TensorSource
 
 # Lanes whose GPU does not work any more stay in this list, because torch aborts the process if it frees their memory.
 _undrained: list[GpuLane] = []
 LEAST_GPU_BYTES = 64 << 10  # the CPU computes a smaller piece in less time than the launch of a kernel takes
+# On the GPU every piece starts at a multiple of so many bytes, which are 16 elements of the widest dtype. So the kernel
+# has wide accesses for every piece, and Triton compiles it once for each pair of dtypes and number of outputs.
+ALIGNMENT = 64
 
 
 class Device(Protocol):
@@ -111,17 +114,24 @@ class Slot:
             outputs: The number of outputs.
         """
         # At most: 2 for each program of 2-byte elements, and 8 more for each piece, for its tail and for `place`.
-        rows = 2 * size // sweep.PROGRAM_ELEMENTS + 8 * (size // LEAST_GPU_BYTES + 1)
-        sizes = (sft_size, size, rows * 12, rows * 4 * outputs)
-        self.host = SlotBuffers(*map(device.pinned, sizes))
-        self.gpu = SlotBuffers(*map(device.memory, sizes))
+        pieces = size // LEAST_GPU_BYTES + 1
+        rows = 2 * size // sweep.PROGRAM_ELEMENTS + 8 * pieces
+        partials = rows * 12, rows * 4 * outputs
+        gaps = ALIGNMENT * pieces
+        self.host = SlotBuffers(*map(device.pinned, (sft_size, size, *partials)))
+        self.gpu = SlotBuffers(*map(device.memory, (sft_size + gaps, size + gaps, *partials)))
         self.outs = [device.pinned(size) for _ in range(outputs)]
-        self.results = device.memory(outputs * size).view(outputs, size)
+        self.results = device.memory(outputs * (size + gaps)).view(outputs, size + gaps)
         self.buffers = [out.numpy().data for out in self.outs]
+        self.done: Any = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the pieces of the last chunk."""
         self.pieces: list[GpuPiece] = []
         self.measured: ChunkStatistics = {}  # the statistics of the pieces that the CPU computed
-        self.rows = 0  # the number of rows of the statistics that are in use
-        self.done: Any = None
+        self.cpu_bytes = 0  # bytes of the outputs that the CPU computed or copied
+        self._rows = self._sft_bytes = self._aligned_bytes = 0  # the parts of the GPU's buffers that are in use
 
     def place(self, number: int, piece: Piece, ratio: int, sft_bytes: int, measure: bool) -> GpuPiece:
         """Return the views of the buffers that a piece needs.
@@ -129,38 +139,39 @@ class Slot:
         Args:
             number: The number of the piece in its chunk.
             piece: The piece, whose bytes of aligned have the size of its output.
-            ratio: The offset of the piece in the buffer of sft, divided by its offset in the buffer of aligned.
+            ratio: The offset of the piece in the host's buffer of sft, divided by its offset in that of aligned.
             sft_bytes: The size of the piece's part of sft.
             measure: True if the piece needs memory for statistics.
         """
         step, start, stop, at = piece
         assert step.sft is not None
-        s, a = slice(at * ratio, at * ratio + sft_bytes), slice(at, at + stop - start)
-        dtype = torch_dtypes()[step.aligned.dtype]
-        results = self.results[: len(step.active), a]
-        rows = sweep.partial_rows((stop - start) // ITEMSIZE[step.aligned.dtype])
-        first, self.rows = self.rows, self.rows + -(-rows // 4) * 4  # so that every piece's rows start at 16 bytes
+        size, dtype = stop - start, torch_dtypes()[step.aligned.dtype]
+        sft = self.gpu.sft[self._sft_bytes :][:sft_bytes]
+        aligned = self.gpu.aligned[self._aligned_bytes :][:size]
+        results = self.results[: len(step.active), self._aligned_bytes :][:, :size]
+        self._sft_bytes += _round_up(sft_bytes, ALIGNMENT)
+        self._aligned_bytes += _round_up(size, ALIGNMENT)
+        rows = sweep.partial_rows(size // ITEMSIZE[step.aligned.dtype])
+        first, self._rows = self._rows, self._rows + _round_up(rows, 4)  # so that every piece's rows start at 16 bytes
         return GpuPiece(
             number,
             step,
-            inputs=[(self.host.sft[s], self.gpu.sft[s]), (self.host.aligned[a], self.gpu.aligned[a])],
+            inputs=[(self.host.sft[at * ratio :][:sft_bytes], sft), (self.host.aligned[at:][:size], aligned)],
             operands=(
-                Operand(self.gpu.sft[s].view(torch_dtypes()[step.sft.dtype]), step.sft.dtype),
-                Operand(self.gpu.aligned[a].view(dtype), step.aligned.dtype),
+                Operand(sft.view(torch_dtypes()[step.sft.dtype]), step.sft.dtype),
+                Operand(aligned.view(dtype), step.aligned.dtype),
             ),
             results=results.view(dtype),
-            outputs=[(self.outs[k][a], row) for k, row in zip(step.active, results, strict=True)],
+            outputs=[(self.outs[k][at:][:size], row) for k, row in zip(step.active, results, strict=True)],
             gpu_partials=self.gpu.partials(first, rows, len(results), len(self.outs)) if measure else None,
             host_partials=self.host.partials(first, rows, len(results), len(self.outs)) if measure else None,
         )
 
 
 class GpuLane:
-    """The lane of an engine on a GPU (see `lanes.Lane`), with a ring of RING_SLOTS slots."""
+    """The lane of an engine on a GPU (see `lanes.Lane`), with a ring of `depth` slots."""
 
-    depth = RING_SLOTS
-
-    def __init__(self, device: Device, plan: Plan, source: TensorSource, size: int, measure: bool) -> None:
+    def __init__(self, device: Device, plan: Plan, source: TensorSource, size: int, measure: bool, depth: int) -> None:
         """Allocate the ring.
 
         Args:
@@ -169,32 +180,34 @@ class GpuLane:
             source: The bytes of both inputs.
             size: Bytes of the largest chunk.
             measure: True to return statistics of every piece.
+            depth: The number of slots of the ring.
 
         Raises:
             RuntimeError: The GPU or the host has too little free memory.
         """
+        self.depth = depth
         self._device = device
         self._cpu = choose("auto", "cpu")  # for F64 and for small pieces
         self._source = source
         self._measure = measure
-        self._ratio = max([1, *(_ratio(step) for step in plan.steps if _on_gpu(step))])
-        self._free = deque(Slot(device, size, size * self._ratio, len(plan.alphas)) for _ in range(RING_SLOTS))
+        self._ratio = max([1, *(_ratio(step) for step in plan.steps if _on_gpu(step, step.nbytes))])
+        self._free = deque(Slot(device, size, size * self._ratio, len(plan.alphas)) for _ in range(depth))
         self._up, self._compute, self._down = (device.stream() for _ in range(3))
         self._alpha_tensors: dict[tuple[float, ...], torch.Tensor] = {}
         self._busy: deque[Slot] = deque()
 
     def begin(self, chunk: Chunk) -> None:
-        """Read a chunk's inputs and start its computation; at most RING_SLOTS chunks may be under way."""
+        """Read a chunk's inputs and start its computation; at most `depth` chunks may be under way."""
         slot = self._free.popleft()
         self._busy.append(slot)
-        slot.pieces, slot.measured, slot.rows = [], {}, 0
+        slot.clear()
         write_header(chunk, slot.buffers)
         for number, piece in enumerate(chunk.pieces):
             self._read(slot, number, piece)
         self._enqueue(slot)
 
     def finish(self) -> ComputedChunk:
-        """Return the chunk that was begun first; its buffers stay as they are until RING_SLOTS more have begun."""
+        """Return the chunk that was begun first; its buffers stay as they are until `depth` more have begun."""
         slot = self._busy.popleft()
         self._device.synchronize(slot.done)
         on_gpu = {
@@ -203,7 +216,8 @@ class GpuLane:
             if piece.host_partials is not None
         }
         self._free.append(slot)
-        return ComputedChunk(slot.buffers, slot.measured | on_gpu)
+        others = {self._cpu.name: slot.cpu_bytes} if slot.cpu_bytes else {}
+        return ComputedChunk(slot.buffers, slot.measured | on_gpu, others)
 
     def close(self) -> None:
         """Wait for the work on all three streams, so that its memory can be freed."""
@@ -218,10 +232,11 @@ class GpuLane:
         """Read a piece's inputs into the slot, or compute the piece on the CPU."""
         step, start, stop, at = piece
         outs = [buffer[at : at + stop - start] for buffer in slot.buffers]
-        if not _on_gpu(step) or not step.active or stop - start < LEAST_GPU_BYTES:
+        if not _on_gpu(step, stop - start):
             statistics = self._source.compute(self._cpu, step, start, stop, outs, self._measure)
             if statistics is not None:
                 slot.measured[number] = statistics
+            slot.cpu_bytes += (stop - start) * len(outs)
             return
         aligned, sft = self._source.spans(step, start, stop)
         placed = slot.place(number, piece, self._ratio, sft.stop - sft.start, self._measure)
@@ -230,6 +245,7 @@ class GpuLane:
         for k, out in enumerate(outs):
             if k not in step.active:
                 out[:] = placed.inputs[1][0].numpy().data
+                slot.cpu_bytes += stop - start
         slot.pieces.append(placed)
 
     def _enqueue(self, slot: Slot) -> None:
@@ -271,9 +287,30 @@ class GpuLane:
         return self._alpha_tensors[alphas]
 
 
-def _on_gpu(step: Step) -> bool:
-    """Return True if the kernels can compute the step."""
-    return step.plain and step.sft is not None and "F64" not in (step.sft.dtype, step.aligned.dtype)
+def compile_kernels(device: torch.device, plan: Plan) -> None:
+    """Compile the kernels that the lanes of a GPU launch for a plan, with statistics, as a merge measures them.
+
+    Raises:
+        Exception: A kernel cannot be compiled or launched; an error of a compiler may have any type.
+    """
+    kernels = set()
+    for step in plan.steps:
+        if step.sft is not None and _on_gpu(step, step.nbytes):
+            kernels.add((step.sft.dtype, step.aligned.dtype, len(step.active)))
+    for sft, aligned, alphas in sorted(kernels):
+        sweep.compile_for(sft, aligned, alphas, True, device)
+
+
+def _on_gpu(step: Step, size: int) -> bool:
+    """Return True if the GPU computes a piece of `size` bytes of the step."""
+    if not step.plain or step.sft is None or not step.active or size < LEAST_GPU_BYTES:
+        return False
+    return "F64" not in (step.sft.dtype, step.aligned.dtype)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    """Return the smallest multiple that is not below the number."""
+    return -(-number // multiple) * multiple
 
 
 def _ratio(step: Step) -> int:

@@ -5,7 +5,8 @@ A lane on the CPU computes a chunk in `begin`. A lane on a GPU has several chunk
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from ..memory import page_aligned
@@ -13,7 +14,8 @@ from ..planning.shards import Chunk, ChunkStatistics
 from .engines import Engine
 from .tensor_source import TensorSource
 
-RING_SLOTS = 3  # chunks under way on a GPU: the host fills or empties one, one goes to the device, one comes back
+RING_SLOTS = 3  # chunks under way in a lane of a GPU: one goes to the GPU, one comes back, the host fills a third
+MOST_RING_SLOTS = 16  # in all lanes of a process together, whose pinned memory they bound
 
 
 class ComputedChunk(NamedTuple):
@@ -22,12 +24,12 @@ class ComputedChunk(NamedTuple):
     Attributes:
         buffers: The bytes of the chunk, one page-aligned buffer for each output.
         measured: The statistics of the pieces that have any.
-        engine: The name of the engine that computed the chunk; "" if it is the worker's own engine.
+        others: Bytes of all outputs that an engine other than the worker's computed or copied, by the engine's name.
     """
 
     buffers: Sequence[memoryview]
     measured: ChunkStatistics
-    engine: str = ""
+    others: Mapping[str, int] = MappingProxyType({})
 
 
 class Lane(Protocol):
@@ -84,6 +86,16 @@ class CpuLane:
 
     def close(self) -> None:
         """Do nothing, because no chunk is under way."""
+
+
+def ring_slots(engines: Sequence[Engine]) -> int:
+    """Return the number of slots of each lane on a GPU: with many workers, two are enough to keep the bus busy.
+
+    Args:
+        engines: One engine for each worker.
+    """
+    lanes = sum(engine.gpu is not None for engine in engines)
+    return max(2, min(RING_SLOTS, MOST_RING_SLOTS // max(lanes, 1)))
 
 
 def write_header(chunk: Chunk, buffers: Sequence[memoryview]) -> None:

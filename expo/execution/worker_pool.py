@@ -66,7 +66,7 @@ class WorkerPool:
     """The workers of one pass over chunks, each a thread with an engine; faster workers take more chunks.
 
     Attributes:
-        shares: The number of bytes of output that each engine has computed, by the engine's name.
+        shares: The number of bytes of output that each engine has computed or copied, by the engine's name.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class WorkerPool:
         self._source, self._engines, self._make_lane = source, engines, make_lane
         self._sink, self._on_written = sink, on_written
         self.shares = dict.fromkeys((engine.name for engine in engines), 0)
-        # Chunks that the sink has taken and run() has not reported yet: (engine, bytes of output, chunk, statistics).
-        self._unreported: deque[tuple[str, int, Chunk, ChunkStatistics]] = deque()
+        # Chunks that the sink has taken and run() has not reported yet: (bytes by engine, chunk, statistics).
+        self._unreported: deque[tuple[dict[str, int], Chunk, ChunkStatistics]] = deque()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
 
@@ -138,8 +138,9 @@ class WorkerPool:
     def _report(self) -> None:
         """Count the chunks that the sink has taken, and pass them to `on_written`."""
         while self._unreported:
-            name, size, chunk, measured = self._unreported.popleft()
-            self.shares[name] = self.shares.get(name, 0) + size
+            shares, chunk, measured = self._unreported.popleft()
+            for name, size in shares.items():
+                self.shares[name] = self.shares.get(name, 0) + size
             if self._on_written is not None:
                 self._on_written(chunk, measured)
 
@@ -177,5 +178,5 @@ class WorkerPool:
                 for k, buffer in enumerate(computed.buffers):
                     self._sink(k, done, buffer)
                 outputs = max(len(computed.buffers), 1)  # a lane that only measures has no buffers
-                size = (done.stop - done.start) * outputs
-                self._unreported.append((computed.engine or name, size, done, computed.measured))
+                own = (done.stop - done.start) * outputs - sum(computed.others.values())
+                self._unreported.append(({name: own, **computed.others}, done, computed.measured))

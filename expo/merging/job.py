@@ -18,7 +18,8 @@ from ..checkpoints.model_parts import tie_flag
 from ..checkpoints.sidecars import find_missing_modules
 from ..errors import ExpoError, OutputError, PlanError
 from ..execution.engines import Engine, engines_for
-from ..execution.lanes import RING_SLOTS
+from ..execution.lanes import ring_slots
+from ..execution.make_lanes import compile_kernels
 from ..execution.tensor_source import CONVERSION_BYTES, MOST_FACTORS, TensorSource
 from ..execution.worker_pool import chunk_size
 from ..inputs.resolve import PairRequest, StrPath, open_inputs
@@ -94,7 +95,7 @@ class MergeJob:
     @property
     def memory(self) -> int:
         """Bytes of memory that the merge takes: buffers, the pages that are mapped at a time, and the interpreter."""
-        slots = sum(1 if engine.gpu is None else 1 + RING_SLOTS for engine in self.engines)
+        slots = sum(1 if engine.gpu is None else 1 + ring_slots(self.engines) for engine in self.engines)
         on_gpu = any(engine.name == "triton" for engine in self.engines)
         converts = any(not step.plain for step in self.plan.steps)
         deltas = sorted(step.delta.nbytes for step in self.plan.steps if step.delta is not None)
@@ -146,10 +147,7 @@ def open_job(
         ExpoError: There is no plan at all; see `preview` in merge.py.
     """
     assert options.alphas is not None
-    device = options.device
-    if ranks.world > 1 and (device == "cuda" or (options.engine == "triton" and device == "auto")):
-        device = f"cuda:{ranks.local_rank}"
-    engines = engines_for(options.engine, device, ranks.local_world)
+    engines = engines_for(options.engine, _device_of_rank(options, ranks), ranks.local_world)
     check_template(out, options.alphas)
     if out is not None:
         for path in fill_in(out, options.alphas):
@@ -162,11 +160,26 @@ def open_job(
             tokenizer.find_missing(sft, aligned),
             find_missing_modules(plan.left_out),
         )
-        notes = (*plan.notes, *filter(None, input_notes), *code.notes, *filter(None, [engines[0].note]))
         outs = output_paths(out, aligned, options.alphas)
         committed = _committed(outs) if options.resume else frozenset()
         error = _find_error(plan, [path for path in outs if path not in committed], (sft, aligned), options.overwrite)
+        engines = engines if error else compile_kernels(engines, plan)
+        notes = (*plan.notes, *filter(None, input_notes), *code.notes, *filter(None, [engines[0].note]))
         yield MergeJob(pair, options, sft, aligned, plan, outs, committed, engines, ranks, notes, error)
+
+
+def _device_of_rank(options: MergeOptions, ranks: SingleProcess) -> str:
+    """Return the device that this rank computes on, which has an index if several ranks use GPUs.
+
+    A launcher may let each rank see all GPUs of the host or only some of them (CUDA_VISIBLE_DEVICES), so the index is
+    the local rank modulo the number of GPUs that this rank sees.
+    """
+    device = options.device
+    if ranks.world > 1 and (device == "cuda" or (options.engine == "triton" and device == "auto")):
+        import torch
+
+        return f"cuda:{ranks.local_rank % max(torch.cuda.device_count(), 1)}"
+    return device
 
 
 def _find_error(

@@ -89,7 +89,8 @@ def merge(
         device: See `expo.execution.engines.engines_for`.
         overwrite: Replace an output that exists.
         resume: Continue from the finished part of an interrupted merge of the same inputs and options.
-        verify: Read the output back and compare it with a second computation before it is put in place.
+        verify: Read the output back and compare it with a second computation, by another engine on the CPU, before it
+            is put in place.
         digest: Write SHA256SUMS too.
         check: Have transformers load each output, without its data, before it is put in place. Weights that are
             missing, unexpected, of another shape, or tied by the config but stored apart raise an OutputError. No

@@ -6,8 +6,10 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from ..errors import OutputError
+from ..execution.engines import engine_to_verify
 from ..execution.make_lanes import LaneMaker
 from ..execution.worker_pool import Progress, WorkerPool
 from ..memory import page_aligned
@@ -29,7 +31,7 @@ class RankWorker:
 
     Attributes:
         resumed: Bytes of output that an interrupted merge has made durable.
-        shares: Bytes of output that each engine has computed, by the engine's name.
+        shares: Bytes of output that each engine has computed or copied, by the engine's name.
         notes: Warnings about GPUs that failed, in order, each once. The values of the dictionary mean nothing.
     """
 
@@ -86,8 +88,9 @@ class RankWorker:
             if self._journal.due:
                 self.record()
 
-        make_lane = LaneMaker(plan, self._job.source, self._chunk_bytes, measure=True)
-        pool = WorkerPool(self._job.source, self._job.engines, make_lane, self._write, record_chunk)
+        engines, source = self._job.engines, self._job.source
+        make_lane = LaneMaker(engines, plan, source, self._chunk_bytes, measure=True)
+        pool = WorkerPool(source, engines, make_lane, self._write, record_chunk)
         pool.run(self._own_chunks(self._done), report, cancel)
         self.record()
         self._journal.close()
@@ -95,7 +98,7 @@ class RankWorker:
         self.notes |= make_lane.notes
 
     def verify(self, progress: Progress, cancel: threading.Event | None) -> None:
-        """Compute this rank's part again and compare it with the bytes on the disk.
+        """Compute this rank's part again, by another engine, and compare it with the bytes on the disk.
 
         Args:
             progress: Called with (bytes of output that are compared, bytes of output in all).
@@ -106,14 +109,15 @@ class RankWorker:
             ExpoError: `WorkerPool.run` has failed, or another rank has failed.
         """
         job, total = self._job, self._job.plan.output_bytes
-        make_lane = LaneMaker(job.plan, job.source, self._chunk_bytes, measure=False)
-        pool = WorkerPool(job.source, job.engines, make_lane, self._compare)
+        engine = engine_to_verify(job.engines)
+        engines = (engine,) * len(job.engines)
+        make_lane = LaneMaker(engines, job.plan, job.source, self._chunk_bytes, measure=False)
+        pool = WorkerPool(job.source, engines, make_lane, partial(self._compare, engine.name))
         try:
             pool.run(self._own_chunks({}), lambda count: progress(job.ranks.report_progress(count), total), cancel)
         except Corrupt:
             self._journal.invalidate()
             raise
-        self.notes |= make_lane.notes
 
     def record(self) -> None:
         """Make the finished chunks durable and write them into the journal.
@@ -145,8 +149,8 @@ class RankWorker:
             for name in shards:
                 files[name].sync()
 
-    def _compare(self, k: int, chunk: Chunk, data: memoryview) -> None:
-        """Compare a chunk of output k with the disk. Raises Corrupt."""
+    def _compare(self, engine: str, k: int, chunk: Chunk, data: memoryview) -> None:
+        """Compare a chunk of output k, which an engine has computed again, with the disk. Raises Corrupt."""
         if k not in self._folders:
             return
         path = os.path.join(self._folders[k], chunk.shard.name)
@@ -157,7 +161,9 @@ class RankWorker:
         if actual != expected:
             offset = next((i for i, (x, y) in enumerate(zip(actual, expected, strict=False)) if x != y), len(actual))
             raise Corrupt(
-                f"{path}: byte {chunk.start + offset}, {_describe(chunk, offset)}, does not read back as it was written"
+                f"{path}: byte {chunk.start + offset}, {_describe(chunk, offset)}, does not read back as "
+                f"`engine={engine!r}` computes it again: the disk returns other bytes than were written, or an engine "
+                "computes wrong bits"
             )
 
 

@@ -53,7 +53,8 @@ class Merged:
         why: The reason for this engine.
         workers: The number of workers of each process.
         ranks: The number of processes.
-        shares: Bytes of output by the name of the engine that computed them.
+        shares: Bytes of output by the name of the engine that computed or copied them. In a worker on a GPU, the engine
+            of the CPU copies tensors, and computes small pieces and F64 tensors.
         direct: True if all of the output was written with O_DIRECT.
         verified: True if the output was read back and compared.
         checked: True if transformers has loaded the output.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 import threading
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +16,14 @@ import expo
 from expo.demo import ALIGNED, SFT
 from expo.execution import engines
 from expo.execution.engines import Engine, choose, engines_for
+from expo.execution.lanes import ring_slots
+from expo.execution.worker_pool import CHUNK, chunk_size
 from expo.fast import _summary
 from expo.kernels import numerics
 from expo.kernels.contract import Statistics
+from expo.memory import MIB, PAGE
 from expo.merging import job
+from expo.options import MAX_ALPHAS
 
 
 @pytest.fixture
@@ -50,6 +56,37 @@ def test_triton_without_a_gpu_says_so() -> None:
     for engine, device in (("triton", "auto"), ("auto", "cuda"), ("triton", "cuda:0")):
         with pytest.raises(expo.EngineError, match=r"cannot run here: torch sees no CUDA device; `engine='cpu'`"):
             choose(engine, device)
+
+
+@pytest.mark.parametrize(
+    ("engine", "device"), [("triton", "auto"), ("triton", "cuda"), ("auto", "cuda"), ("triton", "cuda:2")]
+)
+def test_a_gpu_without_an_index_is_the_current_one_of_the_caller(
+    monkeypatch: pytest.MonkeyPatch, engine: str, device: str
+) -> None:
+    """Torch has a current GPU for each thread, and the threads of the lanes start with GPU 0."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from expo.kernels import device as gpu
+    from expo.kernels import extrapolate, host, selftest
+
+    if extrapolate.interpreted():
+        pytest.skip("the interpreter takes the GPU's place")
+    caller, named = threading.current_thread(), []
+
+    def made(name: str) -> SimpleNamespace:
+        named.append(name)
+        return SimpleNamespace(device=name)
+
+    monkeypatch.setattr(gpu, "why_unavailable", lambda: "")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: int(threading.current_thread() is caller))
+    monkeypatch.setattr(gpu, "Cuda", made)
+    monkeypatch.setattr(host, "HostEngine", made)
+    monkeypatch.setattr(selftest, "check", lambda _: None)
+    chosen, expected = choose(engine, device), "cuda:2" if device == "cuda:2" else "cuda:1"
+    assert named == [expected] * 2
+    assert chosen.gpu.device == expected
+    assert chosen.why == f"asked for, on {expected}"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +127,51 @@ def test_workers_with_a_gpu(monkeypatch: pytest.MonkeyPatch, engine: str, device
     monkeypatch.setattr(engines, "_triton", lambda device: gpu)
     monkeypatch.setattr(engines, "cpu_count", lambda: 2)
     assert [each.name for each in engines_for(engine, device)] == names
+
+
+@pytest.mark.parametrize(
+    ("processors", "processes", "workers", "slots"),
+    [(1, 1, 2, 3), (2, 1, 2, 3), (5, 1, 5, 3), (6, 1, 6, 2), (64, 1, 8, 2), (64, 8, 8, 2), (16, 8, 2, 3), (4, 8, 2, 3)],
+)
+def test_workers_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, processors: int, processes: int, workers: int, slots: int
+) -> None:
+    """A GPU has more workers where there are more processors, and then each of them has fewer slots."""
+    gpu = Engine("triton", numerics.extrapolate, "a test's", gpu=object())
+    monkeypatch.setattr(engines, "_triton", lambda device: gpu)
+    monkeypatch.setattr(engines, "cpu_count", lambda: processors)
+    assert engines_for("triton", "auto", processes) == (gpu,) * workers
+    assert ring_slots((gpu,) * workers) == slots
+    assert ring_slots(engines_for("auto", "cuda", processes)) == slots
+
+
+def test_pinned_memory_is_bounded() -> None:
+    """The rings of a process have at most 256 MiB, where sft has four bytes for each two of aligned."""
+    gpu, cpu = Engine("triton", numerics.extrapolate, "a test's", gpu=object()), choose()
+    for on_gpu, on_cpu, outputs in product(range(2, 9), range(9), range(1, MAX_ALPHAS + 1)):
+        crew = (gpu,) * on_gpu + (cpu,) * on_cpu
+        chunk = chunk_size(len(crew), outputs)
+        assert on_gpu * ring_slots(crew) * chunk * (2 + 1 + outputs) <= 256 * MIB
+
+
+@pytest.mark.parametrize(("shift", "sizes"), [(0, [CHUNK]), (512, [CHUNK, CHUNK + PAGE])])
+def test_pinned_memory_starts_at_a_page(monkeypatch: pytest.MonkeyPatch, shift: int, sizes: list[int]) -> None:
+    """Memory that starts at a page has no byte more than asked for, because torch rounds up to a power of two."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from expo.kernels.device import Cuda
+
+    asked, empty = [], torch.empty
+
+    def shifted(size: int, **_: Any) -> Any:
+        asked.append(size)
+        memory = empty(size + 2 * PAGE, dtype=torch.uint8)
+        start = -memory.data_ptr() % PAGE + shift
+        return memory[start : start + size]
+
+    monkeypatch.setattr(torch, "empty", shifted)
+    memory = Cuda.pinned(object.__new__(Cuda), CHUNK)
+    assert (len(memory), memory.data_ptr() % PAGE, asked) == (CHUNK, 0, sizes)
 
 
 def meeting(engine: Engine, here: threading.Event, there: threading.Event) -> Engine:

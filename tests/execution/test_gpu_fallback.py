@@ -7,6 +7,7 @@ is simulated (`software_gpu`), and tensors on the CPU take the place of a GPU's 
 from __future__ import annotations
 
 import re
+import subprocess
 import threading
 import time
 import warnings
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import random_tensors, write_folder
 from engine_calls import run_engine
 
 pytest.importorskip("triton", minversion="3.6", reason="the PTX of an older Triton has what helpers.ptx does not know")
@@ -444,6 +446,7 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(getattr(late.Late, "begins", "needed"))
             self.device = CPU
 
+    monkeypatch.setattr(device, "resolve", lambda name: name)
     monkeypatch.setattr(device, "Cuda", Device)
     monkeypatch.setattr(host, "why_unavailable", lambda: "")
     made = host.HostEngine
@@ -451,6 +454,12 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 64 << 10)
     monkeypatch.setattr(ring, "LEAST_GPU_BYTES", 1 << 10)
     monkeypatch.setattr(engines, "cpu_count", lambda: 1)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let merges compile no kernels before they stage an output, so that a failure of a kernel comes in a lane."""
+    monkeypatch.setattr("expo.merging.job.compile_kernels", lambda engines, plan: engines)
 
 
 def two_of(engine: str) -> Callable[..., tuple[Any, ...]]:
@@ -480,7 +489,7 @@ def test_a_merge_by_kernels(
     monkeypatch.setattr("expo.merging.job.engines_for", two_of("triton"))
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out", engine="triton")
     assert files(tmp_path / "out") == right
-    assert merged.shares.keys() == {"triton"}
+    assert merged.shares.keys() == {"triton", choose().name}  # the CPU computes pieces below LEAST_GPU_BYTES
     assert {name for name, _ in software.launches[len(TESTED) :]} == {"sweep"}
 
 
@@ -518,7 +527,7 @@ def test_the_command_line_warns_as_it_always_does(tmp_path: Path, capsys: pytest
     assert "note: the Triton kernels are not used on cpu; " in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("merging")
+@pytest.mark.usefixtures("merging", "compiled")
 @pytest.mark.parametrize("order", ["needed", "at once"])  # the kernels run when a chunk is finished, or begun
 @pytest.mark.parametrize("good", [0, 2])
 def test_a_gpu_that_fails_in_the_middle(
@@ -563,7 +572,7 @@ def test_a_ring_for_which_there_is_no_memory(
     assert (gpu.reason_given_up(CPU), gpu._ran_out) == ("", set())
 
 
-@pytest.mark.usefixtures("merging", "software")
+@pytest.mark.usefixtures("merging", "compiled", "software")
 def test_a_ring_that_cannot_be_drained_is_kept(
     right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -612,7 +621,7 @@ def test_a_stream_goes_on(software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(tensor, fallen[name])
 
 
-@pytest.mark.usefixtures("merging", "software")
+@pytest.mark.usefixtures("merging", "compiled", "software")
 @pytest.mark.parametrize("error", [CompilationError("at 7:12"), READ_ONLY, RuntimeError("x")], ids=repr)
 def test_an_engine_asked_for_by_name_fails_by_an_error_of_ours(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -631,7 +640,7 @@ def test_an_engine_asked_for_by_name_fails_by_an_error_of_ours(
         dict(expo.stream(SFT, ALIGNED, 0.3, engine="triton"))
 
 
-@pytest.mark.usefixtures("merging", "software")
+@pytest.mark.usefixtures("merging", "compiled", "software")
 def test_a_cache_that_cannot_be_written_to_is_no_input(
     right: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -642,6 +651,88 @@ def test_a_cache_that_cannot_be_written_to_is_no_input(
     merged = expo.merge(SFT, ALIGNED, 0.3, tmp_path / "out")
     assert [note for note in merged.warnings if note.endswith(f"The reason: OSError: {READ_ONLY}")] != []
     assert files(tmp_path / "out") == right
+
+
+SHAPES = {
+    "odd": ("BF16", (1203,)),  # the tensors after this one start at no multiple of 16 bytes
+    "q": ("BF16", (64, 64)),
+    "half": ("F16", (77, 51)),
+    "narrow": ("BF16", (40, 41)),
+    "full": ("F32", (40, 41)),
+    "double": ("F64", (30, 31)),
+    "bias": ("F16", (3,)),
+}
+# The dtypes of sft and of aligned and the number of outputs of each kernel; "double" and "bias" need no kernel.
+KERNELS = [("BF16", "BF16", 2), ("BF16", "BF16", 3), ("F16", "F16", 2), ("F32", "BF16", 2), ("F32", "F32", 2)]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a pair with tensors of several dtypes."""
+    folder = tmp_path_factory.mktemp("mixed")
+    sft = write_folder(folder / "sft", random_tensors(SHAPES | {"narrow": ("F32", (40, 41))}, 1))
+    return sft, write_folder(folder / "aligned", random_tensors(SHAPES, 2))
+
+
+def merge_mixed(mixed: tuple[Path, Path], out: Path, **options: Any) -> expo.Merged:
+    return expo.merge(*mixed, (0.3, 0.0, 0.5), out / "{alpha}", alpha_for={"q": 0.7}, **options)
+
+
+@pytest.mark.usefixtures("merging", "software")
+def test_kernels_are_compiled_before_the_lanes_start(
+    mixed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that calls merge() compiles each kernel once, and a lane never compiles."""
+    selftest.check(CPU)
+    threads: list[threading.Thread] = []
+    hook = lambda **_: threads.append(threading.current_thread())  # noqa: E731
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook)
+    monkeypatch.setattr("expo.merging.job.engines_for", two_of("triton"))
+    merge_mixed(mixed, tmp_path / "gpu")
+    assert threads == [threading.current_thread()] * len(KERNELS)
+    monkeypatch.undo()
+    merge_mixed(mixed, tmp_path / "cpu")
+    for alpha in ("0.3", "0", "0.5"):
+        assert files(tmp_path / "gpu" / alpha) == files(tmp_path / "cpu" / alpha)
+
+
+FAILURES = [
+    subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+    RuntimeError("Internal Triton PTX codegen error"),
+    FileNotFoundError(2, "No such file or directory", "gcc"),
+    READ_ONLY,
+    CompilationError("at 7:12"),
+    MEMORY[0],
+]
+every_failure = pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+
+
+@pytest.mark.usefixtures("merging")
+@every_failure
+def test_a_kernel_that_does_not_compile_ends_a_merge_before_it_stages(
+    software: SoftwareGpu, mixed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    selftest.check(CPU)
+    monkeypatch.setattr(software, "launcher_cls", failing(error))
+    text = re.escape(f"`engine='triton'` cannot be used on cpu: {gpu.error_text(error)}; `engine='cpu'` needs no GPU")
+    with pytest.raises(expo.EngineError, match=f"^{text}$"):
+        merge_mixed(mixed, tmp_path / "out", engine="triton")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("merging")
+@every_failure
+def test_the_cpu_takes_over_if_a_kernel_does_not_compile(
+    software: SoftwareGpu, mixed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    selftest.check(CPU)
+    monkeypatch.setattr(software, "launcher_cls", failing(error))
+    merged = merge_mixed(mixed, tmp_path / "out", device="cuda")
+    assert [note for note in merged.warnings if "Triton" in note] == [
+        f"the Triton kernels are not used on cpu; `engine={choose().name!r}` computes instead, with the same bits. "
+        f"The reason: {gpu.error_text(error)}"
+    ]
+    assert (merged.engine, merged.workers, merged.shares.keys()) == (choose().name, 2, {choose().name})
 
 
 @pytest.mark.usefixtures("merging")

@@ -44,6 +44,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 16 << 10)
     monkeypatch.setattr(ring, "LEAST_GPU_BYTES", 1 << 10)
     monkeypatch.setattr(sweep, "launch", late.kernel)
+    monkeypatch.setattr(job, "compile_kernels", lambda engines, plan: engines)
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +99,23 @@ def test_same_bytes_in_any_order(
     report = merged(monkeypatch, pair, tmp_path / "ring", (engine(device),))
     assert contents(tmp_path / "ring") == plain[0]
     assert device.waited == {"compute", "down", "host"}
-    assert report.shares == {"triton": report.bytes_written}
+    assert sum(report.shares.values()) == report.bytes_written
     for ours, theirs in zip(report.outputs, plain[1].outputs, strict=True):
         assert (ours.changed, ours.non_finite) == (theirs.changed, theirs.non_finite)
         assert ours.relative_change == pytest.approx(theirs.relative_change, rel=1e-5)
     assert report.relative_distance == pytest.approx(plain[1].relative_distance, rel=1e-5)
     assert report.max_abs_difference == plain[1].max_abs_difference
+
+
+@pytest.mark.parametrize("order", [*late.ORDERS, 0, 1])
+def test_two_slots_are_enough(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any, order: str | int
+) -> None:
+    """With many workers a lane has two slots."""
+    monkeypatch.setattr("expo.execution.lanes.MOST_RING_SLOTS", 2)
+    poisoning(monkeypatch)
+    merged(monkeypatch, pair, tmp_path / "ring", (engine(late.Late(order)),))
+    assert contents(tmp_path / "ring") == plain[0]
 
 
 @pytest.mark.parametrize("lost", ["compute", "down", "host"])
@@ -120,14 +132,14 @@ def test_every_wait_is_needed(
     assert wrong
 
 
-def test_verify_takes_the_ring_too(
+def test_verify_computes_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch, pair: tuple[Path, Path], tmp_path: Path, plain: Any
 ) -> None:
     device = late.Late()
     report = merged(monkeypatch, pair, tmp_path / "ring", (engine(device),), verify=True)
     assert report.verified
     assert contents(tmp_path / "ring") == plain[0]
-    assert device.asked == 2 * len(late.STREAMS)
+    assert device.asked == len(late.STREAMS), "a lane on the GPU computed the output again"
 
 
 def test_gpu_and_cpu_on_one_queue(
@@ -138,6 +150,17 @@ def test_gpu_and_cpu_on_one_queue(
     assert contents(tmp_path / "ring") == plain[0]
     assert sum(report.shares.values()) == report.bytes_written
     assert report.shares["triton"]
+
+
+def test_shares_count_the_cpu_in_a_worker_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The CPU copies, and computes small pieces and F64 tensors; its bytes do not count as the GPU's."""
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", 1 << 20)  # one chunk has all tensors
+    shapes = {"k": ("BF16", (64, 64)), "double": ("F64", (30, 31)), "kept": ("BF16", (90, 90)), "q": ("BF16", (64,))}
+    pair = [write_folder(tmp_path / name, random_tensors(shapes, i)) for i, name in enumerate(("sft", "aligned"))]
+    report = merged(monkeypatch, (pair[0], pair[1]), tmp_path / "ring", (engine(late.Late()),))
+    copied = 2 * 64 * 64  # bytes of "k" in the output whose alpha is 0
+    by_cpu = copied + len(ALPHAS) * (8 * 30 * 31 + 2 * 90 * 90 + 2 * 64)
+    assert report.shares == {"triton": report.bytes_written - by_cpu, choose().name: by_cpu}
 
 
 def test_memory_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -183,7 +206,7 @@ def test_a_kernel_that_fails(
     monkeypatch.setattr(sweep, "launch", late.kernel)
     report = merged(monkeypatch, pair, tmp_path / "ring", (engine(late.Late(order)),), resume=True)
     assert contents(tmp_path / "ring") == plain[0]
-    assert 0 < report.resumed == report.bytes_written - report.shares["triton"]
+    assert 0 < report.resumed == report.bytes_written - sum(report.shares.values())
     for ours, theirs in zip(report.outputs, plain[1].outputs, strict=True):
         assert (ours.changed, ours.non_finite) == (theirs.changed, theirs.non_finite)
 

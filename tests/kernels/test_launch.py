@@ -193,7 +193,7 @@ def test_other_gpus(arch: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("version", ["3.0.0", "3.2.0", "3.4.0", "3.6.0", "newest"])
 def test_every_kernel_is_launched_by_other_releases(version: str, tmp_path: Path) -> None:
-    """The launch path of each release binds, specializes and compiles every kernel; the package comes from the index."""
+    """The launch path of each release binds, specializes and compiles every kernel; pip installs the release."""
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "packages")]
     package = "triton" if version == "newest" else f"triton=={version}"
     # The constraints of this project's own tests would forbid the other releases.

@@ -1037,6 +1037,30 @@ def test_verify_sees_the_header_and_a_short_file(
     assert nothing_but(tmp_path, "sft", "aligned")
 
 
+@pytest.mark.parametrize(
+    ("writers", "verifier"),
+    [(("cpu",), "numpy"), (("numpy",), "cpu"), (("triton",), "cpu"), (("triton", "cpu"), "numpy")],
+)
+def test_verify_computes_by_another_engine(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writers: tuple[str, ...], verifier: str
+) -> None:
+    """An engine that computes the same wrong bits twice is noticed."""
+    pytest.importorskip("expo.kernels.cpu")
+
+    def wrong(anchor: Any, terms: Any, outputs: Any, measure: bool) -> Any:
+        measured = numerics.extrapolate(anchor, terms, outputs, measure)
+        outputs[0][0] ^= 1
+        return measured
+
+    engines = tuple(Engine(name, wrong, "a test's") for name in writers)
+    monkeypatch.setattr(expo.merging.job, "engines_for", lambda *_: engines)
+    said = rf"byte 0 of tensor \S+, does not read back as `engine='{verifier}'` computes it again"
+    with pytest.raises(expo.OutputError, match=said):
+        expo.merge(*pair, 0.3, tmp_path / "out", verify=True)
+    assert nothing_but(tmp_path, "sft", "aligned")
+    assert len(expo.merge(*pair, 0.3, tmp_path / "out").outputs) == 1
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

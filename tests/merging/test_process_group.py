@@ -606,19 +606,25 @@ def test_an_interrupt_says_who_was_told_to_stop(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(
-    ("options", "device"),
+    ("options", "visible", "device"),
     [
-        ({"device": "cuda"}, "cuda:3"),
-        ({"engine": "triton"}, "cuda:3"),
-        ({"device": "cuda:0"}, "cuda:0"),
-        ({"device": "cpu"}, "cpu"),
-        ({}, "auto"),
+        ({"device": "cuda"}, 8, "cuda:3"),
+        ({"device": "cuda"}, 2, "cuda:1"),
+        ({"device": "cuda"}, 1, "cuda:0"),
+        ({"device": "cuda"}, 0, "cuda:0"),
+        ({"engine": "triton"}, 4, "cuda:3"),
+        ({"engine": "triton"}, 1, "cuda:0"),
+        ({"device": "cuda:0"}, 4, "cuda:0"),
+        ({"device": "cpu"}, 4, "cpu"),
+        ({}, 4, "auto"),
     ],
 )
 def test_each_rank_takes_the_gpu_of_its_local_rank_and_its_share_of_the_processors(
-    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, options: dict[str, str], device: str
+    monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path, options: dict[str, str], visible: int, device: str
 ) -> None:
+    """The local rank counts the GPUs that the rank sees, and CUDA_VISIBLE_DEVICES may leave one for each rank."""
     asked: list[tuple[str, int]] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
 
     def engines(engine: str, device: str, processes: int) -> Any:
         asked.append((device, processes))
