@@ -101,6 +101,8 @@ class SoftwareCuda(TorchFunctionMode):
             with self:
                 return OPDEFS[own]._init_fn(*args, **kwargs)
         target = self._asked_device(kwargs)
+        if target is None and kwargs.get("device") is not None and name in EMPTY:
+            return function(*args, **kwargs)  # new memory of the host, like a tensor of a GPU
         devices = {index for tensor in tensors_in((args, kwargs)) if (index := self._index(tensor)) is not None}
         if target is None and not devices and not kwargs.get("pin_memory"):
             kwargs.pop("pin_memory", None)
