@@ -51,12 +51,12 @@ class Group(NamedTuple):
     """The tensors of one launch, of one pair of dtypes.
 
     Attributes:
-        triples: The tensors (sft, aligned, out). This reference to them keeps their memory from being freed.
-        table: The kernel's table, as `rows` makes it.
+        places: The positions of the tensors in the lists that the table was made of.
+        table: The kernel's table, as `rows` makes it. It has addresses, so the caller of a launch holds the tensors.
         constants: The kernel's constants for the dtypes of sft and aligned and for the alignment of all addresses.
     """
 
-    triples: list[Triple]
+    places: list[int]
     table: torch.Tensor
     constants: dict[str, Any]
 
@@ -71,6 +71,8 @@ class Group(NamedTuple):
 
 class Table:
     """The addresses of the tensors of a model on a GPU: made once, and launched for every alpha.
+
+    A table holds none of the tensors: a caller that launches it must hold them until the launch is queued.
 
     Attributes:
         groups: For each pair of dtypes, one group of the tensors whose addresses are multiples of ACCESS_BYTES, and one
@@ -88,13 +90,16 @@ class Table:
         Raises:
             ValueError: The numbers of tensors differ.
         """
-        kinds: defaultdict[tuple[torch.dtype, torch.dtype, int], list[Triple]] = defaultdict(list)
-        for s, a, o in zip(sft, aligned, out, strict=True):
+        triples: list[Triple] = list(zip(sft, aligned, out, strict=True))
+        kinds: defaultdict[tuple[torch.dtype, torch.dtype, int], list[int]] = defaultdict(list)
+        for place, (s, a, o) in enumerate(triples):
             unaligned = any(tensor.data_ptr() % ACCESS_BYTES for tensor in (s, a, o))
-            kinds[s.dtype, a.dtype, 1 if unaligned else ACCESS_BYTES].append((s, a, o))
+            kinds[s.dtype, a.dtype, 1 if unaligned else ACCESS_BYTES].append(place)
         self.groups = [
-            Group(triples, rows(triples), constants(torch_names()[s], torch_names()[a], alignment))
-            for (s, a, alignment), triples in kinds.items()
+            Group(
+                places, rows([triples[i] for i in places]), constants(torch_names()[s], torch_names()[a], alignment)
+            )
+            for (s, a, alignment), places in kinds.items()
         ]
 
     def launch(self, alpha: float) -> None:
