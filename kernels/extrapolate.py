@@ -109,7 +109,7 @@ def launch(anchor: Operand, terms: Sequence[Term], outputs: Sequence[torch.Tenso
 
 
 def launch_tensors(sft: torch.Tensor, aligned: torch.Tensor, alpha: float, out: torch.Tensor) -> None:
-    """Run the kernel as `launch` does, for tensors in place of operands, which take 6 microseconds to make and to check.
+    """Run the kernel as `launch` does, for tensors: operands would take 6 microseconds to make and to check.
 
     Args:
         sft: A contiguous tensor.

@@ -100,9 +100,9 @@ class Table:
             unaligned = any(tensor.data_ptr() % ACCESS_BYTES for tensor in (s, a, o))
             kinds[s.dtype, a.dtype, 1 if unaligned else ACCESS_BYTES].append(place)
         self.groups = []
-        for (s, a, alignment), places in kinds.items():
+        for (sft_dtype, aligned_dtype, alignment), places in kinds.items():
             table = rows([triples[place] for place in places])
-            kernel_constants = constants(torch_names()[s], torch_names()[a], alignment)
+            kernel_constants = constants(torch_names()[sft_dtype], torch_names()[aligned_dtype], alignment)
             self.groups.append(Group(places, table, len(table) * SEGMENT, kernel_constants))
 
     def launch(self, alpha: float) -> None:

@@ -91,7 +91,7 @@ def _extrapolate_lists(
     triples = list(zip(sft, aligned, results, strict=True))
     firsts = [True] * len(triples) if out is None else mark_firsts(triples)  # new memory overlaps no other
     together: defaultdict[Any, list[int]] = defaultdict(list)  # the positions of pairs for each device
-    for place, ((s, a, o), each) in enumerate(zip(triples, checked, strict=True)):
+    for place, (s, a, each) in enumerate(zip(sft, aligned, checked, strict=True)):
         if not firsts[place]:
             continue
         if torch is None or not isinstance(a, torch.Tensor):

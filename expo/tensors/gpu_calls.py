@@ -94,7 +94,7 @@ class _Key(NamedTuple):
         dtypes: Their dtypes.
         shapes: Their shapes. The tensors are contiguous, so the shapes give the strides.
         device: The number of their device.
-        count: The number of triples.
+        triples: The number of triples.
         stream: The handle of the device's current stream.
     """
 
@@ -102,7 +102,7 @@ class _Key(NamedTuple):
     dtypes: list[Any]
     shapes: list[tuple[int, ...]]
     device: int
-    count: int
+    triples: int
     stream: int
 
 
@@ -123,7 +123,9 @@ class _Entry(NamedTuple):
 def make_key(torch: Any, sft: Sequence[Any], aligned: Sequence[Any], out: Sequence[Any]) -> _Key | None:
     """Return the key of lists of plain, contiguous tensors, or None for other lists and for those of the CPU."""
     count = len(aligned)
-    if not (count and len(sft) == count == len(out) and gpu_tensors.on_gpu(aligned[0])):
+    if not (count and len(sft) == count == len(out) and type(aligned[0]) in _plain_types(torch)):
+        return None
+    if not gpu_tensors.on_gpu(aligned[0]):
         return None
     in_place = all(map(operator.is_, aligned, out))
     tensors = [*sft, *aligned] if in_place else [*sft, *aligned, *out]
@@ -170,11 +172,9 @@ class TableCache:
     def find(self, key: _Key) -> _Entry | None:
         """Return the entry of a key, if the cache has it."""
         with self._lock:
-            for entry in reversed(self._entries):
+            for i, entry in enumerate(self._entries):
                 if entry.key == key:
-                    if entry is not self._entries[-1]:
-                        self._entries.remove(entry)
-                        self._entries.append(entry)
+                    self._entries.append(self._entries.pop(i))
                     return entry
         return None
 
