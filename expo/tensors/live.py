@@ -153,9 +153,10 @@ class Live:
         """Compute all weights on a device that is not the CPU; those with one alpha share a launch if they can."""
         for (own, in_fp32), weights in self._groups.items():
             alpha = value if own is None else own
-            table = self._table(own, weights) if self._launches and in_fp32 and working_alpha(alpha) else None
+            used_alpha = working_alpha(alpha)
+            table = self._table(own, weights) if self._launches and in_fp32 and used_alpha else None
             if table is not None:
-                gpu_tensors.compute_table(table, working_alpha(alpha), partial(_tensors_at, weights))
+                gpu_tensors.compute_table(table, used_alpha, partial(_tensors_at, weights))
                 continue
             for weight in weights:
                 self._compute_in_parts(weight, working_alpha(alpha, *weight.dtypes))

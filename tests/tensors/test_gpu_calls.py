@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -394,6 +396,35 @@ def test_the_tensors_inside_a_transform_take_the_long_way() -> None:
 
     for transform in (torch.func.vmap, torch.func.grad):
         transform(inside)(torch.ones(5), torch.ones(5))
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_launch_on_another_device_changes_the_current_one(current: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock alone is the context on the current device; on another one the device is changed and restored."""
+    changes: list[Any] = []
+
+    class OnGpu1:
+        is_cuda, device = True, torch.device("cuda:1")
+
+        def get_device(self) -> int:
+            return 1
+
+    @contextmanager
+    def changed(device: Any) -> Iterator[None]:
+        changes.append(device)
+        yield
+        changes.append("restored")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", changed)
+    with extrapolate.launching(OnGpu1()):  # type: ignore[arg-type]
+        assert changes == ([] if current == 1 else [torch.device("cuda:1")])
+        with ThreadPoolExecutor(1) as other:
+            assert not other.submit(extrapolate._launches.acquire, blocking=False).result()
+    assert changes == ([] if current == 1 else [torch.device("cuda:1"), "restored"])
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(extrapolate._launches.acquire, blocking=False).result()
+        other.submit(extrapolate._launches.release).result()
 
 
 # Live
