@@ -20,6 +20,7 @@ from ..kernels.contract import working_alpha
 from . import gpu_tensors
 
 MOST_TABLES = 8  # tables that the cache holds; the table of a model with 7B parameters takes 0.9 MB of the GPU's memory
+MOST_OFFSET = 1 << 46  # bytes: no storage is as large, so a larger number is an address and no offset in a storage
 _dtype_of, _shape_of = operator.attrgetter("dtype"), operator.attrgetter("shape")
 
 
@@ -72,10 +73,11 @@ def _fit(sft: Any, aligned: Any, out: Any) -> bool:
         s, a, o, n = sft.data_ptr(), aligned.data_ptr(), out.data_ptr(), aligned.numel()
     except RuntimeError:  # torch raises this error for tensors without memory or without a shape
         return False
-    # The address of a tensor whose memory was freed is the offset in its storage.
-    if s == sft.storage_offset() * sft_item or a == aligned.storage_offset() * item:
-        return False
-    if o == out.storage_offset() * item:
+    if (s < MOST_OFFSET or a < MOST_OFFSET or o < MOST_OFFSET) and (
+        # The address of a tensor whose memory was freed is the offset in its storage.
+        s == sft.storage_offset() * sft_item or a == aligned.storage_offset() * item
+        or o == out.storage_offset() * item
+    ):  # fmt: skip
         return False
     end = o + n * item
     apart_from_aligned = o == a or end <= a or a + n * item <= o

@@ -361,6 +361,17 @@ def test_a_tensor_that_is_not_plain_takes_the_long_way(change: Callable[[Any], A
             expo.extrapolate(sft, aligned, ALPHA, out=out)
 
 
+@pytest.mark.parametrize("most", [1 << 46, 1 << 63])
+@pytest.mark.parametrize("role", range(3))
+def test_one_tensor_whose_memory_was_freed(role: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound saves time alone: addresses below it are compared with the offset, and those of a GPU may be below."""
+    monkeypatch.setattr(gpu_calls, "MOST_OFFSET", most)
+    triple = [torch.randn(100).bfloat16()[10:] for _ in range(3)]
+    assert gpu_calls.compute_one(torch, *triple[:2], ALPHA, triple[2])
+    triple[role].untyped_storage().resize_(0)
+    assert not gpu_calls.compute_one(torch, *triple[:2], ALPHA, triple[2])
+
+
 def test_one_tensor_that_overlaps_takes_the_long_way() -> None:
     memory, apart = torch.randn(300).bfloat16(), torch.randn(100).bfloat16()
     for sft, aligned, out in (
