@@ -51,26 +51,32 @@ class Group(NamedTuple):
     """The tensors of one launch, of one pair of dtypes.
 
     Attributes:
-        triples: The tensors (sft, aligned, out). This reference to them keeps their memory from being freed.
-        table: The kernel's table, as `rows` makes it.
-        constants: The kernel's constants for the dtypes of sft and aligned and for the alignment of all addresses.
+        places: The positions of the tensors in the lists that the table was made of.
+        table: The kernel's table, as `rows` makes it. It has addresses, so the caller of a launch holds the tensors.
+        programs: The number of the kernel's programs.
+        constants: The kernel's constants for the dtypes of sft and aligned and for the alignment of all addresses, in
+            the order of its parameters.
     """
 
-    triples: list[Triple]
+    places: list[int]
     table: torch.Tensor
+    programs: int
     constants: dict[str, Any]
 
     def launch(self, alpha: float) -> None:
         """Run the kernel for an alpha that is not 0, and finite in fp32."""
-        if len(self.table):
+        if self.programs:
             with launching(self.table):
-                whole_model[len(self.table) * SEGMENT,](
-                    self.table, alpha, **self.constants, SEGMENT=SEGMENT, BLOCK=PROGRAM_ELEMENTS, PTX=ptx(), **OPTIONS
+                # Constants by position: by name they would take a microsecond more on the host.
+                whole_model[self.programs,](
+                    self.table, alpha, *self.constants.values(), SEGMENT, PROGRAM_ELEMENTS, ptx(), **OPTIONS
                 )
 
 
 class Table:
     """The addresses of the tensors of a model on a GPU: made once, and launched for every alpha.
+
+    A table holds none of the tensors: a caller that launches it must hold them until the launch is queued.
 
     Attributes:
         groups: For each pair of dtypes, one group of the tensors whose addresses are multiples of ACCESS_BYTES, and one
@@ -88,14 +94,16 @@ class Table:
         Raises:
             ValueError: The numbers of tensors differ.
         """
-        kinds: defaultdict[tuple[torch.dtype, torch.dtype, int], list[Triple]] = defaultdict(list)
-        for s, a, o in zip(sft, aligned, out, strict=True):
+        triples: list[Triple] = list(zip(sft, aligned, out, strict=True))
+        kinds: defaultdict[tuple[torch.dtype, torch.dtype, int], list[int]] = defaultdict(list)
+        for place, (s, a, o) in enumerate(triples):
             unaligned = any(tensor.data_ptr() % ACCESS_BYTES for tensor in (s, a, o))
-            kinds[s.dtype, a.dtype, 1 if unaligned else ACCESS_BYTES].append((s, a, o))
-        self.groups = [
-            Group(triples, rows(triples), constants(torch_names()[s], torch_names()[a], alignment))
-            for (s, a, alignment), triples in kinds.items()
-        ]
+            kinds[s.dtype, a.dtype, 1 if unaligned else ACCESS_BYTES].append(place)
+        self.groups = []
+        for (sft_dtype, aligned_dtype, alignment), places in kinds.items():
+            table = rows([triples[place] for place in places])
+            kernel_constants = constants(torch_names()[sft_dtype], torch_names()[aligned_dtype], alignment)
+            self.groups.append(Group(places, table, len(table) * SEGMENT, kernel_constants))
 
     def launch(self, alpha: float) -> None:
         """Run the kernel for all groups and an alpha that is not 0, and finite in fp32."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 _given_up: dict[Any, str] = {}  # the reason, for each torch.device
@@ -67,6 +68,25 @@ def capturing(device: Any) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+def current_stream(device: Any) -> int:
+    """Return the handle of the current stream of a torch.device, to which kernels are launched."""
+    import torch
+
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+@cache
+def _selftest() -> Any:
+    """Return the module of the self-test. An import statement takes a microsecond at each launch; this call does not.
+
+    Raises:
+        ImportError: Triton cannot be imported. The next call tries again.
+    """
+    from ..kernels import selftest
+
+    return selftest
+
+
 def usable(device: Any) -> bool:
     """Return True if kernels may run on a torch.device now; if they have failed there, a warning says why.
 
@@ -76,8 +96,7 @@ def usable(device: Any) -> bool:
     if device in _given_up:
         return False
     try:
-        from ..kernels import selftest
-
+        selftest = _selftest()
         if selftest.passed(device):
             return True
         if capturing(device):
@@ -89,8 +108,8 @@ def usable(device: Any) -> bool:
     return True
 
 
-def attempt(device: Any, launch: Callable[[], None]) -> bool:
-    """Call `launch`, which launches a kernel on a torch.device.
+def attempt(device: Any, launch: Callable[..., None], *arguments: Any) -> bool:
+    """Call `launch(*arguments)`, which launches a kernel on a torch.device.
 
     Returns:
         True after a launch. False if the device's kernels are not usable, or if the launch fails; then nothing was
@@ -102,7 +121,7 @@ def attempt(device: Any, launch: Callable[[], None]) -> bool:
     if not usable(device):
         return False
     try:
-        launch()
+        launch(*arguments)
     except Exception as error:  # these dtypes may be the first ones that a kernel is compiled for
         if capturing(device):
             raise

@@ -7,8 +7,8 @@ call or triple are contiguous, of one shape and on one device; out has aligned's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from ..execution import gpu_fallback
@@ -25,15 +25,27 @@ def compute(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
     import torch
 
     if on_gpu(aligned) and torch.float64 not in (sft.dtype, aligned.dtype):
+        compute_by_kernel(sft, aligned, alpha, out)
+    else:
+        compute_by_torch(sft, aligned, alpha, out)
 
-        def launch() -> None:
-            from ..kernels import extrapolate
 
-            extrapolate.launch(*tensor_extrapolation(sft, aligned, (alpha,)), [out])
+def compute_by_kernel(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
+    """Write what `compute` writes, for tensors on a GPU in the dtypes of the kernels; torch computes if that fails."""
+    if not gpu_fallback.attempt(aligned.device, _launch, sft, aligned, alpha, out):
+        compute_by_torch(sft.detach(), aligned.detach(), alpha, out.detach())
 
-        if gpu_fallback.attempt(aligned.device, launch):
-            return
-    compute_by_torch(sft, aligned, alpha, out)
+
+def _launch(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
+    _kernel().launch_tensors(sft, aligned, alpha, out)
+
+
+@cache
+def _kernel() -> Any:
+    """Return the module of the kernel for one tensor, without an import statement's time at each launch."""
+    from ..kernels import extrapolate
+
+    return extrapolate
 
 
 def compute_by_torch(sft: Any, aligned: Any, alpha: float, out: Any) -> None:
@@ -63,19 +75,32 @@ def make_table(triples: Iterable[Sequence[Any]]) -> Any:
         return None
 
 
-def compute_table(table: Any, alpha: float) -> None:
-    """Launch the kernel for each group of a table; torch computes a group whose launch fails."""
+def compute_table(table: Any, alpha: float, tensors_at: Callable[[int], Sequence[Any]]) -> None:
+    """Launch the kernel for each group of a table; torch computes a group whose launch fails.
+
+    Args:
+        table: A table of `make_table`.
+        alpha: The working alpha, which is not 0.
+        tensors_at: Returns the tensors (sft, aligned, out) at a position of the triples that the table was made of. The
+            caller holds them, because the table does not.
+    """
     for group in table.groups:
-        if not gpu_fallback.attempt(group.table.device, partial(group.launch, alpha)):
-            for sft, aligned, out in group.triples:
+        if not gpu_fallback.attempt(group.table.device, group.launch, alpha):
+            for place in group.places:
+                sft, aligned, out = (tensor.detach() for tensor in tensors_at(place))
                 compute_by_torch(sft, aligned, alpha, out)
 
 
-def compute_together(triples: Sequence[Sequence[Any]], alpha: float) -> None:
-    """Compute tensors (sft, aligned, out) on one GPU in few launches, or one by one if no table can be made."""
+def compute_together(triples: Sequence[Sequence[Any]], alpha: float) -> Any:
+    """Compute tensors (sft, aligned, out) on one GPU in few launches, or one by one if no table can be made.
+
+    Returns:
+        The table, for later launches; None if none could be made.
+    """
     table = make_table(triples)
     if table is not None:
-        compute_table(table, alpha)
-        return
-    for sft, aligned, out in triples:
-        compute(sft, aligned, alpha, out)
+        compute_table(table, alpha, triples.__getitem__)
+    else:
+        for sft, aligned, out in triples:
+            compute(sft, aligned, alpha, out)
+    return table

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from ..planning.matching import Matched, match_tensors
 from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT
 from . import gpu_tensors
 from .arrays import MOST_THREADS, compute_on_cpu
-from .model_weights import model_tensors, saved_weights
+from .model_weights import WeightPositions, model_tensors, saved_weights
 from .originals import KEEP, LiveWeight, keep_originals, read_from_checkpoint, read_from_model
 
 CPU_ELEMENTS = 1 << 21  # elements that a thread of the CPU computes at a time
@@ -101,10 +102,12 @@ class Live:
         self._buffers = sorted(changed - dict(model.named_parameters()).keys())
         on_cpu = self._weights if self._device.type == "cpu" else []
         self._jobs = [job for weight in on_cpu for job in _make_jobs(weight)]
-        self._model = model
-        self._former_addresses = self._addresses()
+        self._positions = WeightPositions(model, self._buffers)
         self._threads = min(cpu_count(), MOST_THREADS)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expo-live")
+        self._groups: dict[tuple[float | None, bool], list[LiveWeight]] = {}
+        for weight in self._weights:
+            self._groups.setdefault((weight.alpha, "F64" not in weight.dtypes), []).append(weight)
         self._tables: dict[float | None, Any] = {}
         self._launches = keep == "device" and self._device.type == "cuda"
         self._alpha: float | None = 0.0
@@ -124,17 +127,16 @@ class Live:
             raise UsageError(f"alpha must be a number that is finite in float32, got {value!r}") from error
         if self._closed:
             raise UsageError("this Live is closed: create another one")
-        if self._addresses() != self._former_addresses:
+        if self._positions.changed():
             raise UsageError("the model's weights have moved in memory: move the model before you create Live")
         self._alpha = None
-        with torch.no_grad():
-            if value == 0:
-                for weight in self._weights:
-                    weight.out.copy_(weight.aligned)
-            elif self._device.type == "cpu":
-                self._run_jobs(value)
-            else:
-                self._compute_on_device(value)
+        if value == 0:
+            for weight in self._weights:
+                weight.out.copy_(weight.aligned)
+        elif self._device.type == "cpu":
+            self._run_jobs(value)
+        else:
+            self._compute_on_device(value)
         self._alpha = float(value)
 
     def _run_jobs(self, value: float) -> None:
@@ -147,22 +149,14 @@ class Live:
 
         list(self._pool.map(work, range(self._threads)))
 
-    def _addresses(self) -> list[int]:
-        """Return the addresses of all weights, which are others after the model has been moved."""
-        buffers = (self._model.get_buffer(name) for name in self._buffers)
-        return [tensor.data_ptr() for tensor in (*self._model.parameters(), *buffers)]
-
     def _compute_on_device(self, value: float) -> None:
         """Compute all weights on a device that is not the CPU; those with one alpha share a launch if they can."""
-        groups: dict[tuple[float | None, bool], list[LiveWeight]] = {}
-        for weight in self._weights:
-            together = self._launches and "F64" not in weight.dtypes
-            groups.setdefault((weight.alpha, together), []).append(weight)
-        for (own, together), weights in groups.items():
+        for (own, in_fp32), weights in self._groups.items():
             alpha = value if own is None else own
-            table = self._table(own, weights) if together and working_alpha(alpha) else None
+            used_alpha = working_alpha(alpha)
+            table = self._table(own, weights) if self._launches and in_fp32 and used_alpha else None
             if table is not None:
-                gpu_tensors.compute_table(table, working_alpha(alpha))
+                gpu_tensors.compute_table(table, used_alpha, partial(_tensors_at, weights))
                 continue
             for weight in weights:
                 self._compute_in_parts(weight, working_alpha(alpha, *weight.dtypes))
@@ -190,18 +184,29 @@ class Live:
                 out.copy_(a)
 
     def close(self) -> None:
-        """Restore aligned and release the originals; a second call does nothing."""
-        if not self._closed:
-            self.alpha = 0.0
-        self._closed = True
-        self._pool.shutdown()
-        self._weights, self._jobs, self._tables, self.memory = [], [], {}, 0
+        """Restore aligned and release the originals and the tables; a second call does nothing.
+
+        Raises:
+            UsageError: The model was moved, so aligned is not restored. The memory is released all the same.
+        """
+        try:
+            if not self._closed:
+                self.alpha = 0.0
+        finally:
+            self._closed = True
+            self._pool.shutdown()
+            self._weights, self._jobs, self._groups, self._tables, self.memory = [], [], {}, {}, 0
 
     def __enter__(self) -> Live:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
+
+
+def _tensors_at(weights: Sequence[LiveWeight], place: int) -> tuple[Any, Any, Any]:
+    """Return the tensors (sft, aligned, out) of the weight at a position."""
+    return weights[place].sft, weights[place].aligned, weights[place].out
 
 
 def _refuse(matched: Matched, by_files: bool) -> None:

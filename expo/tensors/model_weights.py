@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,35 @@ def saved_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             memories.add(_memory_of(buffer))
             weights[full] = buffer
     return weights
+
+
+class WeightPositions:
+    """The places of a model's parameters and of some of its buffers in the model's modules, and their addresses.
+
+    A live model asks before each launch if the addresses have changed. They are read from the modules' own dictionaries
+    in loops that run in C: for 291 parameters, `model.parameters()` would take thirty times as long as a launch.
+    """
+
+    def __init__(self, model: torch.nn.Module, buffers: Collection[str]) -> None:
+        """Remember the parameters, and the buffers whose names in the model are in `buffers`."""
+        self._dictionaries: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        for prefix, module in model.named_modules():
+            parameters = [name for name, parameter in module._parameters.items() if parameter is not None]
+            saved = [name for name in module._buffers if (f"{prefix}.{name}" if prefix else name) in buffers]
+            self._dictionaries += [module._parameters] * len(parameters) + [module._buffers] * len(saved)
+            self._names += parameters + saved
+        self._former_addresses = self._addresses()
+
+    def _addresses(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, map(operator.getitem, self._dictionaries, self._names)))
+
+    def changed(self) -> bool:
+        """Return True if a tensor was replaced, moved or removed."""
+        try:
+            return self._addresses() != self._former_addresses
+        except (KeyError, TypeError):  # a tensor was removed, or None stands in its place
+            return True
 
 
 def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.safetensors_header import TensorInfo
 from ..dtypes import torch_dtypes, torch_names
 from ..errors import EngineError, UsageError
+from ..execution.gpu_fallback import error_text, is_out_of_memory
 from ..planning.steps import Step
 from ..text import size_text
 from .model_weights import check_weight, saved_weights
@@ -135,22 +136,36 @@ class OriginalsMemory:
         """Allocate `needed` bytes. Raises EngineError if fewer are free."""
         self._used = 0
         where, free = _free_bytes(keep, device)
+        others = ", ".join(place for place in KEEP if place != keep)
+        takes = f"`keep={keep!r}` takes {size_text(needed)} of {where}"
         if free is not None and needed > free:
-            others = ", ".join(place for place in KEEP if place != keep)
-            raise EngineError(
-                f"`keep={keep!r}` takes {size_text(needed)} of {where}, but {size_text(free)} are free: try {others}"
-            )
-        if keep == "disk":
-            self._memory = torch.frombuffer(_mapped(max(needed, 1)), dtype=torch.uint8)
-        elif keep == "host" and device.type == "cuda":
-            self._memory = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
-        else:
-            self._memory = torch.empty(needed, dtype=torch.uint8, device="cpu" if keep == "host" else device)
+            raise EngineError(f"{takes}, but {size_text(free)} are free: try {others}")
+        try:
+            self._memory = _allocated(needed, keep, device)
+        except (RuntimeError, MemoryError, OSError) as error:
+            # The free bytes may be unknown, in pieces that are too small, or taken by another process meanwhile.
+            if isinstance(error, RuntimeError) and not _ran_out(error):
+                raise
+            raise EngineError(f"{takes}, but could not get it ({error_text(error)}): try {others}") from error
 
     def take(self, tensor: TensorInfo) -> torch.Tensor:
         """Return memory with a tensor's dtype and shape."""
         start, self._used = self._used, self._used + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         return self._memory[start : start + tensor.nbytes].view(torch_dtypes()[tensor.dtype]).view(tensor.shape)
+
+
+def _allocated(needed: int, keep: str, device: torch.device) -> torch.Tensor:
+    """Return new memory of `needed` bytes. Raises an error of torch, CUDA or the system if there is too little."""
+    if keep == "disk":
+        return torch.frombuffer(_mapped(max(needed, 1)), dtype=torch.uint8)
+    if keep == "host" and device.type == "cuda":
+        return torch.empty(needed, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(needed, dtype=torch.uint8, device="cpu" if keep == "host" else device)
+
+
+def _ran_out(error: RuntimeError) -> bool:
+    """Return True if an error of torch says that a device's memory or the host's memory ran out."""
+    return is_out_of_memory(error) or "can't allocate memory" in str(error)
 
 
 def _mapped(size: int) -> mmap.mmap:
@@ -166,7 +181,9 @@ def _free_bytes(keep: str, device: torch.device) -> tuple[str, int | None]:
         folder = tempfile.gettempdir()
         return f"the disk of {folder}", shutil.disk_usage(folder).free
     if keep == "device" and device.type == "cuda":
-        return str(device), torch.cuda.mem_get_info(device)[0]
+        # Torch caches freed memory. It uses this memory again, or returns it to the device when it needs more.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return str(device), torch.cuda.mem_get_info(device)[0] + cached
     if keep == "device" and device.type != "cpu":
         return str(device), None
     return "memory", available_memory()

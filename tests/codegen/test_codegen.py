@@ -252,8 +252,8 @@ def test_launch(monkeypatch: pytest.MonkeyPatch, n: int, programs: int) -> None:
     monkeypatch.setattr(extrapolate, "extrapolate", launches)
     extrapolate.launch(*tensor_extrapolation(tensor, tensor, (0.25,)), [tensor])
     assert launches.grid == (programs,)
-    assert launches.arguments[3:] == (n, 0.25)
-    assert launches.options == {"BLOCK": VARIANTS[PAIR].constants["BLOCK"], "PTX": True, **extrapolate.OPTIONS}
+    assert launches.arguments[3:] == (n, 0.25, VARIANTS[PAIR].constants["BLOCK"], True)
+    assert launches.options == extrapolate.OPTIONS
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -272,16 +272,18 @@ def test_launch_of_a_sweep(monkeypatch: pytest.MonkeyPatch, n: int, programs: in
 
 
 def test_launch_of_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = Launches()
+    launches, parameters = Launches(), whole_model.whole_model.arg_names
     monkeypatch.setattr(whole_model, "whole_model", launches)
     tensors = [
         torch.zeros(n, dtype=torch.bfloat16) for n in (3, 0, whole_model.SEGMENT * extrapolate.PROGRAM_ELEMENTS + 1)
     ]
     whole_model.Table(tensors, tensors, tensors).launch(0.5)
-    table = launches.arguments[0]
+    names = dict(zip(parameters, launches.arguments, strict=True))
+    table = names.pop("table_ptr")
     assert launches.grid == (3 * whole_model.SEGMENT,)
     assert table[:, 3].tolist() == [3, whole_model.SEGMENT * extrapolate.PROGRAM_ELEMENTS, 1]
-    assert launches.options == {**VARIANTS["whole_model_bf16"].constants, "PTX": True, **extrapolate.OPTIONS}
+    assert names == {"alpha": 0.5, **VARIANTS["whole_model_bf16"].constants, "PTX": True}
+    assert launches.options == extrapolate.OPTIONS
 
 
 def test_launch_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

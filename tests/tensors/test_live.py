@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import expo
 import expo.tensors.live
 from expo.demo import ALIGNED, SFT
+from expo.tensors import originals
 from expo.tensors.live import Live
 from expo.tensors.originals import KEEP
 
@@ -323,6 +324,34 @@ def test_a_model_that_was_moved_is_noticed() -> None:
         live.alpha = 0.5
 
 
+@pytest.mark.parametrize("change", ["replaced", "removed", "None"])
+def test_a_parameter_that_is_not_in_the_model_any_more_is_noticed(change: str) -> None:
+    model = Small(2)
+    live = Live(model, Small(1))
+    if change == "replaced":
+        model.embed_tokens.weight = torch.nn.Parameter(model.embed_tokens.weight.detach().clone())
+    elif change == "removed":
+        del model.wide
+    else:
+        model.wide = None
+    with pytest.raises(expo.UsageError, match="have moved in memory"):
+        live.alpha = 0.5
+
+
+@pytest.mark.usefixtures("frozen_heap")
+def test_close_releases_the_originals_of_a_model_that_was_moved() -> None:
+    model = Small(2)
+    live = Live(model, Small(1))
+    memory = weakref.ref(live._weights[0].aligned.untyped_storage())
+    model.wide.data = model.wide.data.clone()
+    with pytest.raises(expo.UsageError, match="have moved in memory"):
+        live.close()
+    live.close()
+    gc.collect()
+    assert memory() is None
+    assert live.memory == 0
+
+
 def test_a_failure_in_the_middle_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     sft, model = Small(1), Small(2)
     live = Live(model, sft)
@@ -364,6 +393,41 @@ def test_too_little_room_is_told_before_anything_is_copied(
     assert str(caught.value).startswith(f"`keep='{keep}'` takes ")
     assert where in str(caught.value)
     assert str(caught.value).endswith(f"100 bytes are free: try {others}")
+
+
+def test_the_memory_that_torch_has_cached_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 450)
+    assert originals._free_bytes("device", torch.device("cuda:1")) == ("cuda:1", 350)
+
+
+@pytest.mark.parametrize(
+    ("keep", "error"),
+    [
+        ("device", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+        ("host", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes")),
+        ("host", MemoryError()),
+        ("disk", OSError(28, "No space left on device")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_memory_that_runs_out_is_an_error_with_the_way_out(
+    keep: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(originals, "_allocated", fail)
+    others = ", ".join(each for each in KEEP if each != keep)
+    with pytest.raises(expo.EngineError, match=rf"^`keep='{keep}'` takes .* but could not get it .*: try {others}$"):
+        Live(Small(2), Small(1, dtype=torch.bfloat16), keep=keep)
+
+
+def test_another_error_of_torch_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(originals, "_allocated", lambda *_: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        Live(Small(2), Small(1, dtype=torch.bfloat16))
 
 
 def meta() -> torch.nn.Module:
