@@ -14,6 +14,7 @@ from ..errors import EngineError, UsageError
 from ..execution.engines import Engine, choose, cpu_count
 from ..kernels.contract import Address, Operand, extrapolation, working_alpha
 from . import gpu_tensors
+from .distributed_tensors import check_alike, is_distributed, local_part
 from .memory_checks import check_memory, check_unmasked, mark_firsts
 
 if TYPE_CHECKING:
@@ -41,12 +42,16 @@ def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any
     not built. The Triton kernel computes CUDA tensors. Torch's own operations compute them if the kernel cannot run or
     fails its self-test, at first use; then a RuntimeWarning gives the reason, once for each device. A CUDA graph that
     is captured before the self-test contains torch's operations too: call this function once, with the same dtypes,
-    before the capture. Autograd is not recorded.
+    before the capture. Autograd is not recorded. A write to `out` counts in its version, so that a backward pass that
+    needs the former numbers raises an error.
+
+    Each process computes the local parts of DTensors, without communication. The result has aligned's mesh and
+    placements.
 
     Args:
         sft: A NumPy array or a torch tensor, of dtype bf16 (in NumPy: ml_dtypes.bfloat16), fp16, fp32 or fp64.
         aligned: Another one of the same kind, shape and device, of the same or another of these dtypes. The arithmetic
-            is fp32, or fp64 if one of the two is.
+            is fp32, or fp64 if one of the two is. DTensors have the same mesh and placements, none of them Partial.
         alpha: Any number that is finite in fp32; 0 copies aligned bit for bit.
         out: The array or tensor that takes the result, of aligned's shape and dtype. It may be aligned or sft itself,
             and must not overlap them otherwise. Without it the result is new memory.
@@ -58,8 +63,8 @@ def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any
         The result in aligned's dtype, with the same bits on every device; a list for sequences.
 
     Raises:
-        UsageError: The arguments do not fit together; a tensor has no memory of its own (DTensor, FakeTensor, meta
-            tensors, wrappers); or the result of a list would depend on its order, as an out overlaps the memory of
+        UsageError: The arguments do not fit together; a tensor has no memory of its own (FakeTensor, meta tensors,
+            wrappers); or the result of a list would depend on its order, as an out overlaps the memory of
             another pair.
         EngineError: The floating-point mode of this thread would give other bits, and NumPy would follow it.
     """
@@ -78,6 +83,10 @@ def _extrapolate_lists(
     outs = [None] * len(aligned) if out is None else out
     if not len(sft) == len(aligned) == len(outs):
         raise UsageError(f"as many of each are needed, got sft {len(sft)}, aligned {len(aligned)}, out {len(outs)}")
+    whole: dict[int, Any] = {}  # the results that are DTensors, by position
+    for i, (s, a, o) in enumerate(zip(sft, aligned, outs, strict=True)):
+        if is_distributed(a) or is_distributed(s) or is_distributed(o):
+            sft[i], aligned[i], outs[i], whole[i] = _local_parts(torch, s, a, o, f"[{i}]")
     checked = []
     for s, a, o in zip(sft, aligned, outs, strict=True):
         is_tensor = torch is not None and isinstance(a, torch.Tensor)
@@ -86,8 +95,10 @@ def _extrapolate_lists(
     triples = list(zip(sft, aligned, results, strict=True))
     firsts = [True] * len(triples) if out is None else mark_firsts(triples)  # new memory overlaps no other
     together: defaultdict[Any, list[tuple[Any, Any, Any]]] = defaultdict(list)  # for each device
-    for (s, a, o), each, first in zip(triples, checked, firsts, strict=True):
-        if not first:
+    for i, ((s, a, o), each) in enumerate(zip(triples, checked, strict=True)):
+        if out is not None and torch is not None and isinstance(o, torch.Tensor):
+            _count_write(torch, o, whole.get(i))
+        if not firsts[i]:
             continue
         if torch is None or not isinstance(a, torch.Tensor):
             _compute_arrays(s, a, each)
@@ -97,7 +108,7 @@ def _extrapolate_lists(
             _compute_tensors(s, a, each)
     for same_device in together.values():
         gpu_tensors.compute_together(same_device, working_alpha(alpha))
-    return results
+    return [whole.get(i, result) for i, result in enumerate(results)] if whole else results
 
 
 class _CheckedPair(NamedTuple):
@@ -155,9 +166,45 @@ def _check_alpha(alpha: float, dtypes: tuple[str, str]) -> float:
 
 
 def _extrapolate_tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
+    if is_distributed(aligned) or is_distributed(sft) or is_distributed(out):
+        *parts, whole = _local_parts(torch, sft, aligned, out)
+        _extrapolate_tensors(torch, parts[0], parts[1], alpha, parts[2])
+        _count_write(torch, whole)
+        return whole
     checked = _check_tensors(torch, sft, aligned, alpha, out)
+    if out is not None:
+        _count_write(torch, out)
     _compute_tensors(sft, aligned, checked)
     return checked.out
+
+
+def _local_parts(torch: Any, sft: Any, aligned: Any, out: Any, place: str = "") -> tuple[Any, Any, Any, Any]:
+    """Return the local parts of sft, aligned and out, and out, which is a new DTensor if there is none.
+
+    Args:
+        torch: The module.
+        sft: A tensor; at least one of the three is a DTensor.
+        aligned: A tensor.
+        out: A tensor or None.
+        place: The position in the lists, for messages.
+
+    Raises:
+        UsageError: The three are not distributed alike, or their shapes or dtypes do not fit together.
+    """
+    given = {f"aligned{place}": aligned, f"sft{place}": sft} | ({} if out is None else {f"out{place}": out})
+    _check_kinds(sft, aligned, aligned if out is None else out, torch.Tensor)
+    check_alike(list(given.items()))
+    if out is None:
+        with torch.no_grad():
+            out = torch.empty_like(aligned)  # an operation of DTensor: the same mesh, placements and strides
+    return local_part(sft), local_part(aligned), local_part(out), out
+
+
+def _count_write(torch: Any, *outs: Any) -> None:
+    """Count a write to each out in its version, as torch's own operations do: autograd then refuses stale numbers."""
+    for out in outs:
+        if out is not None:
+            torch.autograd.graph.increment_version(out)
 
 
 def _check_tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> _CheckedPair:

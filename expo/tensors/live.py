@@ -11,6 +11,7 @@ weights are written, once.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +32,9 @@ from ..planning.matching import Matched, match_tensors
 from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT
 from . import gpu_tensors
 from .arrays import MOST_THREADS, compute_on_cpu
+from .distributed_tensors import local_part, reshard
 from .model_weights import model_tensors, saved_weights
-from .originals import KEEP, LiveWeight, keep_originals, read_from_checkpoint, read_from_model
+from .originals import KEEP, LiveWeight, keep_originals, local_steps, read_from_checkpoint, read_from_tensors
 
 CPU_ELEMENTS = 1 << 21  # elements that a thread of the CPU computes at a time
 DEVICE_ELEMENTS = 1 << 24  # elements of originals that go to a device at a time
@@ -64,11 +66,13 @@ class Live:
         """Match the tensors of both models and keep the originals.
 
         Args:
-            model: The model with the aligned weights, of dtype bf16, fp16, fp32 or fp64, all on one device.
-            sft: Another model of the same kind, or a folder, a file or a hub id as for merge().
-            keep: The place of the originals: the model's "device", the "host"'s memory, or the "disk", in an unnamed
-                temporary file (TMPDIR says where). They take the bytes of both models. With "device" a model given as
-                sft is used where it is, and must not change meanwhile.
+            model: The model with the aligned weights, of dtype bf16, fp16, fp32 or fp64, on one or several devices. If
+                it has DTensors, each process sets its own part of them.
+            sft: Another model of the same kind, or a folder, a file or a hub id as for merge(). If the model has
+                DTensors, it is a model with the same mesh and placements.
+            keep: The place of the originals: the "device" of each weight, the "host"'s memory, or the "disk", in an
+                unnamed temporary file (TMPDIR says where). They take the bytes of both models. With "device" a model
+                given as sft is used where it is, and must not change meanwhile.
             alpha_for, on_unpaired, on_mismatch: As for merge(). If they leave most of the weights as aligned has them,
                 a UserWarning says so.
 
@@ -80,13 +84,18 @@ class Live:
         """
         if keep not in KEEP:
             raise UsageError(f"`keep` must be one of {', '.join(KEEP)}, got {keep!r}")
+        reshard(model)
         aligned = model_tensors(model, "model")
-        self._device = next(model.parameters()).device
+        sft_weights: dict[str, torch.Tensor] | None = None
         with ExitStack() as stack:
             if isinstance(sft, torch.nn.Module):
+                reshard(sft)
                 other: ModelTensors = model_tensors(sft, "sft")
-                read = read_from_model(sft)
+                sft_weights = saved_weights(sft)
+                parts = {name: local_part(tensor.detach()) for name, tensor in sft_weights.items()}
+                read = read_from_tensors(parts)
             else:
+                parts = {}
                 other = checkpoint = stack.enter_context(open_one(sft))
                 read = read_from_checkpoint(checkpoint)
             options = MergeOptions(alpha_for=alpha_for or {}, on_unpaired=on_unpaired, on_mismatch=on_mismatch)
@@ -94,19 +103,20 @@ class Live:
             _refuse(matched, by_files=not isinstance(sft, torch.nn.Module))
             for note in matched.notes:
                 warnings.warn(note, stacklevel=2)
-            usable = saved_weights(sft) if isinstance(sft, torch.nn.Module) and keep == "device" else {}
-            steps, weights = [step for step in matched.steps if step.sft is not None], saved_weights(model)
-            self._weights, self.memory = keep_originals(steps, weights, self._device, read, keep, usable)
-        changed = {step.name for step in matched.steps if step.sft is not None}
-        self._buffers = sorted(changed - dict(model.named_parameters()).keys())
-        on_cpu = self._weights if self._device.type == "cpu" else []
-        self._jobs = [job for weight in on_cpu for job in _make_jobs(weight)]
+            weights = saved_weights(model)
+            steps = local_steps([step for step in matched.steps if step.sft is not None], weights, sft_weights)
+            local = {name: local_part(tensor) for name, tensor in weights.items()}
+            self._weights, self.memory = keep_originals(steps, local, read, keep, parts if keep == "device" else {})
+        names, changed = [name for name, _ in model.named_parameters()], {step.name for step in steps}
+        self._buffers = sorted(changed.difference(names))
+        self._is_rewritten = [name in changed for name in names] + [True] * len(self._buffers)
+        self._jobs = [job for weight in self._weights if _on_cpu(weight) for job in _make_jobs(weight)]
         self._model = model
-        self._former_addresses = self._addresses()
+        self._former_addresses = [local_part(tensor).data_ptr() for tensor in self._tensors()]
         self._threads = min(cpu_count(), MOST_THREADS)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expo-live")
-        self._tables: dict[float | None, Any] = {}
-        self._launches = keep == "device" and self._device.type == "cuda"
+        self._tables: dict[tuple[torch.device, float | None], Any] = {}
+        self._launches = keep == "device"  # a kernel reads originals on its own device alone
         self._alpha: float | None = 0.0
         self._closed = False
 
@@ -124,21 +134,26 @@ class Live:
             raise UsageError(f"alpha must be a number that is finite in float32, got {value!r}") from error
         if self._closed:
             raise UsageError("this Live is closed: create another one")
-        if self._addresses() != self._former_addresses:
+        reshard(self._model)
+        tensors = self._tensors()
+        if [local_part(tensor).data_ptr() for tensor in tensors] != self._former_addresses:
             raise UsageError("the model's weights have moved in memory: move the model before you create Live")
         self._alpha = None
+        for tensor in itertools.compress(tensors, self._is_rewritten):
+            torch.autograd.graph.increment_version(tensor)  # kernels write without the knowledge of autograd
         with torch.no_grad():
             if value == 0:
                 for weight in self._weights:
                     weight.out.copy_(weight.aligned)
-            elif self._device.type == "cpu":
-                self._run_jobs(value)
             else:
-                self._compute_on_device(value)
+                self._compute_on_device(value, [weight for weight in self._weights if not _on_cpu(weight)])
+                self._run_jobs(value)
         self._alpha = float(value)
 
     def _run_jobs(self, value: float) -> None:
         """Compute all jobs in several threads; each thread takes the next job when it is free."""
+        if not self._jobs:
+            return
         queue = iter(self._jobs)
 
         def work(_: int) -> None:
@@ -147,47 +162,36 @@ class Live:
 
         list(self._pool.map(work, range(self._threads)))
 
-    def _addresses(self) -> list[int]:
-        """Return the addresses of all weights, which are others after the model has been moved."""
-        buffers = (self._model.get_buffer(name) for name in self._buffers)
-        return [tensor.data_ptr() for tensor in (*self._model.parameters(), *buffers)]
+    def _tensors(self) -> list[torch.Tensor]:
+        """Return the model's parameters and the buffers that are rewritten, as the model has them now."""
+        return [*self._model.parameters(), *(self._model.get_buffer(name) for name in self._buffers)]
 
-    def _compute_on_device(self, value: float) -> None:
-        """Compute all weights on a device that is not the CPU; those with one alpha share a launch if they can."""
-        groups: dict[tuple[float | None, bool], list[LiveWeight]] = {}
-        for weight in self._weights:
-            together = self._launches and "F64" not in weight.dtypes
-            groups.setdefault((weight.alpha, together), []).append(weight)
-        for (own, together), weights in groups.items():
+    def _compute_on_device(self, value: float, weights: Sequence[LiveWeight]) -> None:
+        """Compute weights that are not on the CPU; those of one device and alpha share a launch if they can."""
+        groups: dict[tuple[torch.device, float | None, bool], list[LiveWeight]] = {}
+        for weight in weights:
+            together = self._launches and gpu_tensors.on_gpu(weight.out) and "F64" not in weight.dtypes
+            groups.setdefault((weight.out.device, weight.alpha, together), []).append(weight)
+        for (device, own, together), group in groups.items():
             alpha = value if own is None else own
-            table = self._table(own, weights) if together and working_alpha(alpha) else None
+            table = self._table(device, own, group) if together and working_alpha(alpha) else None
             if table is not None:
                 gpu_tensors.compute_table(table, working_alpha(alpha))
                 continue
-            for weight in weights:
-                self._compute_in_parts(weight, working_alpha(alpha, *weight.dtypes))
+            for weight in group:
+                _compute_in_parts(weight, working_alpha(alpha, *weight.dtypes))
 
-    def _table(self, own: float | None, weights: Sequence[LiveWeight]) -> Any:
-        """Return the pointer table of all weights that share this alpha, cached for later launches.
+    def _table(self, device: torch.device, own: float | None, weights: Sequence[LiveWeight]) -> Any:
+        """Return the pointer table of all weights that share this device and alpha, cached for later launches.
 
         The result is None if no table can be made now.
         """
-        if own not in self._tables:
+        if (device, own) not in self._tables:
             made = gpu_tensors.make_table((weight.sft, weight.aligned, weight.out) for weight in weights)
             if made is None:  # memory may have run out, so the next call tries again
                 return None
-            self._tables[own] = made
-        return self._tables[own]
-
-    def _compute_in_parts(self, weight: LiveWeight, alpha: float) -> None:
-        """Compute one tensor in parts, whose originals are copied to the device first if they are elsewhere."""
-        columns = (torch.split(each.reshape(-1), DEVICE_ELEMENTS) for each in (weight.sft, weight.aligned, weight.out))
-        for sft, aligned, out in zip(*columns, strict=True):
-            s, a = (each.to(self._device, non_blocking=True) for each in (sft, aligned))
-            if alpha:
-                gpu_tensors.compute(s, a, alpha, out)
-            else:
-                out.copy_(a)
+            self._tables[device, own] = made
+        return self._tables[device, own]
 
     def close(self) -> None:
         """Restore aligned and release the originals; a second call does nothing."""
@@ -214,6 +218,22 @@ def _refuse(matched: Matched, by_files: bool) -> None:
             "instead of the files\n" + "\n".join(matched.problems)
         )
     matched.check()
+
+
+def _on_cpu(weight: LiveWeight) -> bool:
+    """Return True for a weight that threads of the CPU compute."""
+    return weight.out.device.type == "cpu"
+
+
+def _compute_in_parts(weight: LiveWeight, alpha: float) -> None:
+    """Compute one tensor in parts, whose originals are copied to the device first if they are elsewhere."""
+    columns = (torch.split(each.reshape(-1), DEVICE_ELEMENTS) for each in (weight.sft, weight.aligned, weight.out))
+    for sft, aligned, out in zip(*columns, strict=True):
+        s, a = (each.to(out.device, non_blocking=True) for each in (sft, aligned))
+        if alpha:
+            gpu_tensors.compute(s, a, alpha, out)
+        else:
+            out.copy_(a)
 
 
 def _make_jobs(weight: LiveWeight) -> Iterator[_Job]:

@@ -11,9 +11,14 @@ import torch
 from ..checkpoints.safetensors_header import TensorInfo
 from ..dtypes import ITEMSIZE, torch_names
 from ..errors import UsageError
+from .distributed_tensors import local_part
 from .memory_checks import check_memory
 
-IN_MEMORY = "a live model has all its weights in the memory of one process, so load the whole model there"
+IN_MEMORY = "a live model has all its weights in memory, so load them first"
+OFFLOADED = (
+    "accelerate has offloaded it, and a live model has all its weights in memory: load the model with a device_map "
+    "that offloads nothing, such as device_map='cpu', or on more devices"
+)
 
 
 def saved_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -59,7 +64,8 @@ class ModelInMemory:
 def model_tensors(model: torch.nn.Module, role: str) -> ModelInMemory:
     """Return the tensors of a model by name. Raises UsageError for parameters that cannot be rewritten in place.
 
-    A buffer of a dtype that weight files do not hold is left out. The bytes of each TensorInfo are [0, nbytes).
+    A buffer of a dtype that weight files do not hold is left out. The bytes of each TensorInfo are [0, nbytes). The
+    TensorInfo of a DTensor describes the whole tensor.
     """
     tensors: dict[str, TensorInfo] = {}
     for name, tensor in saved_weights(model).items():
@@ -67,22 +73,26 @@ def model_tensors(model: torch.nn.Module, role: str) -> ModelInMemory:
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         if dtype is None and not is_parameter:
             continue
-        check_memory(torch, tensor, f"{role}: {name}", IN_MEMORY)
+        check_memory(torch, local_part(tensor), f"{role}: {name}", OFFLOADED if offloads(model) else IN_MEMORY)
         if is_parameter:
             check_weight(tensor, name, role)
         tensors[name] = TensorInfo(name, str(dtype), tuple(tensor.shape), 0, tensor.nbytes)
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1:
-        raise UsageError(
-            f"{role}: parameters must be on one device, got {', '.join(sorted(map(str, devices))) or 'none'}"
-        )
+    if next(model.parameters(), None) is None:
+        raise UsageError(f"{role}: the {type(model).__name__} has no parameters, so it is no model")
     config: Any = getattr(model, "config", None)
     return ModelInMemory(role, tensors, config.to_dict() if hasattr(config, "to_dict") else {})
 
 
+def offloads(model: torch.nn.Module) -> bool:
+    """Return True if accelerate moves weights of the model to a device only while a module computes with them."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    return any(getattr(hook, "offload", False) for each in hooks for hook in getattr(each, "hooks", (each,)))
+
+
 def check_weight(tensor: torch.Tensor, name: str, role: str) -> None:
-    """Raise UsageError if the kernels cannot read and write the tensor in place."""
+    """Raise UsageError if the kernels cannot read and write the tensor, or this process's part of it, in place."""
+    part = local_part(tensor)
     what = "parameters" if isinstance(tensor, torch.nn.Parameter) else "buffers that files hold"
     is_known = torch_names().get(tensor.dtype) in ITEMSIZE
-    if not is_known or not tensor.is_contiguous() or tensor.layout != torch.strided or tensor.is_neg():
+    if not is_known or not part.is_contiguous() or part.layout != torch.strided or part.is_neg():
         raise UsageError(f"{role}: {name} is {tensor.dtype}: {what} must be contiguous bf16, fp16, fp32 or fp64")

@@ -268,9 +268,8 @@ def by_live() -> tuple[torch.Tensor, torch.Tensor]:
     models = [torch.nn.Linear(70, 50, dtype=torch.bfloat16) for _ in range(2)]
     s, a = (model.weight.detach().clone() for model in models)
     held = live.Live(models[1], models[0])
-    held._launches = True
     for alpha in (0.7, 0.3):
-        held._compute_on_device(alpha)
+        held._compute_on_device(alpha, held._weights)
     return models[1].weight.detach().reshape(-1), expected(s.reshape(-1), a.reshape(-1))
 
 
@@ -354,13 +353,12 @@ def test_a_table_is_made_when_there_is_memory_again(software: SoftwareGpu, monke
     """A live model makes its table when it is rewritten for another alpha, once there is memory again."""
     models = [torch.nn.Linear(70, 50, dtype=torch.bfloat16) for _ in range(2)]
     held = live.Live(models[1], models[0])
-    held._launches = True
     with monkeypatch.context() as short:
         short.setattr(whole_model, "rows", failing(MEMORY[0]))
         with pytest.warns(RuntimeWarning, match="where memory runs out"):
-            held._compute_on_device(0.7)
+            held._compute_on_device(0.7, held._weights)
     assert "whole_model" not in [name for name, _ in software.launches[len(TESTED) :]]
-    held._compute_on_device(0.3)
+    held._compute_on_device(0.3, held._weights)
     assert software.launches[-1][0] == "whole_model"
 
 

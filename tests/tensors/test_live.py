@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -385,7 +386,7 @@ def integers() -> torch.nn.Module:
             "is a Parameter on meta without memory of its own: a live model has all its weights",
         ),
         (integers, "count is torch.int64: parameters must be contiguous bf16, fp16, fp32 or fp64"),
-        (torch.nn.Module, "parameters must be on one device, got none"),
+        (torch.nn.Module, "the Module has no parameters, so it is no model"),
     ],
 )
 def test_models_that_cannot_be_alive(model: Any, words: str) -> None:
@@ -395,16 +396,19 @@ def test_models_that_cannot_be_alive(model: Any, words: str) -> None:
 
 DISTRIBUTED = """
 import torch, torch.distributed, expo
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
 plain, spread, freed = (torch.nn.Linear(3, 3, bias=False) for _ in range(3))
-spread.weight = torch.nn.Parameter(distribute_tensor(spread.weight.data, mesh, [Replicate()]))
+spread.weight = torch.nn.Parameter(distribute_tensor(spread.weight.data, mesh, [Shard(0)]))
 freed.weight.untyped_storage().resize_(0)
 buffered = torch.nn.Linear(3, 3, bias=False)
-buffered.register_buffer("moved", distribute_tensor(torch.ones(3), mesh, [Replicate()]))
-for model, sft in ((spread, plain), (plain, spread), (freed, plain), (buffered, plain)):
+buffered.register_buffer("moved", torch.ones(3))
+buffered.moved.untyped_storage().resize_(0)
+absent = torch.nn.Linear(3, 3, bias=False)
+absent.weight = torch.nn.Parameter(distribute_tensor(torch.ones(3, 3, device="meta"), mesh, [Shard(0)]))
+for model, sft in ((spread, plain), (plain, spread), (freed, plain), (buffered, plain), (absent, plain)):
     try:
         expo.Live(model, sft).alpha = 0.5
     except expo.UsageError as error:
@@ -417,9 +421,15 @@ def test_weights_that_are_not_in_memory_are_refused() -> None:
     command = [sys.executable, "-W", "ignore", "-c", DISTRIBUTED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr)
-    starts = ["model: weight is a DTensor on cpu", "sft: weight is a DTensor on cpu"]
-    starts += ["model: weight is a Parameter on cpu", "model: moved is a DTensor on cpu"]
-    assert [line.split(" without ")[0] for line in done.stdout.splitlines()] == starts
+    starts = [
+        f"{side}: weight is a DTensor of placements (Shard(dim=0),) on the cpu mesh [0]" for side in ("model", "sft")
+    ]
+    starts += [
+        "model: weight is a Parameter on cpu",
+        "model: moved is a Tensor on cpu",
+        "model: weight is a Tensor on meta",
+    ]
+    assert [re.split(" without |, but ", line)[0] for line in done.stdout.splitlines()] == starts
 
 
 def test_unknown_keep() -> None:

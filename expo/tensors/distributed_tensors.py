@@ -1,0 +1,97 @@
+"""DTensors of torch.distributed: each process computes the part of the tensor that is in its own memory.
+
+The formula computes each element alone. So the local parts of sft, aligned and out suffice, if the three are
+distributed alike. This module imports nothing from torch.distributed: a caller that passes a DTensor has imported it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@lru_cache(maxsize=256)
+def _is_dtensor(kind: type) -> bool:
+    """Return True for DTensor and its subclasses; its module is another one in other versions of torch."""
+    return any(each.__name__ == "DTensor" and each.__module__.startswith("torch.distributed") for each in kind.__mro__)
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Return True for a DTensor, of which each process has a part or a copy."""
+    return _is_dtensor(type(tensor))  # type: ignore[arg-type]  # mypy takes no type for hashable
+
+
+def local_part(tensor: Any) -> Any:
+    """Return the part of a DTensor that this process has, without autograd; any other tensor is returned as it is."""
+    if not is_distributed(tensor):
+        return tensor
+    import torch
+
+    with torch.no_grad():
+        return tensor.to_local().detach()
+
+
+def check_alike(tensors: Sequence[tuple[str, Any]], advice: str = "") -> None:
+    """Raise UsageError unless all tensors are DTensors of one mesh and the same placements, none of them Partial.
+
+    Args:
+        tensors: The tensors, each after the name that a message gives it.
+        advice: The end of the message; without it, an advice for each kind of difference.
+    """
+    reference, first = next((role, tensor) for role, tensor in tensors if is_distributed(tensor))
+    for role, tensor in tensors:
+        if is_distributed(tensor) and any(placement.is_partial() for placement in tensor.placements):
+            raise UsageError(
+                f"{role} is {_describe(tensor)}: the processes have not yet summed its elements: "
+                f"{_advice_for_partial(role)}"
+            )
+    for role, tensor in tensors:
+        if not is_distributed(tensor):
+            fix = f"torch's distribute_tensor({role}, {reference}.device_mesh, {reference}.placements)"
+        elif tensor.device_mesh != first.device_mesh:
+            fix = f"torch's distribute_tensor({role}.full_tensor(), {reference}.device_mesh, {reference}.placements)"
+        elif tuple(tensor.placements) != tuple(first.placements):
+            fix = f"{role}.redistribute(placements={reference}.placements)"
+        else:
+            continue
+        if role.startswith("out"):
+            fix = f"torch.empty_like({reference}), or no out"
+        raise UsageError(
+            f"{reference} is {_describe(first)}, but {role} is {_describe(tensor)}: each process computes its own "
+            f"part, so all must be distributed alike: {advice or f'pass {fix}'}"
+        )
+
+
+def _advice_for_partial(role: str) -> str:
+    """Return the way out for a tensor that is a sum over processes."""
+    if role.startswith("out"):
+        return "pass no out, or an out with the placements of aligned"
+    return f"pass {role}.redistribute(placements=[torch.distributed.tensor.Replicate()] * {role}.device_mesh.ndim)"
+
+
+def _describe(tensor: Any) -> str:
+    """Return the placements and the mesh of a tensor, as a message names them."""
+    if not is_distributed(tensor):
+        return f"a {type(tensor).__name__}, which is no DTensor,"
+    mesh = tensor.device_mesh
+    names = f" with dimensions {mesh.mesh_dim_names}" if mesh.mesh_dim_names else ""
+    return (
+        f"a DTensor of placements {tuple(tensor.placements)} on the {mesh.device_type} mesh {mesh.mesh.tolist()}{names}"
+    )
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let the modules that `fully_shard` has wrapped register their local parts as parameters again.
+
+    After a forward pass the outermost module keeps whole copies of its parameters. It would compute with these copies
+    again, although the local parts have been rewritten.
+    """
+    for module in model.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
