@@ -316,6 +316,46 @@ def test_an_alpha_that_is_no_finite_number_changes_nothing(alpha: Any) -> None:
     assert same(bits(model), before)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [7, 5])
+def test_a_backward_pass_does_not_use_weights_that_were_overwritten(rows: int, alpha: float) -> None:
+    model = Small(2)
+    live = Live(model, Small(1, rows=rows), on_mismatch="rows")
+    for tensor in (model.wide, model.embed_tokens.weight):
+        loss, version, of_buffer = (tensor * tensor).sum(), tensor._version, model.seen._version
+        live.alpha = alpha
+        assert tensor._version > version
+        assert model.seen._version > of_buffer
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_weight_that_stays_counts_no_write() -> None:
+    models = Small(1), Small(2)
+    models[1].added = torch.nn.Parameter(torch.ones(3))
+    models[1].register_buffer("count", torch.zeros(3, dtype=torch.int64))
+    live = Live(models[1], models[0], on_unpaired="aligned")
+    before = models[1].added._version, models[1].count._version
+    live.alpha = 0.5
+    assert (models[1].added._version, models[1].count._version) == before
+
+
+def test_a_model_that_accelerate_has_offloaded_is_refused(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = loaded(ALIGNED)
+    device_map = {"model": "cpu", "lm_head": "cpu"}
+    accelerate.dispatch_model(model, {**device_map, "model.layers.0": "disk"}, offload_dir=tmp_path, force_hooks=True)
+    with pytest.raises(expo.UsageError) as caught:
+        Live(model, SFT)
+    message = str(caught.value)
+    assert re.match(
+        r"model: model\.layers\.0\.\S+ is a Parameter on meta without memory of its own: accelerate", message
+    )
+    assert "device_map='cpu'" in message
+    model = transformers.AutoModelForCausalLM.from_pretrained(ALIGNED, dtype="auto", device_map="cpu")
+    Live(model, SFT).alpha = 0.5
+
+
 def test_a_model_that_was_moved_is_noticed() -> None:
     sft, model = Small(1), Small(2)
     live = Live(model, sft)
