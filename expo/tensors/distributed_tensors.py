@@ -48,8 +48,8 @@ def check_alike(tensors: Sequence[tuple[str, Any]], advice: str = "") -> None:
     for role, tensor in tensors:
         if is_distributed(tensor) and any(placement.is_partial() for placement in tensor.placements):
             raise UsageError(
-                f"{role} is {_describe(tensor)}: the processes have not yet summed its elements: "
-                f"{_advice_for_partial(role)}"
+                f"{role} is {_describe(tensor)}: the processes have not yet combined its elements: "
+                f"{_advice_for_partial(role) if not advice else 'redistribute it to Shard or Replicate first'}"
             )
     for role, tensor in tensors:
         if not is_distributed(tensor):
@@ -68,8 +68,18 @@ def check_alike(tensors: Sequence[tuple[str, Any]], advice: str = "") -> None:
         )
 
 
+def check_blocks(role: str, tensor: Any) -> None:
+    """Raise UsageError unless each process has one block of a DTensor, or all of it, as Shard and Replicate give it."""
+    for placement in tensor.placements:
+        if type(placement).__name__ not in ("Shard", "Replicate", "Partial"):
+            raise UsageError(
+                f"{role} is {_describe(tensor)}, and files are read for Shard and Replicate alone: load sft as a "
+                "second model, distribute it like this model, and give it as sft"
+            )
+
+
 def _advice_for_partial(role: str) -> str:
-    """Return the way out for a tensor that is a sum over processes."""
+    """Return the way out for a tensor whose elements are still sums, or other combinations, over the processes."""
     if role.startswith("out"):
         return "pass no out, or an out with the placements of aligned"
     return f"pass {role}.redistribute(placements=[torch.distributed.tensor.Replicate()] * {role}.device_mesh.ndim)"

@@ -34,7 +34,15 @@ from . import gpu_tensors
 from .arrays import MOST_THREADS, compute_on_cpu
 from .distributed_tensors import local_part, reshard
 from .model_weights import model_tensors, saved_weights
-from .originals import KEEP, LiveWeight, keep_originals, local_steps, read_from_checkpoint, read_from_tensors
+from .originals import (
+    KEEP,
+    LiveWeight,
+    keep_originals,
+    local_steps,
+    read_from_checkpoint,
+    read_from_tensors,
+    read_parts,
+)
 
 CPU_ELEMENTS = 1 << 21  # elements that a thread of the CPU computes at a time
 DEVICE_ELEMENTS = 1 << 24  # elements of originals that go to a device at a time
@@ -68,8 +76,8 @@ class Live:
         Args:
             model: The model with the aligned weights, of dtype bf16, fp16, fp32 or fp64, on one or several devices. If
                 it has DTensors, each process sets its own part of them.
-            sft: Another model of the same kind, or a folder, a file or a hub id as for merge(). If the model has
-                DTensors, it is a model with the same mesh and placements.
+            sft: Another model of the same kind, or a folder, a file or a hub id as for merge(). The DTensors of two
+                models have the same meshes and placements.
             keep: The place of the originals: the "device" of each weight, the "host"'s memory, or the "disk", in an
                 unnamed temporary file (TMPDIR says where). They take the bytes of both models. With "device" a model
                 given as sft is used where it is, and must not change meanwhile.
@@ -92,10 +100,10 @@ class Live:
                 reshard(sft)
                 other: ModelTensors = model_tensors(sft, "sft")
                 sft_weights = saved_weights(sft)
-                parts = {name: local_part(tensor.detach()) for name, tensor in sft_weights.items()}
-                read = read_from_tensors(parts)
+                others = {name: local_part(tensor.detach()) for name, tensor in sft_weights.items()}
+                read = read_from_tensors(others)
             else:
-                parts = {}
+                others = {}
                 other = checkpoint = stack.enter_context(open_one(sft))
                 read = read_from_checkpoint(checkpoint)
             options = MergeOptions(alpha_for=alpha_for or {}, on_unpaired=on_unpaired, on_mismatch=on_mismatch)
@@ -104,9 +112,11 @@ class Live:
             for note in matched.notes:
                 warnings.warn(note, stacklevel=2)
             weights = saved_weights(model)
-            steps = local_steps([step for step in matched.steps if step.sft is not None], weights, sft_weights)
+            extrapolated = [step for step in matched.steps if step.sft is not None]
+            steps, parts = local_steps(extrapolated, weights, sft_weights)
             local = {name: local_part(tensor) for name, tensor in weights.items()}
-            self._weights, self.memory = keep_originals(steps, local, read, keep, parts if keep == "device" else {})
+            usable = others if keep == "device" else {}
+            self._weights, self.memory = keep_originals(steps, local, read_parts(read, parts), keep, usable)
         names, changed = [name for name, _ in model.named_parameters()], {step.name for step in steps}
         self._buffers = sorted(changed.difference(names))
         self._is_rewritten = [name in changed for name in names] + [True] * len(self._buffers)

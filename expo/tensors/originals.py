@@ -7,17 +7,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.safetensors_header import TensorInfo
-from ..dtypes import torch_dtypes, torch_names
+from ..checkpoints.safetensors_header import TensorInfo, element_count
+from ..dtypes import ITEMSIZE, torch_dtypes, torch_names
 from ..errors import EngineError, UsageError
-from ..planning.steps import Step
+from ..planning.steps import Step, some_rows
 from ..text import size_text
-from .distributed_tensors import check_alike, is_distributed, local_part
+from .distributed_tensors import check_alike, check_blocks, is_distributed, local_part
 from .model_weights import check_weight
 
 KEEP = ("device", "host", "disk")
@@ -68,46 +69,79 @@ def read_from_checkpoint(checkpoint: Checkpoint) -> ReadTensor:
     return read
 
 
-def local_steps(
-    steps: Sequence[Step], weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor] | None
-) -> list[Step]:
-    """Return the steps of the tensors that are extrapolated, with the shapes of this process's parts of DTensors.
+def read_parts(read: ReadTensor, parts: Mapping[str, tuple[TensorInfo, Any]]) -> ReadTensor:
+    """Return a function that reads bytes of this process's parts of a checkpoint's tensors.
 
     Args:
-        steps: The steps, with the shapes of whole tensors.
+        read: Reads bytes of whole tensors.
+        parts: For the name of each part the whole tensor, and the DTensor that is distributed like it.
+    """
+
+    @lru_cache(maxsize=1)
+    def part(name: str) -> torch.Tensor:
+        whole, like = parts[name]
+        (chunk,) = like.__create_chunk_list__()
+        rows = whole
+        if tuple(chunk.sizes) != whole.shape:
+            rows = some_rows(whole, chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
+        memory = torch.empty(rows.nbytes, dtype=torch.uint8)
+        read(whole.name, rows.start, memory.numpy().data)
+        tensor = memory.view(torch_dtypes()[whole.dtype]).view(rows.shape)
+        for dimension, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            tensor = tensor if dimension == 0 else tensor.narrow(dimension, start, size)
+        return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+    def read_part(name: str, start: int, into: memoryview) -> None:
+        if name in parts:
+            torch.frombuffer(into, dtype=torch.uint8).copy_(part(name)[start : start + len(into)])
+        else:
+            read(name, start, into)
+
+    return read_part
+
+
+def local_steps(
+    steps: Sequence[Step], weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor] | None
+) -> tuple[list[Step], dict[str, tuple[TensorInfo, Any]]]:
+    """Return the steps with the shapes of this process's parts of DTensors, and the parts to read for `read_parts`.
+
+    Args:
+        steps: The steps of the tensors that are extrapolated, with the shapes of whole tensors.
         weights: The weights of aligned by name.
         others: The weights of sft by name; None if sft is given as files.
 
     Raises:
-        UsageError: A weight and its counterpart are not distributed alike.
+        UsageError: A weight and its counterpart are not distributed alike, or no part can be read from a file.
     """
-    local = []
+    local, parts = [], {}
     for step in steps:
         assert step.sft is not None
         weight, other = weights[step.name], None if others is None else others[step.sft.name]
-        if is_distributed(weight) and other is None:
-            raise UsageError(
-                f"model: {step.name} is a DTensor, of which each process has a part, and the files of sft have whole "
-                "tensors: load sft as a second model, apply the same fully_shard() or parallelize_module() to it, and "
-                "give that model as sft"
-            )
         if is_distributed(weight) or is_distributed(other):
-            names = f"model: {step.name}", f"sft: {step.sft.name}"
-            check_alike(list(zip(names, (weight, other), strict=True)), SAME_CALLS)
             if step.rows is not None:
                 raise UsageError(
                     f"model: {step.name} is a DTensor of shape {tuple(weight.shape)}, and sft has {step.rows[1]} rows: "
                     "on_mismatch='rows' needs whole tensors, so merge the files and load the result"
                 )
-            step = step._replace(aligned=_info(step.name, weight), sft=_info(step.sft.name, other))
+            sides: list[tuple[str, Any]] = [(f"model: {step.name}", weight)]
+            if others is None:
+                name = f"this process's part of {step.name}"
+                parts[name] = step.sft, weight
+                counterpart = _part_info(name, step.sft.dtype, weight)
+                check_blocks(*sides[0])
+            else:
+                sides.append((f"sft: {step.sft.name}", other))
+                counterpart = _part_info(step.sft.name, step.sft.dtype, other)
+            check_alike(sides, SAME_CALLS)
+            step = step._replace(aligned=_part_info(step.name, step.aligned.dtype, weight), sft=counterpart)
         local.append(step)
-    return local
+    return local, parts
 
 
-def _info(name: str, tensor: Any) -> TensorInfo:
-    """Return the description of this process's part of a tensor."""
-    part = local_part(tensor)
-    return TensorInfo(name, str(torch_names()[part.dtype]), tuple(part.shape), 0, part.nbytes)
+def _part_info(name: str, dtype: str, tensor: Any) -> TensorInfo:
+    """Return the description of a tensor of a dtype that has the shape of this process's part of `tensor`."""
+    shape = tuple(local_part(tensor).shape)
+    return TensorInfo(name, dtype, shape, 0, element_count(shape) * ITEMSIZE[dtype])
 
 
 def keep_originals(

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import expo
 
@@ -150,13 +153,13 @@ def check_that_the_advice_of_each_refusal_works(mesh: DeviceMesh) -> None:
 class Model(torch.nn.Module):
     """A model with two linear layers and a buffer; two processes cannot share the three rows of a matrix evenly."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.up, self.down = torch.nn.Linear(3, 6), torch.nn.Linear(6, 3)
+        self.up, self.down = torch.nn.Linear(3, 6, dtype=dtype), torch.nn.Linear(6, 3, dtype=dtype)
         self.register_buffer("bias", tensor((3,), seed, torch.float32))
         with torch.no_grad():
             for number, parameter in enumerate(self.parameters()):
-                parameter.copy_(tensor(parameter.shape, 10 * seed + number))
+                parameter.copy_(tensor(parameter.shape, 10 * seed + number, dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.relu(self.up(x))) + self.bias
@@ -255,19 +258,42 @@ def check_that_live_refuses_other_placements(mesh: DeviceMesh) -> None:
         assert "up.weight is a Parameter, which is no DTensor" in message, message
     partial = Model(2)
     partial.up.weight = torch.nn.Parameter(DTensor.from_local(partial.up.weight.detach(), mesh, [Partial()]))
-    assert "the processes have not yet summed its elements" in refusal(lambda: expo.Live(partial, partial))
+    assert "the processes have not yet combined its elements" in refusal(lambda: expo.Live(partial, partial))
 
 
-def check_that_live_refuses_files_and_rows(_: DeviceMesh) -> None:
-    import tempfile
-
-    from safetensors.torch import save_file
-
+def check_that_live_reads_parts_of_files(mesh: DeviceMesh) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        save_file(Model(1).state_dict(), f"{folder}/sft.safetensors")
-        message = refusal(lambda: expo.Live(by_fsdp(Model(2)), f"{folder}/sft.safetensors"))
-    assert message.startswith("model: up.weight is a DTensor, of which each process has a part"), message
-    assert message.endswith("and give that model as sft")
+        file = f"{folder}/sft.safetensors"
+        save_file(Model(1).state_dict(), file)
+        for spread in (by_fsdp, by_tensor_parallel, by_both):
+            for keep in ("device", "disk"):
+                whole, model = (Model(2, torch.bfloat16) for _ in range(2))
+                model = spread(model)
+                expected, live = (expo.Live(each, file, keep=keep) for each in (whole, model))
+                expected.alpha = live.alpha = ALPHA
+                weights = whole_weights(model)
+                assert all(equal(weights[name], each) for name, each in whole.state_dict().items())
+                assert live.memory < expected.memory
+        scalar = torch.nn.Module()
+        scalar.weight = torch.nn.Parameter(distribute_tensor(torch.tensor(2.0), mesh, [Replicate()]))
+        save_file({"weight": torch.tensor(1.0)}, file)
+        expo.Live(scalar, file).alpha = 0.5
+        assert scalar.weight.item() == 2.5
+
+
+def check_that_live_refuses_parts_that_no_file_has(_: DeviceMesh) -> None:
+    model = torch.nn.Module()
+    mesh = init_device_mesh("cpu", (2, 1))
+    placements = [_StridedShard(0, split_factor=1), Shard(0)]
+    model.weight = torch.nn.Parameter(DTensor.from_local(tensor((3, 4), 1), mesh, placements))
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({"weight": torch.zeros(6, 4)}, f"{folder}/sft.safetensors")
+        message = refusal(lambda: expo.Live(model, f"{folder}/sft.safetensors"))
+    assert message.startswith("model: weight is a DTensor of placements (_StridedShard("), message
+    assert message.endswith("load sft as a second model, distribute it like this model, and give it as sft"), message
+
+
+def check_that_live_refuses_rows(_: DeviceMesh) -> None:
     models = [torch.nn.Module() for _ in range(2)]
     for rows, model in zip((5, 7), models, strict=True):
         model.embed_tokens = torch.nn.Embedding(rows, 4)
