@@ -96,12 +96,16 @@ def _describe(tensor: Any) -> str:
     )
 
 
-def reshard(model: torch.nn.Module) -> None:
-    """Let the modules that `fully_shard` has wrapped register their local parts as parameters again.
+def fsdp_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the modules of a model that `fully_shard` has wrapped."""
+    return [module for module in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)]
+
+
+def reshard(modules: Sequence[torch.nn.Module]) -> None:
+    """Let modules of FSDP register their local parts as parameters again.
 
     After a forward pass the outermost module keeps whole copies of its parameters. It would compute with these copies
     again, although the local parts have been rewritten.
     """
-    for module in model.modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            module.reshard()  # type: ignore[operator]
+    for module in modules:
+        module.reshard()  # type: ignore[operator]

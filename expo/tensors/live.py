@@ -32,7 +32,7 @@ from ..planning.matching import Matched, match_tensors
 from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT
 from . import gpu_tensors
 from .arrays import MOST_THREADS, compute_on_cpu
-from .distributed_tensors import local_part, reshard
+from .distributed_tensors import fsdp_modules, local_part, reshard
 from .model_weights import model_tensors, saved_weights
 from .originals import (
     KEEP,
@@ -92,12 +92,13 @@ class Live:
         """
         if keep not in KEEP:
             raise UsageError(f"`keep` must be one of {', '.join(KEEP)}, got {keep!r}")
-        reshard(model)
+        self._fsdp_modules = fsdp_modules(model)
+        reshard(self._fsdp_modules)
         aligned = model_tensors(model, "model")
         sft_weights: dict[str, torch.Tensor] | None = None
         with ExitStack() as stack:
             if isinstance(sft, torch.nn.Module):
-                reshard(sft)
+                reshard(fsdp_modules(sft))
                 other: ModelTensors = model_tensors(sft, "sft")
                 sft_weights = saved_weights(sft)
                 others = {name: local_part(tensor.detach()) for name, tensor in sft_weights.items()}
@@ -144,12 +145,16 @@ class Live:
             raise UsageError(f"alpha must be a number that is finite in float32, got {value!r}") from error
         if self._closed:
             raise UsageError("this Live is closed: create another one")
-        reshard(self._model)
         tensors = self._tensors()
+        written = list(itertools.compress(tensors, self._is_rewritten))
+        if self._fsdp_modules:  # some tensors are whole copies, which autograd may have saved in a forward pass
+            reshard(self._fsdp_modules)
+            tensors = self._tensors()
+            written += itertools.compress(tensors, self._is_rewritten)
         if [local_part(tensor).data_ptr() for tensor in tensors] != self._former_addresses:
             raise UsageError("the model's weights have moved in memory: move the model before you create Live")
         self._alpha = None
-        for tensor in itertools.compress(tensors, self._is_rewritten):
+        for tensor in written:
             torch.autograd.graph.increment_version(tensor)  # kernels write without the knowledge of autograd
         with torch.no_grad():
             if value == 0:
