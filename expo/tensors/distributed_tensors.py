@@ -40,6 +40,8 @@ def local_part(tensor: Any) -> Any:
 def check_alike(tensors: Sequence[tuple[str, Any]], advice: str = "") -> None:
     """Raise UsageError unless all tensors are DTensors of one mesh and the same placements, none of them Partial.
 
+    The parts that this process has must also have one shape: a caller can make a DTensor of parts of any sizes.
+
     Args:
         tensors: The tensors, each after the name that a message gives it.
         advice: The end of the message; without it, an advice for each kind of difference.
@@ -59,6 +61,7 @@ def check_alike(tensors: Sequence[tuple[str, Any]], advice: str = "") -> None:
         elif tuple(tensor.placements) != tuple(first.placements):
             fix = f"{role}.redistribute(placements={reference}.placements)"
         else:
+            _check_local_shapes(reference, first, role, tensor)
             continue
         if role.startswith("out"):
             fix = f"torch.empty_like({reference}), or no out"
@@ -68,14 +71,31 @@ def check_alike(tensors: Sequence[tuple[str, Any]], advice: str = "") -> None:
         )
 
 
-def check_blocks(role: str, tensor: Any) -> None:
-    """Raise UsageError unless each process has one block of a DTensor, or all of it, as Shard and Replicate give it."""
-    for placement in tensor.placements:
-        if type(placement).__name__ not in ("Shard", "Replicate", "Partial"):
-            raise UsageError(
-                f"{role} is {_describe(tensor)}, and files are read for Shard and Replicate alone: load sft as a "
-                "second model, distribute it like this model, and give it as sft"
-            )
+def _check_local_shapes(reference: str, first: Any, role: str, tensor: Any) -> None:
+    """Raise UsageError if this process's parts of two tensors of one shape have different shapes."""
+    shapes = [tuple(local_part(each).shape) for each in (first, tensor)]
+    if first.shape == tensor.shape and shapes[0] != shapes[1]:
+        raise UsageError(
+            f"this process's part of {reference} has the shape {shapes[0]}, but that of {role} has the shape "
+            f"{shapes[1]}: make both DTensors by torch's distribute_tensor(), fully_shard() or parallelize_module()"
+        )
+
+
+def block_of(role: str, tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the begin and the shape of this process's part in the whole of a DTensor.
+
+    Raises:
+        UsageError: A placement is neither Shard nor Replicate, or the caller has made the DTensor of parts of other
+            sizes than torch's.
+    """
+    if all(type(placement).__name__ in ("Shard", "Replicate") for placement in tensor.placements):
+        (block,) = tensor.__create_chunk_list__()
+        if tuple(block.sizes) == tuple(local_part(tensor).shape):
+            return tuple(block.offsets), tuple(block.sizes)
+    raise UsageError(
+        f"{role} is {_describe(tensor)}, and files are read for Shard and Replicate alone, with parts of the sizes "
+        "that distribute_tensor gives: load sft as a second model, distribute it like this model, and give it as sft"
+    )
 
 
 def _advice_for_partial(role: str) -> str:

@@ -18,7 +18,7 @@ from ..dtypes import ITEMSIZE, torch_dtypes, torch_names
 from ..errors import EngineError, UsageError
 from ..planning.steps import Step, some_rows
 from ..text import size_text
-from .distributed_tensors import check_alike, check_blocks, is_distributed, local_part
+from .distributed_tensors import block_of, check_alike, is_distributed, local_part
 from .model_weights import check_weight
 
 KEEP = ("device", "host", "disk")
@@ -69,26 +69,37 @@ def read_from_checkpoint(checkpoint: Checkpoint) -> ReadTensor:
     return read
 
 
-def read_parts(read: ReadTensor, parts: Mapping[str, tuple[TensorInfo, Any]]) -> ReadTensor:
+class Part(NamedTuple):
+    """This process's part of a checkpoint's tensor.
+
+    Attributes:
+        whole: The tensor.
+        offsets: The begin of the part along each dimension.
+        shape: The shape of the part.
+    """
+
+    whole: TensorInfo
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def read_parts(read: ReadTensor, parts: Mapping[str, Part]) -> ReadTensor:
     """Return a function that reads bytes of this process's parts of a checkpoint's tensors.
 
     Args:
         read: Reads bytes of whole tensors.
-        parts: For the name of each part the whole tensor, and the DTensor that is distributed like it.
+        parts: The parts by name.
     """
 
     @lru_cache(maxsize=1)
     def part(name: str) -> torch.Tensor:
-        whole, like = parts[name]
-        (chunk,) = like.__create_chunk_list__()
-        rows = whole
-        if tuple(chunk.sizes) != whole.shape:
-            rows = some_rows(whole, chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
+        whole, offsets, shape = parts[name]
+        rows = whole if shape == whole.shape else some_rows(whole, offsets[0], offsets[0] + shape[0])
         memory = torch.empty(rows.nbytes, dtype=torch.uint8)
         read(whole.name, rows.start, memory.numpy().data)
         tensor = memory.view(torch_dtypes()[whole.dtype]).view(rows.shape)
-        for dimension, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-            tensor = tensor if dimension == 0 else tensor.narrow(dimension, start, size)
+        for dimension in range(1, len(shape)):
+            tensor = tensor.narrow(dimension, offsets[dimension], shape[dimension])
         return tensor.contiguous().reshape(-1).view(torch.uint8)
 
     def read_part(name: str, start: int, into: memoryview) -> None:
@@ -102,7 +113,7 @@ def read_parts(read: ReadTensor, parts: Mapping[str, tuple[TensorInfo, Any]]) ->
 
 def local_steps(
     steps: Sequence[Step], weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor] | None
-) -> tuple[list[Step], dict[str, tuple[TensorInfo, Any]]]:
+) -> tuple[list[Step], dict[str, Part]]:
     """Return the steps with the shapes of this process's parts of DTensors, and the parts to read for `read_parts`.
 
     Args:
@@ -113,26 +124,28 @@ def local_steps(
     Raises:
         UsageError: A weight and its counterpart are not distributed alike, or no part can be read from a file.
     """
-    local, parts = [], {}
+    local: list[Step] = []
+    parts: dict[str, Part] = {}
     for step in steps:
         assert step.sft is not None
         weight, other = weights[step.name], None if others is None else others[step.sft.name]
         if is_distributed(weight) or is_distributed(other):
-            if step.rows is not None:
+            shapes = tuple(weight.shape), step.sft.shape if other is None else tuple(other.shape)
+            if step.rows is not None or shapes[0] != shapes[1]:
                 raise UsageError(
-                    f"model: {step.name} is a DTensor of shape {tuple(weight.shape)}, and sft has {step.rows[1]} rows: "
+                    f"model: {step.name} is a DTensor of shape {shapes[0]}, and sft has the shape {shapes[1]}: "
                     "on_mismatch='rows' needs whole tensors, so merge the files and load the result"
                 )
+            name = f"this process's part of {step.name}"
             sides: list[tuple[str, Any]] = [(f"model: {step.name}", weight)]
-            if others is None:
-                name = f"this process's part of {step.name}"
-                parts[name] = step.sft, weight
-                counterpart = _part_info(name, step.sft.dtype, weight)
-                check_blocks(*sides[0])
-            else:
+            if others is not None:
                 sides.append((f"sft: {step.sft.name}", other))
-                counterpart = _part_info(step.sft.name, step.sft.dtype, other)
             check_alike(sides, SAME_CALLS)
+            if others is None:
+                parts[name] = Part(step.sft, *block_of(*sides[0]))
+                counterpart = _part_info(name, step.sft.dtype, weight)
+            else:
+                counterpart = _part_info(step.sft.name, step.sft.dtype, other)
             step = step._replace(aligned=_part_info(step.name, step.aligned.dtype, weight), sft=counterpart)
         local.append(step)
     return local, parts

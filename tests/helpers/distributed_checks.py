@@ -150,6 +150,28 @@ def check_that_the_advice_of_each_refusal_works(mesh: DeviceMesh) -> None:
     assert refusal(lambda: expo.extrapolate(more, a, ALPHA)).startswith("shapes differ: sft (6, 3), aligned (5, 3)")
 
 
+def check_that_parts_of_other_sizes_are_refused(mesh: DeviceMesh) -> None:
+    """torch gives the first process 3 of 5 rows; a kernel must not read 3 rows where there are 2."""
+    rank = torch.distributed.get_rank()
+    odd = DTensor.from_local(
+        tensor((2 + rank, 3), 1), mesh, [Shard(0)], run_check=False, shape=torch.Size((5, 3)), stride=(3, 1)
+    )
+    even = distribute_tensor(tensor((5, 3), 2), mesh, [Shard(0)])
+    words = "this process's part of {} has the shape {}, but that of {} has the shape {}: make both DTensors by"
+    shapes = (3 - rank, 3), (2 + rank, 3)
+    message = refusal(lambda: expo.extrapolate(odd, even, ALPHA))
+    assert message.startswith(words.format("aligned", shapes[0], "sft", shapes[1])), message
+    models = [torch.nn.Module() for _ in range(2)]
+    for model, weight in zip(models, (odd, even), strict=True):
+        model.weight = torch.nn.Parameter(weight)
+    message = refusal(lambda: expo.Live(models[1], models[0]))
+    assert message.startswith(words.format("model: weight", shapes[0], "sft: weight", shapes[1])), message
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({"weight": torch.zeros(5, 3)}, f"{folder}/sft.safetensors")
+        message = refusal(lambda: expo.Live(models[0], f"{folder}/sft.safetensors"))
+    assert "with parts of the sizes that distribute_tensor gives" in message, message
+
+
 class Model(torch.nn.Module):
     """A model with two linear layers and a buffer; two processes cannot share the three rows of a matrix evenly."""
 
@@ -169,8 +191,9 @@ def by_fsdp(model: Model) -> Model:
     """Return the model with a part of each parameter in each process."""
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(model.up)
-    fully_shard(model)
+    mesh = init_device_mesh("cpu", (2,))  # the default is a GPU, where there is one
+    fully_shard(model.up, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 
@@ -301,15 +324,19 @@ def check_that_live_refuses_rows(_: DeviceMesh) -> None:
     for rows, model in zip((5, 7), models, strict=True):
         model.embed_tokens = torch.nn.Embedding(rows, 4)
         by_fsdp_alone(model)
-    message = refusal(lambda: expo.Live(models[1], models[0], on_mismatch="rows"))
-    assert message.startswith("model: embed_tokens.weight is a DTensor of shape (7, 4), and sft has 5 rows"), message
+    words = (
+        "model: embed_tokens.weight is a DTensor of shape ({}, 4), and sft has the shape ({}, 4): on_mismatch='rows'"
+    )
+    for (one, other), rows in ((models[::-1], (7, 5)), (models, (5, 7))):
+        message = refusal(lambda one=one, other=other: expo.Live(one, other, on_mismatch="rows"))
+        assert message.startswith(words.format(*rows)), message
 
 
 def by_fsdp_alone(model: torch.nn.Module) -> None:
     """Spread a model as one group."""
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
 
 
 CHECKS = {name: check for name, check in globals().items() if name.startswith("check_") and name != "check_live"}
