@@ -108,7 +108,7 @@ def _advice_for_partial(role: str) -> str:
 def _describe(tensor: Any) -> str:
     """Return the placements and the mesh of a tensor, as a message names them."""
     if not is_distributed(tensor):
-        return f"a {type(tensor).__name__}, which is no DTensor,"
+        return f"a {type(tensor).__name__}, which is no DTensor"
     mesh = tensor.device_mesh
     names = f" with dimensions {mesh.mesh_dim_names}" if mesh.mesh_dim_names else ""
     return (

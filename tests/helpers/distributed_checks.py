@@ -120,7 +120,7 @@ def check_that_the_advice_of_each_refusal_works(mesh: DeviceMesh) -> None:
     a = distribute_tensor(aligned, mesh, [Shard(0)])
     other_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("other",))
     cases = {
-        "sft is a Tensor, which is no DTensor,": sft,
+        "sft is a Tensor, which is no DTensor: each": sft,
         "sft is a DTensor of placements (Shard(dim=1),)": distribute_tensor(sft, mesh, [Shard(1)]),
         "with dimensions ('other',)": distribute_tensor(sft, other_mesh, [Shard(0)]),
     }
