@@ -14,7 +14,9 @@ from ..errors import EngineError, UsageError
 from ..execution.engines import Engine, choose, cpu_count
 from ..kernels.contract import Address, Operand, extrapolation, working_alpha
 from . import gpu_calls, gpu_tensors
+from .distributed_tensors import check_alike, is_distributed, local_part
 from .memory_checks import check_memory, check_unmasked, mark_firsts
+from .versions import count_writes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -41,12 +43,16 @@ def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any
     not built. The Triton kernel computes CUDA tensors. Torch's own operations compute them if the kernel cannot run or
     fails its self-test, at first use; then a RuntimeWarning gives the reason, once for each device. A CUDA graph that
     is captured before the self-test contains torch's operations too: call this function once, with the same dtypes,
-    before the capture. Autograd is not recorded.
+    before the capture. Autograd is not recorded. A write to `out` counts in its version, so that a backward pass that
+    needs the former numbers raises an error.
+
+    Each process computes the local parts of DTensors, without communication. The result has aligned's mesh and
+    placements.
 
     Args:
         sft: A NumPy array or a torch tensor, of dtype bf16 (in NumPy: ml_dtypes.bfloat16), fp16, fp32 or fp64.
         aligned: Another one of the same kind, shape and device, of the same or another of these dtypes. The arithmetic
-            is fp32, or fp64 if one of the two is.
+            is fp32, or fp64 if one of the two is. DTensors have the same mesh and placements, none of them Partial.
         alpha: Any number that is finite in fp32; 0 copies aligned bit for bit.
         out: The array or tensor that takes the result, of aligned's shape and dtype. It may be aligned or sft itself,
             and must not overlap them otherwise. Without it the result is new memory.
@@ -58,14 +64,15 @@ def extrapolate(sft: Any, aligned: Any, alpha: float, *, out: Any = None) -> Any
         The result in aligned's dtype, with the same bits on every device; a list for sequences.
 
     Raises:
-        UsageError: The arguments do not fit together; a tensor has no memory of its own (DTensor, FakeTensor, meta
-            tensors, wrappers); or the result of a list would depend on its order, as an out overlaps the memory of
+        UsageError: The arguments do not fit together; a tensor has no memory of its own (FakeTensor, meta tensors,
+            wrappers); or the result of a list would depend on its order, as an out overlaps the memory of
             another pair.
         EngineError: The floating-point mode of this thread would give other bits, and NumPy would follow it.
     """
     torch = sys.modules.get("torch")  # a caller that passes a tensor has imported torch
     if torch is not None and isinstance(aligned, torch.Tensor):
         if out is not None and gpu_calls.compute_one(torch, sft, aligned, alpha, out):
+            count_writes(torch, (out,))
             return out
         return _extrapolate_tensors(torch, sft, aligned, alpha, out)
     if isinstance(aligned, Iterable) and not isinstance(aligned, str | bytes) and not hasattr(aligned, "dtype"):
@@ -82,7 +89,12 @@ def _extrapolate_lists(
         raise UsageError(f"as many of each are needed, got sft {len(sft)}, aligned {len(aligned)}, out {len(outs)}")
     key = None if torch is None or out is None else gpu_calls.make_key(torch, sft, aligned, out)
     if key is not None and out is not None and gpu_calls.compute_again(key, sft, aligned, alpha, out):
+        count_writes(torch, out)
         return out
+    whole: dict[int, Any] = {}  # the results that are DTensors, by position
+    for i, (s, a, o) in enumerate(zip(sft, aligned, outs, strict=True)):
+        if is_distributed(a) or is_distributed(s) or is_distributed(o):
+            sft[i], aligned[i], outs[i], whole[i] = _local_parts(torch, s, a, o, f"[{i}]")
     checked = []
     for s, a, o in zip(sft, aligned, outs, strict=True):
         is_tensor = torch is not None and isinstance(a, torch.Tensor)
@@ -90,6 +102,8 @@ def _extrapolate_lists(
     results = [each.out for each in checked]
     triples = list(zip(sft, aligned, results, strict=True))
     firsts = [True] * len(triples) if out is None else mark_firsts(triples)  # new memory overlaps no other
+    if torch is not None and out is not None:
+        count_writes(torch, [o for o in (*results, *whole.values()) if isinstance(o, torch.Tensor)])
     together: defaultdict[Any, list[int]] = defaultdict(list)  # the positions of pairs for each device
     for place, (s, a, each) in enumerate(zip(sft, aligned, checked, strict=True)):
         if not firsts[place]:
@@ -105,7 +119,7 @@ def _extrapolate_lists(
         table = gpu_tensors.compute_together(on_device, working_alpha(alpha))
         if key is not None and table is not None and len(places) == sum(firsts):
             gpu_calls.tables.keep(key, places, table)
-    return results
+    return [whole.get(i, result) for i, result in enumerate(results)] if whole else results
 
 
 class _CheckedPair(NamedTuple):
@@ -163,9 +177,38 @@ def _check_alpha(alpha: float, dtypes: tuple[str, str]) -> float:
 
 
 def _extrapolate_tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> Any:
+    if is_distributed(aligned) or is_distributed(sft) or is_distributed(out):
+        *parts, whole = _local_parts(torch, sft, aligned, out)
+        _extrapolate_tensors(torch, parts[0], parts[1], alpha, parts[2])
+        count_writes(torch, (whole,))
+        return whole
     checked = _check_tensors(torch, sft, aligned, alpha, out)
+    if out is not None:
+        count_writes(torch, (out,))
     _compute_tensors(sft, aligned, checked)
     return checked.out
+
+
+def _local_parts(torch: Any, sft: Any, aligned: Any, out: Any, place: str = "") -> tuple[Any, Any, Any, Any]:
+    """Return the local parts of sft, aligned and out, and out, which is a new DTensor if there is none.
+
+    Args:
+        torch: The module.
+        sft: A tensor; at least one of the three is a DTensor.
+        aligned: A tensor.
+        out: A tensor or None.
+        place: The position in the lists, for messages.
+
+    Raises:
+        UsageError: The three are not distributed alike, or their shapes or dtypes do not fit together.
+    """
+    given = {f"aligned{place}": aligned, f"sft{place}": sft} | ({} if out is None else {f"out{place}": out})
+    _check_kinds(sft, aligned, aligned if out is None else out, torch.Tensor)
+    check_alike(list(given.items()))
+    if out is None:
+        with torch.no_grad():
+            out = torch.empty_like(aligned)  # an operation of DTensor: the same mesh, placements and strides
+    return local_part(sft), local_part(aligned), local_part(out), out
 
 
 def _check_tensors(torch: Any, sft: Any, aligned: Any, alpha: float, out: Any) -> _CheckedPair:

@@ -32,8 +32,18 @@ from ..planning.matching import Matched, match_tensors
 from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT
 from . import gpu_tensors
 from .arrays import MOST_THREADS, compute_on_cpu
-from .model_weights import WeightPositions, model_tensors, saved_weights
-from .originals import KEEP, LiveWeight, keep_originals, read_from_checkpoint, read_from_model
+from .distributed_tensors import fsdp_modules, local_part, reshard
+from .model_weights import MOVED, WeightPositions, model_tensors, saved_weights
+from .originals import (
+    KEEP,
+    LiveWeight,
+    keep_originals,
+    local_steps,
+    read_from_checkpoint,
+    read_from_tensors,
+    read_parts,
+)
+from .versions import count_writes
 
 CPU_ELEMENTS = 1 << 21  # elements that a thread of the CPU computes at a time
 DEVICE_ELEMENTS = 1 << 24  # elements of originals that go to a device at a time
@@ -65,11 +75,13 @@ class Live:
         """Match the tensors of both models and keep the originals.
 
         Args:
-            model: The model with the aligned weights, of dtype bf16, fp16, fp32 or fp64, all on one device.
-            sft: Another model of the same kind, or a folder, a file or a hub id as for merge().
-            keep: The place of the originals: the model's "device", the "host"'s memory, or the "disk", in an unnamed
-                temporary file (TMPDIR says where). They take the bytes of both models. With "device" a model given as
-                sft is used where it is, and must not change meanwhile.
+            model: The model with the aligned weights, of dtype bf16, fp16, fp32 or fp64, on one or several devices. If
+                it has DTensors, each process sets its own part of them.
+            sft: Another model of the same kind, or a folder, a file or a hub id as for merge(). The DTensors of two
+                models have the same meshes and placements.
+            keep: The place of the originals: the "device" of each weight, the "host"'s memory, or the "disk", in an
+                unnamed temporary file (TMPDIR says where). They take the bytes of both models. With "device" a model
+                given as sft is used where it is, and must not change meanwhile.
             alpha_for, on_unpaired, on_mismatch: As for merge(). If they leave most of the weights as aligned has them,
                 a UserWarning says so.
 
@@ -81,13 +93,19 @@ class Live:
         """
         if keep not in KEEP:
             raise UsageError(f"`keep` must be one of {', '.join(KEEP)}, got {keep!r}")
+        self._fsdp_modules = fsdp_modules(model)
+        reshard(self._fsdp_modules)
         aligned = model_tensors(model, "model")
-        self._device = next(model.parameters()).device
+        sft_weights: dict[str, torch.Tensor] | None = None
         with ExitStack() as stack:
             if isinstance(sft, torch.nn.Module):
+                reshard(fsdp_modules(sft))
                 other: ModelTensors = model_tensors(sft, "sft")
-                read = read_from_model(sft)
+                sft_weights = saved_weights(sft)
+                others = {name: local_part(tensor.detach()) for name, tensor in sft_weights.items()}
+                read = read_from_tensors(others)
             else:
+                others = {}
                 other = checkpoint = stack.enter_context(open_one(sft))
                 read = read_from_checkpoint(checkpoint)
             options = MergeOptions(alpha_for=alpha_for or {}, on_unpaired=on_unpaired, on_mismatch=on_mismatch)
@@ -95,21 +113,18 @@ class Live:
             _refuse(matched, by_files=not isinstance(sft, torch.nn.Module))
             for note in matched.notes:
                 warnings.warn(note, stacklevel=2)
-            usable = saved_weights(sft) if isinstance(sft, torch.nn.Module) and keep == "device" else {}
-            steps, weights = [step for step in matched.steps if step.sft is not None], saved_weights(model)
-            self._weights, self.memory = keep_originals(steps, weights, self._device, read, keep, usable)
-        changed = {step.name for step in matched.steps if step.sft is not None}
-        self._buffers = sorted(changed - dict(model.named_parameters()).keys())
-        on_cpu = self._weights if self._device.type == "cpu" else []
-        self._jobs = [job for weight in on_cpu for job in _make_jobs(weight)]
-        self._positions = WeightPositions(model, self._buffers)
+            weights = saved_weights(model)
+            extrapolated = [step for step in matched.steps if step.sft is not None]
+            steps, parts = local_steps(extrapolated, weights, sft_weights)
+            local = {name: local_part(tensor) for name, tensor in weights.items()}
+            usable = others if keep == "device" else {}
+            self._weights, self.memory = keep_originals(steps, local, read_parts(read, parts), keep, usable)
+        self._positions = WeightPositions(model, {step.name for step in steps})
+        self._jobs = [job for weight in self._weights if _on_cpu(weight) for job in _make_jobs(weight)]
         self._threads = min(cpu_count(), MOST_THREADS)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expo-live")
-        self._groups: dict[tuple[float | None, bool], list[LiveWeight]] = {}
-        for weight in self._weights:
-            self._groups.setdefault((weight.alpha, "F64" not in weight.dtypes), []).append(weight)
-        self._tables: dict[float | None, Any] = {}
-        self._launches = keep == "device" and self._device.type == "cuda"
+        self._groups = _make_groups(self._weights, launches=keep == "device")
+        self._tables: dict[_Group, Any] = {}
         self._alpha: float | None = 0.0
         self._closed = False
 
@@ -127,20 +142,27 @@ class Live:
             raise UsageError(f"alpha must be a number that is finite in float32, got {value!r}") from error
         if self._closed:
             raise UsageError("this Live is closed: create another one")
-        if self._positions.changed():
-            raise UsageError("the model's weights have moved in memory: move the model before you create Live")
+        tensors, written = self._positions.read()
+        if self._fsdp_modules:  # some tensors are whole copies, which autograd may have saved in a forward pass
+            reshard(self._fsdp_modules)
+            tensors, also_written = self._positions.read()
+            written += also_written
+        if self._positions.changed(tensors):
+            raise UsageError(MOVED)
         self._alpha = None
+        count_writes(torch, written)
         if value == 0:
             for weight in self._weights:
                 weight.out.copy_(weight.aligned)
-        elif self._device.type == "cpu":
-            self._run_jobs(value)
         else:
-            self._compute_on_device(value)
+            self._compute_on_devices(value)
+            self._run_jobs(value)
         self._alpha = float(value)
 
     def _run_jobs(self, value: float) -> None:
         """Compute all jobs in several threads; each thread takes the next job when it is free."""
+        if not self._jobs:
+            return
         queue = iter(self._jobs)
 
         def work(_: int) -> None:
@@ -149,39 +171,26 @@ class Live:
 
         list(self._pool.map(work, range(self._threads)))
 
-    def _compute_on_device(self, value: float) -> None:
-        """Compute all weights on a device that is not the CPU; those with one alpha share a launch if they can."""
-        for (own, in_fp32), weights in self._groups.items():
-            alpha = value if own is None else own
+    def _compute_on_devices(self, value: float) -> None:
+        """Compute all weights that are not on the CPU; those of one device and alpha share a launch if they can."""
+        for group, weights in self._groups.items():
+            alpha = value if group.alpha is None else group.alpha
             used_alpha = working_alpha(alpha)
-            table = self._table(own, weights) if self._launches and in_fp32 and used_alpha else None
+            table = self._table(group, weights) if group.shares_a_launch and used_alpha else None
             if table is not None:
                 gpu_tensors.compute_table(table, used_alpha, partial(_tensors_at, weights))
                 continue
             for weight in weights:
-                self._compute_in_parts(weight, working_alpha(alpha, *weight.dtypes))
+                _compute_in_parts(weight, working_alpha(alpha, *weight.dtypes))
 
-    def _table(self, own: float | None, weights: Sequence[LiveWeight]) -> Any:
-        """Return the pointer table of all weights that share this alpha, cached for later launches.
-
-        The result is None if no table can be made now.
-        """
-        if own not in self._tables:
+    def _table(self, group: _Group, weights: Sequence[LiveWeight]) -> Any:
+        """Return the pointer table of a group's weights, cached for later launches; None if none can be made now."""
+        if group not in self._tables:
             made = gpu_tensors.make_table((weight.sft, weight.aligned, weight.out) for weight in weights)
             if made is None:  # memory may have run out, so the next call tries again
                 return None
-            self._tables[own] = made
-        return self._tables[own]
-
-    def _compute_in_parts(self, weight: LiveWeight, alpha: float) -> None:
-        """Compute one tensor in parts, whose originals are copied to the device first if they are elsewhere."""
-        columns = (torch.split(each.reshape(-1), DEVICE_ELEMENTS) for each in (weight.sft, weight.aligned, weight.out))
-        for sft, aligned, out in zip(*columns, strict=True):
-            s, a = (each.to(self._device, non_blocking=True) for each in (sft, aligned))
-            if alpha:
-                gpu_tensors.compute(s, a, alpha, out)
-            else:
-                out.copy_(a)
+            self._tables[group] = made
+        return self._tables[group]
 
     def close(self) -> None:
         """Restore aligned and release the originals and the tables; a second call does nothing.
@@ -219,6 +228,51 @@ def _refuse(matched: Matched, by_files: bool) -> None:
             "instead of the files\n" + "\n".join(matched.problems)
         )
     matched.check()
+
+
+def _on_cpu(weight: LiveWeight) -> bool:
+    """Return True for a weight that threads of the CPU compute."""
+    return weight.out.device.type == "cpu"
+
+
+def _compute_in_parts(weight: LiveWeight, alpha: float) -> None:
+    """Compute one tensor in parts, whose originals are copied to the device first if they are elsewhere."""
+    columns = (torch.split(each.reshape(-1), DEVICE_ELEMENTS) for each in (weight.sft, weight.aligned, weight.out))
+    for sft, aligned, out in zip(*columns, strict=True):
+        s, a = (each.to(out.device, non_blocking=True) for each in (sft, aligned))
+        if alpha:
+            gpu_tensors.compute(s, a, alpha, out)
+        else:
+            out.copy_(a)
+
+
+class _Group(NamedTuple):
+    """Weights on one device, not the CPU, that share an alpha.
+
+    Attributes:
+        device: The device.
+        alpha: The weights' own alpha; None for the alpha of the model.
+        shares_a_launch: True if one launch of the kernel can compute all of them.
+    """
+
+    device: torch.device
+    alpha: float | None
+    shares_a_launch: bool
+
+
+def _make_groups(weights: Sequence[LiveWeight], launches: bool) -> dict[_Group, list[LiveWeight]]:
+    """Return the weights that are not on the CPU, by group.
+
+    Args:
+        weights: The weights of a model.
+        launches: True if the originals are on the weights' devices, where a kernel can read them.
+    """
+    groups: dict[_Group, list[LiveWeight]] = {}
+    for weight in weights:
+        if not _on_cpu(weight):
+            shared = launches and gpu_tensors.on_gpu(weight.out) and "F64" not in weight.dtypes
+            groups.setdefault(_Group(weight.out.device, weight.alpha, shared), []).append(weight)
+    return groups
 
 
 def _make_jobs(weight: LiveWeight) -> Iterator[_Job]:

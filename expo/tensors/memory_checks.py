@@ -19,7 +19,7 @@ MOST_CANDIDATES = 1 << 16
 def check_memory(torch: Any, tensor: Any, role: str, advice: str = "") -> None:
     """Raise UsageError for a torch tensor that has elements, and no memory of its own.
 
-    Tensors of a wrapper class (DTensor, FakeTensor, quantised tensors) and those inside torch.func report a dtype and a
+    Tensors of a wrapper class (FakeTensor, quantised tensors) and those inside torch.func report a dtype and a
     shape, but their storage is at address 0. A subclass that owns its memory passes.
 
     Args:
@@ -60,8 +60,6 @@ def _kind(tensor: Any) -> str:
 def _advice(torch: Any, tensor: Any) -> str:
     """Return the way out for a type of tensor without memory."""
     names = {kind.__name__ for kind in type(tensor).__mro__}
-    if "DTensor" in names:
-        return "pass .to_local() of each, all of the same placements, none of them Partial"
     if "FakeTensor" in names or tensor.is_meta:
         return (
             "it has a shape and no numbers; load the weights first, or, where shapes alone are wanted, "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,15 @@ import torch
 from ..checkpoints.safetensors_header import TensorInfo
 from ..dtypes import ITEMSIZE, torch_names
 from ..errors import UsageError
+from .distributed_tensors import is_distributed, local_part
 from .memory_checks import check_memory
 
-IN_MEMORY = "a live model has all its weights in the memory of one process, so load the whole model there"
+IN_MEMORY = "a live model has all its weights in memory, so load them first"
+MOVED = "the model's weights have moved in memory: move the model before you create Live"
+OFFLOADED = (
+    "accelerate has offloaded it, and a live model has all its weights in memory: load the model with a device_map "
+    "that offloads nothing, such as device_map='cpu', or on more devices"
+)
 
 
 def saved_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -41,30 +48,59 @@ def saved_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 class WeightPositions:
     """The places of a model's parameters and of some of its buffers in the model's modules, and their addresses.
 
-    A live model asks before each launch if the addresses have changed. They are read from the modules' own dictionaries
-    in loops that run in C: for 291 parameters, `model.parameters()` would take thirty times as long as a launch.
+    A live model asks before each launch if the addresses have changed. The tensors are read from the modules' own
+    dictionaries in loops that run in C: for 291 parameters, `model.parameters()` would take thirty times as long as a
+    launch.
     """
 
-    def __init__(self, model: torch.nn.Module, buffers: Collection[str]) -> None:
-        """Remember the parameters, and the buffers whose names in the model are in `buffers`."""
+    def __init__(self, model: torch.nn.Module, rewritten: Collection[str]) -> None:
+        """Remember all parameters, and the buffers among the names of the tensors that will be rewritten."""
         self._dictionaries: list[dict[str, Any]] = []
         self._names: list[str] = []
+        self._is_rewritten: list[bool] = []
+        self._parents: list[dict[str, Any]] = []
+        self._child_names: list[str] = []
+        self._former_children: list[torch.nn.Module] = []
         for prefix, module in model.named_modules():
-            parameters = [name for name, parameter in module._parameters.items() if parameter is not None]
-            saved = [name for name in module._buffers if (f"{prefix}.{name}" if prefix else name) in buffers]
-            self._dictionaries += [module._parameters] * len(parameters) + [module._buffers] * len(saved)
-            self._names += parameters + saved
-        self._former_addresses = self._addresses()
+            children = {name: child for name, child in module._modules.items() if child is not None}
+            self._parents += [module._modules] * len(children)
+            self._child_names += children.keys()
+            self._former_children += children.values()
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    is_rewritten = (f"{prefix}.{name}" if prefix else name) in rewritten
+                    if tensor is not None and (is_rewritten or tensors is module._parameters):
+                        self._dictionaries.append(tensors)
+                        self._names.append(name)
+                        self._is_rewritten.append(is_rewritten)
+        tensors, _ = self.read()
+        self._has_parts = any(is_distributed(tensor) for tensor in tensors)
+        self._former_addresses = self._addresses(tensors)
 
-    def _addresses(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, map(operator.getitem, self._dictionaries, self._names)))
+    def read(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the tensors in their places now, and those among them that are rewritten.
 
-    def changed(self) -> bool:
-        """Return True if a tensor was replaced, moved or removed."""
+        Raises:
+            UsageError: A tensor or a module was removed or replaced.
+        """
         try:
-            return self._addresses() != self._former_addresses
-        except (KeyError, TypeError):  # a tensor was removed, or None stands in its place
-            return True
+            tensors = list(map(operator.getitem, self._dictionaries, self._names))
+            children = map(operator.getitem, self._parents, self._child_names)
+            same = all(map(operator.is_, children, self._former_children))
+        except KeyError:
+            same = False
+        if not same or type(None) in map(type, tensors):
+            raise UsageError(MOVED)
+        return tensors, list(itertools.compress(tensors, self._is_rewritten))
+
+    def changed(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return True if one of the tensors that `read` has returned is at another address than at first."""
+        return self._addresses(tensors) != self._former_addresses
+
+    def _addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        if self._has_parts:
+            return [local_part(tensor).data_ptr() for tensor in tensors]
+        return list(map(torch.Tensor.data_ptr, tensors))
 
 
 def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -89,7 +125,8 @@ class ModelInMemory:
 def model_tensors(model: torch.nn.Module, role: str) -> ModelInMemory:
     """Return the tensors of a model by name. Raises UsageError for parameters that cannot be rewritten in place.
 
-    A buffer of a dtype that weight files do not hold is left out. The bytes of each TensorInfo are [0, nbytes).
+    A buffer of a dtype that weight files do not hold is left out. The bytes of each TensorInfo are [0, nbytes). The
+    TensorInfo of a DTensor describes the whole tensor.
     """
     tensors: dict[str, TensorInfo] = {}
     for name, tensor in saved_weights(model).items():
@@ -97,22 +134,26 @@ def model_tensors(model: torch.nn.Module, role: str) -> ModelInMemory:
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         if dtype is None and not is_parameter:
             continue
-        check_memory(torch, tensor, f"{role}: {name}", IN_MEMORY)
+        check_memory(torch, local_part(tensor), f"{role}: {name}", OFFLOADED if offloads(model) else IN_MEMORY)
         if is_parameter:
             check_weight(tensor, name, role)
         tensors[name] = TensorInfo(name, str(dtype), tuple(tensor.shape), 0, tensor.nbytes)
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1:
-        raise UsageError(
-            f"{role}: parameters must be on one device, got {', '.join(sorted(map(str, devices))) or 'none'}"
-        )
+    if next(model.parameters(), None) is None:
+        raise UsageError(f"{role}: the {type(model).__name__} has no parameters, so it is no model")
     config: Any = getattr(model, "config", None)
     return ModelInMemory(role, tensors, config.to_dict() if hasattr(config, "to_dict") else {})
 
 
+def offloads(model: torch.nn.Module) -> bool:
+    """Return True if accelerate moves weights of the model to a device only while a module computes with them."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    return any(getattr(hook, "offload", False) for each in hooks for hook in getattr(each, "hooks", (each,)))
+
+
 def check_weight(tensor: torch.Tensor, name: str, role: str) -> None:
-    """Raise UsageError if the kernels cannot read and write the tensor in place."""
+    """Raise UsageError if the kernels cannot read and write the tensor, or this process's part of it, in place."""
+    part = local_part(tensor)
     what = "parameters" if isinstance(tensor, torch.nn.Parameter) else "buffers that files hold"
     is_known = torch_names().get(tensor.dtype) in ITEMSIZE
-    if not is_known or not tensor.is_contiguous() or tensor.layout != torch.strided or tensor.is_neg():
+    if not is_known or not part.is_contiguous() or part.layout != torch.strided or part.is_neg():
         raise UsageError(f"{role}: {name} is {tensor.dtype}: {what} must be contiguous bf16, fp16, fp32 or fp64")

@@ -7,22 +7,25 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.safetensors_header import TensorInfo
-from ..dtypes import torch_dtypes, torch_names
+from ..checkpoints.safetensors_header import TensorInfo, element_count
+from ..dtypes import ITEMSIZE, torch_dtypes, torch_names
 from ..errors import EngineError, UsageError
 from ..execution.gpu_fallback import error_text, is_out_of_memory
-from ..planning.steps import Step
+from ..planning.steps import Step, some_rows
 from ..text import size_text
-from .model_weights import check_weight, saved_weights
+from .distributed_tensors import block_of, check_alike, is_distributed, local_part
+from .model_weights import check_weight
 
 KEEP = ("device", "host", "disk")
 ALIGNMENT = 64  # bytes: the widest accesses need addresses that are multiples of it
 COPY_BYTES = 1 << 24  # bytes of an original that are read at a time on their way to a device
+SAME_CALLS = "apply the same fully_shard() or parallelize_module() to both models"
 
 ReadTensor = Callable[[str, int, memoryview], None]  # (name of a tensor, its first byte, memory to fill)
 
@@ -48,12 +51,11 @@ class LiveWeight(NamedTuple):
         return torch_names()[self.sft.dtype], torch_names()[self.aligned.dtype]
 
 
-def read_from_model(model: torch.nn.Module) -> ReadTensor:
-    """Return a function that reads bytes of a model's weights."""
-    weights = saved_weights(model)
+def read_from_tensors(tensors: Mapping[str, torch.Tensor]) -> ReadTensor:
+    """Return a function that reads bytes of the contiguous tensors of a model."""
 
     def read(name: str, start: int, into: memoryview) -> None:
-        flat = weights[name].detach().reshape(-1).view(torch.uint8)[start : start + len(into)]
+        flat = tensors[name].reshape(-1).view(torch.uint8)[start : start + len(into)]
         torch.frombuffer(into, dtype=torch.uint8).copy_(flat)
 
     return read
@@ -68,10 +70,97 @@ def read_from_checkpoint(checkpoint: Checkpoint) -> ReadTensor:
     return read
 
 
+class Part(NamedTuple):
+    """This process's part of a checkpoint's tensor.
+
+    Attributes:
+        whole: The tensor.
+        offsets: The begin of the part along each dimension.
+        shape: The shape of the part.
+    """
+
+    whole: TensorInfo
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def read_parts(read: ReadTensor, parts: Mapping[str, Part]) -> ReadTensor:
+    """Return a function that reads bytes of this process's parts of a checkpoint's tensors.
+
+    Args:
+        read: Reads bytes of whole tensors.
+        parts: The parts by name.
+    """
+
+    @lru_cache(maxsize=1)
+    def part(name: str) -> torch.Tensor:
+        whole, offsets, shape = parts[name]
+        rows = whole if shape == whole.shape else some_rows(whole, offsets[0], offsets[0] + shape[0])
+        memory = torch.empty(rows.nbytes, dtype=torch.uint8)
+        read(whole.name, rows.start, memory.numpy().data)
+        tensor = memory.view(torch_dtypes()[whole.dtype]).view(rows.shape)
+        for dimension in range(1, len(shape)):
+            tensor = tensor.narrow(dimension, offsets[dimension], shape[dimension])
+        return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+    def read_part(name: str, start: int, into: memoryview) -> None:
+        if name in parts:
+            torch.frombuffer(into, dtype=torch.uint8).copy_(part(name)[start : start + len(into)])
+        else:
+            read(name, start, into)
+
+    return read_part
+
+
+def local_steps(
+    steps: Sequence[Step], weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor] | None
+) -> tuple[list[Step], dict[str, Part]]:
+    """Return the steps with the shapes of this process's parts of DTensors, and the parts to read for `read_parts`.
+
+    Args:
+        steps: The steps of the tensors that are extrapolated, with the shapes of whole tensors.
+        weights: The weights of aligned by name.
+        others: The weights of sft by name; None if sft is given as files.
+
+    Raises:
+        UsageError: A weight and its counterpart are not distributed alike, or no part can be read from a file.
+    """
+    local: list[Step] = []
+    parts: dict[str, Part] = {}
+    for step in steps:
+        assert step.sft is not None
+        weight, other = weights[step.name], None if others is None else others[step.sft.name]
+        if is_distributed(weight) or is_distributed(other):
+            shapes = tuple(weight.shape), step.sft.shape if other is None else tuple(other.shape)
+            if step.rows is not None or shapes[0] != shapes[1]:
+                raise UsageError(
+                    f"model: {step.name} is a DTensor of shape {shapes[0]}, and sft has the shape {shapes[1]}: "
+                    "on_mismatch='rows' needs whole tensors, so merge the files and load the result"
+                )
+            name = f"this process's part of {step.name}"
+            sides: list[tuple[str, Any]] = [(f"model: {step.name}", weight)]
+            if others is not None:
+                sides.append((f"sft: {step.sft.name}", other))
+            check_alike(sides, SAME_CALLS)
+            if others is None:
+                parts[name] = Part(step.sft, *block_of(*sides[0]))
+                counterpart = _part_info(name, step.sft.dtype, weight)
+            else:
+                counterpart = _part_info(step.sft.name, step.sft.dtype, other)
+            step = step._replace(aligned=_part_info(step.name, step.aligned.dtype, weight), sft=counterpart)
+        local.append(step)
+    return local, parts
+
+
+def _part_info(name: str, dtype: str, tensor: Any) -> TensorInfo:
+    """Return the description of a tensor of a dtype that has the shape of this process's part of `tensor`."""
+    shape = tuple(local_part(tensor).shape)
+    return TensorInfo(name, dtype, shape, 0, element_count(shape) * ITEMSIZE[dtype])
+
+
 def keep_originals(
     steps: Sequence[Step],
     weights: Mapping[str, torch.Tensor],
-    device: torch.device,
     read: ReadTensor,
     keep: str,
     usable: Mapping[str, torch.Tensor],
@@ -81,10 +170,9 @@ def keep_originals(
     Args:
         steps: The steps of the tensors that are extrapolated.
         weights: The model's weights by name.
-        device: The device of the model.
         read: Reads bytes of sft's tensors.
-        keep: The place of the originals.
-        usable: The tensors of sft that are used where they are, if they are contiguous and on the device.
+        keep: The place of the originals; "device" is the device of each weight.
+        usable: The tensors of sft that are used where they are, if they are contiguous and on the weight's device.
 
     Raises:
         UsageError: A weight cannot be rewritten in place.
@@ -92,25 +180,27 @@ def keep_originals(
     """
     for name in {step.name for step in steps}:
         check_weight(weights[name], name, "model")
-        if weights[name].device != device:
-            raise UsageError(f"model: {name} is on {weights[name].device}, and the parameters are on {device}")
-    in_place = {name for name, tensor in usable.items() if tensor.device == device and tensor.is_contiguous()}
-    copied = [step.aligned for step in steps]
-    copied += [step.sft for step in steps if step.sft and step.sft.name not in in_place]
-    memory = OriginalsMemory(sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in copied), keep, device)
-    live_weights = []
+    copied: list[tuple[TensorInfo, torch.device]] = []
+    in_place = []
     for step in steps:
         assert step.sft is not None
+        device, other = weights[step.name].device, usable.get(step.sft.name)
+        in_place.append(other is not None and other.device == device and other.is_contiguous())
+        copied += [(tensor, device) for tensor in (step.aligned, step.sft)[: 1 if in_place[-1] else 2]]
+    memory = OriginalsMemory(copied, keep)
+    live_weights = []
+    for step, is_used_in_place in zip(steps, in_place, strict=True):
+        assert step.sft is not None
         out = _rows(weights[step.name].detach(), step)
-        aligned = memory.take(step.aligned)
+        aligned = memory.take(step.aligned, out.device)
         aligned.copy_(out)
-        if step.sft.name in in_place:
+        if is_used_in_place:
             sft = _rows(usable[step.sft.name].detach(), step)
         else:
-            sft = memory.take(step.sft)
+            sft = memory.take(step.sft, out.device)
             _fill(sft, step.sft, read)
         live_weights.append(LiveWeight(out, aligned, sft, step.own_alpha))
-    return live_weights, sum(tensor.nbytes for tensor in copied)
+    return live_weights, sum(tensor.nbytes for tensor, _ in copied)
 
 
 def _rows(tensor: torch.Tensor, step: Step) -> torch.Tensor:
@@ -130,37 +220,60 @@ def _fill(tensor: torch.Tensor, source: TensorInfo, read: ReadTensor) -> None:
 
 
 class OriginalsMemory:
-    """Memory for originals on a device, in the host's memory or on the disk, which tensors take one after the other."""
+    """Memory for originals on devices, in the host's memory or on the disk, which tensors take one after the other."""
 
-    def __init__(self, needed: int, keep: str, device: torch.device) -> None:
-        """Allocate `needed` bytes. Raises EngineError if fewer are free."""
-        self._used = 0
-        where, free = _free_bytes(keep, device)
-        others = ", ".join(place for place in KEEP if place != keep)
-        takes = f"`keep={keep!r}` takes {size_text(needed)} of {where}"
-        if free is not None and needed > free:
-            raise EngineError(f"{takes}, but {size_text(free)} are free: try {others}")
-        try:
-            self._memory = _allocated(needed, keep, device)
-        except (RuntimeError, MemoryError, OSError) as error:
-            # The free bytes may be unknown, in pieces that are too small, or taken by another process meanwhile.
-            if isinstance(error, RuntimeError) and not _ran_out(error):
-                raise
-            raise EngineError(f"{takes}, but could not get it ({error_text(error)}): try {others}") from error
+    def __init__(self, tensors: Sequence[tuple[TensorInfo, torch.device]], keep: str) -> None:
+        """Allocate memory for tensors, each with the device of its weight. Raises EngineError if too little is free."""
+        self._keep = keep
+        self._used: dict[torch.device | None, int] = {}
+        needed: dict[torch.device | None, int] = {}
+        for tensor, device in tensors:
+            place = self._place(device)
+            needed[place] = needed.get(place, 0) + _aligned(tensor.nbytes)
+        pinned = any(device.type == "cuda" for _, device in tensors)
+        self._memory = {place: _checked_memory(size, keep, place, pinned) for place, size in needed.items()}
 
-    def take(self, tensor: TensorInfo) -> torch.Tensor:
-        """Return memory with a tensor's dtype and shape."""
-        start, self._used = self._used, self._used + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        return self._memory[start : start + tensor.nbytes].view(torch_dtypes()[tensor.dtype]).view(tensor.shape)
+    def _place(self, device: torch.device) -> torch.device | None:
+        """Return the device of an original whose weight is on `device`; None for the host's memory and the disk."""
+        return device if self._keep == "device" else None
+
+    def take(self, tensor: TensorInfo, device: torch.device) -> torch.Tensor:
+        """Return memory with a tensor's dtype and shape, for a weight on `device`."""
+        place = self._place(device)
+        start = self._used.get(place, 0)
+        self._used[place] = start + _aligned(tensor.nbytes)
+        memory = self._memory[place][start : start + tensor.nbytes]
+        return memory.view(torch_dtypes()[tensor.dtype]).view(tensor.shape)
 
 
-def _allocated(needed: int, keep: str, device: torch.device) -> torch.Tensor:
-    """Return new memory of `needed` bytes. Raises an error of torch, CUDA or the system if there is too little."""
+def _aligned(nbytes: int) -> int:
+    """Return the bytes from the begin of an original to the begin of the next one."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _checked_memory(size: int, keep: str, device: torch.device | None, pinned: bool) -> torch.Tensor:
+    """Return memory as `_allocate` does. Raises EngineError, with the other places, if too little is free."""
+    where, free = _free_bytes(keep, device)
+    others = ", ".join(place for place in KEEP if place != keep)
+    takes = f"`keep={keep!r}` takes {size_text(size)} of {where}"
+    if free is not None and size > free:
+        raise EngineError(f"{takes}, but {size_text(free)} are free: try {others}")
+    try:
+        return _allocate(size, keep, device, pinned)
+    except (RuntimeError, MemoryError, OSError) as error:
+        # The free bytes may be unknown, in pieces that are too small, or taken by another process meanwhile.
+        if isinstance(error, RuntimeError) and not _ran_out(error):
+            raise
+        raise EngineError(f"{takes}, but could not get it ({error_text(error)}): try {others}") from error
+
+
+def _allocate(size: int, keep: str, device: torch.device | None, pinned: bool) -> torch.Tensor:
+    """Return memory on the device or, without a device, on the disk or in the host's memory, pinned for copies."""
     if keep == "disk":
-        return torch.frombuffer(_mapped(max(needed, 1)), dtype=torch.uint8)
-    if keep == "host" and device.type == "cuda":
-        return torch.empty(needed, dtype=torch.uint8, pin_memory=True)
-    return torch.empty(needed, dtype=torch.uint8, device="cpu" if keep == "host" else device)
+        return torch.frombuffer(_mapped(max(size, 1)), dtype=torch.uint8)
+    if device is None:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _ran_out(error: RuntimeError) -> bool:
@@ -175,16 +288,16 @@ def _mapped(size: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), size)
 
 
-def _free_bytes(keep: str, device: torch.device) -> tuple[str, int | None]:
-    """Return the name of the place that `keep` means, and its free bytes; None if they are unknown."""
+def _free_bytes(keep: str, device: torch.device | None) -> tuple[str, int | None]:
+    """Return the name of the place that `keep` and the device mean, and its free bytes; None if they are unknown."""
     if keep == "disk":
         folder = tempfile.gettempdir()
         return f"the disk of {folder}", shutil.disk_usage(folder).free
-    if keep == "device" and device.type == "cuda":
+    if device is not None and device.type == "cuda":
         # Torch caches freed memory. It uses this memory again, or returns it to the device when it needs more.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return str(device), torch.cuda.mem_get_info(device)[0] + cached
-    if keep == "device" and device.type != "cpu":
+    if device is not None and device.type != "cpu":
         return str(device), None
     return "memory", available_memory()
 

@@ -37,7 +37,7 @@ from expo.execution.engines import choose, engines_for
 from expo.fast import main
 from expo.kernels import extrapolate, numerics, selftest, sweep, whole_model
 from expo.kernels.contract import Operand, Term, tensor_extrapolation, working_alpha
-from expo.tensors import gpu_calls, gpu_tensors, live
+from expo.tensors import gpu_calls, gpu_tensors, live, originals
 
 if extrapolate.interpreted():
     pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
@@ -61,6 +61,7 @@ def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pyte
     gpu._selftest.cache_clear()
     gpu_calls.tables.clear()
     monkeypatch.setattr(gpu_tensors, "on_gpu", lambda _: True)
+    monkeypatch.setattr(live, "_on_cpu", lambda weight: not gpu_tensors.on_gpu(weight.out))
 
 
 @pytest.fixture
@@ -272,9 +273,8 @@ def by_live() -> tuple[torch.Tensor, torch.Tensor]:
     models = [torch.nn.Linear(70, 50, dtype=torch.bfloat16) for _ in range(2)]
     s, a = (model.weight.detach().clone() for model in models)
     held = live.Live(models[1], models[0])
-    held._launches = True
     for alpha in (0.7, 0.3):
-        held._compute_on_device(alpha)
+        held.alpha = alpha
     return models[1].weight.detach().reshape(-1), expected(s.reshape(-1), a.reshape(-1))
 
 
@@ -358,14 +358,63 @@ def test_a_table_is_made_when_there_is_memory_again(software: SoftwareGpu, monke
     """A live model makes its table when it is rewritten for another alpha, once there is memory again."""
     models = [torch.nn.Linear(70, 50, dtype=torch.bfloat16) for _ in range(2)]
     held = live.Live(models[1], models[0])
-    held._launches = True
     with monkeypatch.context() as short:
         short.setattr(whole_model, "rows", failing(MEMORY[0]))
         with pytest.warns(RuntimeWarning, match="where memory runs out"):
-            held._compute_on_device(0.7)
+            held.alpha = 0.7
     assert "whole_model" not in [name for name, _ in software.launches[len(TESTED) :]]
-    held._compute_on_device(0.3)
+    held.alpha = 0.3
     assert software.launches[-1][0] == "whole_model"
+
+
+def on_device(name: str) -> type[torch.Tensor]:
+    """Return a class of tensors in the host's memory that say that they are on another device."""
+    return type("Placed", (torch.Tensor,), {"device": property(lambda _: torch.device(name))})
+
+
+def test_a_live_model_on_several_devices_has_a_table_for_each(
+    software: SoftwareGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate's device_map spreads a model; the host's memory takes the place of two GPUs' memory."""
+    sizes: dict[torch.device, int] = {}
+
+    def allocate(size: int, keep: str, device: torch.device, pinned: bool) -> torch.Tensor:
+        assert (keep, pinned) == ("device", True)
+        sizes[device] = size
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(live, "_on_cpu", lambda weight: weight.out.device.type == "cpu")
+    monkeypatch.setattr(originals, "_free_bytes", lambda *_: ("a GPU", None))
+    monkeypatch.setattr(originals, "_allocate", allocate)
+    places = ("cuda:0", "cuda:1", "cpu", "cuda:0", "cuda:1")
+    models = [torch.nn.ModuleList(torch.nn.Linear(70, 50, dtype=torch.bfloat16) for _ in places) for _ in range(2)]
+    right = [
+        expected(s.detach().reshape(-1), a.detach().reshape(-1), 1.5 if name == "0.bias" else 0.7)
+        for s, (name, a) in zip(models[0].parameters(), models[1].named_parameters(), strict=True)
+    ]
+    for model in models:
+        for layer, place in zip(model, places, strict=True):
+            if place != "cpu":
+                for name, tensor in list(layer.named_parameters()):
+                    placed = tensor.detach().as_subclass(on_device(place))  # type: ignore[arg-type]
+                    setattr(layer, name, torch.nn.Parameter(placed))
+    with live.Live(models[1], models[0], alpha_for={"0.bias": 1.5}) as held:
+        assert held.memory == sum(each.nbytes for each in models[1].parameters())
+        assert {str(device): size for device, size in sizes.items()} == {
+            place: sum(each.nbytes + -each.nbytes % 64 for layer in layers for each in layer.parameters())
+            for place, layers in (
+                ("cuda:0", [models[1][0], models[1][3]]),
+                ("cuda:1", [models[1][1], models[1][4]]),
+                ("cpu", [models[1][2]]),
+            )
+        }
+        for _ in range(2):
+            held.alpha = 0.7
+        assert [name for name, _ in software.launches].count("whole_model") == 1 + 2 * 3  # one in the self-test
+        tables = [("cuda:0", None), ("cuda:0", 1.5), ("cuda:1", None)]
+        assert sorted(((str(device), own) for device, own, _ in held._tables), key=str) == sorted(tables, key=str)
+        for parameter, bits in zip(models[1].parameters(), right, strict=True):
+            assert torch.equal(parameter.detach().reshape(-1), bits)
 
 
 @every_way

@@ -42,6 +42,7 @@ def software(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
     monkeypatch.setattr(gpu_fallback, "_given_up", {})
     monkeypatch.setattr(gpu_fallback, "_ran_out", set())
     monkeypatch.setattr(gpu_tensors, "on_gpu", lambda _: True)
+    monkeypatch.setattr(live, "_on_cpu", lambda _: False)
     monkeypatch.setattr(gpu_calls, "tables", gpu_calls.TableCache())
     with SoftwareGpu().active() as made:
         yield made
@@ -444,8 +445,7 @@ def test_a_launch_on_another_device_changes_the_current_one(current: int, monkey
 def test_close_releases_the_originals_and_the_tables() -> None:
     models = [torch.nn.Linear(70, 50, dtype=torch.bfloat16) for _ in range(2)]
     held = live.Live(models[1], models[0])
-    held._launches = True
-    held._compute_on_device(ALPHA)
+    held.alpha = ALPHA
     (table,) = held._tables.values()
     memories = [weakref.ref(group.table.untyped_storage()) for group in table.groups]
     memories += [weakref.ref(weight.aligned.untyped_storage()) for weight in held._weights]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -316,6 +317,46 @@ def test_an_alpha_that_is_no_finite_number_changes_nothing(alpha: Any) -> None:
     assert same(bits(model), before)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [7, 5])
+def test_a_backward_pass_does_not_use_weights_that_were_overwritten(rows: int, alpha: float) -> None:
+    model = Small(2)
+    live = Live(model, Small(1, rows=rows), on_mismatch="rows")
+    for tensor in (model.wide, model.embed_tokens.weight):
+        loss, version, of_buffer = (tensor * tensor).sum(), tensor._version, model.seen._version
+        live.alpha = alpha
+        assert tensor._version > version
+        assert model.seen._version > of_buffer
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_weight_that_stays_counts_no_write() -> None:
+    models = Small(1), Small(2)
+    models[1].added = torch.nn.Parameter(torch.ones(3))
+    models[1].register_buffer("count", torch.zeros(3, dtype=torch.int64))
+    live = Live(models[1], models[0], on_unpaired="aligned")
+    before = models[1].added._version, models[1].count._version
+    live.alpha = 0.5
+    assert (models[1].added._version, models[1].count._version) == before
+
+
+def test_a_model_that_accelerate_has_offloaded_is_refused(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = loaded(ALIGNED)
+    device_map = {"model": "cpu", "lm_head": "cpu"}
+    accelerate.dispatch_model(model, {**device_map, "model.layers.0": "disk"}, offload_dir=tmp_path, force_hooks=True)
+    with pytest.raises(expo.UsageError) as caught:
+        Live(model, SFT)
+    message = str(caught.value)
+    assert re.match(
+        r"model: model\.layers\.0\.\S+ is a Parameter on meta without memory of its own: accelerate", message
+    )
+    assert "device_map='cpu'" in message
+    model = transformers.AutoModelForCausalLM.from_pretrained(ALIGNED, dtype="auto", device_map="cpu")
+    Live(model, SFT).alpha = 0.5
+
+
 def test_a_model_that_was_moved_is_noticed() -> None:
     sft, model = Small(1), Small(2)
     live = Live(model, sft)
@@ -418,14 +459,14 @@ def test_memory_that_runs_out_is_an_error_with_the_way_out(
     def fail(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(originals, "_allocated", fail)
+    monkeypatch.setattr(originals, "_allocate", fail)
     others = ", ".join(each for each in KEEP if each != keep)
     with pytest.raises(expo.EngineError, match=rf"^`keep='{keep}'` takes .* but could not get it .*: try {others}$"):
         Live(Small(2), Small(1, dtype=torch.bfloat16), keep=keep)
 
 
 def test_another_error_of_torch_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(originals, "_allocated", lambda *_: torch.zeros(2) + torch.zeros(3))
+    monkeypatch.setattr(originals, "_allocate", lambda *_: torch.zeros(2) + torch.zeros(3))
     with pytest.raises(RuntimeError, match="must match the size"):
         Live(Small(2), Small(1, dtype=torch.bfloat16))
 
@@ -449,7 +490,7 @@ def integers() -> torch.nn.Module:
             "is a Parameter on meta without memory of its own: a live model has all its weights",
         ),
         (integers, "count is torch.int64: parameters must be contiguous bf16, fp16, fp32 or fp64"),
-        (torch.nn.Module, "parameters must be on one device, got none"),
+        (torch.nn.Module, "the Module has no parameters, so it is no model"),
     ],
 )
 def test_models_that_cannot_be_alive(model: Any, words: str) -> None:
@@ -459,16 +500,19 @@ def test_models_that_cannot_be_alive(model: Any, words: str) -> None:
 
 DISTRIBUTED = """
 import torch, torch.distributed, expo
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
 plain, spread, freed = (torch.nn.Linear(3, 3, bias=False) for _ in range(3))
-spread.weight = torch.nn.Parameter(distribute_tensor(spread.weight.data, mesh, [Replicate()]))
+spread.weight = torch.nn.Parameter(distribute_tensor(spread.weight.data, mesh, [Shard(0)]))
 freed.weight.untyped_storage().resize_(0)
 buffered = torch.nn.Linear(3, 3, bias=False)
-buffered.register_buffer("moved", distribute_tensor(torch.ones(3), mesh, [Replicate()]))
-for model, sft in ((spread, plain), (plain, spread), (freed, plain), (buffered, plain)):
+buffered.register_buffer("moved", torch.ones(3))
+buffered.moved.untyped_storage().resize_(0)
+absent = torch.nn.Linear(3, 3, bias=False)
+absent.weight = torch.nn.Parameter(distribute_tensor(torch.ones(3, 3, device="meta"), mesh, [Shard(0)]))
+for model, sft in ((spread, plain), (plain, spread), (freed, plain), (buffered, plain), (absent, plain)):
     try:
         expo.Live(model, sft).alpha = 0.5
     except expo.UsageError as error:
@@ -481,9 +525,15 @@ def test_weights_that_are_not_in_memory_are_refused() -> None:
     command = [sys.executable, "-W", "ignore", "-c", DISTRIBUTED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr)
-    starts = ["model: weight is a DTensor on cpu", "sft: weight is a DTensor on cpu"]
-    starts += ["model: weight is a Parameter on cpu", "model: moved is a DTensor on cpu"]
-    assert [line.split(" without ")[0] for line in done.stdout.splitlines()] == starts
+    starts = [
+        f"{side}: weight is a DTensor of placements (Shard(dim=0),) on the cpu mesh [0]" for side in ("model", "sft")
+    ]
+    starts += [
+        "model: weight is a Parameter on cpu",
+        "model: moved is a Tensor on cpu",
+        "model: weight is a Tensor on meta",
+    ]
+    assert [re.split(" without |, but ", line)[0] for line in done.stdout.splitlines()] == starts
 
 
 def test_unknown_keep() -> None:
