@@ -58,14 +58,9 @@ class WeightPositions:
         self._dictionaries: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._is_rewritten: list[bool] = []
-        self._parents: list[dict[str, Any]] = []
-        self._child_names: list[str] = []
-        self._former_children: list[torch.nn.Module] = []
+        self._modules = [module._modules for module in model.modules()]
+        self._former_modules = [dict(children) for children in self._modules]
         for prefix, module in model.named_modules():
-            children = {name: child for name, child in module._modules.items() if child is not None}
-            self._parents += [module._modules] * len(children)
-            self._child_names += children.keys()
-            self._former_children += children.values()
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     is_rewritten = (f"{prefix}.{name}" if prefix else name) in rewritten
@@ -85,17 +80,18 @@ class WeightPositions:
         """
         try:
             tensors = list(map(operator.getitem, self._dictionaries, self._names))
-            children = map(operator.getitem, self._parents, self._child_names)
-            same = all(map(operator.is_, children, self._former_children))
-        except KeyError:
-            same = False
-        if not same or type(None) in map(type, tensors):
+        except KeyError as error:
+            raise UsageError(MOVED) from error
+        if self._modules != self._former_modules:  # modules are equal if they are the same object
             raise UsageError(MOVED)
         return tensors, list(itertools.compress(tensors, self._is_rewritten))
 
     def changed(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return True if one of the tensors that `read` has returned is at another address than at first."""
-        return self._addresses(tensors) != self._former_addresses
+        try:
+            return self._addresses(tensors) != self._former_addresses
+        except (AttributeError, TypeError):  # None stands in the place of a tensor
+            return True
 
     def _addresses(self, tensors: Sequence[torch.Tensor]) -> list[int]:
         if self._has_parts:

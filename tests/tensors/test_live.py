@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import re
@@ -355,6 +356,16 @@ def test_a_model_that_accelerate_has_offloaded_is_refused(tmp_path: Path) -> Non
     assert "device_map='cpu'" in message
     model = transformers.AutoModelForCausalLM.from_pretrained(ALIGNED, dtype="auto", device_map="cpu")
     Live(model, SFT).alpha = 0.5
+
+
+def test_a_module_that_was_replaced_is_noticed() -> None:
+    """The weights of the former module would be rewritten, and the model would not change."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.Linear(4, 2)))
+    live = Live(model, copy.deepcopy(model))
+    live.alpha = 0.5
+    model[1][0] = torch.nn.Linear(4, 2)
+    with pytest.raises(expo.UsageError, match="have moved in memory"):
+        live.alpha = 0.3
 
 
 def test_a_model_that_was_moved_is_noticed() -> None:
