@@ -566,7 +566,9 @@ def assert_bf16_pairs(sft_values: Sequence[int]) -> None:
             for measure in (False, True):
                 out = bytearray([POISON]) * len(aligned)
                 run_engine(run, sft, aligned, B, [out], [working_alpha(0.3)], measure)
-                assert_same(np.frombuffer(out, np.uint16), expected, "BF16", sft, aligned)
+                bits = np.frombuffer(out, np.uint16)
+                if not np.array_equal(bits, expected):  # NaN may have another payload
+                    assert_same(bits, expected, "BF16", sft, aligned)
 
 
 def test_sampled_bf16_pairs() -> None:
