@@ -76,6 +76,7 @@ def reward_at(result: Any, role: str, alpha: float) -> float:
 # The paper's claim, with fixed seeds and differences far beyond the noise.
 
 
+@pytest.mark.exhaustive  # the fixture trains two tiny models
 def test_the_reward_rises_with_alpha_and_collapses(result: Any) -> None:
     best = max(reward_at(result, "early", 2), reward_at(result, "early", 4))
     assert result["sft"]["value"] < reward_at(result, "early", 0) < best
@@ -85,6 +86,7 @@ def test_the_reward_rises_with_alpha_and_collapses(result: Any) -> None:
     assert result["best_alpha"]["early"]["value"] > result["best_alpha"]["full"]["value"]
 
 
+@pytest.mark.exhaustive  # the fixture trains two tiny models
 def test_replies_at_a_huge_alpha_do_not_end(result: Any) -> None:
     ends = {point["alpha"]: point["unfinished"] for point in result["curves"]["early"]}
     assert ends[100] > 0.9 > 0.5 > ends[0]
@@ -93,6 +95,7 @@ def test_replies_at_a_huge_alpha_do_not_end(result: Any) -> None:
 # Properties of every run.
 
 
+@pytest.mark.exhaustive  # the fixture trains two tiny models
 def test_the_json_agrees_with_the_replies_on_the_disk(done: Path, result: Any) -> None:
     for role in ("early", "full"):
         for point in result["curves"][role]:
@@ -107,6 +110,7 @@ def test_the_json_agrees_with_the_replies_on_the_disk(done: Path, result: Any) -
     assert len(result["training"][1]["log"]) == TINY.steps
 
 
+@pytest.mark.exhaustive  # the fixture trains two tiny models
 def test_the_plot_has_both_curves_and_the_line(done: Path) -> None:
     from matplotlib import colors, image
 
@@ -116,6 +120,7 @@ def test_the_plot_has_both_curves_and_the_line(done: Path) -> None:
         assert (np.abs(picture - colors.to_rgb(name)).max(-1) < 0.01).sum() > 300, name
 
 
+@pytest.mark.exhaustive  # the fixture trains two tiny models
 def test_alpha_0_is_the_checkpoint_and_the_sweep_restores_it(done: Path) -> None:
     work = done / "work"
     experiment = Experiment(TINY, work, ignore)
@@ -133,6 +138,7 @@ def test_alpha_0_is_the_checkpoint_and_the_sweep_restores_it(done: Path) -> None
     assert replies[2] != replies[0] == rows
 
 
+@pytest.mark.exhaustive  # the fixture trains two tiny models
 def test_a_second_run_computes_nothing(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> Any:
         raise AssertionError("a model was read")
@@ -146,6 +152,7 @@ def test_a_second_run_computes_nothing(done: Path, monkeypatch: pytest.MonkeyPat
         run.run(TINY, SEEDS + 1, done / "work", done)
 
 
+@pytest.mark.exhaustive  # the fixture trains two tiny models
 def test_the_remaining_work_is_counted(done: Path, tmp_path: Path) -> None:
     replies = TINY.held_out_prompts * TINY.replies_each
     train = TINY.train_prompts * TINY.candidates

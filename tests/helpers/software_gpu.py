@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,12 @@ class SoftwareGpu(DriverBase):
         return None, None, 0, 0, 1024
 
 
+@lru_cache(maxsize=64)
+def parsed(text: str, shared: int) -> ptx.Kernel:
+    """Return the kernel of a PTX text, which takes longer to parse than to run for a small tensor."""
+    return ptx.Kernel(text, shared)
+
+
 class Launcher:
     """The launcher of a compiled kernel."""
 
@@ -107,7 +114,7 @@ class Launcher:
         self._source, self.name = source, metadata.name
         files = get_cache_manager(metadata.hash).get_group(f"{metadata.name[:150]}.json")
         (path,) = (path for name, path in files.items() if name.endswith(".ptx"))
-        self._kernel = ptx.Kernel(gpu.rewrite(Path(path).read_text()), metadata.shared)
+        self._kernel = parsed(gpu.rewrite(Path(path).read_text()), metadata.shared)
 
     def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, *rest: Any) -> None:
         """Run the PTX on the memory of the arguments."""
