@@ -31,6 +31,7 @@ def counted(report: Path, what: str) -> int:
     return sum(int(suite.get(what, 0)) for suite in ElementTree.parse(report).iter("testsuite"))
 
 
+@pytest.mark.exhaustive  # half a minute
 def test_kernel_under_the_interpreter(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     done = run_interpreted(report, "1")
