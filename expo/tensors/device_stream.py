@@ -70,17 +70,19 @@ class DeviceStream:
             stream.wait_stream(torch.cuda.current_stream())  # which may still use the memory of outs
             flat = [out.view(-1).view(torch.uint8) for out in outs]
             at, turn = 0, 0
-            for step in steps:
-                for start in range(0, step.nbytes, PART_BYTES):
-                    if stopped():
-                        return None
-                    end = min(start + PART_BYTES, step.nbytes)
-                    slot, turn = slots[turn % 2], turn + 1
-                    slot.wait()
-                    self._fill(stream, slot, step, start, end, [each[at + start : at + end] for each in flat])
-                    slot.event.record(stream)
-                at += step.nbytes
-            stream.synchronize()
+            try:
+                for step in steps:
+                    for start in range(0, step.nbytes, PART_BYTES):
+                        if stopped():
+                            return None
+                        end = min(start + PART_BYTES, step.nbytes)
+                        slot, turn = slots[turn % 2], turn + 1
+                        slot.wait()
+                        self._fill(stream, slot, step, start, end, [each[at + start : at + end] for each in flat])
+                        slot.event.record(stream)
+                    at += step.nbytes
+            finally:
+                stream.synchronize()  # torch may give the memory of outs to others at once
         self._source.check()
         return tuple(outs)
 

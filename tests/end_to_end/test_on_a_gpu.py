@@ -23,7 +23,14 @@ import expo
 from expo import op
 from expo.demo import ALIGNED, SFT
 from expo.execution import gpu_fallback
+from expo.execution.engines import choose
+from expo.execution.tensor_source import TensorSource
+from expo.inputs.resolve import open_inputs
 from expo.kernels import device, extrapolate, selftest, whole_model
+from expo.options import MergeOptions
+from expo.planning.matching import match_tensors
+from expo.planning.steps import by_tensor
+from expo.tensors.device_stream import DeviceStream
 
 if extrapolate.interpreted():
     pytest.skip("the interpreter takes the GPU's place", allow_module_level=True)
@@ -193,6 +200,24 @@ def test_a_stream_whose_kernels_fail(
     with pytest.warns(RuntimeWarning, match="no assembler"):
         found = dict(stream)
     assert all(same(each, merged[name]) for name, each in found.items())
+
+
+@pytest.mark.parametrize("engine", ["triton", "cpu"])
+def test_a_stream_that_stops_waits_for_its_uploads(
+    gpu: SoftwareCuda, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Memory of the GPU that a stopped computation gives up has no copies or kernels to come."""
+    monkeypatch.setattr("expo.tensors.device_stream.PART_BYTES", 4096)
+    stream_to = torch.device("cuda", 0)
+    with open_inputs(SFT, ALIGNED) as (sft, aligned):
+        matched = match_tensors(sft, aligned, MergeOptions())
+        tensor, steps = next(by_tensor(step for step in matched.with_alphas((ALPHA,)) if step.nbytes > 3 * 4096))
+        source, chosen = TensorSource(sft, aligned), choose(engine, "cuda" if engine == "triton" else "auto")
+        answers = iter([False, False, True])
+        assert DeviceStream(source, chosen, stream_to).compute(tensor, steps, lambda: next(answers)) is None
+    torch.cuda.synchronize()
+    assert all(stream.query() for stream in gpu.scheduler.streams)
+    assert gpu.moved["up"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
