@@ -10,7 +10,10 @@ import threading
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..planning.steps import Step
 
 _given_up: dict[Any, str] = {}  # the reason, for each torch.device
 _ran_out: set[Any] = set()  # torch.devices that ran out of memory; the warning about each was given
@@ -56,6 +59,11 @@ def error_text(error: Exception) -> str:
     """
     kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
     return f"{kind}{str(error).strip()[:500]}"
+
+
+def has_kernel(step: Step) -> bool:
+    """Return True if the kernels can compute a step: it is an extrapolation of stored tensors, none of them F64."""
+    return step.plain and step.sft is not None and "F64" not in (step.sft.dtype, step.aligned.dtype)
 
 
 def capturing(device: Any) -> bool:

@@ -24,7 +24,7 @@ from ..planning.plan import Plan
 from ..planning.shards import Chunk, ChunkStatistics, Piece
 from ..planning.steps import Step
 from .engines import choose
-from .gpu_fallback import error_text
+from .gpu_fallback import error_text, has_kernel
 from .lanes import ComputedChunk, write_header
 from .tensor_source import TensorSource
 
@@ -303,9 +303,7 @@ def compile_kernels(device: torch.device, plan: Plan) -> None:
 
 def _on_gpu(step: Step, size: int) -> bool:
     """Return True if the GPU computes a piece of `size` bytes of the step."""
-    if not step.plain or step.sft is None or not step.active or size < LEAST_GPU_BYTES:
-        return False
-    return "F64" not in (step.sft.dtype, step.aligned.dtype)
+    return has_kernel(step) and bool(step.active) and size >= LEAST_GPU_BYTES
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -139,6 +139,19 @@ def join_shapes(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
+def cut_steps(steps: Iterable[Step], size: int) -> Iterator[tuple[Step, int, int, int]]:
+    """Yield (step, start, stop, at) for the parts of all steps, each of at most `size` bytes of the step's output.
+
+    The bytes [start, stop) are counted from the first byte of the step's output. The number `at` is the part's first
+    byte in memory that has the outputs of all steps one after the other.
+    """
+    before = 0
+    for step in steps:
+        for start in range(0, step.nbytes, size):
+            yield step, start, min(start + size, step.nbytes), before + start
+        before += step.nbytes
+
+
 def by_tensor(steps: Iterable[Step]) -> Iterator[tuple[TensorInfo, list[Step]]]:
     """Yield each tensor of the output, in aligned's order, and the steps that make it.
 

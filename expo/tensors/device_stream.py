@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -16,13 +17,11 @@ from ..checkpoints.safetensors_header import TensorInfo
 from ..dtypes import torch_dtypes
 from ..errors import EngineError
 from ..execution.engines import Engine
-from ..execution.gpu_fallback import error_text
+from ..execution.gpu_fallback import error_text, has_kernel
 from ..execution.tensor_source import TensorSource
-from ..kernels.contract import tensor_extrapolation
-from ..planning.steps import Step
+from ..execution.worker_pool import CHUNK
+from ..planning.steps import Step, cut_steps
 from . import gpu_tensors
-
-PART_BYTES = 4 << 20  # the bytes of one output that a slot holds at a time
 
 
 class Slot:
@@ -41,7 +40,7 @@ class Slot:
         while len(self._memories) <= number:
             self._memories.append(torch.empty(0, dtype=torch.uint8))
         if self._memories[number].numel() < size:
-            self._memories[number] = torch.empty(max(size, PART_BYTES), dtype=torch.uint8, pin_memory=True)
+            self._memories[number] = torch.empty(max(size, CHUNK), dtype=torch.uint8, pin_memory=True)
         return self._memories[number][:size]
 
 
@@ -69,18 +68,13 @@ class DeviceStream:
             stream, slots = self._stream_and_slots()
             stream.wait_stream(torch.cuda.current_stream())  # which may still use the memory of outs
             flat = [out.view(-1).view(torch.uint8) for out in outs]
-            at, turn = 0, 0
             try:
-                for step in steps:
-                    for start in range(0, step.nbytes, PART_BYTES):
-                        if stopped():
-                            return None
-                        end = min(start + PART_BYTES, step.nbytes)
-                        slot, turn = slots[turn % 2], turn + 1
-                        slot.wait()
-                        self._fill(stream, slot, step, start, end, [each[at + start : at + end] for each in flat])
-                        slot.event.record(stream)
-                    at += step.nbytes
+                for (step, start, stop, at), slot in zip(cut_steps(steps, CHUNK), cycle(slots), strict=False):
+                    if stopped():
+                        return None
+                    slot.wait()
+                    self._fill(stream, slot, step, start, stop, [each[at : at + stop - start] for each in flat])
+                    slot.event.record(stream)
             finally:
                 stream.synchronize()  # torch may give the memory of outs to others at once
         self._source.check()
@@ -93,18 +87,17 @@ class DeviceStream:
             self._local.slots = [Slot(), Slot()]
         return self._local.stream, self._local.slots
 
-    def _fill(self, stream: Any, slot: Slot, step: Step, start: int, end: int, outs: Sequence[torch.Tensor]) -> None:
-        """Enqueue the uploads and kernels for bytes [start, end) of a step's outputs."""
-        on_gpu = self._computes and step.plain and step.sft is not None
-        if not on_gpu or "F64" in (step.aligned.dtype, step.sft and step.sft.dtype):
-            hosts = [slot.memory(k, end - start) for k in range(len(outs))]
-            self._source.compute(self._engine, step, start, end, [host.numpy().data for host in hosts])
+    def _fill(self, stream: Any, slot: Slot, step: Step, start: int, stop: int, outs: Sequence[torch.Tensor]) -> None:
+        """Enqueue the uploads and kernels for bytes [start, stop) of a step's outputs."""
+        if not (self._computes and has_kernel(step)):
+            hosts = [slot.memory(k, stop - start) for k in range(len(outs))]
+            self._source.compute(self._engine, step, start, stop, [host.numpy().data for host in hosts])
             with torch.cuda.stream(stream):
                 for out, host in zip(outs, hosts, strict=True):
                     out.copy_(host, non_blocking=True)
             return
         hosts = []
-        for number, span in enumerate(self._source.spans(step, start, end)):
+        for number, span in enumerate(self._source.spans(step, start, stop)):
             hosts.append(slot.memory(number, span.stop - span.start))
             span.reader.read(span.start, hosts[-1].numpy().data)
         with torch.cuda.stream(stream):
@@ -128,6 +121,6 @@ class DeviceStream:
         from ..kernels import extrapolate
 
         try:
-            extrapolate.launch(*tensor_extrapolation(s, a, (alpha,)), [o])
+            extrapolate.launch_tensors(s, a, alpha, o)
         except Exception as error:  # an error of a compiler may have any type
             raise EngineError(f"`engine='triton'` failed on {step.name}: {error_text(error)}") from error

@@ -46,8 +46,10 @@ def _kernel_alpha(alpha: Any) -> float:
 
 def compute_one(torch: Any, sft: Any, aligned: Any, alpha: Any, out: Any) -> bool:
     """Compute one tensor on a GPU. Return False, without a result, if the caller's own checks must decide."""
+    if not gpu_tensors.on_gpu(aligned):  # nearly every call for the CPU ends here
+        return False
     types = _plain_types(torch)
-    if not (type(sft) in types and type(aligned) in types and type(out) in types and gpu_tensors.on_gpu(aligned)):
+    if not (type(sft) in types and type(aligned) in types and type(out) in types):
         return False
     used_alpha = _kernel_alpha(alpha)
     if not used_alpha or not _fit(sft, aligned, out):

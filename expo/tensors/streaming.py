@@ -20,7 +20,7 @@ from ..execution.worker_pool import CHUNK
 from ..inputs.resolve import StrPath, complete_request, open_inputs
 from ..options import MergeOptions
 from ..planning.matching import match_tensors
-from ..planning.steps import Step, by_tensor
+from ..planning.steps import Step, by_tensor, cut_steps
 
 MakeTensor = Callable[[memoryview, TensorInfo], Any]  # returns a tensor of the framework with these bytes
 # Returns a tensor for each alpha; None after a call of the last argument has returned True.
@@ -131,15 +131,10 @@ def _on_host(source: TensorSource, engine: Engine, make_tensor: MakeTensor) -> C
 
     def compute(tensor: TensorInfo, own: Sequence[Step], stopped: Callable[[], bool]) -> Any:
         memories = [memoryview(bytearray(tensor.nbytes)) for _ in own[0].alphas]
-        at = 0
-        for step in own:
-            for start in range(0, step.nbytes, CHUNK):
-                if stopped():
-                    return None
-                end = min(start + CHUNK, step.nbytes)
-                outs = [memory[at + start : at + end] for memory in memories]
-                source.compute(engine, step, start, end, outs)
-            at += step.nbytes
+        for step, start, stop, at in cut_steps(own, CHUNK):
+            if stopped():
+                return None
+            source.compute(engine, step, start, stop, [memory[at : at + stop - start] for memory in memories])
         source.check()
         return tuple(make_tensor(memory, tensor) for memory in memories)
 

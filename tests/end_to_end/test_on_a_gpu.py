@@ -207,7 +207,7 @@ def test_a_stream_that_stops_waits_for_its_uploads(
     gpu: SoftwareCuda, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     """Memory of the GPU that a stopped computation gives up has no copies or kernels to come."""
-    monkeypatch.setattr("expo.tensors.device_stream.PART_BYTES", 4096)
+    monkeypatch.setattr("expo.tensors.device_stream.CHUNK", 4096)
     stream_to = torch.device("cuda", 0)
     with open_inputs(SFT, ALIGNED) as (sft, aligned):
         matched = match_tensors(sft, aligned, MergeOptions())
