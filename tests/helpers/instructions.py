@@ -1,7 +1,8 @@
-"""This module counts the instructions that a call of `_cpu.extrapolate` executes, by single steps of a traced process.
+"""This module counts the instructions of `_cpu` that a call executes, by single steps of a traced process on x86-64.
 
 Hardware counters are missing in many virtual machines, and valgrind knows no AVX-512. A count of single steps is exact
-and the same at every run, whatever else the machine does.
+and the same at every run, whatever else the machine does. The interpreter's own instructions depend on addresses, which
+differ from run to run, so they are left out.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 
-PTRACE_TRACEME, PTRACE_CONT, PTRACE_SINGLESTEP = 0, 7, 9
+PTRACE_TRACEME, PTRACE_PEEKUSER, PTRACE_CONT, PTRACE_SINGLESTEP = 0, 3, 7, 9
+SYS_PTRACE = 101  # libc's own function returns the value that it reads, as the system's call does not
+RIP = 128  # the instruction pointer's place in Linux's `struct user`, in bytes
 
 
 def _ptrace(request: int, process: int) -> None:
@@ -24,8 +28,16 @@ def _ptrace(request: int, process: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def count_instructions(call: Callable[[], object]) -> int:
-    """Return how many instructions of user mode a forked process executes for a call, and for its two signals.
+def executable_addresses(library: str) -> range:
+    """Return the addresses of a loaded library's code."""
+    with open("/proc/self/maps") as lines:
+        fields = next(line.split() for line in lines if "r-xp" in line and line.rstrip().endswith(library))
+    first, last = fields[0].split("-")
+    return range(int(first, 16), int(last, 16))
+
+
+def count_instructions(call: Callable[[], object], among: range) -> int:
+    """Return how many instructions at these addresses a forked process executes for a call.
 
     The caller's process has one thread. Raises PermissionError where the system allows no tracing.
     """
@@ -44,7 +56,8 @@ def count_instructions(call: Callable[[], object]) -> int:
     count = 0
     libc = ctypes.CDLL(None)
     step = libc.ptrace
-    step.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    step.argtypes, step.restype = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p], ctypes.c_long
+    pointer = ctypes.c_ulong()
     while True:
         step(PTRACE_SINGLESTEP, process, None, None)
         _, status = os.waitpid(process, 0)
@@ -52,7 +65,8 @@ def count_instructions(call: Callable[[], object]) -> int:
             raise RuntimeError(f"the traced process ended with the status {status}")
         if os.WSTOPSIG(status) == signal.SIGSTOP:
             break
-        count += 1
+        libc.syscall(SYS_PTRACE, PTRACE_PEEKUSER, process, ctypes.c_void_p(RIP), ctypes.byref(pointer))
+        count += pointer.value in among
     _ptrace(PTRACE_CONT, process)
     os.waitpid(process, 0)
     return count
@@ -69,12 +83,16 @@ def instructions_per_element(variant: str, dtypes: tuple[int, int], alphas: tupl
     """
     from expo.kernels import _cpu
 
+    code = executable_addresses(os.path.realpath(_cpu.__file__))
+    sizes = (2048, 4096)  # one block and two
+    memories = [mmap.mmap(-1, 4 * sizes[1]) for _ in range(2 + len(alphas))]  # they start at a page
+    sft, aligned, *outputs = memories
     counts = []
-    sizes = (2048, 6144)  # one block and three of them
     for n in sizes:
-        memories = [mmap.mmap(-1, 4 * n) for _ in range(2 + len(alphas))]  # they start at a page
-        arguments = memories[0], dtypes[0], memories[1], dtypes[1], n, tuple(memories[2:]), alphas, measure, variant
-        counts.append(count_instructions(lambda arguments=arguments: _cpu.extrapolate(*arguments)))
+        call = partial(
+            _cpu.extrapolate, sft, dtypes[0], aligned, dtypes[1], n, tuple(outputs), alphas, measure, variant
+        )
+        counts.append(count_instructions(call, code))
     return (counts[1] - counts[0]) / (sizes[1] - sizes[0]) / len(alphas)
 
 

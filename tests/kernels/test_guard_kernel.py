@@ -19,8 +19,8 @@ from expo.kernels.contract import CODES
 cpu = pytest.importorskip("expo.kernels.cpu", reason="the compiled engine is not built", exc_type=ImportError)
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "instructions.py"
-# At most this many instructions for each element, without and with statistics. GCC 12's builds have 1.09 and 1.86 for
-# bf16 with AVX-512, and 2.26 and 3.62 with AVX2.
+# At most this many instructions for each element, without and with statistics. GCC 12's builds have 1.06 and 1.84 for
+# bf16 with AVX-512, and 2.25 and 3.61 with AVX2.
 MOST = {
     ("avx512", "BF16"): (1.15, 1.9),
     ("avx512", "F16"): (0.75, 1.75),
