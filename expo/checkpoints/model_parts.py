@@ -48,13 +48,14 @@ def is_buffer(tensor: TensorInfo) -> bool:
 
 
 def tie_flag(config: Mapping[str, Any]) -> bool | None:
-    """Return tie_word_embeddings of a config or of its text_config.
+    """Return tie_word_embeddings of a config, or of its text_config if the config itself says nothing.
 
-    False counts if the two differ. None means that neither has the setting, so that the tensors in the files decide.
+    None means that neither has the setting, so that the tensors in the files decide. The outer setting counts because
+    transformers reads the one of the config that belongs to the whole model.
     """
     inner = config.get("text_config")
-    said = [each.get("tie_word_embeddings") for each in (config, inner if isinstance(inner, dict) else {})]
-    return False if False in said else True if True in said else None
+    said = (each.get("tie_word_embeddings") for each in (config, inner if isinstance(inner, dict) else {}))
+    return next((flag for flag in said if isinstance(flag, bool)), None)
 
 
 def generates(config: Mapping[str, Any]) -> bool:

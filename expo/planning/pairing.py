@@ -14,6 +14,7 @@ from ..checkpoints.model_parts import EMBEDDING, HEAD, SHARED, is_buffer, tie_fl
 from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.renames import NameIndex
 from ..checkpoints.safetensors_header import TensorInfo
+from ..checkpoints.tied_weights import TiedNames
 from ..dtypes import ITEMSIZE
 
 
@@ -63,13 +64,14 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
         counterparts[name] = Counterpart(unpaired_sft.pop(old_name), f"sft calls it {old_name}")
         del unpaired_aligned[name]
     flags = tie_flag(sft.config), tie_flag(aligned.config)
+    tied_names = TiedNames((aligned.config, sft.config))
     # A tensor that sft lacks is not tied if sft's config denies the tie, or if it says nothing and aligned's denies it.
-    sft_ties = _find_ties(unpaired_aligned, of_sft, flags[0] is not False and flags != (None, False))
+    sft_ties = _find_ties(unpaired_aligned, of_sft, flags[0] is not False and flags != (None, False), tied_names)
     counterparts |= {name: Counterpart(of_sft[other], f"sft ties it to {other}") for name, other in sft_ties.items()}
     tied_to = set(sft_ties.values())
     unpaired_sft = {name: tensor for name, tensor in unpaired_sft.items() if name not in tied_to}
     # A tensor that aligned lacks is tied only if neither config denies the tie, because a wrong tie drops a tensor.
-    aligned_ties = _find_ties(unpaired_sft, of_aligned, False not in flags)
+    aligned_ties = _find_ties(unpaired_sft, of_aligned, False not in flags, tied_names)
     dropped |= {name: f"aligned ties it to {other}" for name, other in aligned_ties.items()}
     only_in_aligned = [name for name in unpaired_aligned if name not in sft_ties]
     only_in_sft = [name for name in unpaired_sft if name not in aligned_ties]
@@ -93,21 +95,27 @@ def _find_renames(unpaired: Mapping[str, TensorInfo], candidates: Mapping[str, T
     return {name: other for name, other in renames.items() if uses[other] == 1}
 
 
-def _find_ties(unpaired: Mapping[str, TensorInfo], others: Mapping[str, TensorInfo], tied: bool) -> dict[str, str]:
+def _find_ties(
+    unpaired: Mapping[str, TensorInfo], others: Mapping[str, TensorInfo], tied: bool, tied_names: TiedNames
+) -> dict[str, str]:
     """Return the tied tensor that the other model uses in the place of each unpaired tensor, by the unpaired name.
 
-    A model without a head uses its embedding, and a model without an embedding uses its head, if the two are tied. An
-    encoder and a decoder share their embedding.
+    Models that are not in the table of ties are read by the usual names of heads and embeddings: a model without a head
+    uses its embedding, and a model without an embedding uses its head. An encoder and a decoder share their embedding.
 
     Args:
         unpaired: The tensors that one model alone has.
         others: All tensors of the other model.
-        tied: True if a head may be tied to an embedding.
+        tied: True if the configs allow ties.
+        tied_names: The ties of the models' classes.
     """
     heads, embeddings, shared = ([name for name in others if kind.search(name)] for kind in (HEAD, EMBEDDING, SHARED))
+    known = tied_names.find(unpaired, others) if tied else {}
     ties: dict[str, str] = {}
     for name, tensor in unpaired.items():
-        if HEAD.search(name) and not heads and tied:
+        if name in known:
+            fits = [known[name]]
+        elif HEAD.search(name) and not heads and tied:
             fits = [other for other in shared if other.endswith("shared.weight")] or embeddings
         elif EMBEDDING.search(name) and not embeddings and tied:
             fits = heads
