@@ -12,11 +12,12 @@ import importlib
 import json
 import pkgutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.models.auto import modeling_auto
 
 TABLE = Path(__file__).parents[2] / "expo" / "checkpoints" / "tied_weights.json"
 
@@ -35,19 +36,39 @@ def modeling_modules() -> Iterator[Any]:
 
 
 def declared_ties() -> dict[str, dict[str, str]]:
-    """Return the ties of all model classes by the class's name."""
+    """Return the ties of all model classes, and of the model without a head inside each, by the class's name."""
     library: Any = transformers
     found: dict[str, dict[str, str]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module in modeling_modules():
-            for name, kind in vars(module).items():
-                if not isinstance(kind, type) or not issubclass(kind, library.PreTrainedModel):
-                    continue
-                ties = getattr(kind, "_tied_weights_keys", None)
-                if isinstance(ties, dict) and ties and kind.__module__ == module.__name__:
-                    found[name] = dict(ties)
+            kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
+            models = [
+                kind
+                for kind in kinds
+                if kind.__module__ == module.__name__ and issubclass(kind, library.PreTrainedModel)
+            ]
+            for kind in models:
+                ties = _inner_ties(kind, models) | _own_ties(kind)
+                if ties:
+                    found[kind.__name__] = ties
     return found
+
+
+def _own_ties(kind: Any) -> dict[str, str]:
+    ties = getattr(kind, "_tied_weights_keys", None)
+    return dict(ties) if isinstance(ties, dict) else {}
+
+
+def _inner_ties(kind: Any, models: Sequence[Any]) -> dict[str, str]:
+    """Return the ties of the model without a head that a class has as its attribute `base_model_prefix`."""
+    bases = set(modeling_auto.MODEL_MAPPING_NAMES.values())
+    prefix = kind.base_model_prefix
+    inner = [each for each in models if each.__name__ in bases and each is not kind
+             and each.config_class is kind.config_class and kind.__name__ not in bases]  # fmt: skip
+    if not prefix or len(inner) != 1:
+        return {}
+    return {f"{prefix}.{tied}": f"{prefix}.{source.strip('^')}" for tied, source in _own_ties(inner[0]).items()}
 
 
 def table_text(found: dict[str, dict[str, str]]) -> str:
