@@ -270,8 +270,6 @@ def _likely_names(name: str) -> Iterator[str]:
     """Yield the names that a tensor of the trained model may have in the base, the likeliest first."""
     yield name
     yield from names_with_other_prefixes(name)
-    if name.startswith("model."):  # the language model alone was trained
-        yield f"language_model.{name}"
 
 
 def _not_in_base(path: str, config: Mapping[str, Any], names: Sequence[str], kind: str) -> str:

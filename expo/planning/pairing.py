@@ -7,7 +7,7 @@ and is the only tensor that fits, and the reason of its step names the rename or
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..checkpoints.model_parts import EMBEDDING, HEAD, SHARED, is_buffer, tie_flag
@@ -110,13 +110,18 @@ def _find_ties(
         tied_names: The ties of the models' classes.
     """
     heads, embeddings, shared = ([name for name in others if kind.search(name)] for kind in (HEAD, EMBEDDING, SHARED))
+    by_part: dict[str, list[str]] = {}  # a model may have a part with an embedding of its own beside the language model
+    for other in embeddings:
+        by_part.setdefault(other.partition(".")[0], []).append(other)
     known = tied_names.find(unpaired, others) if tied else {}
     ties: dict[str, str] = {}
     for name, tensor in unpaired.items():
         if name in known:
             fits = [known[name]]
         elif HEAD.search(name) and not heads and tied:
-            fits = [other for other in shared if other.endswith("shared.weight")] or _inside(name, embeddings)
+            fits = [other for other in shared if other.endswith("shared.weight")] or by_part.get(
+                name.partition(".")[0], embeddings
+            )
         elif EMBEDDING.search(name) and not embeddings and tied:
             fits = heads
         elif SHARED.search(name):
@@ -126,12 +131,6 @@ def _find_ties(
         if len(fits) == 1 and others[fits[0]].shape[1:] == tensor.shape[1:]:
             ties[name] = fits[0]
     return ties
-
-
-def _inside(head: str, embeddings: Sequence[str]) -> list[str]:
-    """Return the embeddings of the part of a model that has the head: those that share its prefix, if any do."""
-    prefix = head[: -len("lm_head.weight")] if head.endswith(".lm_head.weight") else ""
-    return [name for name in embeddings if name.startswith(prefix)] or list(embeddings)
 
 
 def mismatched(aligned: TensorInfo, sft: TensorInfo) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..checkpoints.model_parts import EMPTY_HINT, HEAD, generates, is_embedding, tie_flag
+from ..checkpoints.model_parts import EMPTY_HINT, HEAD, generates, is_embedding, language_model_type, tie_flag
 from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.naming import find_wrapper_prefix, mask_numbers, unwrap
 from ..checkpoints.quantization import describe_problem
@@ -34,7 +34,9 @@ def model_problems(sft: ModelTensors, aligned: ModelTensors) -> list[str]:
     problems = [text for role, checkpoint in checked if (text := describe_problem(role, checkpoint))]
     problems += [text for role, checkpoint in roles if (text := _empty_problem(role, checkpoint, sft, aligned))]
     types = [checkpoint.config.get("model_type") for checkpoint in (sft, aligned)]
-    if None not in types and types[0] != types[1]:
+    language = [language_model_type(checkpoint.config) for checkpoint in (sft, aligned)]
+    is_one_family = language[0] == language[1] is not None  # a text model and its vision-language model
+    if None not in types and types[0] != types[1] and not is_one_family:
         problems.append(
             f"different architectures: sft {sft.path} is {types[0]!r}, aligned {aligned.path} is {types[1]!r}; "
             "extrapolation needs two checkpoints of one model"

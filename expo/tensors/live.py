@@ -33,7 +33,7 @@ from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT
 from . import gpu_tensors
 from .arrays import MOST_THREADS, compute_on_cpu
 from .distributed_tensors import fsdp_modules, local_part, reshard
-from .model_weights import MOVED, WeightPositions, model_tensors, saved_weights
+from .model_weights import MOVED, WeightPositions, model_tensors, saved_weights, without_value_head
 from .originals import (
     KEEP,
     LiveWeight,
@@ -106,7 +106,7 @@ class Live:
                 read = read_from_tensors(others)
             else:
                 others = {}
-                other = checkpoint = stack.enter_context(open_one(sft))
+                other = checkpoint = without_value_head(stack.enter_context(open_one(sft)), aligned)
                 read = read_from_checkpoint(checkpoint)
             options = MergeOptions(alpha_for=alpha_for or {}, on_unpaired=on_unpaired, on_mismatch=on_mismatch)
             matched = match_tensors(other, aligned, options)

@@ -155,7 +155,8 @@ def sweep(kinds: Iterable[str], types: set[str], again: str) -> None:
         again: "all" or "failed" to check model types again that have a result.
     """
     results: dict[str, dict[str, str]] = read_results().get("results", {})
-    assert expo.merge and expo.Live  # imported here, so that the children need not do it
+    assert callable(expo.merge)  # both are imported here, so that the children need not do it
+    assert callable(expo.Live)
     for kind in kinds:
         for model_type in model_types(kind):
             known = results.setdefault(kind, {}).get(model_type)
