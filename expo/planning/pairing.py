@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
+from ..checkpoints.memory_names import MemoryNames
 from ..checkpoints.model_parts import EMBEDDING, HEAD, SHARED, is_buffer, tie_flag
 from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.renames import NameIndex
@@ -60,9 +62,11 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
         name: tensor for name, tensor in of_aligned.items() if name not in counterparts and name not in kept
     }
     unpaired_sft = {name: tensor for name, tensor in of_sft.items() if name not in of_aligned and name not in dropped}
-    for name, old_name in _find_renames(unpaired_aligned, unpaired_sft).items():
-        counterparts[name] = Counterpart(unpaired_sft.pop(old_name), f"sft calls it {old_name}")
-        del unpaired_aligned[name]
+    memory_names = MemoryNames(sft.config), MemoryNames(aligned.config)
+    for find in (partial(_find_memory_names, names=memory_names), _find_renames):
+        for name, old_name in find(unpaired_aligned, unpaired_sft).items():
+            counterparts[name] = Counterpart(unpaired_sft.pop(old_name), f"sft calls it {old_name}")
+            del unpaired_aligned[name]
     flags = tie_flag(sft.config), tie_flag(aligned.config)
     tied_names = TiedNames((aligned.config, sft.config))
     # A tensor that sft lacks is not tied if sft's config denies the tie, or if it says nothing and aligned's denies it.
@@ -76,6 +80,33 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
     only_in_aligned = [name for name in unpaired_aligned if name not in sft_ties]
     only_in_sft = [name for name in unpaired_sft if name not in aligned_ties]
     return Pairs(counterparts, kept, dropped, only_in_aligned, only_in_sft)
+
+
+def _find_memory_names(
+    unpaired: Mapping[str, TensorInfo],
+    candidates: Mapping[str, TensorInfo],
+    names: tuple[MemoryNames, MemoryNames],
+) -> dict[str, str]:
+    """Return the candidate's name for each unpaired tensor that has the candidate's shape and name in memory.
+
+    Args:
+        unpaired: The tensors that aligned alone has.
+        candidates: The tensors that sft alone has.
+        names: The names in memory of sft and of aligned.
+    """
+    if not any(names) or not unpaired or not candidates:
+        return {}
+    of_sft: dict[str, list[str]] = {}
+    for other in candidates:
+        of_sft.setdefault(names[0].find(other), []).append(other)
+    of_aligned: dict[str, list[str]] = {}
+    for name in unpaired:
+        of_aligned.setdefault(names[1].find(name), []).append(name)
+    return {
+        own[0]: of_sft[key][0]
+        for key, own in of_aligned.items()
+        if len(own) == len(of_sft.get(key, ())) == 1 and unpaired[own[0]].shape == candidates[of_sft[key][0]].shape
+    }
 
 
 def _find_renames(unpaired: Mapping[str, TensorInfo], candidates: Mapping[str, TensorInfo]) -> dict[str, str]:

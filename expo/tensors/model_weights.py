@@ -147,8 +147,20 @@ def model_tensors(model: torch.nn.Module, role: str) -> ModelInMemory:
             )
     if next(model.parameters(), None) is None:
         raise UsageError(f"{role}: the {type(model).__name__} has no parameters, so it is no model")
-    config: Any = getattr(model, "config", None)
-    return ModelInMemory(role, tensors, config.to_dict() if hasattr(config, "to_dict") else {})
+    return ModelInMemory(role, tensors, _config_of(model))
+
+
+def _config_of(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the config of a model, or of the first model of transformers inside a wrapper, as config.json has it.
+
+    A model that was not loaded from a folder names no class in its config, so its own class is named here.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "to_dict"):
+            fields: dict[str, Any] = config.to_dict()
+            return {**fields, "architectures": fields.get("architectures") or [type(module).__name__]}
+    return {}
 
 
 def without_value_head(checkpoint: Checkpoint, model: ModelInMemory) -> Checkpoint:
