@@ -51,9 +51,10 @@ class MemoryNames:
     """The names in memory of the tensors of one model."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        named = config.get("architectures")
-        names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-        self._renames = next((_renames_of(name) for name in names if name in _table()), ())
+        named, model_type = config.get("architectures"), config.get("model_type")
+        first = named[0] if isinstance(named, list) and named else None
+        key = f"{first} {model_type}"
+        self._renames = _renames_of(key if key in _table() else _same_type().get(str(model_type), ""))
 
     def __bool__(self) -> bool:
         return bool(self._renames)
@@ -68,15 +69,22 @@ class MemoryNames:
 
 @cache
 def _table() -> dict[str, list[list[str]]]:
-    """Return the renames of each class by its name."""
+    """Return the renames of each model by the name of its class and its model type, with a space between the two."""
     with open(TABLE, encoding="utf-8") as file:
         rows = json.load(file)["rows"]
-    return {name: row["renames"] for row in rows for name in row["classes"]}
+    return {name: row["renames"] for row in rows for name in row["models"]}
+
+
+@cache
+def _same_type() -> dict[str, str]:
+    """Return a name of the table for each model type: models of one type with other heads have the same renames."""
+    return {name.partition(" ")[2]: name for name in reversed(_table())}
 
 
 @cache
 def _renames_of(name: str) -> tuple[_Rename, ...]:
-    """Return the renames of a class in the table."""
+    """Return the renames of a model in the table; none for any other name."""
     return tuple(
-        _Rename(scope, base, re.compile(pattern), replacement) for scope, base, pattern, replacement in _table()[name]
+        _Rename(scope, base, re.compile(pattern), replacement)
+        for scope, base, pattern, replacement in _table().get(name, ())
     )

@@ -43,7 +43,7 @@ def renames_of(model: Any) -> list[list[str]]:
 
 
 def declared_renames() -> dict[str, list[list[str]]]:
-    """Return the renames of all classes that have any, by the name of the class."""
+    """Return the renames of all models that have any, by the name of the class and the model type."""
     found: dict[str, list[list[str]]] = {}
     for kind in KINDS:
         for model_type in model_types(kind):
@@ -54,16 +54,16 @@ def declared_renames() -> dict[str, list[list[str]]]:
                 continue
             renames = renames_of(model)
             if renames:
-                found.setdefault(type(model).__name__, renames)
+                found.setdefault(f"{type(model).__name__} {model_type}", renames)
     return found
 
 
 def table_text(found: dict[str, list[list[str]]]) -> str:
-    """Return the text of the table: one line for each list of renames, with the classes that have it."""
-    classes: dict[str, list[str]] = {}
+    """Return the text of the table: one line for each list of renames, with the models that have it."""
+    models: dict[str, list[str]] = {}
     for name in sorted(found):
-        classes.setdefault(json.dumps(found[name]), []).append(name)
-    lines = [f'  {{"classes": {json.dumps(names)}, "renames": {renames}}}' for renames, names in classes.items()]
+        models.setdefault(json.dumps(found[name]), []).append(name)
+    lines = [f'  {{"models": {json.dumps(names)}, "renames": {renames}}}' for renames, names in models.items()]
     return f'{{"transformers": "{transformers.__version__}", "rows": [\n' + ",\n".join(lines) + "\n]}\n"
 
 

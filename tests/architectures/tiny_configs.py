@@ -74,6 +74,7 @@ def _text(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 # Overrides by model type. A dot in a field's name leads into a nested config.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"audio_token_offset": 224, "text_config.vocab_size": 400},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "cohere_compass": _text({"rope_parameters": {"full_attention": _ROPE}}),
@@ -81,6 +82,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cosmos3_edge": _text({"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}}),
     "dbrx": {"attn_config.rope_theta": 10000.0, "rope_parameters": _ROPE, "ffn_config.hidden_size": 64},
     "diffusion_gemma": _text(_GEMMA),
+    "deepseek_ocr2": _text({"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
     "dory": {
         "n_input_layers": 2, "n_recurrent_layers": 4, "n_output_layers": 2, "num_hidden_layers": 8,
         "layer_types": ["sliding_attention", "mlp"] * 3 + ["full_attention", "mlp"],
@@ -89,6 +91,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note": _text(_DOTS),
     "dots3_note_text": _DOTS,
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
+    "esm": {"vocab_size": 33},
+    "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_n_groups": 1},
     "gemma3n_text": {
         "num_kv_shared_layers": 0, "intermediate_size": [96] * LAYERS, "layer_types": _GEMMA["layer_types"],
@@ -101,16 +105,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified_assistant": _text({**_GEMMA, "hidden_size_per_layer_input": 0}),
     "gemma4_unified_text": _GEMMA,
     "glm5_next": _text({"num_key_value_heads": 4}),
-    "granite4_vision": {"deepstack_layer_map": [[0, 1]]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 1]], "downsample_rate": "4/8"},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "hunyuan_vl": _text({"head_dim": 16}),
+    "hy_v4_vl": _text({"qk_rope_head_dim": 64}),
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "ministral": {"head_dim": 16, "num_key_value_heads": 2},
+    "mobilebert": {"embedding_size": 32},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 2]},
     "moshi": {"audio_encoder_config.codebook_size": 64, "audio_vocab_size": 64},
+    "neomme": {"per_layer_config": DROP},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
     "qwen4_exp": _text(_INDEXER),
     "qwen4_exp_text": _INDEXER,
@@ -144,7 +151,7 @@ def _shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if type(value) is int:
             fields[name] = _small(name, value)
-        elif isinstance(value, dict) and value and name not in _UNTOUCHED:
+        elif isinstance(value, dict) and name not in _UNTOUCHED and all(isinstance(key, str) for key in value):
             fields[name] = _shrunk(value) | ({"model_type": value["model_type"]} if "model_type" in value else {})
         elif isinstance(value, list):
             fields[name] = _small_list(name, value, counts)
