@@ -59,19 +59,23 @@ class TiedNames:
             short = found
         return short
 
-    def find(self, names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    def find(self, names: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
         """Return, for each name that is tied to just one of the other names, that other name.
 
         If a name is tied to several of the others, the one counts that all of these are tied to.
+
+        Args:
+            names: The name in memory of each tensor, by its name.
+            others: The same for the tensors of another model.
         """
         index: dict[str, list[str]] = {}
-        for other in others if self._rules else ():
-            index.setdefault(self.source(other), []).append(other)
+        for other, in_memory in others.items() if self._rules else ():
+            index.setdefault(self.source(in_memory), []).append(other)
         found: dict[str, str] = {}
-        for name in names if index else ():
-            source = self.source(name)
-            twins = [other for other in index.get(source, ()) if unwrap(other) != unwrap(name)]
-            chosen = [other for other in twins if unwrap(other) == source] or twins
+        for name, in_memory in names.items() if index else ():
+            source = self.source(in_memory)
+            twins = [other for other in index.get(source, ()) if unwrap(others[other]) != unwrap(in_memory)]
+            chosen = [other for other in twins if unwrap(others[other]) == source] or twins
             if len(chosen) == 1:
                 found[name] = chosen[0]
         return found

@@ -70,12 +70,16 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
     flags = tie_flag(sft.config), tie_flag(aligned.config)
     tied_names = TiedNames((aligned.config, sft.config))
     # A tensor that sft lacks is not tied if sft's config denies the tie, or if it says nothing and aligned's denies it.
-    sft_ties = _find_ties(unpaired_aligned, of_sft, flags[0] is not False and flags != (None, False), tied_names)
+    tied = flags[0] is not False and flags != (None, False)
+    twins = _find_twins(unpaired_aligned, of_sft, tied_names, memory_names[::-1]) if tied else {}
+    sft_ties = _find_ties(unpaired_aligned, of_sft, tied, twins)
     counterparts |= {name: Counterpart(of_sft[other], f"sft ties it to {other}") for name, other in sft_ties.items()}
     tied_to = set(sft_ties.values())
     unpaired_sft = {name: tensor for name, tensor in unpaired_sft.items() if name not in tied_to}
     # A tensor that aligned lacks is tied only if neither config denies the tie, because a wrong tie drops a tensor.
-    aligned_ties = _find_ties(unpaired_sft, of_aligned, False not in flags, tied_names)
+    tied = False not in flags
+    twins = _find_twins(unpaired_sft, of_aligned, tied_names, memory_names) if tied else {}
+    aligned_ties = _find_ties(unpaired_sft, of_aligned, tied, twins)
     dropped |= {name: f"aligned ties it to {other}" for name, other in aligned_ties.items()}
     only_in_aligned = [name for name in unpaired_aligned if name not in sft_ties]
     only_in_sft = [name for name in unpaired_sft if name not in aligned_ties]
@@ -126,8 +130,29 @@ def _find_renames(unpaired: Mapping[str, TensorInfo], candidates: Mapping[str, T
     return {name: other for name, other in renames.items() if uses[other] == 1}
 
 
+def _find_twins(
+    unpaired: Mapping[str, TensorInfo],
+    others: Mapping[str, TensorInfo],
+    tied_names: TiedNames,
+    memory_names: tuple[MemoryNames, ...],
+) -> dict[str, str]:
+    """Return the tied tensor of the other model by the unpaired name, as far as the models' classes name the tie.
+
+    Args:
+        unpaired: The tensors that one model alone has.
+        others: All tensors of the other model.
+        tied_names: The ties of both models' classes.
+        memory_names: The names in memory of the one model, and of the other.
+    """
+    if not unpaired:
+        return {}
+    own, their = ({name: names.find(name) for name in tensors}
+                  for names, tensors in zip(memory_names, (unpaired, others), strict=True))  # fmt: skip
+    return tied_names.find(own, their)
+
+
 def _find_ties(
-    unpaired: Mapping[str, TensorInfo], others: Mapping[str, TensorInfo], tied: bool, tied_names: TiedNames
+    unpaired: Mapping[str, TensorInfo], others: Mapping[str, TensorInfo], tied: bool, known: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the tied tensor that the other model uses in the place of each unpaired tensor, by the unpaired name.
 
@@ -138,13 +163,12 @@ def _find_ties(
         unpaired: The tensors that one model alone has.
         others: All tensors of the other model.
         tied: True if the configs allow ties.
-        tied_names: The ties of the models' classes.
+        known: The tied tensors that the models' classes name; see `_find_twins`.
     """
     heads, embeddings, shared = ([name for name in others if kind.search(name)] for kind in (HEAD, EMBEDDING, SHARED))
     by_part: dict[str, list[str]] = {}  # a model may have a part with an embedding of its own beside the language model
     for other in embeddings:
         by_part.setdefault(other.partition(".")[0], []).append(other)
-    known = tied_names.find(unpaired, others) if tied else {}
     ties: dict[str, str] = {}
     for name, tensor in unpaired.items():
         if name in known:

@@ -79,10 +79,29 @@ def test_the_source_of_a_name(architectures: Any, name: str, source: str) -> Non
 
 def test_two_twins_without_their_source_are_no_choice() -> None:
     names = TiedNames([{"architectures": ["T5ForConditionalGeneration"]}])
-    assert names.find(["lm_head.weight"], ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]) == {}
-    assert names.find(["lm_head.weight"], ["encoder.embed_tokens.weight", "shared.weight"]) == {
-        "lm_head.weight": "shared.weight"
-    }
+    head, shared = "lm_head.weight", "shared.weight"
+    others = {name: name for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")}
+    assert names.find({head: head}, others) == {}
+    assert names.find({head: head}, {**others, shared: shared}) == {head: shared}
+
+
+def test_a_tie_whose_source_has_another_name_in_the_file() -> None:
+    config = {"architectures": ["T5Gemma2ForConditionalGeneration"], "model_type": "t5gemma2"}
+    file = {"model.encoder.embed_tokens.weight": ("BF16", (6, 4))}
+    memory = dict.fromkeys(
+        (
+            "model.encoder.text_model.embed_tokens.weight",
+            "model.decoder.embed_tokens.weight",
+            "lm_head.out_proj.weight",
+        ),
+        ("BF16", (6, 4)),
+    )
+    plan = make_plan(checkpoint(file, config=config), checkpoint(memory, config=config), [0.3])
+    plan.check()
+    assert {step.name: step.sft.name for step in plan.steps if step.sft} == dict.fromkeys(memory, next(iter(file)))
+    plan = make_plan(checkpoint(memory, config=config), checkpoint(file, config=config), [0.3])
+    plan.check()
+    assert plan.dropped == dict.fromkeys(list(memory)[1:], f"aligned ties it to {next(iter(file))}")
 
 
 @pytest.mark.exhaustive
