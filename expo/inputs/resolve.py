@@ -157,7 +157,9 @@ def _locate(
 
 def _open(location: _Location) -> Checkpoint:
     """Open the checkpoint at a location. Its paths are those of the real files, also if a stand-in is opened."""
-    checkpoint = replace(open_checkpoint(location.path_to_open), origin=location.origin)
+    checkpoint = replace(
+        open_checkpoint(location.path_to_open, has_data=location.stand_in is None), origin=location.origin
+    )
     if location.stand_in is None:
         return checkpoint
     folder = location.path
