@@ -32,14 +32,16 @@ def complete_request(
 ) -> PairRequest:
     """Return the user's arguments, completed by a recipe's values for those that are None.
 
-    Raises UsageError if there is no such recipe, if an argument is still missing, or if alpha is not a number.
+    Raises UsageError if there is no such recipe, if the recipe has no alpha and none is given, if an argument is still
+    missing, or if alpha is not a number.
     """
     if recipe is not None:
+        from .recipes import alpha_of
         from .recipes import recipe as find_recipe
 
         found = find_recipe(recipe)
         sft, aligned = found.sft if sft is None else sft, found.aligned if aligned is None else aligned
-        alpha = found.alpha if alpha is None else alpha
+        alpha = alpha_of(found) if alpha is None else alpha
     if sft is None or aligned is None or alpha is None:
         arguments = (("`sft`", sft), ("`aligned`", aligned), ("`alpha`", alpha))
         *first, last = [name for name, value in arguments if value is None]
