@@ -109,35 +109,30 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_id_that_an_address_is_refused_for_is_right(server: Hub, client: Client) -> None:
-    """The hub of the test is at an address of its own, which HF_ENDPOINT names."""
-    server.repos["org/sft"] = Repo()
-    server.repos["org/sft"].commit(files(DEMO / "sft"), "v1")
-    aligned = DEMO / "aligned"
-    for page in (f"{server.endpoint}/org/sft/tree/v1", "https://huggingface.co/org/sft/blob/v1/config.json"):
-        (message,) = client.plan((page, aligned))
-        assert message.startswith(
-            f"expo: error: {page}: no such file or folder; the address of a repository on the hub"
-        )
-        assert message.rstrip().endswith("write its id: org/sft@v1")
-    plans = client.plan((message.rstrip().rpartition(" ")[2], aligned), (DEMO / "sft", aligned))
-    assert plans[0] == plans[1]
-    assert plans[0]["steps"]
-
-
-def test_a_folder_without_weights_that_has_the_name_of_a_repository(
-    server: Hub, client: Client, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.repos["org/sft"] = Repo()
-    server.repos["org/sft"].commit(files(DEMO / "sft"))
+def test_a_folder_without_weights_that_has_the_name_of_a_repository(home: Path) -> None:
     (Path("org") / "sft").mkdir(parents=True)
     message = refusal("org/sft")
     assert message.startswith("org/sft: none of model.safetensors, ")
     assert message.endswith("if you mean the repository there, write org/sft@main")
-    plans = client.plan((message.rpartition(" ")[2], DEMO / "aligned"), (DEMO / "sft", DEMO / "aligned"))
-    assert plans[0]["steps"] == plans[1]["steps"]
     (Path("org") / "sft" / "model.safetensors").write_bytes(b"damaged")
     assert "repository" not in refusal("org/sft"), "the folder is meant to be a checkpoint"
+
+
+def test_the_ids_that_messages_name_are_right(server: Hub, client: Client) -> None:
+    """The hub of the test is at an address of its own, which HF_ENDPOINT names."""
+    server.repos["org/sft"] = Repo()
+    server.repos["org/sft"].commit(files(DEMO / "sft"), "v1", "main")
+    aligned = DEMO / "aligned"
+    pages = f"{server.endpoint}/org/sft/tree/v1", "https://huggingface.co/org/sft/blob/v1/config.json"
+    names = *pages, "org/sft@v1", "org/sft@main", DEMO / "sft"
+    *messages, tagged, main, local = client.plan(*((name, aligned) for name in names))
+    assert messages == [
+        f"expo: error: {page}: no such file or folder; the address of a repository on the hub, for which you write its "
+        "id: org/sft@v1\n"
+        for page in pages
+    ]
+    assert local["steps"]
+    assert tagged == main == local
 
 
 @pytest.mark.parametrize("evidence", ["cache", "recipe", "none"])
