@@ -15,7 +15,7 @@ _NO_MODELS = {"datasets", "spaces", "docs", "blog", "papers", "collections"}  # 
 _REPO = r"([^/?#@]+/[^/?#@]+?)(?:\.git)?"
 _REVISION = r"(refs/[^/?#]+/[^/?#]+|[^/?#]+)"
 _PAGE = re.compile(
-    rf"(?:https?://)?([^/\s]+\.[^/\s]+|[^/\s]+:\d+)/{_REPO}"
+    rf"(?:(?i:https?)://)?([^/\s]+\.[^/\s]+|[^/\s]+:\d+)/{_REPO}"
     rf"(?:/(?:tree|blob|resolve|raw|commits?)/{_REVISION})?(?:[/?#].*)?"
 )
 _SCHEME = re.compile(rf"hf://(?:models/)?{_REPO}(?:@{_REVISION})?(?:/.*)?")
@@ -45,7 +45,7 @@ def parse_address(text: str) -> HubId | None:
     page, scheme = _PAGE.fullmatch(text), _SCHEME.fullmatch(text)
     if page is not None:
         endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc
-        if page[1] not in _HOSTS | {endpoint} or page[2].partition("/")[0] in _NO_MODELS:
+        if page[1].lower() not in _HOSTS | {endpoint.lower()} or page[2].partition("/")[0] in _NO_MODELS:
             return None
     found = (page[2], page[3]) if page else (scheme[1], scheme[2]) if scheme else None
     if found is None:

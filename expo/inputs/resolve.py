@@ -145,7 +145,9 @@ def _locate(
     path = os.fspath(name)
     if os.path.lexists(path):
         found = snapshot_origin(path)
-        return _Location(path, Origin(*found) if found else None, hidden=hidden_by_folder(path))
+        if found is not None:
+            return _Location(path, Origin(*found))
+        return _Location(path, None, hidden=hidden_by_folder(path))
     hub_id = parse_hub_id(path)
     if hub_id is None:
         hint = explain_missing(path)

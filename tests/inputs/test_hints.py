@@ -73,6 +73,7 @@ def test_a_quoted_tilde_before_nothing(home: Path) -> None:
         ("https://huggingface.co/org/name", "org/name", None),
         ("http://www.huggingface.co/org/name/", "org/name", None),
         ("huggingface.co/org/name", "org/name", None),
+        ("HTTPS://HuggingFace.co/org/Name", "org/Name", None),
         ("https://hf.co/org/name?library=x#files", "org/name", None),
         ("https://huggingface.co/org/name.git", "org/name", None),
         ("https://huggingface.co/org/name-v0.1/tree/main", "org/name-v0.1", None),
@@ -135,17 +136,22 @@ def test_the_ids_that_messages_name_are_right(server: Hub, client: Client) -> No
     assert tagged == main == local
 
 
-@pytest.mark.parametrize("evidence", ["cache", "recipe", "none"])
+@pytest.mark.parametrize("evidence", ["cache", "recipe", "none", "snapshot"])
 def test_a_checkpoint_that_has_the_name_of_a_repository_is_used_and_said(
     evidence: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "HuggingFaceH4/zephyr-7b-beta" if evidence == "recipe" else "models/aligned"
-    shutil.copytree(DEMO / "aligned", name)
+    cache = home / ".cache" / "huggingface" / "hub" / "models--models--aligned"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    shutil.copytree(DEMO / "aligned", snapshot if evidence == "snapshot" else name)
     if evidence == "cache":
-        (home / ".cache" / "huggingface" / "hub" / "models--models--aligned").mkdir(parents=True)
+        cache.mkdir(parents=True)
+    if evidence == "snapshot":  # the folder is a link to the repository itself
+        Path("models").mkdir()
+        Path(name).symlink_to(snapshot)
     from expo.fast import main
 
     assert main(["--sft", str(DEMO / "sft"), "--aligned", name, "--alpha", "0.3", "--plan", "--json"]) == 0
     notes = json.loads(capsys.readouterr().out)["notes"]
     said = f"{name} is a folder here, and it is used; the hub has a repository of this name, which is {name}@main"
-    assert notes == ([] if evidence == "none" else [said])
+    assert notes == ([said] if evidence in ("cache", "recipe") else [])
