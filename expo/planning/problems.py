@@ -153,7 +153,7 @@ def _likely_cause(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str
             "one checkpoint has its experts fused and the other has a tensor for each expert: load the other with "
             f"transformers, and save it by {SAVE_AS_IN_MEMORY}, which fuses the experts"
         )
-    if _same_shapes(sft, aligned, pairs) or _same_modules(pairs):
+    if _same_shapes(sft, aligned, pairs) or _same_modules(pairs) or _same_size(sft, aligned, pairs):
         return (
             "they look like the same tensors under other names or in another form: if transformers loads both and "
             f"reports no missing weights, {SAVE_AS_IN_MEMORY} gives both the same names; else rename the tensors of one"
@@ -203,6 +203,15 @@ def _same_shapes(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> bool
     of_aligned = Counter(aligned.tensors[name].shape for name in pairs.only_in_aligned)
     of_sft = Counter(sft.tensors[name].shape for name in pairs.only_in_sft)
     return 2 * (of_aligned & of_sft).total() > min(of_aligned.total(), of_sft.total()) > 0
+
+
+def _same_size(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> bool:
+    """Return True if the unpaired tensors of both models have as many elements together, as fused tensors have."""
+    counts = [
+        sum(element_count(model.tensors[name].shape) for name in names)
+        for model, names in ((aligned, pairs.only_in_aligned), (sft, pairs.only_in_sft))
+    ]
+    return counts[0] == counts[1] > 0
 
 
 def _same_modules(pairs: Pairs) -> bool:

@@ -74,7 +74,6 @@ def _text(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 # Overrides by model type. A dot in a field's name leads into a nested config.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "apertus1p5": {"audio_token_offset": 224, "text_config.vocab_size": 400},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "cohere_compass": _text({"rope_parameters": {"full_attention": _ROPE}}),
