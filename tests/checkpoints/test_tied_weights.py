@@ -86,7 +86,8 @@ def test_two_twins_without_their_source_are_no_choice() -> None:
 
 
 def test_a_tie_whose_source_has_another_name_in_the_file() -> None:
-    config = {"architectures": ["T5Gemma2ForConditionalGeneration"], "model_type": "t5gemma2"}
+    config: dict[str, Any] = {"architectures": ["T5Gemma2ForConditionalGeneration"], "model_type": "t5gemma2"}
+    config["encoder"] = {"model_type": "t5gemma2_encoder"}
     file = {"model.encoder.embed_tokens.weight": ("BF16", (6, 4))}
     memory = dict.fromkeys(
         (
