@@ -135,3 +135,44 @@ def test_a_tied_head_that_the_folder_has_alone(name: str, tmp_path: Path) -> Non
     save_file(tensors, sft / "model.safetensors", metadata={"format": "pt"})
     assert source not in json.loads((sft / "config.json").read_text())
     check_live(model, model, sft, states)
+
+
+MIXTRAL: Any = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return sft and aligned of a model whose experts are one tensor in memory and one tensor each in the files."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**MIXTRAL)
+    pair = pair_of(transformers.MixtralForCausalLM(config), tmp_path_factory.mktemp("mixtral"))
+    assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in load_file(pair[0] / "model.safetensors")
+    return pair
+
+
+@pytest.mark.parametrize("keep", ["device", "host", "disk"])
+def test_experts_that_the_loader_fuses(keep: str, mixtral: tuple[Path, Path]) -> None:
+    model, states = model_of(mixtral[1]), [model_of(folder).state_dict() for folder in reversed(mixtral)]
+    with expo.Live(model, mixtral[0], keep=keep) as live:
+        live.alpha = ALPHA
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, formula(states[0][name], states[1][name])), name
+    assert all(torch.equal(tensor, states[0][name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fault", ["missing", "dtype", "shape"])
+def test_experts_that_are_not_complete_are_refused(fault: str, mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    tensors = load_file(mixtral[0] / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.1.w3.weight"
+    tensor = tensors.pop(name)
+    if fault != "missing":
+        tensors[name] = tensor.float() if fault == "dtype" else tensor[:-1].clone()
+    (tmp_path / "config.json").write_text((mixtral[0] / "config.json").read_text())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        expo.PlanError, match=r"(?s)names of the model's tensors.*experts.gate_up_proj \(aligned only\)"
+    ):
+        expo.Live(model_of(mixtral[1]), tmp_path)
