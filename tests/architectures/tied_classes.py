@@ -36,7 +36,10 @@ def modeling_modules() -> Iterator[Any]:
 
 
 def declared_ties() -> dict[str, dict[str, str]]:
-    """Return the ties of all model classes, and of the model without a head inside each, by the class's name."""
+    """Return the ties of all model classes, and of the model without a head inside each, by the class's name.
+
+    The name `decoder TYPE` stands for the decoder of this model type in a model that was put together of two.
+    """
     library: Any = transformers
     found: dict[str, dict[str, str]] = {}
     with warnings.catch_warnings():
@@ -52,7 +55,8 @@ def declared_ties() -> dict[str, dict[str, str]]:
                 ties = _inner_ties(kind, models) | _own_ties(kind)
                 if ties:
                     found[kind.__name__] = ties
-    return found
+    decoders = {f"decoder {name}": kind for name, kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+    return found | {name: found[kind] for name, kind in decoders.items() if kind in found}
 
 
 def _own_ties(kind: Any) -> dict[str, str]:

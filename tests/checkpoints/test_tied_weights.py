@@ -23,6 +23,7 @@ CASES = [
     ("CTRLLMHeadModel", "transformer.w.weight", "lm_head.weight"),
     ("XLNetLMHeadModel", "transformer.word_embedding.weight", "lm_loss.weight"),
     ("WhisperForConditionalGeneration", "model.decoder.embed_tokens.weight", "proj_out.weight"),
+    ("EncoderDecoderModel", "decoder.cls.predictions.bias", "decoder.cls.predictions.decoder.bias"),
     ("Qwen3VLForConditionalGeneration", "model.language_model.embed_tokens.weight", "lm_head.weight"),
 ]
 
@@ -31,6 +32,7 @@ CASES = [
 @pytest.mark.parametrize("flag", [None, True])
 def test_a_tied_weight_under_either_name(kind: str, source: str, tied: str, flag: bool | None) -> None:
     config = {"architectures": [kind], **({} if flag is None else {"tie_word_embeddings": flag})}
+    config["decoder"] = {"model_type": "bert"}  # the decoder of an EncoderDecoderModel
     ndim = 1 if source.endswith("bias") else 2
     one, both = (dict.fromkeys(names, ("BF16", (6, 4)[:ndim])) for names in ((source,), (source, tied)))
     other = {tied: one[source]}
