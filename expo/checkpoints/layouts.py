@@ -13,8 +13,10 @@ each set of models with the same conversions:
       targets    the text that replaces the match, one for each tensor in memory
       operations what is done to the sources, in order: ["stack", dim] the tensors of all experts of each source,
                  ["concatenate", dim] the sources, ["transpose", dim, dim] each, or ["chunk", dim] into the targets
+    others       expressions for the names to which conversions apply that are in neither list
 
-All of these operations are views: no number changes. A conversion that is no view is not in the table. A rename applies
+All of these operations are views: no number changes. A conversion that is no view has its names in `others`: what the
+tensor is in memory cannot be said, so it has no name in memory. A rename applies
 to any part of a name; the renames of a model inside the model (`text_config`, `vision_config`) apply too, except those
 that are tied to the beginning of a name, which transformers counts from the inner model. Names are compared without
 what wrappers add, and `model.` before a name may be missing. `python -m tests.helpers.layouts_table` makes the table
@@ -32,6 +34,7 @@ from typing import Any, NamedTuple
 
 from .naming import unwrap
 
+_NOTHING = re.compile(r"(?!)")  # it matches no name
 TABLE = os.path.join(os.path.dirname(__file__), "layouts.json")
 
 
@@ -70,15 +73,22 @@ class Layout(NamedTuple):
     Attributes:
         renames: An expression and the text that replaces its first match, in order.
         fusions: The fusions, of which the first that fits a name counts.
+        others: Expressions for the names of tensors that are converted in another way, before or after a rename.
     """
 
     renames: tuple[tuple[re.Pattern[str], str], ...]
     fusions: tuple[Fusion, ...]
+    others: tuple[re.Pattern[str], ...] = ()
 
     def rename(self, name: str) -> str:
-        """Return a published name after all renames, without a wrapper's prefixes; a name in memory stays the same."""
-        name = unwrap(name)
-        for pattern, text in self.renames:
+        """Return a published name after all renames, without a wrapper's prefixes; a name in memory stays the same.
+
+        The name of a tensor that is converted in another way stays the same too.
+        """
+        published = name = unwrap(name)
+        for pattern, text in (*self.renames, (_NOTHING, "")):
+            if any(other.search(name) for other in self.others):
+                return published
             match = pattern.search(name)
             if match is None:
                 continue
@@ -110,7 +120,7 @@ def find_layouts(*configs: Mapping[str, Any]) -> list[Layout]:
     layouts = [found for own, names in _parts(config) if (found := _part(own, names)) is not None]
     if not layouts:
         return []
-    return [Layout(*(tuple(each for layout in layouts for each in layout[k]) for k in (0, 1)))]
+    return [Layout(*(tuple(each for layout in layouts for each in layout[k]) for k in range(3)))]
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[tuple[bool, list[str]]]:
@@ -158,6 +168,7 @@ def _layouts() -> dict[int, Layout]:
                 )
                 for each in row["fusions"]
             ),
+            tuple(map(re.compile, row["others"])),
         )
         for number, row in enumerate(_rows())
     }

@@ -75,6 +75,26 @@ def test_a_tensor_of_another_shape_and_two_tensors_of_one_name_stay_unpaired() -
         assert f"{in_memory} (aligned only)" in problem
 
 
+@pytest.mark.parametrize(
+    ("model_type", "in_file", "in_memory"),
+    [
+        # norm1 of the file is norm2 in memory, and norm0 is norm1.
+        ("kimi_k25", "vision_tower.encoder.blocks.0.norm1.weight", "model.vision_tower.layers.0.norm1.weight"),
+        # The rows of this matrix have another order in memory.
+        ("mistral_large4", "vision_encoder.transformer.layers.0.attention.wq.weight",
+         "model.vision_tower.transformer.layers.0.attention.q_proj.weight"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_is_converted_in_another_way_is_not_paired(model_type: str, in_file: str, in_memory: str) -> None:
+    config = {"model_type": model_type}
+    file, memory = ({name: ("BF16", (6, 6)), "same": ("BF16", (2,))} for name in (in_file, in_memory))
+    for sft, aligned in ((file, memory), (memory, file)):
+        (problem,) = make_plan(checkpoint(sft, config=config), checkpoint(aligned, config=config), [ALPHA]).problems
+        assert "they look like the same tensors under other names or in another form" in problem
+        assert f"  {in_file} (" in problem
+        assert f"  {in_memory} (" in problem
+
+
 @pytest.fixture(scope="module")
 def exaone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return sft and aligned of a model whose layers have other names in memory than in files."""

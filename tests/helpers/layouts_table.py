@@ -30,8 +30,10 @@ def make_table() -> dict[str, Any]:
     for name, transforms in conversion_mapping._build_checkpoint_conversion_mapping().items():
         renames = [_rename(each) for each in transforms if type(each).__name__ in RENAMES]
         fusions = [found for each in transforms if (found := _fusion(each)) is not None]
+        others = [_others(each) for each in transforms if type(each).__name__ not in RENAMES and _fusion(each) is None]
         if name != "legacy" and (renames or fusions):
-            rows.setdefault(json.dumps({"renames": renames, "fusions": fusions}), []).append(name)
+            row = {"renames": renames, "fusions": fusions, "others": sorted(set(others))}
+            rows.setdefault(json.dumps(row), []).append(name)
     table = [{"models": sorted(names), **json.loads(row)} for row, names in rows.items()]
     return {"transformers": transformers.__version__, "rows": sorted(table, key=lambda row: row["models"])}
 
@@ -39,6 +41,12 @@ def make_table() -> dict[str, Any]:
 def _rename(transform: Any) -> list[str]:
     """Return an expression for the text that a rename replaces, and the new text."""
     return [transform.compiled_sources.pattern, transform.target_patterns[0]]
+
+
+def _others(transform: Any) -> str:
+    """Return an expression for the names to which a conversion applies that the table cannot express."""
+    own = getattr(transform, "pattern", transform.compiled_sources)
+    return str(own.pattern)
 
 
 def _fusion(transform: Any) -> dict[str, Any] | None:
