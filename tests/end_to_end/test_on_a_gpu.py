@@ -5,6 +5,7 @@ Every test asserts that kernels have computed, because pieces below 64 KiB go to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,15 @@ def same(on_gpu: torch.Tensor, on_cpu: torch.Tensor) -> bool:
     here = on_gpu.detach().cpu().contiguous()
     return here.dtype == on_cpu.dtype and torch.equal(
         here.view(torch.uint8), on_cpu.detach().contiguous().view(torch.uint8)
+    )
+
+
+def same_but_nan(on_gpu: torch.Tensor, on_cpu: torch.Tensor) -> bool:
+    """Return True if two tensors have the same bits, but for the payloads of NaNs."""
+    here, there = on_gpu.detach().cpu(), on_cpu.detach()
+    zero = torch.zeros((), dtype=there.dtype)
+    return same(here.where(~here.isnan(), zero), there.where(~there.isnan(), zero)) and torch.equal(
+        here.isnan(), there.isnan()
     )
 
 
@@ -167,6 +177,113 @@ def test_live(gpu: SoftwareCuda, merged: dict[str, torch.Tensor], keep: str) -> 
         assert all(same(weights[name], merged[name]) for name in merged)
         assert computed(gpu) >= 2 * sum(each.nbytes for each in merged.values())
     assert all(same(weights[name], original[name]) for name in merged)
+
+
+class Small(torch.nn.Module):
+    """Weights of all dtypes, with numbers at which alpha 0 must copy: -0, inf and NaN."""
+
+    def __init__(self, seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        special = torch.tensor([-0.0, float("inf"), float("nan"), 1e-40])
+        self.all = torch.nn.ParameterList([torch.cat([special, torch.randn(3000)]).to(dtype) for dtype in dtypes])
+
+
+def graph_of(live: Any, alpha: torch.Tensor) -> Any:
+    """Return a graph that has captured the setting of an alpha in a tensor."""
+    live.alpha = alpha
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        live.alpha = alpha
+    return graph
+
+
+def test_a_graph_of_live_follows_the_tensor(gpu: SoftwareCuda) -> None:
+    """A replay computes the weights of the number that the tensor has then, and copies aligned's bits for 0."""
+    aligned, sft = Small(1), Small(2)
+    originals = [each.detach().clone() for each in aligned.all]
+    expected = {
+        alpha: [expo.extrapolate(s.detach(), a.detach(), alpha) for s, a in zip(sft.all, aligned.all, strict=True)]
+        for alpha in (0.5, -1.25, 0.3)
+    }
+    expected[0.0] = expected[-0.0] = originals
+    model = aligned.to("cuda")
+    with expo.Live(model, sft.to("cuda"), alpha_for={r"all\.0": 0.25}) as live:
+        fixed = expo.extrapolate(sft.all[0].detach().cpu(), originals[0], 0.25)
+        alpha = torch.full((), 0.3, device="cuda")
+        graph = graph_of(live, alpha)
+        assert live.alpha is alpha
+        for value in (0.5, 0.0, -1.25, -0.0, 0.3):
+            for weight in model.all:
+                weight.detach().zero_()
+            alpha.fill_(value)
+            before = computed(gpu)
+            graph.replay()
+            assert computed(gpu) - before == sum(each.nbytes for each in originals)
+            is_same = same if value == 0 else same_but_nan
+            assert same_but_nan(model.all[0], fixed)
+            assert all(is_same(weight, right) for weight, right in zip(model.all[1:], expected[value][1:], strict=True))
+        live.alpha = 0.5
+        assert all(same_but_nan(w, right) for w, right in zip(model.all[1:], expected[0.5][1:], strict=True))
+    assert all(same(weight, right) for weight, right in zip(model.all, originals, strict=True))
+
+
+def test_the_graph_of_the_documentation(
+    gpu: SoftwareCuda, merged: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example of docs/python.md sets the weights that it says; its last lines restore aligned."""
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "CUDAGraph" in block)
+    assert code.count("alpha.fill_(0.7)") == 1
+    monkeypatch.chdir(Path(__file__).parents[2])
+    code = code.replace("fill_(0.7)", f"fill_({ALPHA})").replace("0.3, device", "0.9, device")
+    shown: dict[str, Any] = {}
+    with quiet_transformers():
+        exec(f"{code}        weights = {{name: each.clone() for name, each in model.state_dict().items()}}", shown)
+    assert all(same(shown["weights"][name], merged[name]) for name in merged)
+
+
+@pytest.mark.parametrize("keep", ["host", "disk"])
+def test_a_graph_captures_no_work_of_the_host(gpu: SoftwareCuda, keep: str) -> None:
+    with expo.Live(Small(1).to("cuda"), Small(2), keep=keep) as live:
+        alpha = torch.full((1,), 0.3, device="cuda")
+        live.alpha = alpha  # the host reads the number here
+        assert live.alpha == alpha.item()
+        graph = torch.cuda.CUDAGraph()
+        for value, message in ((alpha, "only a tensor that was set before"), (0.4, "work of the host")):
+            with torch.cuda.graph(graph), pytest.raises(expo.UsageError, match=message):
+                live.alpha = value
+
+
+def test_a_tensor_that_was_not_set_before_a_capture_is_refused(gpu: SoftwareCuda) -> None:
+    """Its kernel may need a compiler, and the table of addresses a copy from the host. The advice is followed."""
+    model = Small(1).to("cuda")
+    with expo.Live(model, Small(2).to("cuda")) as live:
+        alpha = torch.full((1,), 0.5, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(expo.UsageError, match="set before the capture"):
+            live.alpha = alpha
+        graph = graph_of(live, alpha)
+        graph.replay()
+        right = expo.extrapolate(Small(2).all[2].detach(), Small(1).all[2].detach(), 0.5)
+        assert same_but_nan(model.all[2], right)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            live.alpha = 0.25  # a number is a constant of the graph
+
+
+def test_a_kernel_that_fails_with_an_alpha_in_a_tensor(gpu: SoftwareCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Small(1).to("cuda")
+    with expo.Live(model, Small(2).to("cuda")) as live:
+        live.alpha = 0.1
+        with monkeypatch.context() as patch:
+            patch.setattr(CudaLauncher, "__call__", lambda *_, **__: (_ for _ in ()).throw(OSError("no assembler")))
+            with (
+                pytest.warns(RuntimeWarning, match="no assembler"),
+                pytest.raises(expo.EngineError, match=r"set a number as alpha\. OSError: no assembler"),
+            ):
+                live.alpha = torch.full((1,), 0.5, device="cuda")
+        assert live.alpha is None
+        live.alpha = 0.5
+        assert same_but_nan(model.all[1], expo.extrapolate(Small(2).all[1].detach(), Small(1).all[1].detach(), 0.5))
 
 
 @pytest.mark.parametrize("options", [{"engine": "triton"}, {"engine": "cpu"}, {"device": "cuda"}], ids=str)
