@@ -132,6 +132,7 @@ class Live:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expo-live")
         self._on_device = keep == "device"
         self._groups = _make_groups(self._weights, self._on_device)
+        self._has_gpu = any(group.device.type == "cuda" for group in self._groups)
         self._tables: dict[_Group, Any] = {}
         self._alpha: float | torch.Tensor | None = 0.0
         self._closed = False
@@ -185,7 +186,7 @@ class Live:
 
     def _check_capture(self, value: Any, in_memory: bool) -> None:
         """Raise UsageError if a CUDA graph is being captured whose replay could not repeat this launch."""
-        if not self._groups or not torch.cuda.is_current_stream_capturing():
+        if not (self._has_gpu and torch.cuda.is_current_stream_capturing()):
             return
         is_tensor = isinstance(value, torch.Tensor)
         if is_tensor and not (in_memory and self._alpha is value):
