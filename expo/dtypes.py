@@ -68,15 +68,20 @@ def torch_dtypes() -> dict[str, Any]:
 
 @cache
 def numpy_dtypes() -> dict[str, Any]:
-    """Return NumPy's dtypes by the safetensors name, for the dtypes that are extrapolated and for integers.
+    """Return NumPy's dtypes by the safetensors name, for all dtypes that torch has.
 
-    NumPy has the names of torch, except for bf16: this imports ml_dtypes.
+    NumPy and ml_dtypes have the names of torch: this imports ml_dtypes. A dtype that an old ml_dtypes lacks is left
+    out.
     """
     import ml_dtypes
     import numpy as np
 
-    kinds: dict[str, Any] = {name: TABLE[name].torch for name in (*ITEMSIZE, *INTEGERS)}
-    return {name: np.dtype(kind) for name, kind in (kinds | {"BF16": ml_dtypes.bfloat16}).items()}
+    names = {name: dtype.torch for name, dtype in TABLE.items() if dtype.torch}
+    return {
+        name: np.dtype(getattr(ml_dtypes, dtype, dtype))
+        for name, dtype in names.items()
+        if hasattr(ml_dtypes, dtype) or not dtype.startswith("float8")
+    }
 
 
 @cache

@@ -80,9 +80,13 @@ def _add_inputs(add: Callable[..., Any]) -> None:
     add(
         "--recipe",
         metavar="NAME",
-        help="a published pair, which gives --sft, --aligned and --alpha if they are left out",
+        help="a public pair, which gives --sft, --aligned and its published --alpha if they are left out",
     )
-    add("--list-recipes", action="store_true", help="print the published pairs with their scores, and stop")
+    add(
+        "--list-recipes",
+        action="store_true",
+        help="print the public pairs with their published alphas and scores, and stop",
+    )
     add("--out", metavar="C", help="the output; it contains {alpha} for several alphas (default: ./<B>-expo-<alpha>)")
 
 
@@ -154,7 +158,7 @@ def _request(options: argparse.Namespace) -> tuple[PairRequest, MergeOptions]:
 
 
 def _list_recipes(options: argparse.Namespace) -> int:
-    """Print the published pairs."""
+    """Print the public pairs."""
     from .inputs import recipes
 
     show(recipes.as_json() if options.json else recipes.table())

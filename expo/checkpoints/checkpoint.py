@@ -24,6 +24,7 @@ from .files import (
     find_strays,
     load_json,
 )
+from .index_check import compare_with_index
 from .weight_files import PICKLED, gguf_message, open_shard
 
 if TYPE_CHECKING:
@@ -102,11 +103,15 @@ class Checkpoint:
             shard.reader.close()
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], has_data: bool = True) -> Checkpoint:
     """Read the headers of a checkpoint: a weight file, or a folder as transformers saves it.
 
     If a folder has the weights in several forms, the form counts that transformers takes: .safetensors before .bin, and
     a single file before an index.
+
+    Args:
+        path: The path of the file or of the folder.
+        has_data: False if the weight files have headers and no data, as a stand-in's have.
 
     Raises:
         CheckpointError: The checkpoint cannot be read. The message names file, tensor and values.
@@ -119,14 +124,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     config = load_json(os.path.join(path, CONFIG), missing={})
     for single, index in ((SINGLE, INDEX), (SINGLE_BIN, INDEX_BIN)):
         if os.path.exists(os.path.join(path, single)):
-            return _assemble(path, path, {single: open_shard(os.path.join(path, single))}, config, None)
+            checkpoint = _assemble(path, path, {single: open_shard(os.path.join(path, single))}, config, None)
+            if not os.path.exists(os.path.join(path, index)):
+                return checkpoint
+            note = f"{path}: {single} and {index} are in it; {single} counts, as for transformers"
+            return replace(checkpoint, notes=(note,))
         if os.path.exists(os.path.join(path, index)):
-            return _open_sharded(path, config, index)
+            return _open_sharded(path, config, index, has_data)
     raise CheckpointError(_nothing_to_read(path))
 
 
-def _open_sharded(folder: str, config: dict[str, Any], index_name: str) -> Checkpoint:
-    """Open a folder with an index. Raises CheckpointError."""
+def _open_sharded(folder: str, config: dict[str, Any], index_name: str, has_data: bool) -> Checkpoint:
+    """Open a folder with an index; see `open_checkpoint`. Raises CheckpointError."""
     where = os.path.join(folder, index_name)
     index = load_json(where)
     weight_map = index.get("weight_map")
@@ -142,43 +151,8 @@ def _open_sharded(folder: str, config: dict[str, Any], index_name: str) -> Check
         if not os.path.exists(os.path.join(folder, name)):
             raise CheckpointError(f"{where}: it names {name}, which is not in the folder; download it again")
         shards[name] = open_shard(os.path.join(folder, name))
-    checkpoint = _assemble(folder, folder, shards, config, index)
-    return replace(checkpoint, notes=_compare_with_index(where, weight_map, checkpoint))
-
-
-def _compare_with_index(where: str, weight_map: Mapping[str, str], checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return notes about tensors that the index and the shards do not agree on.
-
-    These differences do no harm, because transformers reads all tensors of all shards.
-
-    Raises:
-        CheckpointError: The index says that a tensor is in one shard, and another shard has the tensor.
-    """
-    found = checkpoint.weight_map
-    absent = [tensor for tensor in weight_map if tensor not in found]
-    for tensor, name in weight_map.items():
-        if found.get(tensor, name) != name:
-            raise CheckpointError(
-                f"{where}: tensor {tensor!r} is said to be in {name}, but it is in {found[tensor]}; correct the entry, "
-                "or load the model with transformers and save it again with save_pretrained()"
-            )
-    unnamed = [tensor for tensor in found if tensor not in weight_map]
-    superseded = [
-        tensor.name
-        for name, shard in checkpoint.shards.items()
-        for tensor in shard.header.tensors
-        if found[tensor.name] != name
-    ]
-    kinds = (
-        (absent, "is in the index and in no shard, so the model lacks it"),
-        (unnamed, "is in a shard and not in the index; it counts, as transformers reads whole shards"),
-        (superseded, "is in two shards; the one in the shard that the index names counts"),
-    )
-    return tuple(
-        f"{where}: {names[0]!r} {what}" + f" ({len(names)} tensors are like that)" * (len(names) > 1)
-        for names, what in kinds
-        if names
-    )
+    notes = compare_with_index(where, weight_map, shards, has_data)
+    return replace(_assemble(folder, folder, shards, config, index), notes=notes)
 
 
 def _assemble(
@@ -186,22 +160,12 @@ def _assemble(
 ) -> Checkpoint:
     """Return the checkpoint that consists of these shards.
 
-    If two shards have the same tensor, the later shard counts.
-
-    Raises:
-        CheckpointError: The index does not name the later of two shards with the same tensor, or there is no tensor.
+    If two shards have the same tensor, the later shard counts. Raises CheckpointError if there is no tensor.
     """
     tensors: dict[str, TensorInfo] = {}
     weight_map: dict[str, str] = {}
-    indexed = index["weight_map"] if index else {}
     for name, shard in shards.items():
         for tensor in shard.header.tensors:
-            if tensor.name in tensors and indexed.get(tensor.name) != name:
-                raise CheckpointError(
-                    f"{shard.path}: tensor {tensor.name!r} is also in {weight_map[tensor.name]}; transformers takes "
-                    f"the one in {name}, but the index does not name that file for it; if it is the right one, "
-                    "correct the index"
-                )
             tensors[tensor.name] = tensor
             weight_map[tensor.name] = name
     if not tensors:

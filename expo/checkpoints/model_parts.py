@@ -14,7 +14,7 @@ from .safetensors_header import TensorInfo
 # Old files carry buffers beside the weights: tables and masks that the model computes from its config.
 BUFFERS = re.compile(
     r"(^|\.)(rotary_(pos_)?emb\.(inv_freq|(cos|sin)_cached)|(cross)?(attn|attention)\.masked_bias"
-    r"|embeddings\.position_ids)$"
+    r"|embeddings\.position_ids|freqs_cis)$"
 )
 MASK = re.compile(r"(^|\.)(cross)?(attn|attention)\.bias$")  # GPT-2's, GPT-NeoX's: [1, 1, n, n], where a bias has [n]
 

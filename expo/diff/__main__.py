@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "--aligned", metavar="B",
         help="the checkpoint that was trained from sft: the same, or the folder of a LoRA adapter for sft",
     )  # fmt: skip
-    add("--recipe", metavar="NAME", help="a published pair, which gives --sft and --aligned if they are left out")
+    add("--recipe", metavar="NAME", help="a public pair, which gives --sft and --aligned if they are left out")
     add("--out", metavar="FILE", help="a heat map as .png, .svg or .pdf (needs matplotlib), or all numbers as .json")
     add(
         "--on-unpaired", choices=ON_UNPAIRED, default="aligned",

@@ -44,6 +44,7 @@ ABOUT_WEIGHTS = (  # files that say how the weights and their vocabulary are to 
     CONFIG, "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
     "quantize_config.json", "hf_quant_config.json", ADAPTER_CONFIG,
 )  # fmt: skip
+TOKENS = ("tokenizer.model", "vocab.json", "merges.txt")  # the tokens, where there is no tokenizer.json
 
 
 class RepositoryFiles(NamedTuple):
@@ -127,7 +128,8 @@ def choose_files(
     form = next((file for file, beside in WEIGHT_FORMS if present.issuperset((file, *beside))), None)
     if form is None:
         raise CheckpointError(_no_weights(hub_id, names))
-    others = [name for name in (*ABOUT_WEIGHTS, form) if name in present and (name in INDEXES or name != form)]
+    about = (*ABOUT_WEIGHTS, *(TOKENS if "tokenizer.json" not in present else ()), form)
+    others = [name for name in about if name in present and (name in INDEXES or name != form)]
     if not weights_only:
         readme = [CARD] if CARD in present else []
         others = list(dict.fromkeys((*others, *readme, *sort_files(sorted(names), carry=carry).carried)))

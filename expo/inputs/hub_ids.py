@@ -26,6 +26,11 @@ class HubId(NamedTuple):
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision or 'main'}"
 
+    @property
+    def typed(self) -> str:
+        """The shortest text that means this hub id."""
+        return str(self) if self.revision else self.repo
+
 
 class Snapshot(NamedTuple):
     """A folder of the hub's cache with the files of one commit that have been downloaded.

@@ -13,7 +13,8 @@ from ..checkpoints.files import ADAPTER_CONFIG, CONFIG, INDEX, find_other_files,
 from ..checkpoints.sidecars import TEMPLATES, TOKENIZER, VOCABULARIES
 from ..checkpoints.wrappers import remove_wrapper
 from ..errors import CheckpointError, UsageError
-from .hub_ids import parse_hub_id, snapshot_origin
+from .hints import explain_hidden, explain_missing, hidden_by_folder, note_hidden
+from .hub_ids import HubId, parse_hub_id, snapshot_origin
 
 StrPath = str | os.PathLike[str]
 
@@ -31,14 +32,16 @@ def complete_request(
 ) -> PairRequest:
     """Return the user's arguments, completed by a recipe's values for those that are None.
 
-    Raises UsageError if there is no such recipe, if an argument is still missing, or if alpha is not a number.
+    Raises UsageError if there is no such recipe, if the recipe has no alpha and none is given, if an argument is still
+    missing, or if alpha is not a number.
     """
     if recipe is not None:
+        from .recipes import alpha_of
         from .recipes import recipe as find_recipe
 
         found = find_recipe(recipe)
         sft, aligned = found.sft if sft is None else sft, found.aligned if aligned is None else aligned
-        alpha = found.alpha if alpha is None else alpha
+        alpha = alpha_of(found) if alpha is None else alpha
     if sft is None or aligned is None or alpha is None:
         arguments = (("`sft`", sft), ("`aligned`", aligned), ("`alpha`", alpha))
         *first, last = [name for name, value in arguments if value is None]
@@ -64,11 +67,13 @@ class _Location(NamedTuple):
         origin: The repository and the commit that the files come from; None for other files.
         stand_in: A folder to open in its place, with the headers of the weights and no data (see hub_headers.py); None
             if the weights themselves are there.
+        hidden: The hub id that the user's name would be if no folder had this name; None for other names.
     """
 
     path: str
     origin: Origin | None
     stand_in: str | None = None
+    hidden: HubId | None = None
 
     @property
     def path_to_open(self) -> str:
@@ -135,14 +140,19 @@ def _locate(
         carry: Patterns of further files to download.
 
     Raises:
-        CheckpointError: The hub id's files cannot be downloaded.
+        CheckpointError: The hub id's files cannot be downloaded, or the name is an address or has a `~`.
     """
     path = os.fspath(name)
     if os.path.lexists(path):
         found = snapshot_origin(path)
-        return _Location(path, Origin(*found) if found else None)
+        if found is not None:
+            return _Location(path, Origin(*found))
+        return _Location(path, None, hidden=hidden_by_folder(path))
     hub_id = parse_hub_id(path)
     if hub_id is None:
+        hint = explain_missing(path)
+        if hint is not None:
+            raise CheckpointError(f"{path}: no such file or folder; {hint}")
         return _Location(path, None)
     from . import hub, hub_headers
 
@@ -157,12 +167,25 @@ def _locate(
 
 def _open(location: _Location) -> Checkpoint:
     """Open the checkpoint at a location. Its paths are those of the real files, also if a stand-in is opened."""
-    checkpoint = replace(open_checkpoint(location.path_to_open), origin=location.origin)
+    try:
+        opened = open_checkpoint(location.path_to_open, has_data=location.stand_in is None)
+    except CheckpointError as error:
+        hint = explain_hidden(location.path, location.hidden) if location.hidden else None
+        if hint is not None:
+            error.add_hints(hint)
+        raise
+    checkpoint = replace(opened, origin=location.origin, notes=(*opened.notes, *_notes(location)))
     if location.stand_in is None:
         return checkpoint
     folder = location.path
     files = find_other_files(folder, {*checkpoint.shards, INDEX})
     return replace(checkpoint, path=folder, folder=folder, files=files, strays=find_strays(folder, files))
+
+
+def _notes(location: _Location) -> tuple[str, ...]:
+    """Return a note if a folder is used in the place of a repository of the hub that is known."""
+    note = note_hidden(location.path, location.hidden) if location.hidden else None
+    return (note,) if note else ()
 
 
 def _is_adapter(folder: str) -> bool:
@@ -205,7 +228,8 @@ def _open_adapted(base: Checkpoint, location: _Location, base_has_data: bool) ->
     tensors = {name: adapter.full.get(name, tensor) for name, tensor in adapted.tensors.items()}
     files, strays = ({}, {}) if base.folder is None else _adapted_files(base, folder, adapter.shard.path)
     return replace(
-        adapted, path=folder, tensors=tensors, files=files, strays=strays, origin=location.origin, adapter=adapter
+        adapted, path=folder, tensors=tensors, files=files, strays=strays, origin=location.origin, adapter=adapter,
+        notes=(*adapted.notes, *_notes(location)),
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def merge(
         alpha: One number, or several: merge() then reads the inputs once and writes one output for each alpha.
         out: The output's path, which contains "{alpha}" for several alphas. The default is
             "<aligned's name>-expo-{alpha}" in the current folder.
-        recipe: The name of a published pair, which gives sft, aligned and alpha unless they are passed.
+        recipe: The name of a public pair, which gives sft, aligned and its published alpha unless they are passed.
         alpha_for: Regular expressions on tensor names, each with the alpha of the tensors that match. If several match,
             the last one counts; alpha 0 keeps aligned's tensor.
         on_unpaired: "error", or "aligned" to keep a tensor of aligned that sft does not have.

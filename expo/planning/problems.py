@@ -16,7 +16,7 @@ from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.naming import find_wrapper_prefix, mask_numbers, unwrap
 from ..checkpoints.quantization import describe_problem
 from ..checkpoints.safetensors_header import TensorInfo, describe, element_count
-from ..dtypes import INTEGERS, ITEMSIZE
+from ..dtypes import INTEGERS, ITEMSIZE, TABLE
 from .pairing import Pairs, mismatched, rows_in_common
 
 SHOWN = 10  # tensors, or groups of tensors, that one message lists
@@ -93,7 +93,7 @@ def tensor_problems(
         f"{role}'s {name} ({tensor.dtype})"
         for role, checkpoint in (("sft", sft), ("aligned", aligned))
         for name, tensor in checkpoint.tensors.items()
-        if tensor.dtype not in ITEMSIZE and tensor.dtype not in INTEGERS
+        if tensor.dtype not in ITEMSIZE and tensor.dtype not in INTEGERS and not _is_copied_buffer(name, tensor, pairs)
     ]
     if unsupported:
         title = f"{_counted(len(unsupported))} of a dtype that cannot be extrapolated (is the checkpoint quantised?)"
@@ -103,6 +103,11 @@ def tensor_problems(
     if on_mismatch != "aligned":
         problems += _mismatch_problems(sft, aligned, pairs, on_mismatch)
     return problems
+
+
+def _is_copied_buffer(name: str, tensor: TensorInfo, pairs: Pairs) -> bool:
+    """Return True for a buffer, which is copied or dropped, of a dtype that a stream can hand out as a tensor."""
+    return (name in pairs.kept or name in pairs.dropped) and TABLE[tensor.dtype].torch != ""
 
 
 def _unpaired_problem(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str:

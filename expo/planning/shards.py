@@ -59,6 +59,7 @@ def lay_out(aligned: Checkpoint, steps: Sequence[Step], max_bytes: int | None) -
     return tuple(
         _make_shard(file, {name: tensors[name] for name in group}, metadata.get(file, {}))
         for file, group in groups.items()
+        if group  # later shards may have every tensor of a shard
     )
 
 

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--sft", metavar="A", help="the sft checkpoint: a folder, a file, or org/name[@revision]")
     add("--aligned", metavar="B", help="the checkpoint that was trained from sft: a folder or org/name[@revision]")
-    add("--recipe", metavar="NAME", help="a published pair, which gives --sft and --aligned if they are left out")
+    add("--recipe", metavar="NAME", help="a public pair, which gives --sft and --aligned if they are left out")
     add("--prompts", required=True, metavar="P", help=".jsonl or .json with prompt or instruction, or lines of text")
     add("--reward", required=True, metavar="R", help="a reward model (a folder or a hub id), or module:function")
     which = parser.add_mutually_exclusive_group()

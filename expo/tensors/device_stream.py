@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.safetensors_header import TensorInfo
-from ..dtypes import torch_dtypes
+from ..dtypes import TABLE, torch_dtypes
 from ..errors import EngineError
 from ..execution.engines import Engine
 from ..execution.gpu_fallback import error_text, has_kernel
@@ -62,7 +62,7 @@ class DeviceStream:
         """
         with torch.cuda.device(self._device):
             outs = [
-                torch.empty(tensor.shape, dtype=torch_dtypes()[tensor.dtype], device=self._device)
+                torch.empty(tensor.shape, dtype=getattr(torch, TABLE[tensor.dtype].torch), device=self._device)
                 for _ in steps[0].alphas
             ]
             stream, slots = self._stream_and_slots()

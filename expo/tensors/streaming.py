@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoints import tokenizer as tokens
 from ..checkpoints.safetensors_header import TensorInfo
-from ..dtypes import numpy_dtypes
+from ..dtypes import TABLE, numpy_dtypes
 from ..errors import UsageError
 from ..execution.engines import Engine, choose
 from ..execution.tensor_source import TensorSource
@@ -118,10 +118,8 @@ def _computation(source: TensorSource, engine: Engine, framework: str, to: Any) 
         return DeviceStream(source, engine, target).compute
 
     def as_tensor(memory: memoryview, tensor: TensorInfo) -> Any:
-        if tensor.dtype == "BF16":  # torch does not know the dtype of ml_dtypes
-            bits = np.frombuffer(memory, np.int16).reshape(tensor.shape)
-            return torch.from_numpy(bits).view(torch.bfloat16).to(target)
-        return torch.from_numpy(as_array(memory, tensor)).to(target)
+        bits = torch.from_numpy(np.frombuffer(memory, np.uint8))  # torch does not know the dtypes of ml_dtypes
+        return bits.view(getattr(torch, TABLE[tensor.dtype].torch)).view(tensor.shape).to(target)
 
     return _on_host(source, engine, as_tensor)
 

@@ -28,7 +28,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoftwareCuda]:
         yield SoftwareCuda()
 
 
-@pytest.mark.parametrize("dtype", bench_gpu.DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(each, marks=pytest.mark.exhaustive if each == "F16" else ()) for each in bench_gpu.DTYPES]
+)
 @pytest.mark.parametrize(
     "contestant",
     [each for each in (bench_gpu.copy, *bench_gpu.KERNELS, *bench_gpu.RIVALS) if each is not bench_gpu.torch_compiled],

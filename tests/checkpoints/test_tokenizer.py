@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ from typing import Any
 import pytest
 from plans import checkpoint, make_plan
 
+import expo
 from expo.checkpoints import tokenizer as tokens
 from expo.checkpoints.tokenizer import TOKENIZER, compare, find_missing, read_ids
 from expo.cli import with_options
 from expo.planning.steps import Action
 
+ROOT = Path(__file__).parents[2]
 BPE = {"a": 0, "b": 1, "c": 2}
 
 
@@ -255,19 +259,175 @@ def test_the_option_that_is_offered_keeps_aligneds_embeddings(names: tuple[str, 
 
 # A checkpoint without a tokenizer.
 
-WARNING = "aligned has no tokenizer, so the output has none; sft has one: copy it if aligned was trained with it"
+
+def missing(files: str) -> str:
+    return (
+        f"aligned has no tokenizer, so the output has none; sft has one: copy {files} from /models/sft into the output "
+        "if aligned was trained with it"
+    )
 
 
 @pytest.mark.parametrize(
     ("sft", "aligned", "warning"),
     [
-        (["tokenizer.json", "tokenizer_config.json"], ["config.json"], WARNING),
-        (["tokenizer.model"], ["chat_template.jinja", "special_tokens_map.json"], WARNING),
+        (["tokenizer.json", "tokenizer_config.json"], ["config.json"],
+         missing("tokenizer.json and tokenizer_config.json")),
+        (["tokenizer.model"], ["chat_template.jinja", "special_tokens_map.json"], missing("tokenizer.model")),
         (["tokenizer.json"], ["own.tiktoken"], None), (["tokenizer.json"], ["vocab.txt"], None),
         (["tokenizer.json"], ["tokenizer_config.json"], None), (["config.json"], ["config.json"], None),
     ],
 )  # fmt: skip
 def test_aligned_without_a_tokenizer(sft: list[str], aligned: list[str], warning: str | None) -> None:
-    theirs, ours = (checkpoint({"w": ("BF16", (1,))}, files=files) for files in (sft, aligned))
+    theirs, ours = (
+        checkpoint({"w": ("BF16", (1,))}, f"/models/{role}", files=files)
+        for role, files in (("sft", sft), ("aligned", aligned))
+    )
     assert find_missing(theirs, dataclasses.replace(ours, folder="/models/aligned")) == warning
     assert find_missing(theirs, dataclasses.replace(ours, folder=None)) is None, "nothing is copied beside a bare file"
+
+
+def test_the_advice_for_an_aligned_without_a_tokenizer_is_right(tmp_path: Path) -> None:
+    """The files that the warning names make transformers load the output's tokenizer, which is that of sft."""
+    tokenizers = pytest.importorskip("tokenizers")
+    for role in ("sft", "aligned"):
+        shutil.copytree(ROOT / "expo/demo" / role, tmp_path / role)
+    for path in (tmp_path / "aligned").glob("tokenizer*"):
+        path.unlink()
+    out = tmp_path / "out"
+    merged = expo.merge(tmp_path / "sft", tmp_path / "aligned", 0.3, out)
+    (warning,) = [warning for warning in merged.warnings if "tokenizer" in warning]
+    assert not list(out.glob("tokenizer*"))
+    files, _, folder = warning.partition(": copy ")[2].partition(" into ")[0].partition(" from ")
+    for name in files.replace(" and ", ", ").split(", "):
+        shutil.copy(Path(folder) / name, out)
+    assert {path.name for path in out.glob("*token*")} == {path.name for path in (tmp_path / "sft").glob("*token*")}
+    one, other = (tokenizers.Tokenizer.from_file(str(each / TOKENIZER)) for each in (tmp_path / "sft", out))
+    assert one.encode("The cat").ids == other.encode("The cat").ids
+    assert expo.merge(tmp_path / "sft", out, 0.3, tmp_path / "again").warnings == ()
+
+
+# Tokens of other files.
+
+PIECES = ("<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁ab", "é", "日")
+
+
+def varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+
+def field(number: int, data: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def sentencepiece(pieces: Sequence[str] = PIECES) -> bytes:
+    """Return a SentencePiece model with scores and kinds of pieces, a trainer's settings, and fields of each kind."""
+    made = b""
+    for number, piece in enumerate(pieces):
+        kind = {0: 2, 1: 3, 2: 3}.get(number, 6 if piece.startswith("<0x") else 1)
+        made += field(1, field(1, piece.encode()) + b"\x15" + struct.pack("<f", -number) + b"\x18" + varint(kind))
+    settings = b"\x18\x02" + b"\x20" + varint(len(pieces)) + b"\x09" + struct.pack("<d", 0.5) + field(15, b"\x0a\x00")
+    return made + field(2, settings) + field(3, field(1, b"identity"))
+
+
+def warning_about(tmp_path: Path, sft: dict[str, Any], aligned: dict[str, Any]) -> str | None:
+    """Return the warning about two checkpoints with these files: bytes, or objects for JSON."""
+    opened = []
+    for role, files in (("sft", sft), ("aligned", aligned)):
+        folder = tmp_path / role
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        made = checkpoint({"model.embed_tokens.weight": ("BF16", (4, 2))}, f"/models/{role}")
+        opened.append(dataclasses.replace(made, files={name: str(folder / name) for name in files}))
+    return compare(*opened)
+
+
+SWAPPED = (*PIECES[:-2], PIECES[-1], PIECES[-2])
+LAST = len(PIECES)
+AS_JSON = {piece: number for number, piece in enumerate(PIECES)}
+MODEL, JSON, VOCAB = "tokenizer.model", "tokenizer.json", "vocab.json"
+ADDED, SETTINGS = "added_tokens.json", "tokenizer_config.json"
+PAD = {"added_tokens_decoder": {str(LAST): {"content": "<pad>", "special": True}}}
+SWAP = f"{LAST - 2} is 'é' in sft and '日' in aligned; {LAST - 1} is '日' in sft and 'é' in aligned"
+
+
+@pytest.mark.parametrize(
+    ("sft", "aligned", "said"),
+    [
+        pytest.param({MODEL: sentencepiece()}, {MODEL: sentencepiece()}, None, id="equal models"),
+        pytest.param({MODEL: sentencepiece()}, {MODEL: sentencepiece(SWAPPED)}, SWAP, id="two models"),
+        pytest.param({MODEL: sentencepiece()}, {MODEL: sentencepiece((*PIECES, "x"))}, "1 in aligned alone", id="more"),
+        pytest.param({MODEL: sentencepiece()}, {JSON: tokenizer(AS_JSON)}, None, id="a model and its JSON"),
+        pytest.param(
+            {MODEL: sentencepiece()}, {JSON: tokenizer({each: n for n, each in enumerate(SWAPPED)})}, SWAP,
+            id="a model and another JSON",
+        ),
+        pytest.param({JSON: tokenizer(AS_JSON)}, {MODEL: sentencepiece()}, None, id="a JSON and its model"),
+        pytest.param(
+            {MODEL: sentencepiece()}, {JSON: tokenizer(AS_JSON, [token(LAST, "<|im_end|>")])}, None,
+            id="an id that a model does not define",
+        ),
+        pytest.param(
+            {MODEL: sentencepiece(), SETTINGS: PAD}, {JSON: tokenizer(AS_JSON, [token(LAST, "<|im_end|>")])},
+            f"{LAST} is '<pad>' in sft and '<|im_end|>' in aligned", id="an added token of a model's settings",
+        ),
+        pytest.param(
+            {MODEL: sentencepiece(), ADDED: {"<pad>": LAST}}, {MODEL: sentencepiece(), ADDED: {"<eot>": LAST}},
+            f"{LAST} is '<pad>' in sft and '<eot>' in aligned", id="added tokens of equal models",
+        ),
+        pytest.param(
+            {MODEL: sentencepiece(), SETTINGS: {"chat_template": "x"}}, {MODEL: sentencepiece(), SETTINGS: {}}, None,
+            id="equal models with other templates",
+        ),
+        pytest.param({VOCAB: AS_JSON}, {VOCAB: AS_JSON, "merges.txt": b"a b"}, None, id="equal vocabularies"),
+        pytest.param({VOCAB: BPE}, {VOCAB: {"a": 0, "b": 2, "c": 1}}, "1 is 'b' in sft and 'c' in", id="vocabularies"),
+        pytest.param({VOCAB: BPE}, {JSON: tokenizer()}, None, id="a vocabulary and its JSON"),
+        pytest.param(
+            {VOCAB: BPE, ADDED: {"<pad>": 3}}, {JSON: tokenizer(added=[token(3, "<eot>")])},
+            "1 token id (3 is '<pad>' in sft and '<eot>' in aligned)", id="an added token beside a vocabulary",
+        ),
+        pytest.param({VOCAB: {"en": {"a": 0}}}, {JSON: tokenizer()}, None, id="a vocabulary of another form"),
+        pytest.param(
+            {MODEL: sentencepiece()}, {JSON: tokenizer({f"Ġ{n}": n for n in range(LAST)})},
+            "token ids were not compared: sft has tokenizer.model, aligned has tokenizer.json, and", id="spellings",
+        ),
+        pytest.param(
+            {MODEL: b"IQ== 0\nIg== 1\n"}, {MODEL: sentencepiece()}, "sft/tokenizer.model: not a SentencePiece model",
+            id="tiktoken's",
+        ),
+        pytest.param({MODEL: sentencepiece()}, {MODEL: b""}, "aligned/tokenizer.model: not a S", id="an empty file"),
+        pytest.param({MODEL: sentencepiece()}, {MODEL: sentencepiece()[:-1]}, "not a SentencePiece model", id="cut"),
+        pytest.param({MODEL: sentencepiece()}, {MODEL: b"\xff" * 20}, "not a SentencePiece model", id="a long number"),
+        pytest.param({MODEL: sentencepiece()}, {MODEL: field(1, b"\x0a\x01\xff")}, "not a Sent", id="no UTF-8"),
+        pytest.param(
+            {MODEL: sentencepiece(), SETTINGS: b"{"}, {MODEL: sentencepiece()}, "tokenizer_config.json: not JSON",
+            id="damaged settings",
+        ),
+        pytest.param({MODEL: sentencepiece()}, {"vocab.txt": b"a"}, None, id="no file that is read"),
+    ],
+)  # fmt: skip
+def test_tokens_of_other_files(sft: dict[str, Any], aligned: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    warning = warning_about(tmp_path, sft, aligned)
+    assert (warning is None) is (said is None), warning
+    assert said is None or (warning is not None and said in warning)
+
+
+def test_a_tab_that_gemmas_conversion_renames_is_no_difference(tmp_path: Path) -> None:
+    vocabulary = {"\t" if piece == "<0x09>" else piece: number for number, piece in enumerate(PIECES)}
+    assert warning_about(tmp_path, {MODEL: sentencepiece()}, {JSON: tokenizer(vocabulary)}) is None
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GemmaTokenizer"])
+def test_a_conversion_by_transformers_is_no_difference(name: str, tmp_path: Path) -> None:
+    """transformers 5 builds the tokenizer from the pieces and the merges that their scores imply, and saves it."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    pieces = ("<pad>", "<eos>", "<bos>", "<unk>", *PIECES[3:]) if name == "GemmaTokenizer" else PIECES
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    made = getattr(transformers, name)(vocab=dict(vocabulary), merges=generate_merges(vocabulary))
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    made.save_pretrained(tmp_path / "saved")
+    converted = (tmp_path / "saved" / JSON).read_bytes()
+    assert warning_about(tmp_path, {MODEL: sentencepiece(pieces)}, {JSON: converted}) is None

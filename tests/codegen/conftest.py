@@ -38,7 +38,10 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 @pytest.fixture(autouse=True, scope="session")
 def _fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Make Triton compile every kernel again, and leave nothing in the user's cache."""
+    """Make Triton compile every kernel again, once for all workers, and leave nothing in the user's cache."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # the folder of all workers of this run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_CACHE_DIR", str(base / "triton-codegen"))
         yield

@@ -23,6 +23,8 @@ from expo.kernels.contract import tensor_extrapolation
 VARIANTS = aot.variants()
 ASSERTED = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
 NVIDIA = ASSERTED[:4]
+# The tests of all variants compile them for these GPUs only if `exhaustive` tests are asked for.
+SELDOM = ("cuda:80", "cuda:100")
 PAIR = "extrapolate_bf16"
 WIDE = [name for name in VARIANTS if not name.endswith("_unaligned")]
 
@@ -76,6 +78,11 @@ def amd_fused(name: str, **options: Any) -> list[str]:
     return [line for line in fused if not re.match(r"v_fma_mix_f32 v\d+, -?v\d+, -?1\.0,", line)]
 
 
+def often(targets: tuple[str, ...]) -> list[Any]:
+    """Return the targets as parameters, those of SELDOM with the marker."""
+    return [pytest.param(each, marks=pytest.mark.exhaustive if each in SELDOM else ()) for each in targets]
+
+
 def test_every_variant_has_a_limit() -> None:
     assert all(limit(name) for name in VARIANTS)
 
@@ -91,7 +98,7 @@ def test_compiles_without_spills_for_every_gpu(target: str, name: str) -> None:
     assert kernel(name, target).asm.keys() & {"cubin", "hsaco"}
 
 
-@pytest.mark.parametrize("target", ASSERTED)
+@pytest.mark.parametrize("target", often(ASSERTED))
 @pytest.mark.parametrize("name", VARIANTS)
 def test_registers_and_instructions(target: str, name: str) -> None:
     found = described(name, target)
@@ -130,7 +137,7 @@ def body(name: str, target: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("target", often(NVIDIA))
 @pytest.mark.parametrize("name", WIDE)
 def test_accesses_of_the_body_are_wide(target: str, name: str) -> None:
     """The tensors' accesses have 128 bits each, and there are as many as the elements need.
@@ -189,7 +196,7 @@ def test_amd_accesses_are_wide() -> None:
 # Rounding
 
 
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("target", often(NVIDIA))
 @pytest.mark.parametrize("name", VARIANTS)
 def test_nvidia_neither_fuses_nor_flushes(target: str, name: str) -> None:
     assert not re.search(r"\b(fma|mad)\.[\w.]*f\d|\.ftz", kernel(name, target).asm["ptx"])

@@ -135,8 +135,8 @@ def index_names_absent_shard(world: World, _: pytest.MonkeyPatch) -> None:
     (world.aligned / SECOND).unlink()
 
 
-def index_names_wrong_shard(world: World, _: pytest.MonkeyPatch) -> None:
-    rewrite_index(world.sft, a=SECOND)
+def index_names_replaced_copy(world: World, _: pytest.MonkeyPatch) -> None:
+    (world.sft / SECOND).write_bytes(safetensors_bytes(random_tensors(SHAPES, seed=8)))
 
 
 def index_leaves_the_folder(world: World, _: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ CASES = {
     "unknown dtype": Case(unknown_dtype, 3, (f"{{root}}/sft/{FIRST}: tensor 'a'", "'BF17'", "BF16")),
     "no JSON": Case(no_json, 3, (f"{{root}}/sft/{FIRST}: the header is not JSON",)),
     "absent shard": Case(index_names_absent_shard, 3, (f"{{root}}/aligned/{INDEX}", SECOND, "download it again")),
-    "wrong shard": Case(index_names_wrong_shard, 3, (f"{{root}}/sft/{INDEX}: tensor 'a'", SECOND, FIRST)),
+    "replaced copy": Case(index_names_replaced_copy, 3, (f"{{root}}/sft/{INDEX}: tensor 'a'", FIRST, SECOND)),
     "index leaves folder": Case(index_leaves_the_folder, 3, (f"{{root}}/sft/{INDEX}: tensor 'a'", "'../aligned/model")),
     "index no JSON": Case(index_is_no_json, 3, (f"{{root}}/sft/{INDEX}: not JSON",)),
     "index without map": Case(index_without_a_map, 3, (f"{{root}}/sft/{INDEX}: no weight_map",)),

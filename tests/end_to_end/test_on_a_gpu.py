@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("triton", minversion="3.6", reason="the PTX of an older Triton has what helpers.ptx does not know")
 
 import ptx
+from safetensors.torch import save_file
 from searches import quiet_transformers, search_demo
 from software_cuda import CudaLauncher, SoftwareCuda
 from tiny_models import LOAD
@@ -296,6 +297,24 @@ def test_a_stream_to_the_gpu(gpu: SoftwareCuda, merged: dict[str, torch.Tensor],
     assert all(each.is_cuda and same(each, merged[name]) for name, each in found.items())
     if "cpu" not in options.values():
         assert computed(gpu) == size
+
+
+def test_a_stream_of_tensors_that_are_only_copied(gpu: SoftwareCuda, tmp_path: Path) -> None:
+    kept = {
+        "ids": torch.arange(5), "mask": torch.tensor([True, False, True]), "scalar": torch.tensor(7, dtype=torch.uint8),
+        "freqs_cis": torch.polar(torch.ones(3), torch.arange(3.0)), "none": torch.zeros(0, 4, dtype=torch.int32),
+    }  # fmt: skip
+    for role, weight in (("sft", 1.0), ("aligned", 2.0)):
+        save_file({"w": torch.full((4,), weight), **kept}, tmp_path / f"{role}.safetensors")
+    paths = (tmp_path / "sft.safetensors", tmp_path / "aligned.safetensors")
+    for options in ({"engine": "cpu"}, {"device": "cuda"}):
+        found = dict(expo.stream(*paths, 0.5, to="cuda", **options))
+        assert torch.equal(found.pop("w").cpu(), torch.full((4,), 2.5))
+        assert found.keys() == kept.keys()
+        for name, tensor in found.items():
+            assert tensor.is_cuda
+            assert tensor.dtype == kept[name].dtype
+            assert torch.equal(tensor.cpu(), kept[name])
 
 
 @pytest.mark.parametrize("fault", ["engine", "device"])

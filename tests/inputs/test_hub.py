@@ -67,6 +67,14 @@ def test_the_form_of_the_weights(names: Sequence[str], chosen: str) -> None:
     assert files.others == adapter + [chosen] * is_index
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_tokens_of_sft_are_those_of_one_form(fast: bool) -> None:
+    tokens = ["merges.txt", "tokenizer.model", "vocab.json"]
+    names = ["model.safetensors", *tokens, *(["tokenizer.json"] if fast else [])]
+    others = hub.choose_files(HubId("org/name", None), names, weights_only=True).others
+    assert sorted(others) == (["tokenizer.json"] if fast else tokens)
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [

@@ -184,7 +184,7 @@ def test_a_hook_of_the_compiler(hook: str, tmp_path: Any, monkeypatch: pytest.Mo
     assert [name.rpartition(".")[2] for name in dict.fromkeys(heard)] == ["extrapolate", "sweep", "whole_model"]
 
 
-@pytest.mark.parametrize("arch", [80, 100, 120])
+@pytest.mark.parametrize("arch", [*(pytest.param(each, marks=pytest.mark.exhaustive) for each in (80, 100)), 120])
 def test_other_gpus(arch: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     with SoftwareGpu(arch).active() as software:

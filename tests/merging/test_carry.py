@@ -128,7 +128,10 @@ def test_a_merge_that_carries_other_files_is_another_one(aligned: Path, tmp_path
 
 # --- without a tokenizer ----------------------------------------------------------------------------------------------
 
-WARNING = "aligned has no tokenizer, so the output has none; sft has one: copy it if aligned was trained with it"
+WARNING = (
+    "aligned has no tokenizer, so the output has none; sft has one: copy tokenizer.json and tokenizer_config.json from "
+    f"{DEMO / 'sft'} into the output if aligned was trained with it"
+)
 
 
 def test_aligned_without_a_tokenizer_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
