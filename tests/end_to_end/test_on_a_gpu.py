@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,11 +25,13 @@ from tiny_models import LOAD
 import expo
 from expo import op
 from expo.demo import ALIGNED, SFT
+from expo.dtypes import torch_dtypes
 from expo.execution import gpu_fallback
 from expo.execution.engines import choose
 from expo.execution.tensor_source import TensorSource
 from expo.inputs.resolve import open_inputs
-from expo.kernels import device, extrapolate, selftest, whole_model
+from expo.kernels import device, direct, extrapolate, selftest, whole_model
+from expo.kernels.contract import Operand, extrapolation
 from expo.options import MergeOptions
 from expo.planning.matching import match_tensors
 from expo.planning.steps import by_tensor
@@ -384,6 +387,104 @@ def test_a_merge(gpu: SoftwareCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.engine == "triton"
     assert {device for name, _, device in gpu.launches} == {index}
     assert computed(gpu) > 1_000_000
+
+
+# A GPU that uses the host's page tables
+
+
+@pytest.fixture
+def direct_gpu(gpu: SoftwareCuda) -> Iterator[SoftwareCuda]:
+    """The machine, whose driver says that its GPUs use the host's page tables."""
+    gpu.host_page_tables = True
+    direct.uses_host_page_tables.cache_clear()
+    yield gpu
+    gpu.host_page_tables = False
+    direct.uses_host_page_tables.cache_clear()
+
+
+@pytest.mark.parametrize("options", [{"engine": "triton"}, {"device": "cuda:1"}], ids=str)
+def test_a_merge_without_copies(direct_gpu: SoftwareCuda, tmp_path: Path, options: dict[str, Any]) -> None:
+    """The kernel reads the mapped files and writes the buffers that go to the disk; three alphas share one read."""
+    alphas = [0.3, 0.5, -0.2]
+    selftest.check(torch.device(options.get("device", "cuda:0")))
+    direct_gpu.reset()
+    right = expo.merge(SFT, ALIGNED, alphas, tmp_path / "cpu-{alpha}")
+    done = expo.merge(SFT, ALIGNED, alphas, tmp_path / "gpu-{alpha}", verify=True, **options)
+    for one, other in zip(done.outputs, right.outputs, strict=True):
+        assert weight_bytes(Path(one.path)) == weight_bytes(Path(other.path)) != {}
+    assert done.relative_distance == pytest.approx(right.relative_distance, rel=1e-6)
+    assert {name for name, _, _ in direct_gpu.launches} == {"sweep_addresses"}
+    if "engine" in options:
+        assert computed(direct_gpu) > 3_000_000
+        assert done.shares.keys() == {"triton"}
+    assert direct_gpu.moved["up"] + direct_gpu.moved["down"] < 200_000  # alphas, and statistics
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "sft_shift", "aligned_shift", "out_shift", "outputs"),
+    [
+        (("BF16", "BF16"), 0, 0, 0, 1),
+        (("BF16", "BF16"), 2, 0, 0, 3),
+        (("BF16", "BF16"), 1, 3, 0, 3),
+        (("F32", "F16"), 0, 2, 1, 2),
+        (("F16", "F32"), 2, 1, 2, 1),
+        (("F64", "F32"), 0, 0, 0, 1),
+    ],
+)
+def test_host_memory_at_any_address(
+    direct_gpu: SoftwareCuda, dtypes: tuple[str, str], sft_shift: int, aligned_shift: int, out_shift: int, outputs: int
+) -> None:
+    """Addresses may be no multiples of 16 bytes, nor of an element, and outputs may be anywhere."""
+    n, rng = 5001, np.random.default_rng(5)
+    host = []
+    for dtype, shift in zip(dtypes, (sft_shift, aligned_shift), strict=True):
+        kind = torch_dtypes()[dtype]
+        numbers = torch.from_numpy(rng.standard_normal(n)).to(kind).view(torch.uint8).numpy().tobytes()
+        host.append(Operand(memoryview(bytearray(shift) + numbers)[shift:], dtype))
+    size = len(host[1].memory)
+    run = direct.DirectEngine(torch.device("cuda", 0))
+    alphas = [0.3, -1.5, 0.7][:outputs]
+    results = []
+    for engine in (choose("numpy").run, run):
+        outs = [memoryview(bytearray(size + out_shift))[out_shift:] for _ in alphas]
+        statistics = engine(*extrapolation(*host, alphas), outs, True)
+        assert statistics is not None
+        results.append(([bytes(out) for out in outs], statistics.counts, statistics.max_abs_d))
+    assert results[0] == results[1]
+    assert bool(direct_gpu.launches) == ("F64" not in dtypes)
+
+
+def test_the_driver_is_asked_for_page_tables(gpu: SoftwareCuda) -> None:
+    direct.uses_host_page_tables.cache_clear()
+    assert not choose("triton").direct
+    assert choose("triton").streams
+    direct.uses_host_page_tables.cache_clear()
+
+
+def test_wrong_bits_in_host_memory(direct_gpu: SoftwareCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for memory of the host has a self-test too; after a failure the CPU takes the GPU's place."""
+    launch = direct.DirectEngine._launch
+    monkeypatch.setattr(
+        direct.DirectEngine,
+        "_launch",
+        lambda self, inputs, dtypes, alphas, *rest: launch(self, inputs, dtypes, [2 * each for each in alphas], *rest),
+    )
+    with pytest.raises(expo.EngineError, match="sweep_addresses gives wrong bits"):
+        choose("triton")
+    assert "sweep_addresses gives wrong bits" in choose("auto", "cuda").note
+
+
+def test_a_compiler_that_fails_before_a_merge_without_copies(
+    direct_gpu: SoftwareCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("no assembler")
+
+    selftest.check(torch.device("cuda", 0))
+    monkeypatch.setattr(CudaLauncher, "__call__", broken)
+    with pytest.raises(expo.EngineError, match=r"cannot be used on cuda:0: .*no assembler"):
+        expo.merge(SFT, ALIGNED, ALPHA, tmp_path / "out", engine="triton")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Faults of the host's code are found
