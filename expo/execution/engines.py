@@ -28,18 +28,18 @@ class Engine(NamedTuple):
         run: The function that computes.
         why: The reason why this engine computes, as a phrase for the printed summary.
         gpu: The `gpu_lane.Device` that a GpuLane streams chunks through; None for an engine on the CPU.
-        direct: True if the GPU computes in the host's memory, so that nothing needs to be streamed through it.
         reserve: The engine of the CPU that takes over if the GPU fails; None if no engine may take over.
         note: A sentence for a warning if this engine takes the place of a GPU, else "".
+        direct: True if the GPU computes in the host's memory, so that nothing needs to be streamed through it.
     """
 
     name: str
     run: EngineFunction
     why: str
     gpu: Any = None
-    direct: bool = False
     reserve: Engine | None = None
     note: str = ""
+    direct: bool = False
 
     @property
     def streams(self) -> bool:
@@ -143,7 +143,7 @@ def _triton(device: str) -> Engine:
     except Exception as error:  # wrong bits, or an error of a compiler, which may have any type
         raise UnusableGpu(engine.device, error_text(error)) from error
     why = f"asked for, on {device}" + ", which reads and writes the host's memory" * is_direct
-    return Engine("triton", _raising_runtime_errors(run), why, stream_to, is_direct)
+    return Engine("triton", _raising_runtime_errors(run), why, stream_to, direct=is_direct)
 
 
 def _raising_runtime_errors(engine: EngineFunction) -> EngineFunction:

@@ -132,7 +132,7 @@ class Live:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expo-live")
         self._on_device = keep == "device"
         self._groups = _make_groups(self._weights, self._on_device)
-        self._has_gpu = any(group.device.type == "cuda" for group in self._groups)
+        self._has_gpu = torch.cuda.is_available() and any(group.device.type == "cuda" for group in self._groups)
         self._tables: dict[_Group, Any] = {}
         self._alpha: float | torch.Tensor | None = 0.0
         self._closed = False
