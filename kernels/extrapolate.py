@@ -51,19 +51,25 @@ def rounded(a, d, alpha, dtype: tl.constexpr, PTX: tl.constexpr):  # type: ignor
 
 @triton.jit  # type: ignore[untyped-decorator]
 def write_elements(  # type: ignore[no-untyped-def]
-    sft_ptr, aligned_ptr, out_ptr, alpha, at, inside, PTX: tl.constexpr
+    sft_ptr, aligned_ptr, out_ptr, alpha, at, inside, MAY_BE_0: tl.constexpr, PTX: tl.constexpr
 ):
-    """Write the results of the elements `at` for which the mask `inside` is true, or of all if `inside` is None."""
+    """Write the results of the elements `at` for which the mask `inside` is true, or of all if `inside` is None.
+
+    If MAY_BE_0 is true and alpha is 0, the results are aligned's bits: a - s may be inf or NaN, and -0 + 0 is 0.
+    """
     sft = tl.load(sft_ptr + at, mask=inside)
     aligned = tl.load(aligned_ptr + at, mask=inside)
     a = widen(aligned)
     d = a - widen(sft)
-    tl.store(out_ptr + at, rounded(a, d, alpha, out_ptr.dtype.element_ty, PTX), mask=inside)
+    out = rounded(a, d, alpha, out_ptr.dtype.element_ty, PTX)
+    if MAY_BE_0:
+        out = tl.where(alpha == 0, aligned, out)
+    tl.store(out_ptr + at, out, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def write_block(  # type: ignore[no-untyped-def]
-    sft_ptr, aligned_ptr, out_ptr, left, alpha, BLOCK: tl.constexpr, PTX: tl.constexpr
+    sft_ptr, aligned_ptr, out_ptr, left, alpha, MAY_BE_0: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr
 ):
     """Write the results of the first min(BLOCK, left) elements; `left` is the number of elements from here to the end.
 
@@ -71,14 +77,14 @@ def write_block(  # type: ignore[no-untyped-def]
     """
     at = tl.arange(0, BLOCK)
     if left >= BLOCK:
-        write_elements(sft_ptr, aligned_ptr, out_ptr, alpha, at, None, PTX)
+        write_elements(sft_ptr, aligned_ptr, out_ptr, alpha, at, None, MAY_BE_0, PTX)
     else:
         # The compiler sees that this bound is a multiple of 8, and uses 128-bit accesses. With any other bound it would
         # use 2-byte accesses only. The division rounds towards zero, so the tail is empty if the number is negative.
         body = (left.to(tl.int32) // TAIL_ELEMENTS) * TAIL_ELEMENTS
-        write_elements(sft_ptr, aligned_ptr, out_ptr, alpha, at, at < body, PTX)
+        write_elements(sft_ptr, aligned_ptr, out_ptr, alpha, at, at < body, MAY_BE_0, PTX)
         tail = body + tl.arange(0, TAIL_ELEMENTS)
-        write_elements(sft_ptr, aligned_ptr, out_ptr, alpha, tail, tail < left, PTX)
+        write_elements(sft_ptr, aligned_ptr, out_ptr, alpha, tail, tail < left, MAY_BE_0, PTX)
 
 
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
@@ -87,7 +93,7 @@ def extrapolate(  # type: ignore[no-untyped-def]
 ):
     """Compute n elements, BLOCK in each program; out_ptr may be one of the two input addresses."""
     start = tl.program_id(0).to(tl.int64) * BLOCK  # int64 before the multiplication: n may be past 2^31
-    write_block(sft_ptr + start, aligned_ptr + start, out_ptr + start, n - start, alpha, BLOCK, PTX)
+    write_block(sft_ptr + start, aligned_ptr + start, out_ptr + start, n - start, alpha, False, BLOCK, PTX)
 
 
 def launch(anchor: Operand, terms: Sequence[Term], outputs: Sequence[torch.Tensor]) -> None:

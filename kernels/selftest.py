@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import extrapolate, sweep, whole_model
-from .contract import tensor_extrapolation, working_alpha
+from .contract import EngineFunction, Operand, extrapolation, tensor_extrapolation, working_alpha
 from .extrapolate import interpreted, launching
 from .numerics import narrow
 
@@ -42,6 +42,20 @@ def check(device: torch.device) -> None:
         if device not in _passed:
             _run(device)
             _passed.add(device)
+
+
+def check_in_host_memory(engine: EngineFunction) -> None:
+    """Compare the results of an engine for memory of the host with the definition.
+
+    Raises:
+        RuntimeError: The engine gives other bits.
+        Exception: The engine's kernel cannot run; an error of a compiler may have any type.
+    """
+    sft, aligned, expected = elements()
+    out = torch.zeros_like(aligned)
+    s, a, o = (tensor.view(torch.uint8).numpy().data for tensor in (sft, aligned, out))
+    engine(*extrapolation(Operand(s, "BF16"), Operand(a, "BF16"), (ALPHA,)), [o], True)
+    _compare("sweep_addresses", out, expected)
 
 
 def elements(dtype: str = "BF16") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

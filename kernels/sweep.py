@@ -71,16 +71,12 @@ def _write_elements(  # type: ignore[no-untyped-def]
             _count(a, out, counts_ptr + row * K + k)
 
 
-@triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
-def sweep(  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator]
+def _write_program(  # type: ignore[no-untyped-def]
     sft_ptr, aligned_ptr, out_ptr, alphas_ptr, sums_ptr, counts_ptr, n, pitch,
     K: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Compute n elements, BLOCK in each program in two parts; output k starts k * pitch elements after out_ptr.
-
-    If sums_ptr and counts_ptr are not None, the kernel writes statistics there, in rows of 3 and of K numbers: one row
-    for each part, and one row for the tail.
-    """
+    """Compute the elements of this program: BLOCK of the n elements in two parts, or those that are left."""
     PART: tl.constexpr = BLOCK // 2
     row = tl.program_id(0).to(tl.int64) * 2
     start = row * PART
@@ -107,6 +103,36 @@ def sweep(  # type: ignore[no-untyped-def]
         _write_elements(
             sft_ptr, aligned_ptr, out_ptr, pitch, alphas_ptr, sums_ptr, counts_ptr, row + 2, tail, tail < left, K, PTX
         )
+
+
+@triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
+def sweep(  # type: ignore[no-untyped-def]
+    sft_ptr, aligned_ptr, out_ptr, alphas_ptr, sums_ptr, counts_ptr, n, pitch,
+    K: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Compute n elements, BLOCK in each program in two parts; output k starts k * pitch elements after out_ptr.
+
+    If sums_ptr and counts_ptr are not None, the kernel writes statistics there, in rows of 3 and of K numbers: one row
+    for each part, and one row for the tail.
+    """
+    _write_program(sft_ptr, aligned_ptr, out_ptr, alphas_ptr, sums_ptr, counts_ptr, n, pitch, K, BLOCK, PTX)
+
+
+@triton.jit(do_not_specialize=["sft", "aligned", "out", "n", "pitch"])  # type: ignore[untyped-decorator]
+def sweep_addresses(  # type: ignore[no-untyped-def]
+    sft, aligned, out, alphas_ptr, sums_ptr, counts_ptr, n, pitch,
+    SFT: tl.constexpr, ALIGNED: tl.constexpr, ALIGNMENT: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Compute as `sweep` does, for addresses in int64 of elements of the dtypes SFT and ALIGNED.
+
+    The addresses, and the bytes between two outputs, are multiples of ALIGNMENT. Triton refuses a pointer to memory
+    that CUDA does not know, such as a mapped file, and takes a number.
+    """
+    sft_ptr = tl.multiple_of(sft.to(tl.int64).to(tl.pointer_type(tl.constexpr(SFT).value)), ALIGNMENT)
+    aligned_ptr = tl.multiple_of(aligned.to(tl.int64).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
+    out_ptr = tl.multiple_of(out.to(tl.int64).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
+    _write_program(sft_ptr, aligned_ptr, out_ptr, alphas_ptr, sums_ptr, counts_ptr, n, pitch, K, BLOCK, PTX)
 
 
 class Partials(NamedTuple):

@@ -35,7 +35,11 @@ def whole_model(  # type: ignore[no-untyped-def]
 
     The addresses are multiples of ALIGNMENT bytes. SFT and ALIGNED are the dtypes of the elements, and not types of
     pointers: Triton can neither hash such a type nor write it as JSON, as it writes constants for a compile hook.
+    The argument alpha is a number that is not 0, or the address of a number in fp32, which may be 0.
     """
+    in_memory: tl.constexpr = alpha.dtype.is_ptr()
+    if in_memory:
+        alpha = tl.load(alpha)
     program = tl.program_id(0)
     row = table_ptr + (program // SEGMENT).to(tl.int64) * 4
     start = (program % SEGMENT) * BLOCK
@@ -44,7 +48,7 @@ def whole_model(  # type: ignore[no-untyped-def]
     sft_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.constexpr(SFT).value)), ALIGNMENT)
     aligned_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
     out_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
-    write_block(sft_ptr + start, aligned_ptr + start, out_ptr + start, left, alpha, BLOCK, PTX)
+    write_block(sft_ptr + start, aligned_ptr + start, out_ptr + start, left, alpha, in_memory, BLOCK, PTX)
 
 
 class Group(NamedTuple):
@@ -63,8 +67,11 @@ class Group(NamedTuple):
     programs: int
     constants: dict[str, Any]
 
-    def launch(self, alpha: float) -> None:
-        """Run the kernel for an alpha that is not 0, and finite in fp32."""
+    def launch(self, alpha: float | torch.Tensor) -> None:
+        """Run the kernel for an alpha that is not 0 and finite in fp32, or for the fp32 number in a tensor on the GPU.
+
+        The GPU reads the tensor when the kernel runs, and at each replay of a graph that has captured the launch.
+        """
         if self.programs:
             with launching(self.table):
                 # Constants by position: by name they would take a microsecond more on the host.
@@ -105,8 +112,8 @@ class Table:
             kernel_constants = constants(torch_names()[sft_dtype], torch_names()[aligned_dtype], alignment)
             self.groups.append(Group(places, table, len(table) * SEGMENT, kernel_constants))
 
-    def launch(self, alpha: float) -> None:
-        """Run the kernel for all groups and an alpha that is not 0, and finite in fp32."""
+    def launch(self, alpha: float | torch.Tensor) -> None:
+        """Run the kernel for all groups; alpha is that of `Group.launch`."""
         for group in self.groups:
             group.launch(alpha)
 

@@ -30,6 +30,7 @@ class Engine(NamedTuple):
         gpu: The `gpu_lane.Device` that a GpuLane streams chunks through; None for an engine on the CPU.
         reserve: The engine of the CPU that takes over if the GPU fails; None if no engine may take over.
         note: A sentence for a warning if this engine takes the place of a GPU, else "".
+        direct: True if the GPU computes in the host's memory, so that nothing needs to be streamed through it.
     """
 
     name: str
@@ -38,6 +39,12 @@ class Engine(NamedTuple):
     gpu: Any = None
     reserve: Engine | None = None
     note: str = ""
+    direct: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """True if chunks go to a GPU and back, through the ring of a GpuLane."""
+        return self.gpu is not None and not self.direct
 
 
 class UnusableGpu(EngineError):
@@ -110,7 +117,7 @@ def _triton(device: str) -> Engine:
     """Return the engine triton after its self-test. Raises EngineError, and UnusableGpu if the kernels fail."""
     try:
         from ..kernels import device as gpu
-        from ..kernels import extrapolate, host, selftest
+        from ..kernels import direct, extrapolate, host, selftest
     except Exception as error:  # a library that cannot be loaded is an OSError
         raise EngineError(f"`engine='triton'` needs torch and triton, which cannot be imported: {error}") from error
     device = "cuda" if device == "auto" else device
@@ -127,11 +134,16 @@ def _triton(device: str) -> Engine:
     reason = reason_given_up(engine.device)  # a kernel may have failed for dtypes that the self-test does not use
     if reason:
         raise UnusableGpu(engine.device, reason)
+    is_direct = stream_to is not None and direct.uses_host_page_tables(engine.device.index)
+    run: EngineFunction = direct.DirectEngine(engine.device) if is_direct else engine
     try:
         selftest.check(engine.device)
+        if is_direct:
+            selftest.check_in_host_memory(run)
     except Exception as error:  # wrong bits, or an error of a compiler, which may have any type
         raise UnusableGpu(engine.device, error_text(error)) from error
-    return Engine("triton", _raising_runtime_errors(engine), f"asked for, on {device}", stream_to)
+    why = f"asked for, on {device}" + ", which reads and writes the host's memory" * is_direct
+    return Engine("triton", _raising_runtime_errors(run), why, stream_to, direct=is_direct)
 
 
 def _raising_runtime_errors(engine: EngineFunction) -> EngineFunction:

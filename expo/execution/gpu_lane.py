@@ -18,8 +18,9 @@ import torch
 
 from ..dtypes import BITS, ITEMSIZE, torch_dtypes
 from ..kernels import sweep
-from ..kernels.contract import Operand, extrapolation
+from ..kernels.contract import EngineFunction, Operand, extrapolation
 from ..kernels.sweep import Partials
+from ..memory import page_aligned
 from ..planning.plan import Plan
 from ..planning.shards import Chunk, ChunkStatistics, Piece
 from ..planning.steps import Step
@@ -287,8 +288,13 @@ class GpuLane:
         return self._alpha_tensors[alphas]
 
 
-def compile_kernels(device: torch.device, plan: Plan) -> None:
+def compile_kernels(device: torch.device, plan: Plan, direct: EngineFunction | None = None) -> None:
     """Compile the kernels that the lanes of a GPU launch for a plan, with statistics, as a merge measures them.
+
+    Args:
+        device: The GPU.
+        plan: The plan.
+        direct: The engine of a GPU that computes in the host's memory; None for the kernels of a GpuLane.
 
     Raises:
         Exception: A kernel cannot be compiled or launched; an error of a compiler may have any type.
@@ -298,7 +304,20 @@ def compile_kernels(device: torch.device, plan: Plan) -> None:
         if step.sft is not None and _on_gpu(step, step.nbytes):
             kernels.add((step.sft.dtype, step.aligned.dtype, len(step.active)))
     for sft, aligned, alphas in sorted(kernels):
-        sweep.compile_for(sft, aligned, alphas, True, device)
+        if direct is None:
+            sweep.compile_for(sft, aligned, alphas, True, device)
+        else:
+            compile_direct(direct, sft, aligned, alphas)
+
+
+def compile_direct(direct: EngineFunction, sft: str, aligned: str, alphas: int) -> None:
+    """Compile the kernel for memory of the host, aligned to 16 bytes or not, by two runs for 16 elements."""
+    for shift in (0, ITEMSIZE[aligned]):
+        size = 16 * ITEMSIZE[aligned]
+        inputs = Operand(page_aligned(16 * ITEMSIZE[sft]), sft), Operand(page_aligned(2 * size)[shift:][:size], aligned)
+        memory = page_aligned(alphas * size)
+        outs = [memory[k * size :][:size] for k in range(alphas)]
+        direct(*extrapolation(*inputs, (1.0,) * alphas), outs, True)
 
 
 def _on_gpu(step: Step, size: int) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-from ..memory import page_aligned
+from ..memory import PAGE, page_aligned
 from ..planning.shards import Chunk, ChunkStatistics
 from .engines import Engine
 from .tensor_source import TensorSource
@@ -67,7 +67,9 @@ class CpuLane:
             measure: True to measure the statistics of every piece.
         """
         self._engine, self._source, self._measure = engine, source, measure
-        self._buffers = [page_aligned(chunk_bytes) for _ in range(outputs)]
+        pitch = -(-chunk_bytes // PAGE) * PAGE
+        memory = page_aligned(pitch * outputs)  # a GPU writes outputs that are equally far apart in one pass
+        self._buffers = [memory[k * pitch :][:chunk_bytes] for k in range(outputs)]
         self._measured: ChunkStatistics = {}
 
     def begin(self, chunk: Chunk) -> None:
@@ -94,7 +96,7 @@ def ring_slots(engines: Sequence[Engine]) -> int:
     Args:
         engines: One engine for each worker.
     """
-    lanes = sum(engine.gpu is not None for engine in engines)
+    lanes = sum(engine.streams for engine in engines)
     return max(2, min(RING_SLOTS, MOST_RING_SLOTS // max(lanes, 1)))
 
 

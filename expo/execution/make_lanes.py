@@ -36,7 +36,7 @@ def compile_kernels(engines: Sequence[Engine], plan: Plan) -> tuple[Engine, ...]
         from . import gpu_lane
 
         try:
-            gpu_lane.compile_kernels(device, plan)
+            gpu_lane.compile_kernels(device, plan, engine.run if engine.direct else None)
         except Exception as error:  # errors of compilers and of the system's programs have no common base class
             unusable = UnusableGpu(device, error_text(error))
             if engine.reserve is None:
@@ -72,7 +72,7 @@ class LaneMaker:
 
     def __call__(self, engine: Engine) -> Lane:
         """Return a new lane for a worker with this engine."""
-        if engine.gpu is None:
+        if not engine.streams:
             return self._on_cpu(engine)
         if engine.reserve is None:
             return self._on_gpu(engine)

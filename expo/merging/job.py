@@ -95,7 +95,7 @@ class MergeJob:
     @property
     def memory(self) -> int:
         """Bytes of memory that the merge takes: buffers, the pages that are mapped at a time, and the interpreter."""
-        slots = sum(1 if engine.gpu is None else 1 + ring_slots(self.engines) for engine in self.engines)
+        slots = sum(1 + ring_slots(self.engines) if engine.streams else 1 for engine in self.engines)
         on_gpu = any(engine.name == "triton" for engine in self.engines)
         converts = any(not step.plain for step in self.plan.steps)
         deltas = sorted(step.delta.nbytes for step in self.plan.steps if step.delta is not None)

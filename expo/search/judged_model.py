@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -46,7 +46,7 @@ class JudgedModel:
     @property
     def alpha(self) -> float | None:
         """The alpha that the model's weights have; None after an error while it was set."""
-        return 0.0 if self._live is None else self._live.alpha
+        return 0.0 if self._live is None else cast("float | None", self._live.alpha)  # `alpha` below sets numbers alone
 
     @alpha.setter
     def alpha(self, value: float) -> None:

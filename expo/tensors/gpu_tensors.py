@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from ..errors import EngineError
 from ..execution import gpu_fallback
 from ..kernels.contract import tensor_extrapolation
 
@@ -89,6 +90,22 @@ def compute_table(table: Any, alpha: float, tensors_at: Callable[[int], Sequence
             for place in group.places:
                 sft, aligned, out = (tensor.detach() for tensor in tensors_at(place))
                 compute_by_torch(sft, aligned, alpha, out)
+
+
+def launch_table(table: Any, alpha: Any) -> None:
+    """Launch the kernel for each group of a table and the alpha in a tensor of the GPU, which the host does not read.
+
+    Raises:
+        EngineError: The device's kernels are not usable, or a launch failed: torch has no operation that could compute
+            in their place, because it gives other bits for alpha 0.
+    """
+    for group in table.groups:
+        device = group.table.device
+        if not gpu_fallback.attempt(device, group.launch, alpha):
+            raise EngineError(
+                f"the Triton kernels cannot be used on {device} now, and an alpha in a tensor needs them: set a number "
+                f"as alpha. {gpu_fallback.reason_given_up(device)}".rstrip()
+            )
 
 
 def compute_together(triples: Sequence[Sequence[Any]], alpha: float) -> Any:

@@ -23,7 +23,7 @@ import torch
 
 from ..checkpoints.model_tensors import ModelTensors
 from ..dtypes import torch_names
-from ..errors import PlanError, UsageError
+from ..errors import EngineError, PlanError, UsageError
 from ..execution.engines import cpu_count
 from ..inputs.resolve import StrPath, open_one
 from ..kernels.contract import Address, Operand, working_alpha
@@ -47,6 +47,10 @@ from .versions import count_writes
 
 CPU_ELEMENTS = 1 << 21  # elements that a thread of the CPU computes at a time
 DEVICE_ELEMENTS = 1 << 24  # elements of originals that go to a device at a time
+NOT_CAPTURED = (
+    "a CUDA graph is being captured, and only a tensor that was set before the capture can be set in it: keep the "
+    "originals on the GPU that has all weights, set alpha to a tensor of one float32 there, then capture the same again"
+)
 
 
 class Live:
@@ -57,6 +61,9 @@ class Live:
     are, and so do buffers that are not saved or that the model computes, such as rotary frequencies. As a context
     manager, Live restores aligned at the end and releases the originals. One thread may use it, while nothing else uses
     the model.
+
+    A CUDA graph can capture `live.alpha = tensor`, for a tensor of one float32 on the GPU that has all weights. The
+    GPU reads the number at each replay, so `tensor.fill_(0.5)` before a replay gives the weights of alpha 0.5.
 
     Attributes:
         memory: Bytes that the originals take, on the device, in memory or on the disk.
@@ -123,25 +130,36 @@ class Live:
         self._jobs = [job for weight in self._weights if _on_cpu(weight) for job in _make_jobs(weight)]
         self._threads = min(cpu_count(), MOST_THREADS)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expo-live")
-        self._groups = _make_groups(self._weights, launches=keep == "device")
+        self._on_device = keep == "device"
+        self._groups = _make_groups(self._weights, self._on_device)
+        self._has_gpu = torch.cuda.is_available() and any(group.device.type == "cuda" for group in self._groups)
         self._tables: dict[_Group, Any] = {}
-        self._alpha: float | None = 0.0
+        self._alpha: float | torch.Tensor | None = 0.0
         self._closed = False
 
     @property
-    def alpha(self) -> float | None:
-        """The alpha that is set; None after a failure while the weights were rewritten."""
+    def alpha(self) -> float | torch.Tensor | None:
+        """The alpha that is set, or the tensor that holds it; None after a failure while the weights were rewritten."""
         return self._alpha
 
     @alpha.setter
-    def alpha(self, value: float) -> None:
-        """Rewrite the weights. Raises UsageError for a number that is not finite in fp32 and for a moved model."""
-        try:
-            working_alpha(value)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"alpha must be a number that is finite in float32, got {value!r}") from error
+    def alpha(self, value: float | torch.Tensor) -> None:
+        """Rewrite the weights.
+
+        Args:
+            value: A number that is finite in fp32, or a tensor of one float32 on the GPU that has all weights. The
+                host does not read such a tensor, so nothing checks its number.
+
+        Raises:
+            UsageError: The value is not usable, the model was moved, or a graph is captured that cannot repeat this.
+            EngineError: The GPU's kernels cannot be used, and the alpha is in a tensor.
+        """
+        in_memory = self._reads(value)
         if self._closed:
             raise UsageError("this Live is closed: create another one")
+        self._check_capture(value, in_memory)
+        if not in_memory:
+            value = _number(value)
         tensors, written = self._positions.read()
         if self._fsdp_modules:  # some tensors are whole copies, which autograd may have saved in a forward pass
             reshard(self._fsdp_modules)
@@ -151,17 +169,36 @@ class Live:
             raise UsageError(MOVED)
         self._alpha = None
         count_writes(torch, written)
-        if value == 0:
+        if isinstance(value, float) and value == 0:
             for weight in self._weights:
                 weight.out.copy_(weight.aligned)
         else:
             self._compute_on_devices(value)
             self._run_jobs(value)
-        self._alpha = float(value)
+        self._alpha = value
 
-    def _run_jobs(self, value: float) -> None:
+    def _reads(self, value: Any) -> bool:
+        """Return True if the kernels read alpha in this tensor: all weights are on its GPU and share launches."""
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.numel() != 1:
+            return False
+        on_its_device = all(group.shares_a_launch and group.device == value.device for group in self._groups)
+        return gpu_tensors.on_gpu(value) and on_its_device and not self._jobs
+
+    def _check_capture(self, value: Any, in_memory: bool) -> None:
+        """Raise UsageError if a CUDA graph is being captured whose replay could not repeat this launch."""
+        if not (self._has_gpu and torch.cuda.is_current_stream_capturing()):
+            return
+        is_tensor = isinstance(value, torch.Tensor)
+        if is_tensor and not (in_memory and self._alpha is value):
+            raise UsageError(NOT_CAPTURED)
+        if not self._on_device or self._jobs:
+            raise UsageError(
+                "a CUDA graph cannot capture work of the host: keep the originals on the GPU of all weights"
+            )
+
+    def _run_jobs(self, value: float | torch.Tensor) -> None:
         """Compute all jobs in several threads; each thread takes the next job when it is free."""
-        if not self._jobs:
+        if isinstance(value, torch.Tensor) or not self._jobs:
             return
         queue = iter(self._jobs)
 
@@ -171,10 +208,13 @@ class Live:
 
         list(self._pool.map(work, range(self._threads)))
 
-    def _compute_on_devices(self, value: float) -> None:
+    def _compute_on_devices(self, value: float | torch.Tensor) -> None:
         """Compute all weights that are not on the CPU; those of one device and alpha share a launch if they can."""
         for group, weights in self._groups.items():
             alpha = value if group.alpha is None else group.alpha
+            if isinstance(alpha, torch.Tensor):
+                self._launch_with(alpha, group, weights)
+                continue
             used_alpha = working_alpha(alpha)
             table = self._table(group, weights) if group.shares_a_launch and used_alpha else None
             if table is not None:
@@ -182,6 +222,13 @@ class Live:
                 continue
             for weight in weights:
                 _compute_in_parts(weight, working_alpha(alpha, *weight.dtypes))
+
+    def _launch_with(self, alpha: torch.Tensor, group: _Group, weights: Sequence[LiveWeight]) -> None:
+        """Compute a group's weights with the alpha in a tensor on their GPU. Raises EngineError if that fails."""
+        table = self._table(group, weights)
+        if table is None:
+            raise EngineError(f"{group.device} has no memory for a table of addresses: set a number as alpha")
+        gpu_tensors.launch_table(table, alpha)
 
     def _table(self, group: _Group, weights: Sequence[LiveWeight]) -> Any:
         """Return the pointer table of a group's weights, cached for later launches; None if none can be made now."""
@@ -211,6 +258,15 @@ class Live:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
+
+
+def _number(value: Any) -> float:
+    """Return the value as a float. Raises UsageError unless it is a number that is finite in fp32."""
+    try:
+        working_alpha(value)
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"alpha must be a number that is finite in float32, got {value!r}") from error
 
 
 def _tensors_at(weights: Sequence[LiveWeight], place: int) -> tuple[Any, Any, Any]:

@@ -5,10 +5,12 @@ Every test asserts that kernels have computed, because pieces below 64 KiB go to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,11 +25,13 @@ from tiny_models import LOAD
 import expo
 from expo import op
 from expo.demo import ALIGNED, SFT
+from expo.dtypes import torch_dtypes
 from expo.execution import gpu_fallback
 from expo.execution.engines import choose
 from expo.execution.tensor_source import TensorSource
 from expo.inputs.resolve import open_inputs
-from expo.kernels import device, extrapolate, selftest, whole_model
+from expo.kernels import device, direct, extrapolate, selftest, whole_model
+from expo.kernels.contract import Operand, extrapolation
 from expo.options import MergeOptions
 from expo.planning.matching import match_tensors
 from expo.planning.steps import by_tensor
@@ -66,6 +70,15 @@ def same(on_gpu: torch.Tensor, on_cpu: torch.Tensor) -> bool:
     here = on_gpu.detach().cpu().contiguous()
     return here.dtype == on_cpu.dtype and torch.equal(
         here.view(torch.uint8), on_cpu.detach().contiguous().view(torch.uint8)
+    )
+
+
+def same_but_nan(on_gpu: torch.Tensor, on_cpu: torch.Tensor) -> bool:
+    """Return True if two tensors have the same bits, but for the payloads of NaNs."""
+    here, there = on_gpu.detach().cpu(), on_cpu.detach()
+    zero = torch.zeros((), dtype=there.dtype)
+    return same(here.where(~here.isnan(), zero), there.where(~there.isnan(), zero)) and torch.equal(
+        here.isnan(), there.isnan()
     )
 
 
@@ -170,6 +183,113 @@ def test_live(gpu: SoftwareCuda, merged: dict[str, torch.Tensor], keep: str) -> 
     assert all(same(weights[name], original[name]) for name in merged)
 
 
+class Small(torch.nn.Module):
+    """Weights of all dtypes, with numbers at which alpha 0 must copy: -0, inf and NaN."""
+
+    def __init__(self, seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        special = torch.tensor([-0.0, float("inf"), float("nan"), 1e-40])
+        self.all = torch.nn.ParameterList([torch.cat([special, torch.randn(3000)]).to(dtype) for dtype in dtypes])
+
+
+def graph_of(live: Any, alpha: torch.Tensor) -> Any:
+    """Return a graph that has captured the setting of an alpha in a tensor."""
+    live.alpha = alpha
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        live.alpha = alpha
+    return graph
+
+
+def test_a_graph_of_live_follows_the_tensor(gpu: SoftwareCuda) -> None:
+    """A replay computes the weights of the number that the tensor has then, and copies aligned's bits for 0."""
+    aligned, sft = Small(1), Small(2)
+    originals = [each.detach().clone() for each in aligned.all]
+    expected = {
+        alpha: [expo.extrapolate(s.detach(), a.detach(), alpha) for s, a in zip(sft.all, aligned.all, strict=True)]
+        for alpha in (0.5, -1.25, 0.3)
+    }
+    expected[0.0] = expected[-0.0] = originals
+    model = aligned.to("cuda")
+    with expo.Live(model, sft.to("cuda"), alpha_for={r"all\.0": 0.25}) as live:
+        fixed = expo.extrapolate(sft.all[0].detach().cpu(), originals[0], 0.25)
+        alpha = torch.full((), 0.3, device="cuda")
+        graph = graph_of(live, alpha)
+        assert live.alpha is alpha
+        for value in (0.5, 0.0, -1.25, -0.0, 0.3):
+            for weight in model.all:
+                weight.detach().zero_()
+            alpha.fill_(value)
+            before = computed(gpu)
+            graph.replay()
+            assert computed(gpu) - before == sum(each.nbytes for each in originals)
+            is_same = same if value == 0 else same_but_nan
+            assert same_but_nan(model.all[0], fixed)
+            assert all(is_same(weight, right) for weight, right in zip(model.all[1:], expected[value][1:], strict=True))
+        live.alpha = 0.5
+        assert all(same_but_nan(w, right) for w, right in zip(model.all[1:], expected[0.5][1:], strict=True))
+    assert all(same(weight, right) for weight, right in zip(model.all, originals, strict=True))
+
+
+def test_the_graph_of_the_documentation(
+    gpu: SoftwareCuda, merged: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example of docs/python.md sets the weights that it says; its last lines restore aligned."""
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "CUDAGraph" in block)
+    assert code.count("alpha.fill_(0.7)") == 1
+    monkeypatch.chdir(Path(__file__).parents[2])
+    code = code.replace("fill_(0.7)", f"fill_({ALPHA})").replace("0.3, device", "0.9, device")
+    shown: dict[str, Any] = {}
+    with quiet_transformers():
+        exec(f"{code}        weights = {{name: each.clone() for name, each in model.state_dict().items()}}", shown)
+    assert all(same(shown["weights"][name], merged[name]) for name in merged)
+
+
+@pytest.mark.parametrize("keep", ["host", "disk"])
+def test_a_graph_captures_no_work_of_the_host(gpu: SoftwareCuda, keep: str) -> None:
+    with expo.Live(Small(1).to("cuda"), Small(2), keep=keep) as live:
+        alpha = torch.full((1,), 0.3, device="cuda")
+        live.alpha = alpha  # the host reads the number here
+        assert live.alpha == alpha.item()
+        graph = torch.cuda.CUDAGraph()
+        for value, message in ((alpha, "only a tensor that was set before"), (0.4, "work of the host")):
+            with torch.cuda.graph(graph), pytest.raises(expo.UsageError, match=message):
+                live.alpha = value
+
+
+def test_a_tensor_that_was_not_set_before_a_capture_is_refused(gpu: SoftwareCuda) -> None:
+    """Its kernel may need a compiler, and the table of addresses a copy from the host. The advice is followed."""
+    model = Small(1).to("cuda")
+    with expo.Live(model, Small(2).to("cuda")) as live:
+        alpha = torch.full((1,), 0.5, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(expo.UsageError, match="set before the capture"):
+            live.alpha = alpha
+        graph = graph_of(live, alpha)
+        graph.replay()
+        right = expo.extrapolate(Small(2).all[2].detach(), Small(1).all[2].detach(), 0.5)
+        assert same_but_nan(model.all[2], right)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            live.alpha = 0.25  # a number is a constant of the graph
+
+
+def test_a_kernel_that_fails_with_an_alpha_in_a_tensor(gpu: SoftwareCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Small(1).to("cuda")
+    with expo.Live(model, Small(2).to("cuda")) as live:
+        live.alpha = 0.1
+        with monkeypatch.context() as patch:
+            patch.setattr(CudaLauncher, "__call__", lambda *_, **__: (_ for _ in ()).throw(OSError("no assembler")))
+            with (
+                pytest.warns(RuntimeWarning, match="no assembler"),
+                pytest.raises(expo.EngineError, match=r"set a number as alpha\. OSError: no assembler"),
+            ):
+                live.alpha = torch.full((1,), 0.5, device="cuda")
+        assert live.alpha is None
+        live.alpha = 0.5
+        assert same_but_nan(model.all[1], expo.extrapolate(Small(2).all[1].detach(), Small(1).all[1].detach(), 0.5))
+
+
 @pytest.mark.parametrize("options", [{"engine": "triton"}, {"engine": "cpu"}, {"device": "cuda"}], ids=str)
 def test_a_stream_to_the_gpu(gpu: SoftwareCuda, merged: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
     """Where the GPU computes, both inputs go up; else the result goes up. Nothing comes down."""
@@ -267,6 +387,104 @@ def test_a_merge(gpu: SoftwareCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.engine == "triton"
     assert {device for name, _, device in gpu.launches} == {index}
     assert computed(gpu) > 1_000_000
+
+
+# A GPU that uses the host's page tables
+
+
+@pytest.fixture
+def direct_gpu(gpu: SoftwareCuda) -> Iterator[SoftwareCuda]:
+    """The machine, whose driver says that its GPUs use the host's page tables."""
+    gpu.host_page_tables = True
+    direct.uses_host_page_tables.cache_clear()
+    yield gpu
+    gpu.host_page_tables = False
+    direct.uses_host_page_tables.cache_clear()
+
+
+@pytest.mark.parametrize("options", [{"engine": "triton"}, {"device": "cuda:1"}], ids=str)
+def test_a_merge_without_copies(direct_gpu: SoftwareCuda, tmp_path: Path, options: dict[str, Any]) -> None:
+    """The kernel reads the mapped files and writes the buffers that go to the disk; three alphas share one read."""
+    alphas = [0.3, 0.5, -0.2]
+    selftest.check(torch.device(options.get("device", "cuda:0")))
+    direct_gpu.reset()
+    right = expo.merge(SFT, ALIGNED, alphas, tmp_path / "cpu-{alpha}")
+    done = expo.merge(SFT, ALIGNED, alphas, tmp_path / "gpu-{alpha}", verify=True, **options)
+    for one, other in zip(done.outputs, right.outputs, strict=True):
+        assert weight_bytes(Path(one.path)) == weight_bytes(Path(other.path)) != {}
+    assert done.relative_distance == pytest.approx(right.relative_distance, rel=1e-6)
+    assert {name for name, _, _ in direct_gpu.launches} == {"sweep_addresses"}
+    if "engine" in options:
+        assert computed(direct_gpu) > 3_000_000
+        assert done.shares.keys() == {"triton"}
+    assert direct_gpu.moved["up"] + direct_gpu.moved["down"] < 200_000  # alphas, and statistics
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "sft_shift", "aligned_shift", "out_shift", "outputs"),
+    [
+        (("BF16", "BF16"), 0, 0, 0, 1),
+        (("BF16", "BF16"), 2, 0, 0, 3),
+        (("BF16", "BF16"), 1, 3, 0, 3),
+        (("F32", "F16"), 0, 2, 1, 2),
+        (("F16", "F32"), 2, 1, 2, 1),
+        (("F64", "F32"), 0, 0, 0, 1),
+    ],
+)
+def test_host_memory_at_any_address(
+    direct_gpu: SoftwareCuda, dtypes: tuple[str, str], sft_shift: int, aligned_shift: int, out_shift: int, outputs: int
+) -> None:
+    """Addresses may be no multiples of 16 bytes, nor of an element, and outputs may be anywhere."""
+    n, rng = 5001, np.random.default_rng(5)
+    host = []
+    for dtype, shift in zip(dtypes, (sft_shift, aligned_shift), strict=True):
+        kind = torch_dtypes()[dtype]
+        numbers = torch.from_numpy(rng.standard_normal(n)).to(kind).view(torch.uint8).numpy().tobytes()
+        host.append(Operand(memoryview(bytearray(shift) + numbers)[shift:], dtype))
+    size = len(host[1].memory)
+    run = direct.DirectEngine(torch.device("cuda", 0))
+    alphas = [0.3, -1.5, 0.7][:outputs]
+    results = []
+    for engine in (choose("numpy").run, run):
+        outs = [memoryview(bytearray(size + out_shift))[out_shift:] for _ in alphas]
+        statistics = engine(*extrapolation(*host, alphas), outs, True)
+        assert statistics is not None
+        results.append(([bytes(out) for out in outs], statistics.counts, statistics.max_abs_d))
+    assert results[0] == results[1]
+    assert bool(direct_gpu.launches) == ("F64" not in dtypes)
+
+
+def test_the_driver_is_asked_for_page_tables(gpu: SoftwareCuda) -> None:
+    direct.uses_host_page_tables.cache_clear()
+    assert not choose("triton").direct
+    assert choose("triton").streams
+    direct.uses_host_page_tables.cache_clear()
+
+
+def test_wrong_bits_in_host_memory(direct_gpu: SoftwareCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for memory of the host has a self-test too; after a failure the CPU takes the GPU's place."""
+    launch = direct.DirectEngine._launch
+    monkeypatch.setattr(
+        direct.DirectEngine,
+        "_launch",
+        lambda self, inputs, dtypes, alphas, *rest: launch(self, inputs, dtypes, [2 * each for each in alphas], *rest),
+    )
+    with pytest.raises(expo.EngineError, match="sweep_addresses gives wrong bits"):
+        choose("triton")
+    assert "sweep_addresses gives wrong bits" in choose("auto", "cuda").note
+
+
+def test_a_compiler_that_fails_before_a_merge_without_copies(
+    direct_gpu: SoftwareCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("no assembler")
+
+    selftest.check(torch.device("cuda", 0))
+    monkeypatch.setattr(CudaLauncher, "__call__", broken)
+    with pytest.raises(expo.EngineError, match=r"cannot be used on cuda:0: .*no assembler"):
+        expo.merge(SFT, ALIGNED, ALPHA, tmp_path / "out", engine="triton")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Faults of the host's code are found

@@ -99,12 +99,34 @@ class DeviceMemory(ptx.Memory):
         self.mark(address, size)
 
 
-class LaunchMemory(ptx.Memory):
-    """The memory that one launch sees: every tensor of the device that exists when the kernel runs."""
+class HostMemory:
+    """The process's own memory, as a GPU sees it that uses the host's page tables: every page that is mapped."""
 
-    def __init__(self, memory: DeviceMemory) -> None:
+    def __init__(self) -> None:
+        self._spans: list[tuple[int, int, str]] = []
+        with open("/proc/self/maps", encoding="utf-8") as lines:
+            for line in lines:
+                addresses, rights = line.split()[:2]
+                low, high = (int(text, 16) for text in addresses.split("-"))
+                self._spans.append((low, high, rights))
+
+    def holds(self, address: int, right: str) -> bool:
+        """Return True if a page is mapped at an address with the right "r" or "w"."""
+        at = bisect.bisect(self._spans, (address, 1 << 64, "")) - 1
+        return at >= 0 and address < self._spans[at][1] and right in self._spans[at][2]
+
+
+class LaunchMemory(ptx.Memory):
+    """The memory that one launch sees: every tensor of the device that exists when the kernel runs.
+
+    Attributes:
+        host: The memory of the host, for a device that uses its page tables; else None.
+    """
+
+    def __init__(self, memory: DeviceMemory, host: HostMemory | None = None) -> None:
         super().__init__()
         self._memory = memory
+        self.host = host
         self._writers: dict[int, int] = {}  # the program that wrote a unit of memory, by its address
         self._written: list[tuple[Any, Any]] = []
 
@@ -124,16 +146,41 @@ class LaunchMemory(ptx.Memory):
         assert shift == 0  # a mapping starts at a page
         return units, at // access.size
 
+    def _on_host(self, access: ptx.Access, right: str) -> list[Any] | None:
+        """Return the host's memory at each lane's address as arrays of words, or None for memory of the device."""
+        if self.host is None or not len(access.address) or self._memory.holds(int(access.address[0])):
+            return None
+        access.require(access.address % access.size == 0, "misaligned")
+        for address in {int(each) // 4096 * 4096 for each in access.address}:
+            access.require(np.full(len(access.address), self.host.holds(address, right)), "outside the host's pages")
+        kind = ptx.STORED[access.width]
+        return [
+            np.frombuffer((ctypes.c_ubyte * access.size).from_address(int(address)), kind) for address in access.address
+        ]
+
     def load(self, access: ptx.Access) -> Any:
+        rows = self._on_host(access, "r")
+        if rows is not None:
+            return np.stack(rows)
         units, at = self._units(access, WRITTEN, "a read")
         return units[at]
 
     def store(self, access: ptx.Access, words: Any) -> None:
+        rows = self._on_host(access, "w")
+        if rows is not None:
+            for row, value in zip(rows, np.broadcast_to(words, (len(rows), access.words)), strict=True):
+                row[:] = value
+            self._record(access, access.address.astype(np.int64) - self._memory.base)
+            return
         units, at = self._units(access, UNWRITTEN, "a write")
         units[at] = words
         first = at * access.size
         for k in range(access.size):
             self._memory.states[first + k] = WRITTEN
+        self._record(access, first)
+
+    def _record(self, access: ptx.Access, first: Any) -> None:
+        """Record the program that wrote each byte; `first` has each lane's first byte, from the device's base."""
         self._written.append(
             (
                 np.repeat(first, access.size) + np.tile(np.arange(access.size), len(first)),

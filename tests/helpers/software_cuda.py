@@ -1,9 +1,10 @@
 """A GPU in software, for tests of the whole way that a user of a GPU takes.
 
-Two edges are replaced, and nothing in expo/ or kernels/:
+Three edges are replaced, and nothing in expo/ or kernels/:
 
 - Triton's driver, by `software_gpu`: kernels are launched by `kernel[grid](...)` through Triton's own binder, compiler
   and caches, and the launcher runs the PTX that the compiler emitted on the memory of the tensors.
+- the CUDA driver's library, which ctypes loads, for one attribute of a device;
 - torch's CUDA layer: `torch.cuda`, and the tensors of the device "cuda". These are tensors on the CPU whose storage
   lies in a range of addresses that belongs to a device (`gpu_memory`); a TorchFunctionMode answers for them as torch
   would, and puts results of their operations into the same range. Launches and copies run late (`gpu_streams`); any
@@ -24,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from gpu_memory import UNWRITTEN, WRITTEN, DeviceMemory, LaunchMemory, find, span_of
+from gpu_memory import UNWRITTEN, WRITTEN, DeviceMemory, HostMemory, LaunchMemory, find, span_of
 from gpu_streams import Event, Graph, Scheduler, Stream
 from software_gpu import Launcher, SoftwareGpu
 from torch._library.custom_ops import OPDEFS
@@ -39,6 +40,7 @@ LAZY = set(
     is_complex get_device permute movedim view_as expand_as swapaxes is_pinned is_shared is_set_to __len__ __hash__
     __format__ _is_view is_inference _make_subclass register_hook record_stream""".split()  # noqa: SIM905
 )
+CDLL = ctypes.CDLL
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
 
 
@@ -51,6 +53,7 @@ class SoftwareCuda(TorchFunctionMode):
         launches: The name, the grid and the device of every kernel that has run.
         written: The bytes that kernels have written.
         moved: The bytes that copies have taken over the bus, "up" and "down".
+        host_page_tables: True if the devices use the page tables of the host, as the CUDA driver says when it is asked.
     """
 
     def __init__(self, devices: int = 1, order: str | int = "needed") -> None:
@@ -62,6 +65,7 @@ class SoftwareCuda(TorchFunctionMode):
         self.launches: list[tuple[str, int, int]] = []
         self.written = 0
         self.moved = {"up": 0, "down": 0}
+        self.host_page_tables = False
         self.driver = Driver(self)
         self._all = sorted([*self.memories, self.pinned], key=lambda memory: memory.base)
         self._answers = {
@@ -271,7 +275,7 @@ class SoftwareCuda(TorchFunctionMode):
                 raise RuntimeError(f"Pointer argument cannot be accessed from Triton (cpu tensor?): {value.device}")
 
         def work() -> None:
-            memory = LaunchMemory(self.memories[index])
+            memory = LaunchMemory(self.memories[index], HostMemory() if self.host_page_tables else None)
             launcher.run(x, numbers, memory)
             memory.check_writers()
             self.written += sum(len(each) for each, _ in memory._written)
@@ -356,6 +360,11 @@ class SoftwareCuda(TorchFunctionMode):
             yield cuda, name, value
         yield threading.Thread, "run", self._run_in_thread(threading.Thread.run)
         yield torch.version, "cuda", "13.0"
+        yield ctypes, "CDLL", self._load_library
+
+    def _load_library(self, name: Any, *rest: Any, **more: Any) -> Any:
+        """Return a library, as ctypes.CDLL does; the library of the CUDA driver says what the devices can do."""
+        return CudaDriver(self) if name == "libcuda.so.1" else CDLL(name, *rest, **more)
 
     def _run_in_thread(self, run: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
         """Return Thread.run with this mode, because torch's modes belong to a thread."""
@@ -378,6 +387,24 @@ class SoftwareCuda(TorchFunctionMode):
             stack.enter_context(self.driver.active())
             stack.enter_context(self)
             yield self
+
+
+class CudaDriver:
+    """The functions of the CUDA driver's library that are asked for a device's attributes."""
+
+    def __init__(self, cuda: SoftwareCuda) -> None:
+        self._cuda = cuda
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
+        device._obj.value = ordinal
+        return 0 if ordinal < self._cuda.scheduler.devices else 101  # CUDA_ERROR_INVALID_DEVICE
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        value._obj.value = int(attribute == 100 and self._cuda.host_page_tables)
+        return 0
 
 
 class Driver(SoftwareGpu):
