@@ -120,7 +120,13 @@ def find_layouts(*configs: Mapping[str, Any]) -> list[Layout]:
     layouts = [found for own, names in _parts(config) if (found := _part(own, names)) is not None]
     if not layouts:
         return []
-    return [Layout(*(tuple(each for layout in layouts for each in layout[k]) for k in range(3)))]
+    return [
+        Layout(
+            tuple(each for layout in layouts for each in layout.renames),
+            tuple(each for layout in layouts for each in layout.fusions),
+            tuple(each for layout in layouts for each in layout.others),
+        )
+    ]
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[tuple[bool, list[str]]]:

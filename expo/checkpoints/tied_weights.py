@@ -97,8 +97,8 @@ def _rules_of(config: Mapping[str, Any]) -> list[_Rule]:
     named, decoder = config.get("architectures"), config.get("decoder")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     ties = next((_table()[name] for name in names if name in _table()), {})
-    is_pair = isinstance(decoder, Mapping) and any(name.endswith("EncoderDecoderModel") for name in names)
-    if is_pair and decoder.get("tie_word_embeddings") is not False:
+    is_pair = any(name.endswith("EncoderDecoderModel") for name in names)
+    if is_pair and isinstance(decoder, Mapping) and decoder.get("tie_word_embeddings") is not False:
         inner = _table().get(f"decoder {decoder.get('model_type')}", {})
         ties = {f"decoder.{target}": f"decoder.{source}" for target, source in inner.items()}
     rules = (_make_rule(target, source.strip("^$")) for target, source in ties.items())
