@@ -8,9 +8,10 @@ table of layouts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
-from .layouts import find_layouts
+from .layouts import Layout, find_layouts
 from .naming import unwrap
 
 
@@ -18,7 +19,12 @@ class MemoryNames:
     """The names in memory of the tensors of the model that a config describes."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._layout = next(iter(find_layouts(config)), None) if config.get("model_type") else None
+        self._config = config
+
+    @cached_property
+    def _layout(self) -> Layout | None:
+        """The layout of the model, which is read at the first use: most merges need no other name."""
+        return next(iter(find_layouts(self._config)), None) if self._config.get("model_type") else None
 
     def __bool__(self) -> bool:
         """Return True if the table of layouts has the model."""

@@ -98,7 +98,7 @@ def _find_memory_names(
         candidates: The tensors that sft alone has.
         names: The names in memory of sft and of aligned.
     """
-    if not any(names) or not unpaired or not candidates:
+    if not unpaired or not candidates or not any(names):
         return {}
     of_sft: dict[str, list[str]] = {}
     for other in candidates:

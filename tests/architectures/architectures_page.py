@@ -24,7 +24,7 @@ def page_text(data: Mapping[str, Any]) -> str:
     return "\n".join([
         "# Architectures", "",
         f"This page lists the model types of transformers {data['transformers']} that a sweep of tests has checked:",
-        f"{passed} of {checked} passed. This command repeats the sweep, which takes about an hour:", "",
+        f"{passed} of {checked} passed. This command repeats the sweep, which takes about a quarter of an hour:", "",
         "    python tests/architectures/sweep.py --again all", "",
         "For each model type the sweep makes a tiny model with random weights and a second one that differs a little,",
         "and saves both with `save_pretrained`. It makes these checks, bit for bit against torch's own arithmetic:", "",
