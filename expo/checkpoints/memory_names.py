@@ -35,4 +35,7 @@ class MemoryNames:
 
         A name in memory stays as it is.
         """
-        return unwrap(name) if self._layout is None else self._layout.rename(name)
+        if self._layout is None:
+            return unwrap(name)
+        # The language model inside a vision-language model has no `model.` of its own, which the table does not say.
+        return self._layout.rename(name).replace("language_model.model.", "language_model.", 1)

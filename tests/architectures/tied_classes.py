@@ -36,7 +36,7 @@ def modeling_modules() -> Iterator[Any]:
 
 
 def declared_ties() -> dict[str, dict[str, str]]:
-    """Return the ties of all model classes, and of the model without a head inside each, by the class's name.
+    """Return the ties of all model classes, with those of the models that they contain, by the class's name.
 
     The name `decoder TYPE` stands for the decoder of this model type in a model that was put together of two.
     """

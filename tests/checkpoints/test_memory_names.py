@@ -23,6 +23,7 @@ CASES = [
     ("GPTNeoXForCausalLM gpt_neox", "embed_out.weight", "lm_head.weight"),
     ("HyperCLOVAXVisionV2ForConditionalGeneration hyperclovax_vision_v2", "model.vision_projector.weight",
      "model.projector.weight"),
+    ("LlavaForConditionalGeneration llava", "language_model.model.norm.weight", "model.language_model.norm.weight"),
     ("LlavaForConditionalGeneration llava", "language_model.lm_head.weight", "lm_head.weight"),
     ("LlamaForCausalLM exaone", "transformer.h.0.attn.attention.q_proj.weight",
      "model.layers.0.self_attn.q_proj.weight"),
