@@ -27,7 +27,12 @@ setup(
     # `kernels` is also the import name of another package, so ours is only ever imported as expo.kernels.
     packages=["expo", "expo.kernels", *(f"expo.{name}" for name in SUBPACKAGES)],
     package_dir={"expo": "expo", "expo.kernels": "kernels"},
-    package_data={"expo": ["py.typed"], "expo.inputs": ["recipes.json"], "expo.demo": ["sft/*", "aligned/*"]},
+    package_data={
+        "expo": ["py.typed"],
+        "expo.inputs": ["recipes.json"],
+        "expo.checkpoints": ["*.json"],
+        "expo.demo": ["sft/*", "aligned/*"],
+    },
     ext_modules=[CPU_ENGINE],
     install_requires=[
         "torch>=2.4",

@@ -23,6 +23,7 @@ from .files import ADAPTER, ADAPTER_BIN, ADAPTER_CONFIG, WHOLE_MODELS, load_json
 from .lora_config import BASE, MERGE, TIED_ELSEWHERE, Scales, check_config, shortened
 from .lora_data import are_equal
 from .lora_file import ModuleFactors, names_without_wrappers, sort_tensors
+from .memory_names import MemoryNames
 from .renames import NameIndex, names_with_other_prefixes
 from .safetensors_header import TensorInfo
 from .shard import Shard
@@ -55,12 +56,13 @@ def is_adapter(folder: str) -> bool:
     )
 
 
-def open_adapter(folder: str, base: Mapping[str, TensorInfo]) -> Adapter:
+def open_adapter(folder: str, base: Mapping[str, TensorInfo], base_config: Mapping[str, Any] | None = None) -> Adapter:
     """Read the header of an adapter and find the base's tensor for each of its own.
 
     Args:
         folder: The adapter's folder.
         base: The tensors of the base by name.
+        base_config: The base's config.json, which decides about the names that its tensors have in memory.
 
     Raises:
         CheckpointError: The adapter cannot be read, or is not one over this base. The message names file and tensor.
@@ -70,9 +72,10 @@ def open_adapter(folder: str, base: Mapping[str, TensorInfo]) -> Adapter:
     check_config(config_path, config)
     shard = _open_weights(folder)
     all_factors, others = sort_tensors(shard)
-    low_rank = _low_rank(config_path, shard.path, config, all_factors, base)
+    index = _BaseNames(base, MemoryNames(base_config or {}))
+    low_rank = _low_rank(config_path, shard.path, config, all_factors, index)
     try:
-        whole = _whole_tensors(shard, config, others, base)
+        whole = _whole_tensors(shard, config, others, index)
     finally:
         shard.reader.close()  # an open reader keeps other processes from writing to the file; a read opens it again
     if not low_rank and not whole:
@@ -101,10 +104,10 @@ def _low_rank(
     path: str,
     config: Mapping[str, Any],
     all_factors: Sequence[ModuleFactors],
-    base: Mapping[str, TensorInfo],
+    index: _BaseNames,
 ) -> dict[str, LowRank]:
     """Return the deltas by the base's names of the tensors. Raises CheckpointError."""
-    targets = _find_targets(path, config, all_factors, base)
+    targets = _find_targets(path, config, all_factors, index)
     scales = Scales(config_path, config)
     # Shapes show for most modules whether the delta is transposed. Modules with the same last part of the name agree.
     shown: dict[str, set[bool]] = defaultdict(set)
@@ -123,10 +126,9 @@ def _low_rank(
 
 
 def _find_targets(
-    path: str, config: Mapping[str, Any], all_factors: Sequence[ModuleFactors], base: Mapping[str, TensorInfo]
+    path: str, config: Mapping[str, Any], all_factors: Sequence[ModuleFactors], index: _BaseNames
 ) -> dict[str, _Target]:
     """Return the targets of all factors, by the base's names of the tensors. Raises CheckpointError."""
-    index = _BaseNames(base)
     names = {factors.module: index.find(f"{factors.module}.weight") for factors in all_factors}
     missing = [module for module, name in names.items() if name is None]
     if missing:
@@ -139,7 +141,8 @@ def _find_targets(
                 f"{path}: {targets[name].factors.a.name!r} and {factors.a.name!r} both change sft's {name!r}: two "
                 "adapters in one file; save them apart"
             )
-        targets[name] = _Target(factors, base[name], _forms_that_fit(path, factors, base[name]))
+        tensor = index.base[name]
+        targets[name] = _Target(factors, tensor, _forms_that_fit(path, factors, tensor))
     return targets
 
 
@@ -216,10 +219,9 @@ def _last_part(factors: ModuleFactors) -> str:
 
 
 def _whole_tensors(
-    shard: Shard, config: Mapping[str, Any], others: Sequence[TensorInfo], base: Mapping[str, TensorInfo]
+    shard: Shard, config: Mapping[str, Any], others: Sequence[TensorInfo], index: _BaseNames
 ) -> dict[str, TensorInfo]:
     """Return the whole tensors by the base's names, also those that have a delta. Raises CheckpointError."""
-    index = _BaseNames(base)
     found: dict[str, TensorInfo] = {}
     missing = []
     for tensor in others:
@@ -250,18 +252,29 @@ def _is_second_name(shard: Shard, tensor: TensorInfo, found: Iterable[TensorInfo
 
 
 class _BaseNames:
-    """An index that finds the base's name for a tensor of the model that was trained."""
+    """An index that finds the base's name for a tensor of the model that was trained.
 
-    def __init__(self, base: Mapping[str, TensorInfo]) -> None:
-        self._base = base
+    Attributes:
+        base: The base's tensors by name.
+    """
+
+    def __init__(self, base: Mapping[str, TensorInfo], memory_names: MemoryNames) -> None:
+        self.base = base
         self._index: NameIndex | None = None
+        self._memory_names = memory_names
+        self._by_memory_name: dict[str, list[str]] = {}
+        for name in base if memory_names else ():
+            self._by_memory_name.setdefault(memory_names.find(name), []).append(name)
 
     def find(self, name: str) -> str | None:
         """Return the base's name for a name of the model that was trained; None if no name fits, or several do."""
-        found = next((each for each in _likely_names(name) if each in self._base), None)
+        found = next((each for each in _likely_names(name) if each in self.base), None)
         if found is not None:
             return found
-        self._index = self._index or NameIndex(self._base)
+        same = self._by_memory_name.get(self._memory_names.find(name), [])
+        if len(same) == 1:
+            return same[0]
+        self._index = self._index or NameIndex(self.base)
         fits = self._index.find(name)
         return fits.pop() if len(fits) == 1 else None
 
@@ -270,8 +283,6 @@ def _likely_names(name: str) -> Iterator[str]:
     """Yield the names that a tensor of the trained model may have in the base, the likeliest first."""
     yield name
     yield from names_with_other_prefixes(name)
-    if name.startswith("model."):  # the language model alone was trained
-        yield f"language_model.{name}"
 
 
 def _not_in_base(path: str, config: Mapping[str, Any], names: Sequence[str], kind: str) -> str:

@@ -29,7 +29,17 @@ EMBEDDING = re.compile(
 # Encoder and decoder of T5 and BART share one embedding, which has one of these names.
 SHARED = re.compile(rf"{_OUTSIDE_LAYERS}{_WRAPPERS}(shared|(encoder|decoder)\.embed_tokens)\.weight$")
 
+# TRL's models have a head for the value of a state, which is no part of the language model.
+VALUE_HEAD = re.compile(r"^v_head\.")
+
 _GENERATES = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForImageTextToText|ForMaskedLM|ForSeq2SeqLM")
+
+# The model type of a language model alone, for the types of vision-language models whose text_config has a type of its
+# own, or that have no text_config in old files.
+_LANGUAGE_MODELS = {
+    "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3_moe",
+    "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe",
+}  # fmt: skip
 
 # A message says this of a weight that has no elements.
 EMPTY_HINT = "DeepSpeed ZeRO-3 and FSDP leave empty ones unless the weights are gathered before saving"
@@ -48,13 +58,26 @@ def is_buffer(tensor: TensorInfo) -> bool:
 
 
 def tie_flag(config: Mapping[str, Any]) -> bool | None:
-    """Return tie_word_embeddings of a config or of its text_config.
+    """Return tie_word_embeddings of a config, or of its text_config if the config itself says nothing.
 
-    False counts if the two differ. None means that neither has the setting, so that the tensors in the files decide.
+    None means that neither has the setting, so that the tensors in the files decide. The outer setting counts because
+    transformers reads the one of the config that belongs to the whole model.
     """
     inner = config.get("text_config")
-    said = [each.get("tie_word_embeddings") for each in (config, inner if isinstance(inner, dict) else {})]
-    return False if False in said else True if True in said else None
+    said = (each.get("tie_word_embeddings") for each in (config, inner if isinstance(inner, dict) else {}))
+    return next((flag for flag in said if isinstance(flag, bool)), None)
+
+
+def language_model_type(config: Mapping[str, Any]) -> str | None:
+    """Return the model type of the language model in a model: its own type, or the one of its text_config.
+
+    A vision-language model and the text model that it was made from have the same one. The result is None if the config
+    names no type.
+    """
+    inner = config.get("text_config")
+    found = inner.get("model_type") if isinstance(inner, dict) else None
+    name = found if isinstance(found, str) else config.get("model_type")
+    return _LANGUAGE_MODELS.get(name, name) if isinstance(name, str) else None
 
 
 def generates(config: Mapping[str, Any]) -> bool:

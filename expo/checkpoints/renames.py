@@ -21,6 +21,7 @@ PREFIXES = (
     ("lm_head.", "language_model.lm_head."),
     ("model.language_model.", "model."),  # Qwen2-VL: from 4.52 on; before 4.52
     ("model.visual.", "visual."),
+    ("language_model.model.", "model."),  # vision-language models before 4.52; the language model alone
 )
 # Further renames, each with an expression for one name and the replacement that gives the other. A rename counts
 # only if it leads to one tensor alone.

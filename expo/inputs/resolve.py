@@ -216,7 +216,7 @@ def _open_adapted(base: Checkpoint, location: _Location, base_has_data: bool) ->
     folder, has_data = location.path, location.stand_in is None
     tie = find_tie(base)
     base_with_head = add_head(base, tie)
-    adapter = open_adapter(location.path_to_open, base_with_head.tensors)
+    adapter = open_adapter(location.path_to_open, base_with_head.tensors, base.config)
     try:
         if base_has_data and has_data:
             check_copies(adapter, base_with_head.tensors, base_with_head.reader)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..checkpoints.auto_class import auto_class
 from ..checkpoints.checkpoint import Checkpoint, Origin
 from ..checkpoints.sidecars import CARD, has_tokenizer
 from ..dtypes import ITEMSIZE
@@ -294,6 +295,7 @@ def _card(job: MergeJob, tally: Tally, k: int) -> bytes:
         dtype=", ".join(sorted({step.dtype for step in plan.steps if step.dtype in ITEMSIZE})),
         tokenizer=has_tokenizer(plan.carried),
         code=any(name.endswith(".py") for name in plan.carried),
+        auto_class=auto_class(aligned.config),
     )
     return card_text(facts).encode()
 

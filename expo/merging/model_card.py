@@ -51,6 +51,7 @@ class CardFacts:
         dtype: The dtypes of the weights.
         tokenizer: True if the output has a tokenizer.
         code: True if the output has Python files.
+        auto_class: The name of the class of transformers that loads the output.
     """
 
     sft: Origin
@@ -70,6 +71,7 @@ class CardFacts:
     dtype: str
     tokenizer: bool
     code: bool
+    auto_class: str
 
 
 def card_text(facts: CardFacts) -> str:
@@ -85,7 +87,7 @@ def card_text(facts: CardFacts) -> str:
         "## How much the weights changed",
         _bullets([*measurements, *_tensor_counts(facts)]),
         "## How to use it",
-        _fence(_usage(facts.name, facts.tokenizer), "python"),
+        _fence(_usage(facts.name, facts.auto_class, facts.tokenizer), "python"),
         *_remarks(facts.tokenizer, facts.code),
         "## Citation",
         f"The method, ExPO, is described in {PAPER}.",
@@ -134,14 +136,14 @@ def _tensor_counts(facts: CardFacts) -> list[str]:
     return [counts, *_first_few("copied", copied), *_first_few("dropped", dropped)]
 
 
-def _usage(name: str, tokenizer: bool) -> str:
+def _usage(name: str, auto_class: str, tokenizer: bool) -> str:
     """Return the Python code that loads the model."""
     lines = [
-        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * tokenizer}",
+        f"from transformers import {auto_class}{', AutoTokenizer' * tokenizer}",
         "",
         f"name = {name!r}  # the path of this folder, or the id of the uploaded model",
         *["tokenizer = AutoTokenizer.from_pretrained(name)"] * tokenizer,
-        'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")',
+        f'model = {auto_class}.from_pretrained(name, dtype="auto")',
     ]
     return "\n".join(lines)
 

@@ -38,14 +38,14 @@ def rewrite_config(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None
 
 
 def _with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:
-    """Return the config with another vocabulary size, at the top level or in its text model's config.
+    """Return the config with another vocabulary size, at the top level and in its text model's config.
 
-    A config that states no vocabulary size is returned unchanged.
+    A level that states no vocabulary size is left as it is.
     """
     inner = config.get("text_config")
-    if "vocab_size" not in config and isinstance(inner, dict):
-        return {**config, "text_config": _with_vocabulary(inner, size)}
-    return {**config, "vocab_size": size} if "vocab_size" in config else config
+    text = {"text_config": _with_vocabulary(inner, size)} if isinstance(inner, dict) else {}
+    own = {"vocab_size": size} if "vocab_size" in config else {}
+    return {**config, **text, **own}
 
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
+from ..checkpoints.memory_names import MemoryNames
 from ..checkpoints.model_parts import EMBEDDING, HEAD, SHARED, is_buffer, tie_flag
 from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.renames import NameIndex
 from ..checkpoints.safetensors_header import TensorInfo
+from ..checkpoints.tied_weights import TiedNames
 from ..dtypes import ITEMSIZE
 
 
@@ -59,21 +62,55 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
         name: tensor for name, tensor in of_aligned.items() if name not in counterparts and name not in kept
     }
     unpaired_sft = {name: tensor for name, tensor in of_sft.items() if name not in of_aligned and name not in dropped}
-    for name, old_name in _find_renames(unpaired_aligned, unpaired_sft).items():
-        counterparts[name] = Counterpart(unpaired_sft.pop(old_name), f"sft calls it {old_name}")
-        del unpaired_aligned[name]
+    memory_names = MemoryNames(sft.config), MemoryNames(aligned.config)
+    for find in (partial(_find_memory_names, names=memory_names), _find_renames):
+        for name, old_name in find(unpaired_aligned, unpaired_sft).items():
+            counterparts[name] = Counterpart(unpaired_sft.pop(old_name), f"sft calls it {old_name}")
+            del unpaired_aligned[name]
     flags = tie_flag(sft.config), tie_flag(aligned.config)
+    tied_names = TiedNames((aligned.config, sft.config))
     # A tensor that sft lacks is not tied if sft's config denies the tie, or if it says nothing and aligned's denies it.
-    sft_ties = _find_ties(unpaired_aligned, of_sft, flags[0] is not False and flags != (None, False))
+    tied = flags[0] is not False and flags != (None, False)
+    twins = _find_twins(unpaired_aligned, of_sft, tied_names, memory_names[::-1]) if tied else {}
+    sft_ties = _find_ties(unpaired_aligned, of_sft, tied, twins)
     counterparts |= {name: Counterpart(of_sft[other], f"sft ties it to {other}") for name, other in sft_ties.items()}
     tied_to = set(sft_ties.values())
     unpaired_sft = {name: tensor for name, tensor in unpaired_sft.items() if name not in tied_to}
     # A tensor that aligned lacks is tied only if neither config denies the tie, because a wrong tie drops a tensor.
-    aligned_ties = _find_ties(unpaired_sft, of_aligned, False not in flags)
+    tied = False not in flags
+    twins = _find_twins(unpaired_sft, of_aligned, tied_names, memory_names) if tied else {}
+    aligned_ties = _find_ties(unpaired_sft, of_aligned, tied, twins)
     dropped |= {name: f"aligned ties it to {other}" for name, other in aligned_ties.items()}
     only_in_aligned = [name for name in unpaired_aligned if name not in sft_ties]
     only_in_sft = [name for name in unpaired_sft if name not in aligned_ties]
     return Pairs(counterparts, kept, dropped, only_in_aligned, only_in_sft)
+
+
+def _find_memory_names(
+    unpaired: Mapping[str, TensorInfo],
+    candidates: Mapping[str, TensorInfo],
+    names: tuple[MemoryNames, MemoryNames],
+) -> dict[str, str]:
+    """Return the candidate's name for each unpaired tensor that has the candidate's shape and name in memory.
+
+    Args:
+        unpaired: The tensors that aligned alone has.
+        candidates: The tensors that sft alone has.
+        names: The names in memory of sft and of aligned.
+    """
+    if not unpaired or not candidates or not any(names):
+        return {}
+    of_sft: dict[str, list[str]] = {}
+    for other in candidates:
+        of_sft.setdefault(names[0].find(other), []).append(other)
+    of_aligned: dict[str, list[str]] = {}
+    for name in unpaired:
+        of_aligned.setdefault(names[1].find(name), []).append(name)
+    return {
+        own[0]: of_sft[key][0]
+        for key, own in of_aligned.items()
+        if len(own) == len(of_sft.get(key, ())) == 1 and unpaired[own[0]].shape == candidates[of_sft[key][0]].shape
+    }
 
 
 def _find_renames(unpaired: Mapping[str, TensorInfo], candidates: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -93,22 +130,53 @@ def _find_renames(unpaired: Mapping[str, TensorInfo], candidates: Mapping[str, T
     return {name: other for name, other in renames.items() if uses[other] == 1}
 
 
-def _find_ties(unpaired: Mapping[str, TensorInfo], others: Mapping[str, TensorInfo], tied: bool) -> dict[str, str]:
-    """Return the tied tensor that the other model uses in the place of each unpaired tensor, by the unpaired name.
-
-    A model without a head uses its embedding, and a model without an embedding uses its head, if the two are tied. An
-    encoder and a decoder share their embedding.
+def _find_twins(
+    unpaired: Mapping[str, TensorInfo],
+    others: Mapping[str, TensorInfo],
+    tied_names: TiedNames,
+    memory_names: tuple[MemoryNames, ...],
+) -> dict[str, str]:
+    """Return the tied tensor of the other model by the unpaired name, as far as the models' classes name the tie.
 
     Args:
         unpaired: The tensors that one model alone has.
         others: All tensors of the other model.
-        tied: True if a head may be tied to an embedding.
+        tied_names: The ties of both models' classes.
+        memory_names: The names in memory of the one model, and of the other.
+    """
+    if not unpaired:
+        return {}
+    own, their = ({name: names.find(name) for name in tensors}
+                  for names, tensors in zip(memory_names, (unpaired, others), strict=True))  # fmt: skip
+    return tied_names.find(own, their)
+
+
+def _find_ties(
+    unpaired: Mapping[str, TensorInfo], others: Mapping[str, TensorInfo], tied: bool, known: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the tied tensor that the other model uses in the place of each unpaired tensor, by the unpaired name.
+
+    Models that are not in the table of ties are read by the usual names of heads and embeddings: a model without a head
+    uses its embedding, and a model without an embedding uses its head. An encoder and a decoder share their embedding.
+
+    Args:
+        unpaired: The tensors that one model alone has.
+        others: All tensors of the other model.
+        tied: True if the configs allow ties.
+        known: The tied tensors that the models' classes name; see `_find_twins`.
     """
     heads, embeddings, shared = ([name for name in others if kind.search(name)] for kind in (HEAD, EMBEDDING, SHARED))
+    by_part: dict[str, list[str]] = {}  # a model may have a part with an embedding of its own beside the language model
+    for other in embeddings:
+        by_part.setdefault(other.partition(".")[0], []).append(other)
     ties: dict[str, str] = {}
     for name, tensor in unpaired.items():
-        if HEAD.search(name) and not heads and tied:
-            fits = [other for other in shared if other.endswith("shared.weight")] or embeddings
+        if name in known:
+            fits = [known[name]]
+        elif HEAD.search(name) and not heads and tied:
+            fits = [other for other in shared if other.endswith("shared.weight")] or by_part.get(
+                name.partition(".")[0], embeddings
+            )
         elif EMBEDDING.search(name) and not embeddings and tied:
             fits = heads
         elif SHARED.search(name):

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..checkpoints.model_parts import EMPTY_HINT, HEAD, generates, is_embedding, tie_flag
+from ..checkpoints.model_parts import EMPTY_HINT, HEAD, generates, is_embedding, language_model_type, tie_flag
 from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.naming import find_wrapper_prefix, mask_numbers, unwrap
 from ..checkpoints.quantization import describe_problem
@@ -34,7 +34,9 @@ def model_problems(sft: ModelTensors, aligned: ModelTensors) -> list[str]:
     problems = [text for role, checkpoint in checked if (text := describe_problem(role, checkpoint))]
     problems += [text for role, checkpoint in roles if (text := _empty_problem(role, checkpoint, sft, aligned))]
     types = [checkpoint.config.get("model_type") for checkpoint in (sft, aligned)]
-    if None not in types and types[0] != types[1]:
+    language = [language_model_type(checkpoint.config) for checkpoint in (sft, aligned)]
+    is_one_family = language[0] == language[1] is not None  # a text model and its vision-language model
+    if None not in types and types[0] != types[1] and not is_one_family:
         problems.append(
             f"different architectures: sft {sft.path} is {types[0]!r}, aligned {aligned.path} is {types[1]!r}; "
             "extrapolation needs two checkpoints of one model"
@@ -151,7 +153,7 @@ def _likely_cause(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> str
             "one checkpoint has its experts fused and the other has a tensor for each expert: load the other with "
             f"transformers, and save it by {SAVE_AS_IN_MEMORY}, which fuses the experts"
         )
-    if _same_shapes(sft, aligned, pairs) or _same_modules(pairs):
+    if _same_shapes(sft, aligned, pairs) or _same_modules(pairs) or _same_size(sft, aligned, pairs):
         return (
             "they look like the same tensors under other names or in another form: if transformers loads both and "
             f"reports no missing weights, {SAVE_AS_IN_MEMORY} gives both the same names; else rename the tensors of one"
@@ -201,6 +203,15 @@ def _same_shapes(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> bool
     of_aligned = Counter(aligned.tensors[name].shape for name in pairs.only_in_aligned)
     of_sft = Counter(sft.tensors[name].shape for name in pairs.only_in_sft)
     return 2 * (of_aligned & of_sft).total() > min(of_aligned.total(), of_sft.total()) > 0
+
+
+def _same_size(sft: ModelTensors, aligned: ModelTensors, pairs: Pairs) -> bool:
+    """Return True if the unpaired tensors of both models have as many elements together, as fused tensors have."""
+    counts = [
+        sum(element_count(model.tensors[name].shape) for name in names)
+        for model, names in ((aligned, pairs.only_in_aligned), (sft, pairs.only_in_sft))
+    ]
+    return counts[0] == counts[1] > 0
 
 
 def _same_modules(pairs: Pairs) -> bool:

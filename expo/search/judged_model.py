@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError, EngineError, PlanError
@@ -20,7 +19,7 @@ from ..options import MergeOptions
 from ..planning.matching import Matched, match_tensors
 from ..tensors.live import Live
 from ..tensors.model_weights import model_tensors, saved_weights
-from .models import load_model
+from .models import generating_class, load_model
 from .settings import SearchOptions
 from .step_comparison import StepComparison, compare_steps, find_file_tensors
 
@@ -103,7 +102,7 @@ def _load_sft(model: Any, sft: Checkpoint, comparison: StepComparison, options: 
     """Return sft as a model, on the judged model's device if the originals are kept there, else on the CPU."""
     device = model.device if options.keep == "device" else torch.device("cpu")
     try:
-        return load_model(AutoModelForCausalLM, sft.path, device, options.trust_remote_code)
+        return load_model(generating_class(sft.config), sft.path, device, options.trust_remote_code)
     except CheckpointError as error:
         reason = f"sft cannot be loaded as a model, which might help: {error}"
         raise PlanError(_refusal(comparison, reason)) from error

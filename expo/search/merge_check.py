@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from ..checkpoints.files import CONFIG, load_json
 from ..errors import CheckpointError
 from ..inputs.resolve import StrPath
 from ..tensors.model_weights import saved_weights
-from .models import load_model
+from .models import generating_class, load_model
 
 MOST_WEIGHTS = 20  # weights that a message names
 
@@ -41,7 +42,8 @@ def check_merge(folder: StrPath, judged: Mapping[str, str], trust_remote_code: b
     """
     gc.collect()  # the judged model may refer to itself, and its memory must be free before this one is loaded
     try:
-        digests = weight_digests(load_model(AutoModelForCausalLM, str(folder), torch.device("cpu"), trust_remote_code))
+        kind = generating_class(load_json(os.path.join(folder, CONFIG), missing={}))
+        digests = weight_digests(load_model(kind, str(folder), torch.device("cpu"), trust_remote_code))
     except CheckpointError as error:
         raise CheckpointError(
             f"the merge is written to {folder}, but it cannot be compared with the model that was judged: {error}"

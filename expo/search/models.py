@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoTokenizer
 
+from ..checkpoints.auto_class import CAUSAL, auto_class
 from ..errors import CheckpointError, EngineError
 from ..execution.engines import check_device
 from ..inputs.hub_ids import parse_hub_id
 
+IMAGE_TEXT = "AutoModelForImageTextToText"  # such a model writes text from text alone, too
 SHOWN_WEIGHTS = 3  # missing weights that a message names
 
 
@@ -31,6 +34,12 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if has_gpu else 0
         raise EngineError(f"device {name}: torch sees {count} GPUs; `device='cpu'` needs none")
     return device
+
+
+def generating_class(config: Mapping[str, Any]) -> Any:
+    """Return the automatic class that loads a model of this config to write text."""
+    name = auto_class(config)
+    return getattr(transformers, name if name == IMAGE_TEXT else CAUSAL)
 
 
 def load_model_and_tokenizer(kind: Any, path: str, device: torch.device, trust_remote_code: bool) -> tuple[Any, Any]:

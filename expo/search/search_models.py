@@ -78,14 +78,12 @@ class SearchModels:
     def _load_judged(self) -> tuple[JudgedModel, Any]:
         """Return the judged model and its tokenizer."""
         if self._judged is None:
-            from transformers import AutoModelForCausalLM
-
             from .judged_model import JudgedModel, open_judged_model
-            from .models import choose_device, load_model_and_tokenizer
+            from .models import choose_device, generating_class, load_model_and_tokenizer
 
             options, (sft, aligned, matched) = self._options, self._inputs
             model, tokenizer = load_model_and_tokenizer(
-                AutoModelForCausalLM, aligned.path, choose_device(options.device), options.trust_remote_code
+                generating_class(aligned.config), aligned.path, choose_device(options.device), options.trust_remote_code
             )
             if self.needs_alphas:
                 judged, note = open_judged_model(model, sft, aligned, matched, options)

@@ -33,13 +33,13 @@ from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT
 from . import gpu_tensors
 from .arrays import MOST_THREADS, compute_on_cpu
 from .distributed_tensors import fsdp_modules, local_part, reshard
-from .model_weights import MOVED, WeightPositions, model_tensors, saved_weights
+from .fused_files import fuse_like
+from .model_weights import MOVED, WeightPositions, model_tensors, saved_weights, without_value_head
 from .originals import (
     KEEP,
     LiveWeight,
     keep_originals,
     local_steps,
-    read_from_checkpoint,
     read_from_tensors,
     read_parts,
 )
@@ -113,8 +113,8 @@ class Live:
                 read = read_from_tensors(others)
             else:
                 others = {}
-                other = checkpoint = stack.enter_context(open_one(sft))
-                read = read_from_checkpoint(checkpoint)
+                checkpoint = without_value_head(stack.enter_context(open_one(sft)), aligned)
+                other, read = fuse_like(checkpoint, aligned)
             options = MergeOptions(alpha_for=alpha_for or {}, on_unpaired=on_unpaired, on_mismatch=on_mismatch)
             matched = match_tensors(other, aligned, options)
             _refuse(matched, by_files=not isinstance(sft, torch.nn.Module))

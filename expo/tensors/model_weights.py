@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import operator
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.model_parts import VALUE_HEAD
+from ..checkpoints.naming import unwrap
 from ..checkpoints.safetensors_header import TensorInfo
 from ..dtypes import ITEMSIZE, torch_names
 from ..errors import UsageError
@@ -18,6 +22,8 @@ from .memory_checks import check_memory
 
 IN_MEMORY = "a live model has all its weights in memory, so load them first"
 MOVED = "the model's weights have moved in memory: move the model before you create Live"
+# Parts of the names in a model whose layers PEFT has wrapped.
+_PEFT = re.compile(r"\.(base_layer|original_module|modules_to_save|lora_\w+|ia3_\w+|hada_w\w*|oft_\w+|vera_\w+)(\.|$)")
 OFFLOADED = (
     "accelerate has offloaded it, and a live model has all its weights in memory: load the model with a device_map "
     "that offloads nothing, such as device_map='cpu', or on more devices"
@@ -134,10 +140,38 @@ def model_tensors(model: torch.nn.Module, role: str) -> ModelInMemory:
         if is_parameter:
             check_weight(tensor, name, role)
         tensors[name] = TensorInfo(name, str(dtype), tuple(tensor.shape), 0, tensor.nbytes)
+        if _PEFT.search(name):
+            raise UsageError(
+                f"{role}: {name} belongs to a PEFT adapter, whose effect is not in the weights of the model: set "
+                "model = model.merge_and_unload() and give that model"
+            )
     if next(model.parameters(), None) is None:
         raise UsageError(f"{role}: the {type(model).__name__} has no parameters, so it is no model")
-    config: Any = getattr(model, "config", None)
-    return ModelInMemory(role, tensors, config.to_dict() if hasattr(config, "to_dict") else {})
+    return ModelInMemory(role, tensors, _config_of(model))
+
+
+def _config_of(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the config of a model, or of the first model of transformers inside a wrapper, as config.json has it.
+
+    A model that was not loaded from a folder names no class in its config, so its own class is named here.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "to_dict"):
+            fields: dict[str, Any] = config.to_dict()
+            return {**fields, "architectures": fields.get("architectures") or [type(module).__name__]}
+    return {}
+
+
+def without_value_head(checkpoint: Checkpoint, model: ModelInMemory) -> Checkpoint:
+    """Return sft's checkpoint without TRL's value head, unless the model in memory has one.
+
+    transformers loads such a checkpoint without the value head, which is no part of the language model.
+    """
+    if any(VALUE_HEAD.search(unwrap(name)) for name in model.tensors):
+        return checkpoint
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not VALUE_HEAD.search(unwrap(name))}
+    return replace(checkpoint, tensors=tensors)
 
 
 def offloads(model: torch.nn.Module) -> bool:

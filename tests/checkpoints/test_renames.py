@@ -46,6 +46,6 @@ def test_all_names_that_fit_are_found() -> None:
 def test_an_adapters_names_are_tried_in_the_order_of_the_table() -> None:
     assert list(names_with_other_prefixes("model.visual.x")) == [
         "visual.x", "model.model.visual.x", "transformer.model.visual.x", "gpt_neox.model.visual.x",
-        "model.language_model.visual.x", "visual.x",
+        "model.language_model.visual.x", "visual.x", "language_model.model.visual.x",
     ]  # fmt: skip
     assert {new for pair in PREFIXES for new in pair} >= {"", "model.", "transformer.", "gpt_neox."}

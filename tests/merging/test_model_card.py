@@ -63,6 +63,7 @@ def make(**changes: Any) -> str:
         "dtype": "BF16",
         "tokenizer": True,
         "code": False,
+        "auto_class": "AutoModelForCausalLM",
     }
     return card_text(CardFacts(**(arguments | changes)))
 

@@ -277,7 +277,7 @@ def test_a_tie_stored_on_one_side(embedding: str, head: str, config: dict[str, A
         pytest.param(TIED, UNTIED, True, False, id="sft's head is its embedding, and aligned's is not"),
         ({"text_config": UNTIED}, {}, False, False),
         ({}, {"text_config": UNTIED}, False, False),
-        ({**TIED, "text_config": UNTIED}, TIED, False, False),
+        ({**TIED, "text_config": UNTIED}, TIED, True, True),
         ({**UNTIED, "text_config": TIED}, TIED, False, False),
         ({"tie_word_embeddings": None}, {"tie_word_embeddings": "yes"}, True, True),
     ],
@@ -303,8 +303,8 @@ def test_a_config_without_a_tie_prevents_it(
     ("config", "flag"),
     [
         ({}, None), (TIED, True), (UNTIED, False), ({"text_config": TIED}, True), ({"text_config": UNTIED}, False),
-        ({**TIED, "text_config": UNTIED}, False), ({"text_config": "x"}, None), ({"tie_word_embeddings": None}, None),
-        ({"tie_word_embeddings": None, "text_config": TIED}, True),
+        ({**TIED, "text_config": UNTIED}, True), ({**UNTIED, "text_config": TIED}, False), ({"text_config": "x"}, None),
+        ({"tie_word_embeddings": None}, None), ({"tie_word_embeddings": None, "text_config": TIED}, True),
     ],
 )  # fmt: skip
 def test_tie_flag(config: dict[str, Any], flag: bool | None) -> None:

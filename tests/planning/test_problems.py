@@ -142,6 +142,10 @@ FORMS: dict[str, tuple[Shapes, Shapes]] = {
         {f"model.layers.{i}.self_attn.{one}_proj.weight": ("BF16", (4, 4)) for i in LAYERS for one in "qkv"},
         {f"model.layers.{i}.self_attn.qkv_proj.weight": ("BF16", (12, 4)) for i in LAYERS},
     ),
+    "attention in one matrix of another module": (
+        {f"layers.{i}.self_attn.{one}_proj.weight": ("BF16", (4, 4)) for i in LAYERS for one in "qkv"},
+        {f"encoder.layers.{i}.attn.Wqkv.weight": ("BF16", (12, 4)) for i in LAYERS},
+    ),
     "a head under another name": ({"lm_head.weight": ("BF16", (9, 4))}, {"head.weight": ("BF16", (9, 4))}),
     "Meta's names": (
         {"lm_head.weight": ("BF16", (9, 4)), "model.layers.0.mlp.up_proj.weight": ("BF16", (8, 4))},
