@@ -99,6 +99,54 @@ class DeviceMemory(ptx.Memory):
         self.mark(address, size)
 
 
+class RegisteredMemory:
+    """Memory of the host that is registered with CUDA, and the two functions of CUDA's runtime that change it.
+
+    Attributes:
+        sizes: The bytes of each registered memory, by its address.
+        limit: The bytes that may be registered at a time.
+        faults: Descriptions of wrong uses.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+        self.limit = 8 << 30
+        self.faults: list[str] = []
+        self._copies: dict[int, int] = {}  # copies that are under way, by the address of their registered memory
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        if sum(self.sizes.values()) + size > self.limit:
+            return 2  # cudaErrorMemoryAllocation
+        if address % mmap.PAGESIZE or self._at(address) is not None:
+            self.faults.append(f"{address:#x} is registered twice, or starts at no page")
+        self.sizes[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        if self.sizes.pop(address, None) is None:
+            self.faults.append(f"{address:#x} is not registered")
+        if self._copies.pop(address, 0):
+            self.faults.append(f"{address:#x} was freed while a copy used it")
+        return 0
+
+    def _at(self, address: int) -> int | None:
+        return next((start for start, size in list(self.sizes.items()) if start <= address < start + size), None)
+
+    def find(self, tensor: torch.Tensor) -> int | None:
+        """Return the address of the registered memory that a tensor lies in, or None."""
+        return self._at(tensor.data_ptr()) if tensor.numel() else None
+
+    def enter(self, registered: int | None) -> None:
+        """Record that a copy uses registered memory."""
+        if registered is not None:
+            self._copies[registered] = self._copies.get(registered, 0) + 1
+
+    def leave(self, registered: int | None) -> None:
+        """Record that a copy is done."""
+        if registered in self._copies:
+            self._copies[registered] -= 1
+
+
 class HostMemory:
     """The process's own memory, as a GPU sees it that uses the host's page tables: every page that is mapped."""
 
