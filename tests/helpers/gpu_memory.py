@@ -148,19 +148,25 @@ class RegisteredMemory:
 
 
 class HostMemory:
-    """The process's own memory, as a GPU sees it that uses the host's page tables: every page that is mapped."""
+    """The parts of the process's own memory that a kernel may access: (first address, address after, rights)."""
 
-    def __init__(self) -> None:
-        self._spans: list[tuple[int, int, str]] = []
+    def __init__(self, spans: list[tuple[int, int, str]]) -> None:
+        self._spans = spans
+
+    @classmethod
+    def mapped(cls) -> HostMemory:
+        """Return every page that is mapped, which a GPU that uses the host's page tables may access."""
+        spans = []
         with open("/proc/self/maps", encoding="utf-8") as lines:
             for line in lines:
                 addresses, rights = line.split()[:2]
                 low, high = (int(text, 16) for text in addresses.split("-"))
-                self._spans.append((low, high, rights))
+                spans.append((low, high, rights))
+        return cls(spans)
 
     def holds(self, address: int, right: str) -> bool:
         """Return True if a page is mapped at an address with the right "r" or "w"."""
-        at = bisect.bisect(self._spans, (address, 1 << 64, "")) - 1
+        at = bisect.bisect(self._spans, (address, 1 << 64)) - 1
         return at >= 0 and address < self._spans[at][1] and right in self._spans[at][2]
 
 
@@ -200,7 +206,7 @@ class LaunchMemory(ptx.Memory):
             return None
         access.require(access.address % access.size == 0, "misaligned")
         for address in {int(each) // 4096 * 4096 for each in access.address}:
-            access.require(np.full(len(access.address), self.host.holds(address, right)), "outside the host's pages")
+            access.require(np.full(len(access.address), self.host.holds(address, right)), "an illegal memory access")
         kind = ptx.STORED[access.width]
         return [
             np.frombuffer((ctypes.c_ubyte * access.size).from_address(int(address)), kind) for address in access.address

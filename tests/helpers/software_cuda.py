@@ -283,13 +283,20 @@ class SoftwareCuda(TorchFunctionMode):
                 raise RuntimeError(f"Pointer argument cannot be accessed from Triton (cpu tensor?): {value.device}")
 
         def work() -> None:
-            memory = LaunchMemory(self.memories[index], HostMemory() if self.host_page_tables else None)
+            memory = LaunchMemory(self.memories[index], self._host_memory())
             launcher.run(x, numbers, memory)
             memory.check_writers()
             self.written += sum(len(each) for each, _ in memory._written)
             self.launches.append((launcher.name, x, index))
 
         self.scheduler.add(self.scheduler.by_id(index, stream), work)
+
+    def _host_memory(self) -> HostMemory | None:
+        """Return the memory of the host that kernels may access: all pages, or the registered ones."""
+        if self.host_page_tables:
+            return HostMemory.mapped()
+        registered = sorted((start, start + size, "rw") for start, size in list(self.registered.sizes.items()))
+        return HostMemory(registered) if registered else None
 
     # torch.cuda
 
