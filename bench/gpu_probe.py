@@ -1,4 +1,4 @@
-"""Which way of the bytes to a GPU and back is the fastest? python -m bench.gpu_probe FILE.json (a stage of `make gpu`).
+"""Measure the ways of the bytes to a GPU and back: python -m bench.gpu_probe FILE.json (a stage of `make gpu`).
 
 Each part answers one question and gives figures in GB/s unless its name says otherwise. A part that fails is recorded
 with its error, and a part for which no time is left is listed as left out; neither stops the others. The command
