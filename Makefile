@@ -12,7 +12,7 @@ FAST := --ignore=tests/checkpoints/test_reader.py --ignore=tests/output/test_fai
 	tests/merging/test_merge.py tests/merging/test_carry.py tests/merging/test_model_card.py \
 	tests/tensors/test_streaming.py tests/end_to_end/test_bad_input.py tests/end_to_end/test_ci.py
 
-.PHONY: demo lint check test test-all bench gpu format clean
+.PHONY: demo lint check test test-all bench gpu gpu-report format clean
 
 demo: .venv/installed
 	$(BIN)/python -W error::UserWarning -m expo.demo
@@ -45,6 +45,10 @@ bench: .venv/installed
 # On a machine with a GPU, its own Python and nothing to install from: at most 9 minutes, $(OUT)/gpu.json and tables.
 gpu:
 	@$(PYTHON) -m bench.gpu $(or $(OUT),build)
+
+# The figures of build/gpu.json, or of $(JSON), go into bench/results/ and docs/gpu.md.
+gpu-report:
+	@$(PYTHON) -m bench.gpu_report $(or $(JSON),build/gpu.json)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

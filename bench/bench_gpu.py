@@ -51,6 +51,7 @@ ALPHA = ALPHAS[0]
 K = len(ALPHAS)
 LEAST_LAUNCHES = 8  # so many make a batch take milliseconds, while an event has an error of about a microsecond
 GPU_ROUNDS = 30
+MOST_SETS = 64  # tiny models, as tests have, would need thousands of sets to exceed the caches
 LEAST_CACHE_BYTES = 256 << 20  # AMD's GPUs have a further cache behind the L2 that torch reports
 
 
@@ -88,12 +89,13 @@ def tensor_lengths(dtype: str) -> list[int]:
 
 
 def make_inputs(dtype: str) -> list[Tensors]:
-    """Return at least two sets of tensors, and enough of them to exceed 4 times the last cache."""
+    """Return at least two sets of tensors, and enough to exceed 4 times the last cache, but at most MOST_SETS."""
     torch.manual_seed(0)
     kind, lengths = torch_dtypes()[dtype], tensor_lengths(dtype)
     cache = max(LEAST_CACHE_BYTES, getattr(torch.cuda.get_device_properties(DEVICE), "L2_cache_size", 0))
     sets = []
-    for _ in range(max(2, -(-4 * cache // (3 * sum(lengths) * kind.itemsize)))):
+    enough = -(-4 * cache // (3 * sum(lengths) * kind.itemsize))
+    for _ in range(min(max(2, enough), MOST_SETS)):
         aligned = torch.empty(sum(lengths), dtype=kind, device=DEVICE).normal_(std=0.02)
         sft = aligned + torch.empty_like(aligned).normal_(std=0.01)
         sets.append(Tensors(sft, aligned, aligned.new_zeros(K, sum(lengths)), lengths))

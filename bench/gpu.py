@@ -1,6 +1,7 @@
 """Run everything that needs a GPU, in at most 9 minutes: python -m bench.gpu [FOLDER] (`make gpu`).
 
-The command builds the extension in place, runs the tests that are marked `gpu`, and then `bench_gpu.py`. It writes
+The command builds the extension in place, runs the tests that are marked `gpu`, then `bench_gpu.py`, and then
+`gpu_probe.py`. It writes
 FOLDER/gpu.json after each stage, and prints tables. It installs and downloads nothing, so a C compiler and the packages
 of PACKAGES must be installed. On a machine that reaches no registry, a missing package can be installed from a wheel:
 `pip download --no-deps -d wheels NAME` on another machine, `pip install --no-index --no-deps wheels/*.whl` on this one.
@@ -34,9 +35,12 @@ COMPILERS = ("cc", "gcc", "clang")
 TOTAL_SECONDS = 525  # the most seconds of the whole command, imports included
 BUILD_SECONDS = 45
 TEST_SECONDS = 270
+PART_SECONDS = 25  # no part of the probe starts with less time left
 CONTESTANT_SECONDS = 40  # no contestant starts with less time left
 GRACE_SECONDS = 15  # the time from the interrupt of a stage to its end
-ELEMENTS = 64 << 20  # the elements of the benchmarked model in bf16; the check of the results takes most of the time
+PROBE_SECONDS = 150
+# The elements of the benchmarked model in bf16; the check of the results takes most of the time.
+ELEMENTS = int(os.environ.get("EXPO_BENCH_GPU_ELEMENTS", 64 << 20))
 MESSAGE_CHARACTERS = 300  # the characters of a failure's message that are kept
 MOST_FAILURES = 20  # the failures of a stage that are printed
 # The project's tests treat every warning as an error, with pinned versions. Here the versions may be others, so only
@@ -110,6 +114,15 @@ def read_figures(report: Path) -> dict[str, Any]:
         return {"unreadable": f"{type(error).__name__}: {error}"[:MESSAGE_CHARACTERS]}
 
 
+def read_parts(report: Path) -> dict[str, Any]:
+    """Return the figures of each part of the probe; the JSON may be missing."""
+    try:
+        parts: dict[str, Any] = json.loads(report.read_text())
+    except (OSError, ValueError) as error:
+        return {"probe": {"error": f"{type(error).__name__}: {error}"[:MESSAGE_CHARACTERS]}}
+    return parts
+
+
 def measure(folder: Path, deadline: float) -> Iterator[dict[str, Any]]:
     """Run the tests and the benchmarks, and yield all results after each stage; the deadline is in time.monotonic()."""
     import torch
@@ -129,12 +142,17 @@ def measure(folder: Path, deadline: float) -> Iterator[dict[str, Any]]:
     yield results
     raw, xml = folder / "benchmarks.json", folder / "benchmarks.xml"
     benchmarks = ["bench/bench_gpu.py", "--benchmark-only", f"--benchmark-json={raw}", f"--junitxml={xml}"]
-    limit = time_left(deadline)
+    limit = time_left(deadline - PROBE_SECONDS)
     until = time.time() + limit - CONTESTANT_SECONDS
     environment = {"EXPO_BENCH_GPU_ELEMENTS": str(ELEMENTS), "EXPO_BENCH_GPU_UNTIL": str(until)}
     code, seconds = run([*PYTEST, *benchmarks], limit, **environment)
     runs = {**read_results(xml), "exit_code": code, "seconds": round(seconds, 1)}
     results["benchmarks"] = {**read_figures(raw), "runs": runs}
+    yield results
+    report, limit = folder / "probe.json", time_left(deadline)
+    until = time.time() + limit - PART_SECONDS
+    code, seconds = run(["-m", "bench.gpu_probe", str(report)], limit, EXPO_BENCH_GPU_UNTIL=str(until))
+    results["probe"] = {"exit_code": code, "seconds": round(seconds, 1), "parts": read_parts(report)}
     yield results
 
 
@@ -164,13 +182,23 @@ def make_lines(results: dict[str, Any]) -> Iterator[str]:
         yield from make_tables(results["benchmarks"])
     else:
         yield f"there are no figures: {results['benchmarks']['unreadable']}"
+    yield from make_probe_lines(results["probe"])
+
+
+def make_probe_lines(probe: dict[str, Any]) -> Iterator[str]:
+    """Yield a table of the probe's figures, which are GB/s unless a name says otherwise."""
+    yield "\n| probe | case | figure |\n|---|---|---|"
+    for part, figures in probe["parts"].items():
+        yield from (f"| {part} | {case} | {figure} |" for case, figure in figures.items() if case != "seconds")
+    if probe["exit_code"] is None:
+        yield "the probe was stopped because its time was over"
 
 
 def has_succeeded(results: dict[str, Any]) -> bool:
     """Return True if tests ran and all passed, and if all benchmarks were measured."""
     tests, runs = results["tests"], results["benchmarks"]["runs"]
     passed = tests["exit_code"] == 0 and tests["passed"] and runs["exit_code"] == 0 and runs["passed"]
-    return bool(passed and not runs["skipped"])
+    return bool(passed and not runs["skipped"] and results["probe"]["exit_code"] == 0)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..memory import PAGE
 from .extrapolate import why_unavailable
+from .pinned import pinned
 
 
 def resolve(device: str) -> str:
@@ -47,14 +47,7 @@ class Cuda:
 
     def pinned(self, size: int) -> torch.Tensor:
         """Return `size` bytes of the host's memory, pinned, so that the GPU can access them, and aligned to a page."""
-        # torch rounds the size of pinned memory up to a power of two, so a page more may double it. Large memory
-        # usually starts at a page anyway.
-        memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        if memory.data_ptr() % PAGE == 0:
-            return memory
-        memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=True)
-        start = -memory.data_ptr() % PAGE
-        return memory[start : start + size]
+        return pinned(size, [self.device])
 
     def memory(self, size: int) -> torch.Tensor:
         """Return `size` bytes of the GPU's memory, as a uint8 tensor."""

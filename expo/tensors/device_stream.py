@@ -20,6 +20,7 @@ from ..execution.engines import Engine
 from ..execution.gpu_fallback import error_text, has_kernel
 from ..execution.tensor_source import TensorSource
 from ..execution.worker_pool import CHUNK
+from ..kernels.pinned import pinned
 from ..planning.steps import Step, cut_steps
 from . import gpu_tensors
 
@@ -27,7 +28,8 @@ from . import gpu_tensors
 class Slot:
     """Pinned memory, and the event after its last upload."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._memories: list[torch.Tensor] = []
 
@@ -40,7 +42,7 @@ class Slot:
         while len(self._memories) <= number:
             self._memories.append(torch.empty(0, dtype=torch.uint8))
         if self._memories[number].numel() < size:
-            self._memories[number] = torch.empty(max(size, CHUNK), dtype=torch.uint8, pin_memory=True)
+            self._memories[number] = pinned(max(size, CHUNK), [self._device])
         return self._memories[number][:size]
 
 
@@ -84,7 +86,7 @@ class DeviceStream:
         """Return this thread's stream and slots."""
         if not hasattr(self._local, "stream"):
             self._local.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._local.slots = [Slot(), Slot()]
+            self._local.slots = [Slot(self._device), Slot(self._device)]
         return self._local.stream, self._local.slots
 
     def _fill(self, stream: Any, slot: Slot, step: Step, start: int, stop: int, outs: Sequence[torch.Tensor]) -> None:

@@ -6,7 +6,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from ..checkpoints.safetensors_header import TensorInfo, element_count
 from ..dtypes import ITEMSIZE, torch_dtypes, torch_names
 from ..errors import EngineError, UsageError
 from ..execution.gpu_fallback import error_text, is_out_of_memory
+from ..kernels.pinned import pinned
 from ..planning.steps import Step, some_rows
 from ..text import size_text
 from .distributed_tensors import block_of, check_alike, is_distributed, local_part
@@ -230,8 +231,8 @@ class OriginalsMemory:
         for tensor, device in tensors:
             place = self._place(device)
             needed[place] = needed.get(place, 0) + _aligned(tensor.nbytes)
-        pinned = any(device.type == "cuda" for _, device in tensors)
-        self._memory = {place: _checked_memory(size, keep, place, pinned) for place, size in needed.items()}
+        gpus = {device for _, device in tensors if device.type == "cuda"}
+        self._memory = {place: _checked_memory(size, keep, place, gpus) for place, size in needed.items()}
 
     def _place(self, device: torch.device) -> torch.device | None:
         """Return the device of an original whose weight is on `device`; None for the host's memory and the disk."""
@@ -251,7 +252,7 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _checked_memory(size: int, keep: str, device: torch.device | None, pinned: bool) -> torch.Tensor:
+def _checked_memory(size: int, keep: str, device: torch.device | None, gpus: Collection[torch.device]) -> torch.Tensor:
     """Return memory as `_allocate` does. Raises EngineError, with the other places, if too little is free."""
     where, free = _free_bytes(keep, device)
     others = ", ".join(place for place in KEEP if place != keep)
@@ -259,7 +260,7 @@ def _checked_memory(size: int, keep: str, device: torch.device | None, pinned: b
     if free is not None and size > free:
         raise EngineError(f"{takes}, but {size_text(free)} are free: try {others}")
     try:
-        return _allocate(size, keep, device, pinned)
+        return _allocate(size, keep, device, gpus)
     except (RuntimeError, MemoryError, OSError) as error:
         # The free bytes may be unknown, in pieces that are too small, or taken by another process meanwhile.
         if isinstance(error, RuntimeError) and not _ran_out(error):
@@ -267,12 +268,12 @@ def _checked_memory(size: int, keep: str, device: torch.device | None, pinned: b
         raise EngineError(f"{takes}, but could not get it ({error_text(error)}): try {others}") from error
 
 
-def _allocate(size: int, keep: str, device: torch.device | None, pinned: bool) -> torch.Tensor:
-    """Return memory on the device or, without a device, on the disk or in the host's memory, pinned for copies."""
+def _allocate(size: int, keep: str, device: torch.device | None, gpus: Collection[torch.device]) -> torch.Tensor:
+    """Return memory on the device or, without a device, on the disk or in the host's memory, pinned for the GPUs."""
     if keep == "disk":
         return torch.frombuffer(_mapped(max(size, 1)), dtype=torch.uint8)
     if device is None:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        return pinned(size, gpus) if gpus else torch.empty(size, dtype=torch.uint8)
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 

@@ -114,7 +114,8 @@ def test_all_of_it_takes_nine_minutes_at_most(tmp_path: Path, monkeypatch: pytes
         commands.append(arguments)
         now[0] += seconds + gpu.GRACE_SECONDS
         if "EXPO_BENCH_GPU_UNTIL" in environment:
-            assert float(environment["EXPO_BENCH_GPU_UNTIL"]) == now[0] - gpu.GRACE_SECONDS - gpu.CONTESTANT_SECONDS
+            last = gpu.PART_SECONDS if "bench.gpu_probe" in arguments else gpu.CONTESTANT_SECONDS
+            assert float(environment["EXPO_BENCH_GPU_UNTIL"]) == now[0] - gpu.GRACE_SECONDS - last
         return None, seconds
 
     def obstacle() -> str:
@@ -126,10 +127,11 @@ def test_all_of_it_takes_nine_minutes_at_most(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(gpu, "find_obstacle", obstacle)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "GPU of a test")
     assert gpu.main([str(tmp_path)]) == 1
-    assert [arguments[0] for arguments in commands] == ["setup.py", "-m", "-m"]
+    assert [arguments[0] for arguments in commands] == ["setup.py", "-m", "-m", "-m"]
     assert gpu.TOTAL_SECONDS - 1 <= now[0] <= 9 * 60 - 10
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert "FileNotFoundError" in results["benchmarks"]["unreadable"]
+    assert "FileNotFoundError" in results["probe"]["parts"]["probe"]["error"]
 
 
 def test_the_tests_that_need_a_gpu_are_in_the_files_that_are_run() -> None:
@@ -159,12 +161,14 @@ def test_the_tests_results_are_kept_before_the_benchmarks_begin(
         ({"benchmarks": {"exit_code": 1}}, False),
         ({"benchmarks": {"passed": 0}}, False),
         ({"benchmarks": {"skipped": 1}}, False),
+        ({"probe": {"exit_code": 1}}, False),
+        ({"probe": {"exit_code": None}}, False),
     ],
 )
 def test_success(stages: dict[str, dict[str, Any]], good: bool) -> None:
     well = {"exit_code": 0, "passed": 5, "skipped": 0}
-    tests, runs = (well | stages.get(name, {}) for name in ("tests", "benchmarks"))
-    assert gpu.has_succeeded({"tests": tests, "benchmarks": {"runs": runs}}) is good
+    tests, runs, probe = (well | stages.get(name, {}) for name in ("tests", "benchmarks", "probe"))
+    assert gpu.has_succeeded({"tests": tests, "benchmarks": {"runs": runs}, "probe": probe}) is good
 
 
 @pytest.mark.parametrize("compiler", [None, "gcc"])
@@ -200,12 +204,15 @@ def test_reports_that_are_missing_or_cut_short(tmp_path: Path, text: str | None)
     results = {
         "device": "x", "driver": "x", "versions": {}, "tests": {**read, "exit_code": None, "seconds": 1.0},
         "benchmarks": {**gpu.read_figures(report), "runs": {**read, "exit_code": -11, "seconds": 1.0}},
+        "probe": {"exit_code": None, "parts": gpu.read_parts(tmp_path / "none")},
     }  # fmt: skip
     printed = "\n".join(gpu.make_lines(results))
     assert "the tests were stopped because their time was over" in printed
     assert "the report of the tests cannot be read: " in printed
     assert "the benchmarks ended with exit code -11" in printed
     assert "there are no figures: " in printed
+    assert "| probe | error | FileNotFoundError: " in printed
+    assert "the probe was stopped because its time was over" in printed
 
 
 def test_benchmarks_without_rounds_or_figures_do_not_lose_the_others(tmp_path: Path) -> None:

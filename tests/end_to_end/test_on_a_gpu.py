@@ -5,6 +5,7 @@ Every test asserts that kernels have computed, because pieces below 64 KiB go to
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from expo.execution.tensor_source import TensorSource
 from expo.inputs.resolve import open_inputs
 from expo.kernels import device, direct, extrapolate, selftest, whole_model
 from expo.kernels.contract import Operand, extrapolation
+from expo.kernels.pinned import pinned
 from expo.options import MergeOptions
 from expo.planning.matching import match_tensors
 from expo.planning.steps import by_tensor
@@ -63,6 +65,8 @@ def gpu(machine: SoftwareCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[Soft
         selftest.check(torch.device("cuda", 0))
         machine.reset()
         yield machine
+        faults, machine.registered.faults = machine.registered.faults, []
+        assert faults == []
 
 
 def same(on_gpu: torch.Tensor, on_cpu: torch.Tensor) -> bool:
@@ -387,6 +391,74 @@ def test_a_merge(gpu: SoftwareCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.engine == "triton"
     assert {device for name, _, device in gpu.launches} == {index}
     assert computed(gpu) > 1_000_000
+
+
+# Pinned memory
+
+
+def test_pinned_memory_has_the_size_asked_for(gpu: SoftwareCuda) -> None:
+    """80 MB do not become 128, and the memory is unregistered with the last view of the tensor."""
+    size = 80_000_000
+    memory = pinned(size, [torch.device("cuda", 0)])
+    view = memory[4096:8192]
+    assert gpu.registered.sizes == {memory.data_ptr(): size}
+    assert memory.data_ptr() % 4096 == 0
+    assert memory.is_pinned()
+    del memory
+    assert list(gpu.registered.sizes.values()) == [size]
+    del view
+    assert gpu.registered.sizes == {}
+
+
+def use_pinned_memory(tmp_path: Path, use: str) -> None:
+    """Merge through the ring, stream to the GPU, or set an alpha with originals in the host's memory."""
+    if use == "merge":
+        expo.merge(SFT, ALIGNED, ALPHA, tmp_path / "out", engine="triton")
+    elif use == "stream":
+        for _ in expo.stream(SFT, ALIGNED, ALPHA, to="cuda", engine="cpu"):
+            pass
+    else:
+        with expo.Live(Small(1).to("cuda"), Small(2), keep="host") as live:
+            live.alpha = ALPHA
+
+
+@pytest.mark.parametrize("use", ["merge", "stream", "live"])
+def test_all_pinned_memory_is_returned(gpu: SoftwareCuda, tmp_path: Path, use: str) -> None:
+    """Memory is registered while it is needed, and no copy uses it when it is freed (the fixture asserts that)."""
+    seen: list[int] = []
+    register = gpu.registered.cudaHostRegister
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu.registered, "cudaHostRegister", lambda *each: seen.append(each[1]) or register(*each))
+        use_pinned_memory(tmp_path, use)
+    gc.collect()
+    assert seen
+    assert gpu.registered.sizes == {}
+
+
+@pytest.mark.parametrize("use", ["merge", "stream", "live"])
+def test_a_system_that_registers_no_memory(
+    gpu: SoftwareCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    """torch's own pinned memory takes the place of registered memory, with the same bits."""
+    monkeypatch.setattr(gpu.registered, "limit", 0)
+    use_pinned_memory(tmp_path, use)
+    assert gpu.registered.sizes == {}
+    if use == "merge":
+        expo.merge(SFT, ALIGNED, ALPHA, tmp_path / "cpu")
+        assert weight_bytes(tmp_path / "out") == weight_bytes(tmp_path / "cpu")
+
+
+def test_memory_that_is_freed_without_a_wait_is_noticed(gpu: SoftwareCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of the fixture above can fail: this copy is still under way when its memory is freed."""
+    monkeypatch.setattr("expo.kernels.pinned.wait", lambda devices: None)
+    memory = pinned(4096, [torch.device("cuda", 0)])
+    target = torch.empty(4096, dtype=torch.uint8, device="cuda")
+    target.copy_(memory, non_blocking=True)
+    address = memory.data_ptr()
+    del memory
+    assert gpu.registered.faults == [f"{address:#x} was freed while a copy used it"]
+    gpu.registered.faults.clear()
+    gpu.reset()  # without the copy, whose memory is gone
 
 
 # A GPU that uses the host's page tables

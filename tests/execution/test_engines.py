@@ -17,11 +17,11 @@ from expo.demo import ALIGNED, SFT
 from expo.execution import engines
 from expo.execution.engines import Engine, choose, engines_for
 from expo.execution.lanes import ring_slots
-from expo.execution.worker_pool import CHUNK, chunk_size
+from expo.execution.worker_pool import chunk_size
 from expo.fast import _summary
 from expo.kernels import numerics
 from expo.kernels.contract import Statistics
-from expo.memory import MIB, PAGE
+from expo.memory import MIB
 from expo.merging import job
 from expo.options import MAX_ALPHAS
 
@@ -152,26 +152,6 @@ def test_pinned_memory_is_bounded() -> None:
         crew = (gpu,) * on_gpu + (cpu,) * on_cpu
         chunk = chunk_size(len(crew), outputs)
         assert on_gpu * ring_slots(crew) * chunk * (2 + 1 + outputs) <= 256 * MIB
-
-
-@pytest.mark.parametrize(("shift", "sizes"), [(0, [CHUNK]), (512, [CHUNK, CHUNK + PAGE])])
-def test_pinned_memory_starts_at_a_page(monkeypatch: pytest.MonkeyPatch, shift: int, sizes: list[int]) -> None:
-    """Memory that starts at a page has no byte more than asked for, because torch rounds up to a power of two."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("triton")
-    from expo.kernels.device import Cuda
-
-    asked, empty = [], torch.empty
-
-    def shifted(size: int, **_: Any) -> Any:
-        asked.append(size)
-        memory = empty(size + 2 * PAGE, dtype=torch.uint8)
-        start = -memory.data_ptr() % PAGE + shift
-        return memory[start : start + size]
-
-    monkeypatch.setattr(torch, "empty", shifted)
-    memory = Cuda.pinned(object.__new__(Cuda), CHUNK)
-    assert (len(memory), memory.data_ptr() % PAGE, asked) == (CHUNK, 0, sizes)
 
 
 def meeting(engine: Engine, here: threading.Event, there: threading.Event) -> Engine:

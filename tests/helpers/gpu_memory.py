@@ -99,20 +99,74 @@ class DeviceMemory(ptx.Memory):
         self.mark(address, size)
 
 
-class HostMemory:
-    """The process's own memory, as a GPU sees it that uses the host's page tables: every page that is mapped."""
+class RegisteredMemory:
+    """Memory of the host that is registered with CUDA, and the two functions of CUDA's runtime that change it.
+
+    Attributes:
+        sizes: The bytes of each registered memory, by its address.
+        limit: The bytes that may be registered at a time.
+        faults: Descriptions of wrong uses.
+    """
 
     def __init__(self) -> None:
-        self._spans: list[tuple[int, int, str]] = []
+        self.sizes: dict[int, int] = {}
+        self.limit = 8 << 30
+        self.faults: list[str] = []
+        self._copies: dict[int, int] = {}  # copies that are under way, by the address of their registered memory
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        if sum(self.sizes.values()) + size > self.limit:
+            return 2  # cudaErrorMemoryAllocation
+        if address % mmap.PAGESIZE or self._at(address) is not None:
+            self.faults.append(f"{address:#x} is registered twice, or starts at no page")
+        self.sizes[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        if self.sizes.pop(address, None) is None:
+            self.faults.append(f"{address:#x} is not registered")
+        if self._copies.pop(address, 0):
+            self.faults.append(f"{address:#x} was freed while a copy used it")
+        return 0
+
+    def _at(self, address: int) -> int | None:
+        return next((start for start, size in list(self.sizes.items()) if start <= address < start + size), None)
+
+    def find(self, tensor: torch.Tensor) -> int | None:
+        """Return the address of the registered memory that a tensor lies in, or None."""
+        return self._at(tensor.data_ptr()) if tensor.numel() else None
+
+    def enter(self, registered: int | None) -> None:
+        """Record that a copy uses registered memory."""
+        if registered is not None:
+            self._copies[registered] = self._copies.get(registered, 0) + 1
+
+    def leave(self, registered: int | None) -> None:
+        """Record that a copy is done."""
+        if registered in self._copies:
+            self._copies[registered] -= 1
+
+
+class HostMemory:
+    """The parts of the process's own memory that a kernel may access: (first address, address after, rights)."""
+
+    def __init__(self, spans: list[tuple[int, int, str]]) -> None:
+        self._spans = spans
+
+    @classmethod
+    def mapped(cls) -> HostMemory:
+        """Return every page that is mapped, which a GPU that uses the host's page tables may access."""
+        spans = []
         with open("/proc/self/maps", encoding="utf-8") as lines:
             for line in lines:
                 addresses, rights = line.split()[:2]
                 low, high = (int(text, 16) for text in addresses.split("-"))
-                self._spans.append((low, high, rights))
+                spans.append((low, high, rights))
+        return cls(spans)
 
     def holds(self, address: int, right: str) -> bool:
         """Return True if a page is mapped at an address with the right "r" or "w"."""
-        at = bisect.bisect(self._spans, (address, 1 << 64, "")) - 1
+        at = bisect.bisect(self._spans, (address, 1 << 64)) - 1
         return at >= 0 and address < self._spans[at][1] and right in self._spans[at][2]
 
 
@@ -152,7 +206,7 @@ class LaunchMemory(ptx.Memory):
             return None
         access.require(access.address % access.size == 0, "misaligned")
         for address in {int(each) // 4096 * 4096 for each in access.address}:
-            access.require(np.full(len(access.address), self.host.holds(address, right)), "outside the host's pages")
+            access.require(np.full(len(access.address), self.host.holds(address, right)), "an illegal memory access")
         kind = ptx.STORED[access.width]
         return [
             np.frombuffer((ctypes.c_ubyte * access.size).from_address(int(address)), kind) for address in access.address

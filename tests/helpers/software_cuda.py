@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from gpu_memory import UNWRITTEN, WRITTEN, DeviceMemory, HostMemory, LaunchMemory, find, span_of
+from gpu_memory import UNWRITTEN, WRITTEN, DeviceMemory, HostMemory, LaunchMemory, RegisteredMemory, find, span_of
 from gpu_streams import Event, Graph, Scheduler, Stream
 from software_gpu import Launcher, SoftwareGpu
 from torch._library.custom_ops import OPDEFS
@@ -53,6 +53,7 @@ class SoftwareCuda(TorchFunctionMode):
         launches: The name, the grid and the device of every kernel that has run.
         written: The bytes that kernels have written.
         moved: The bytes that copies have taken over the bus, "up" and "down".
+        registered: The memory of the host that is registered with CUDA.
         host_page_tables: True if the devices use the page tables of the host, as the CUDA driver says when it is asked.
     """
 
@@ -66,6 +67,7 @@ class SoftwareCuda(TorchFunctionMode):
         self.written = 0
         self.moved = {"up": 0, "down": 0}
         self.host_page_tables = False
+        self.registered = RegisteredMemory()
         self.driver = Driver(self)
         self._all = sorted([*self.memories, self.pinned], key=lambda memory: memory.base)
         self._answers = {
@@ -73,7 +75,7 @@ class SoftwareCuda(TorchFunctionMode):
             torch.Tensor.is_cuda.__get__: lambda tensor: self._index(tensor) is not None,  # type: ignore[attr-defined]
             torch.Tensor.is_cpu.__get__: lambda tensor: self._index(tensor) is None,  # type: ignore[attr-defined]
             torch.Tensor.get_device: lambda tensor: -1 if self._index(tensor) is None else self._index(tensor),
-            torch.Tensor.is_pinned: lambda tensor, *_: find(self._all, tensor) is self.pinned,
+            torch.Tensor.is_pinned: lambda tensor, *_: self._is_pinned(tensor),
             torch.Tensor.pin_memory: lambda tensor, *_: self._moved(tensor, self.pinned),
             torch.Tensor.to: self._to,
             torch.Tensor.cpu: lambda tensor, *_, **__: self._to(tensor, "cpu"),
@@ -232,16 +234,18 @@ class SoftwareCuda(TorchFunctionMode):
         if len(indexes) == 1:
             self.moved["up" if self._index(source) is None else "down"] += to.nbytes
         stream = self.scheduler.current(indexes[0])
-        host = [find(self._all, tensor) for tensor in (to, source) if self._index(tensor) is None]
+        host = [tensor for tensor in (to, source) if self._index(tensor) is None]
         plain = to.dtype == source.dtype and to.shape == source.shape and to.is_contiguous() and source.is_contiguous()
-        if not plain or (host and not (non_blocking and host[0] is self.pinned)):
+        registered = self.registered.find(host[0]) if host else None
+        if not plain or (host and not (non_blocking and self._is_pinned(host[0]))):
             stream.synchronize()
             to.copy_(source)
             self._mark(to)
             return to
         (address, size), (start, _) = span_of(to), span_of(source)
         target, origin = find(self._all, to), find(self._all, source)
-        pins = [tensor for tensor in (to, source) if self._index(tensor) is None]  # torch keeps pinned memory, too
+        pins = [] if registered is not None else host  # torch keeps pinned memory of its own until the copy is done
+        self.registered.enter(registered)
 
         def work() -> None:
             if origin is not None and origin is not self.pinned:
@@ -251,9 +255,13 @@ class SoftwareCuda(TorchFunctionMode):
             else:
                 ctypes.memmove(address, start, size)
             pins.clear()
+            self.registered.leave(registered)
 
         self.scheduler.add(stream, work)
         return to
+
+    def _is_pinned(self, tensor: torch.Tensor) -> bool:
+        return find(self._all, tensor) is self.pinned or self.registered.find(tensor) is not None
 
     def _clone(self, tensor: torch.Tensor, memory_format: Any = torch.preserve_format) -> torch.Tensor:
         index = self._index(tensor)
@@ -275,13 +283,20 @@ class SoftwareCuda(TorchFunctionMode):
                 raise RuntimeError(f"Pointer argument cannot be accessed from Triton (cpu tensor?): {value.device}")
 
         def work() -> None:
-            memory = LaunchMemory(self.memories[index], HostMemory() if self.host_page_tables else None)
+            memory = LaunchMemory(self.memories[index], self._host_memory())
             launcher.run(x, numbers, memory)
             memory.check_writers()
             self.written += sum(len(each) for each, _ in memory._written)
             self.launches.append((launcher.name, x, index))
 
         self.scheduler.add(self.scheduler.by_id(index, stream), work)
+
+    def _host_memory(self) -> HostMemory | None:
+        """Return the memory of the host that kernels may access: all pages, or the registered ones."""
+        if self.host_page_tables:
+            return HostMemory.mapped()
+        registered = sorted((start, start + size, "rw") for start, size in list(self.registered.sizes.items()))
+        return HostMemory(registered) if registered else None
 
     # torch.cuda
 
@@ -355,6 +370,7 @@ class SoftwareCuda(TorchFunctionMode):
             "get_device_name": lambda which=None: properties.name,
             "get_device_capability": lambda which=None: (9, 0),
             "is_bf16_supported": lambda *_, **__: True,
+            "cudart": lambda: self.registered,
         }
         for name, value in replacements.items():
             yield cuda, name, value
