@@ -21,6 +21,7 @@ from .options import MergeOptions
 from .text import size_text
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, SIGTERM or SIGHUP
+PATIENCE = 2.0  # seconds after a signal, in which further signals are ignored
 MAX_BAR_WIDTH = 30  # characters
 LOG_INTERVAL = 10.0  # seconds between two lines of progress if stderr is no terminal
 # The library's messages name parameters between backticks, as Python has them; the command line prints its options.
@@ -59,9 +60,17 @@ def signals() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in stopping if signal.getsignal(number) is not signal.SIG_IGN}
 
     def interrupt(*_: object) -> None:
-        # The handlers are not restored: a second Ctrl-C must neither interrupt the journal nor change the exit code.
+        # The handlers are not restored: a second Ctrl-C that follows soon must neither interrupt the journal nor change
+        # the exit code. A later one ends a process that cannot stop, because a disk or a GPU does not answer.
+        soon = time.monotonic() + PATIENCE
+
+        def end(*_: object) -> None:
+            if time.monotonic() > soon:
+                os.write(2, b"expo: ended before the work in progress was stopped\n")
+                os._exit(INTERRUPTED)
+
         for number in before:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, end)
         before.clear()
         raise KeyboardInterrupt
 

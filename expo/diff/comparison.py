@@ -101,7 +101,7 @@ def _names(sft: Checkpoint, aligned: Checkpoint) -> tuple[str, str]:
 def _assemble(names: tuple[str, str], matched: Matched, sums: Mapping[str, DistanceSums]) -> Comparison:
     """Return the comparison without its warnings, from the sums of every tensor that was compared."""
     places = {name: find_place(name) for name in sums}
-    steps = {step.name: step for step in matched.steps if is_compared(step)}
+    steps = {step.name: step for step in reversed(matched.steps) if is_compared(step)}  # the first step of each tensor
     others = [step for step in matched.steps if not is_compared(step)]
     only_in_aligned = tuple((step.label, "only in aligned") for step in others if step.reason == NOT_IN_SFT)
     dropped = tuple(matched.dropped.items())
@@ -136,8 +136,8 @@ def _make_tensor(step: Step, place: Place, sums: DistanceSums) -> Tensor:
     part = make_part(step.name, place, sums)
     rows = "" if step.rows is None else f"rows {step.rows[0]} to {step.rows[1] - 1}"
     sft_dtype = (step.sft or step.aligned).dtype
-    note = "; ".join(filter(None, [rows, step.reason]))
-    return Tensor(**vars(part), shape=step.shape, dtype=step.aligned.dtype, sft_dtype=sft_dtype, note=note)
+    note, shape = "; ".join(filter(None, [rows, step.reason])), step.whole or step.shape
+    return Tensor(**vars(part), shape=shape, dtype=step.aligned.dtype, sft_dtype=sft_dtype, note=note)
 
 
 def _group(sums: Mapping[str, DistanceSums], place_of: Callable[[str], Place]) -> tuple[Part, ...]:

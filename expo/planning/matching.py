@@ -16,6 +16,7 @@ from ..dtypes import ITEMSIZE, OUTPUT_DTYPES
 from ..errors import PlanError
 from ..kernels.contract import working_alpha
 from ..options import MergeOptions
+from .layout_runs import Run
 from .pairing import Counterpart, mismatched, pair, rows_in_common
 from .problems import float_bytes, model_problems, tensor_problems
 from .steps import NOT_IN_SFT, ONLY_IN_SFT, SFT_HAS, UNTOUCHED, Action, Step, some_rows, why_zero
@@ -82,7 +83,10 @@ def match_tensors(sft: ModelTensors, aligned: ModelTensors, options: MergeOption
             continue
         counterpart = pairs.counterparts.get(name)
         dtype = _output_dtype(aligned, name, counterpart, options.dtype)
-        new = _steps_of(aligned, name, counterpart, dtype, options.on_mismatch == "rows")
+        if name in pairs.runs:
+            new = [_run_step(tensor, run, dtype) for run in pairs.runs[name]]
+        else:
+            new = _steps_of(aligned, name, counterpart, dtype, options.on_mismatch == "rows")
         steps += [_with_own_alpha(step, options.alpha_of(name)) for step in new]
     problems = model_problems(sft, aligned)
     problems += tensor_problems(sft, aligned, pairs, options.on_unpaired, options.on_mismatch)
@@ -133,6 +137,13 @@ def _extrapolation_step(name: str, aligned: TensorInfo, sft: TensorInfo, dtype: 
     if aligned.dtype not in ITEMSIZE:
         return _copy_step(name, aligned, dtype, f"{aligned.dtype} is not a floating-point dtype")
     return Step(name, Action.EXTRAPOLATE, reason, aligned, sft, dtype)
+
+
+def _run_step(tensor: TensorInfo, run: Run, dtype: str) -> Step:
+    """Return the step of a run of a tensor of aligned. The first run of a tensor has the reason."""
+    reason = run.reason if run.aligned.start == tensor.start else ""
+    whole = None if run.aligned.shape == tensor.shape else tensor.shape
+    return Step(tensor.name, Action.EXTRAPOLATE, reason, run.aligned, run.sft, dtype, whole=whole)
 
 
 def _adapter_step(name: str, adapter: Adapter, base: TensorInfo, dtype: str) -> Step:

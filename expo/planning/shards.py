@@ -90,7 +90,7 @@ def _by_size(tensors: Mapping[str, Sequence[Step]], max_bytes: int) -> dict[str,
 
 def _make_shard(file: str, tensors: Mapping[str, Sequence[Step]], metadata: Mapping[str, str]) -> OutputShard:
     """Return the weight file that holds these tensors."""
-    entries = ((name, steps[0].dtype, join_shapes([step.shape for step in steps])) for name, steps in tensors.items())
+    entries = ((name, steps[0].dtype, join_shapes(steps)) for name, steps in tensors.items())
     header, placed = emit(entries, {"format": "pt", **metadata})  # transformers expects a format
     parts = []
     for tensor in placed.values():

@@ -52,6 +52,7 @@ class Step(NamedTuple):
             them.
         rows: The first row, and the row after the last; None for the whole tensor.
         delta: The product of two matrices by which an adapter changes the tensor; None without an adapter.
+        whole: The shape of the tensor, if the step is a run of its elements and not of its rows; else None.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Step(NamedTuple):
     alphas: tuple[float, ...] = ()
     rows: tuple[int, int] | None = None
     delta: LowRank | None = None
+    whole: tuple[int, ...] | None = None
 
     def with_alphas(self, alphas: Sequence[float]) -> Step:
         """Return the step with one alpha for each output; a copy if every alpha is 0 in the step's arithmetic."""
@@ -134,9 +136,12 @@ def some_rows(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
     return TensorInfo(tensor.name, tensor.dtype, shape, tensor.start + start * row, tensor.start + stop * row)
 
 
-def join_shapes(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the shape of a tensor that consists of parts of these shapes, joined along the first dimension."""
-    return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+def join_shapes(steps: Sequence[Step]) -> tuple[int, ...]:
+    """Return the shape of the tensor that these steps make: the steps of several rows are joined along them."""
+    first = steps[0]
+    if first.whole is not None or len(steps) == 1:
+        return first.whole or first.shape
+    return (sum(step.shape[0] for step in steps), *first.shape[1:])
 
 
 def cut_steps(steps: Iterable[Step], size: int) -> Iterator[tuple[Step, int, int, int]]:
@@ -159,5 +164,4 @@ def by_tensor(steps: Iterable[Step]) -> Iterator[tuple[TensorInfo, list[Step]]]:
     """
     for name, group in itertools.groupby(steps, key=lambda step: step.name):
         own = list(group)
-        shape = join_shapes([step.shape for step in own])
-        yield TensorInfo(name, own[0].dtype, shape, 0, sum(step.nbytes for step in own)), own
+        yield TensorInfo(name, own[0].dtype, join_shapes(own), 0, sum(step.nbytes for step in own)), own

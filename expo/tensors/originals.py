@@ -133,6 +133,11 @@ def local_steps(
         weight, other = weights[step.name], None if others is None else others[step.sft.name]
         if is_distributed(weight) or is_distributed(other):
             shapes = tuple(weight.shape), step.sft.shape if other is None else tuple(other.shape)
+            if step.whole is not None:
+                raise UsageError(
+                    f"model: {step.name} is a DTensor, and sft has other tensors in its place, "
+                    f"such as {step.sft.name}: merge the files and load the result"
+                )
             if step.rows is not None or shapes[0] != shapes[1]:
                 raise UsageError(
                     f"model: {step.name} is a DTensor of shape {shapes[0]}, and sft has the shape {shapes[1]}: "
@@ -192,11 +197,11 @@ def keep_originals(
     live_weights = []
     for step, is_used_in_place in zip(steps, in_place, strict=True):
         assert step.sft is not None
-        out = _rows(weights[step.name].detach(), step)
+        out = _part(weights[step.name].detach(), step.aligned)
         aligned = memory.take(step.aligned, out.device)
         aligned.copy_(out)
         if is_used_in_place:
-            sft = _rows(usable[step.sft.name].detach(), step)
+            sft = _part(usable[step.sft.name].detach(), step.sft)
         else:
             sft = memory.take(step.sft, out.device)
             _fill(sft, step.sft, read)
@@ -204,9 +209,12 @@ def keep_originals(
     return live_weights, sum(tensor.nbytes for tensor, _ in copied)
 
 
-def _rows(tensor: torch.Tensor, step: Step) -> torch.Tensor:
-    """Return the rows of a tensor that a step covers."""
-    return tensor if tuple(tensor.shape) == step.shape else tensor[: step.shape[0]]
+def _part(tensor: torch.Tensor, part: TensorInfo) -> torch.Tensor:
+    """Return the elements of a contiguous tensor that a step covers, with bytes counted from the tensor's begin."""
+    if tuple(tensor.shape) == part.shape:
+        return tensor
+    first = part.start // ITEMSIZE[part.dtype]
+    return tensor.view(-1)[first : first + element_count(part.shape)].view(part.shape)
 
 
 def _fill(tensor: torch.Tensor, source: TensorInfo, read: ReadTensor) -> None:

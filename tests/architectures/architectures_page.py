@@ -52,7 +52,7 @@ def _section(title: str, found: Mapping[str, str]) -> list[str]:
 def _short(result: str) -> str:
     """Return a result as one cell of a table."""
     line = result.splitlines()[-1 if result.startswith("not checked") else 0].strip()
-    line = f"not checked: {line}" if result.startswith("not checked") else line
+    line = f"not checked: {line}" if result.startswith("not checked") and not line.startswith("not checked") else line
     return line[:200].replace("|", "\\|").replace("<", "\\<")
 
 

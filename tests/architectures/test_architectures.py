@@ -1,4 +1,4 @@
-"""The sweep of architectures: 25 model types here, all of them in the long run, and the page about the results."""
+"""The sweep of architectures: 27 model types here, all of them in the long run, and the page about the results."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ import tiny_pairs  # noqa: E402
 REPRESENTATIVES = [
     ("causal", "bert"), ("causal", "bloom"), ("causal", "ctrl"), ("causal", "falcon"), ("causal", "gemma3_text"),
     ("causal", "gpt2"), ("causal", "gpt_neox"), ("causal", "lfm2"), ("causal", "llama"), ("causal", "mamba"),
-    ("causal", "opt"), ("causal", "phi3"), ("causal", "qwen3"), ("causal", "xlnet"), ("seq2seq", "bart"),
-    ("seq2seq", "led"), ("seq2seq", "t5"), ("vision-language", "gemma3"), ("vision-language", "instructblip"),
-    ("vision-language", "llava"), ("vision-language", "qwen2_5_vl"), ("vision-language", "qwen3_vl"),
-    ("encoder", "distilbert"), ("encoder", "modernbert"), ("encoder", "roberta"),
+    ("causal", "mixtral"), ("causal", "opt"), ("causal", "phi3"), ("causal", "qwen3"), ("causal", "qwen3_moe"),
+    ("causal", "xlnet"), ("seq2seq", "bart"), ("seq2seq", "led"), ("seq2seq", "t5"), ("vision-language", "gemma3"),
+    ("vision-language", "instructblip"), ("vision-language", "llava"), ("vision-language", "qwen2_5_vl"),
+    ("vision-language", "qwen3_vl"), ("encoder", "distilbert"), ("encoder", "modernbert"), ("encoder", "roberta"),
 ]  # fmt: skip
 PARTS = 8  # of each kind, in the long run
 

@@ -509,6 +509,40 @@ def test_a_second_signal_does_not_cut_the_writing_down_short(
     assert digest(tmp_path / "out.safetensors") == undisturbed
 
 
+@pytest.mark.usefixtures("own_signals")
+def test_a_later_signal_ends_a_process_that_cannot_stop(large: Sequence[str], tmp_path: Path) -> None:
+    """The engine of this process does not answer any more, as a GPU or a disk may do; the merge can be continued."""
+    driver = (
+        "import sys, time, expo.merging.job, expo.fast\n"
+        "from expo.execution.engines import Engine\n"
+        "engine = Engine('stuck', lambda *_: time.sleep(600), 'a test')\n"
+        "expo.merging.job.engines_for = lambda *_: (engine, engine)\n"
+        "sys.exit(expo.fast.main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "out.safetensors"
+    words = [*large, "--alpha", "0.3", "--out", str(out), "--quiet"]
+    process = subprocess.Popen([sys.executable, "-c", driver, *words], cwd=ROOT, env=env(), stderr=subprocess.PIPE)
+    try:
+        while not staging_folder(out).exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        for _ in range(100):  # signals that come soon are ignored
+            time.sleep(0.25)
+            process.send_signal(signal.SIGINT)
+            if process.poll() is not None:
+                break
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+    assert process.stderr is not None
+    assert process.stderr.read() == b"expo: ended before the work in progress was stopped\n"
+    assert os.listdir(tmp_path) == [staging_folder(out).name]
+    assert run(*words, "--resume", cwd=tmp_path).code == 0
+    out.unlink()
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored(large: Sequence[str], tmp_path: Path) -> None:
     process = start(large, tmp_path, lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)

@@ -21,7 +21,7 @@ from expo.errors import UsageError
 from expo.options import MergeOptions
 from expo.planning.plan import Plan
 from expo.planning.shards import OutputShard, cut, output_name
-from expo.planning.steps import by_tensor, join_shapes, some_rows
+from expo.planning.steps import Action, Step, by_tensor, join_shapes, some_rows
 
 LIMITS = st.integers(1, 40_000)
 
@@ -197,7 +197,9 @@ def test_some_rows() -> None:
     tensor = checkpoint({"w": ("F32", (6, 5, 2))}).tensors["w"]
     parts = [some_rows(tensor, start, stop) for start, stop in ((0, 1), (1, 4), (4, 4), (4, 6))]
     assert [part.shape for part in parts] == [(1, 5, 2), (3, 5, 2), (0, 5, 2), (2, 5, 2)]
-    assert join_shapes([part.shape for part in parts]) == tensor.shape
+    steps = [Step("w", Action.COPY, "", part, None, "F32") for part in parts]
+    assert join_shapes(steps) == tensor.shape
+    assert join_shapes([steps[0]._replace(whole=(6, 5, 2)), steps[1]]) == tensor.shape
     assert (parts[0].start, parts[-1].stop) == (tensor.start, tensor.stop)
     assert all(one.stop == other.start for one, other in itertools.pairwise(parts))
     assert all(part.nbytes == element_count(part.shape) * 4 for part in parts)

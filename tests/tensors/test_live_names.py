@@ -163,13 +163,29 @@ def test_experts_that_the_loader_fuses(keep: str, mixtral: tuple[Path, Path]) ->
     assert all(torch.equal(tensor, states[0][name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("fault", ["missing", "dtype", "shape"])
+def test_experts_of_two_dtypes(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    """The experts are no single tensor then, and each is paired with its part of the fused tensor."""
+    tensors = load_file(mixtral[0] / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.1.w3.weight"
+    tensors[name] = tensors[name].float() + 2**-12
+    sft = tmp_path / "sft"
+    sft.mkdir()
+    (sft / "config.json").write_text((mixtral[0] / "config.json").read_text())
+    save_file(tensors, sft / "model.safetensors", metadata={"format": "pt"})
+    expo.merge(sft, mixtral[1], ALPHA, tmp_path / "out", quiet=True)
+    expected, model = model_of(tmp_path / "out").state_dict(), model_of(mixtral[1])
+    with expo.Live(model, sft) as live:
+        live.alpha = ALPHA
+        assert all(torch.equal(tensor, expected[each]) for each, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape"])
 def test_experts_that_are_not_complete_are_refused(fault: str, mixtral: tuple[Path, Path], tmp_path: Path) -> None:
     tensors = load_file(mixtral[0] / "model.safetensors")
     name = "model.layers.1.block_sparse_moe.experts.1.w3.weight"
     tensor = tensors.pop(name)
     if fault != "missing":
-        tensors[name] = tensor.float() if fault == "dtype" else tensor[:-1].clone()
+        tensors[name] = tensor[:-1].clone()
     (tmp_path / "config.json").write_text((mixtral[0] / "config.json").read_text())
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(

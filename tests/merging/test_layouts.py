@@ -1,0 +1,155 @@
+"""Merges of a published checkpoint, with a tensor for each expert, and a state dict from memory, with fused experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_files import read_folder, write_folder
+
+import expo
+from expo.checkpoints.safetensors_header import TensorInfo
+from expo.diff import compare
+from expo.inputs.resolve import open_inputs
+from expo.options import MergeOptions
+from expo.planning.matching import match_tensors
+
+ALPHA, EXPERTS, INNER, HIDDEN = 0.3, 4, 6, 5
+LAYER = "model.layers.0.mlp."
+Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+CONFIG = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": EXPERTS}
+
+
+def numbers(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def published(seed: int) -> Tensors:
+    """Return a router and the three matrices of each expert, in fp32."""
+    tensors: Tensors = {f"{LAYER}gate.weight": ("F32", (EXPERTS, HIDDEN), numbers(seed, EXPERTS, HIDDEN).tobytes())}
+    for expert in range(EXPERTS):
+        for number, (name, shape) in enumerate(
+            [("gate_proj", (INNER, HIDDEN)), ("up_proj", (INNER, HIDDEN)), ("down_proj", (HIDDEN, INNER))]
+        ):
+            data = numbers(seed + 10 * expert + number, *shape).tobytes()
+            tensors[f"{LAYER}experts.{expert}.{name}.weight"] = ("F32", shape, data)
+    return tensors
+
+
+def fused(tensors: Tensors) -> Tensors:
+    """Return the same tensors as a model has them in memory."""
+    parts: list[list[bytes]] = [[], []]
+    for expert in range(EXPERTS):
+        gate, up, down = (tensors[f"{LAYER}experts.{expert}.{each}_proj.weight"][2] for each in ("gate", "up", "down"))
+        parts[0] += [gate, up]
+        parts[1] += [down]
+    return {
+        f"{LAYER}gate.weight": tensors[f"{LAYER}gate.weight"],
+        f"{LAYER}experts.gate_up_proj": ("F32", (EXPERTS, 2 * INNER, HIDDEN), b"".join(parts[0])),
+        f"{LAYER}experts.down_proj": ("F32", (EXPERTS, HIDDEN, INNER), b"".join(parts[1])),
+    }
+
+
+def write(folder: Path, tensors: Tensors, shards: int = 1, **config: object) -> Path:
+    write_folder(folder, tensors, shards=shards)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    return folder
+
+
+def merged(sft: Tensors, aligned: Tensors) -> Tensors:
+    """Return the formula's result for tensors of one layout."""
+    results: Tensors = {}
+    for name, (dtype, shape, data) in aligned.items():
+        a, s = np.frombuffer(data, np.float32), np.frombuffer(sft[name][2], np.float32)
+        results[name] = (dtype, shape, (a + np.float32(ALPHA) * (a - s)).tobytes())
+    return results
+
+
+def test_published_sft_and_fused_aligned(tmp_path: Path) -> None:
+    """The output has aligned's layout; the shards of the two sides differ, and a chunk ends inside of an expert."""
+    sft, aligned = published(1), published(500)
+    pair = write(tmp_path / "sft", sft, 3), write(tmp_path / "aligned", fused(aligned), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("expo.execution.worker_pool.CHUNK", 4096)
+        done = expo.merge(*pair, ALPHA, tmp_path / "out", quiet=True, verify=True)
+    assert read_folder(tmp_path / "out") == fused(merged(sft, aligned))
+    assert done.extrapolated == 3
+    assert dict(done.noted) == {
+        f"{LAYER}experts.{name}": f"sft has it as tensors like {LAYER}experts.0.{first}.weight"
+        for name, first in (("gate_up_proj", "gate_proj"), ("down_proj", "down_proj"))
+    }
+
+
+def test_fused_sft_and_published_aligned(tmp_path: Path) -> None:
+    sft, aligned = published(1), published(500)
+    pair = write(tmp_path / "sft", fused(sft), 2), write(tmp_path / "aligned", aligned, 3)
+    done = expo.merge(*pair, [ALPHA, 0.0], tmp_path / "out-{alpha}", quiet=True)
+    assert [read_folder(Path(out.path)) for out in done.outputs] == [merged(sft, aligned), aligned]
+    reasons = dict(done.noted)
+    assert reasons[f"{LAYER}experts.1.up_proj.weight"] == f"sft has it in {LAYER}experts.gate_up_proj"
+    streamed = {name: tensor.numpy().tobytes() for name, tensor in expo.stream(*pair, ALPHA)}
+    assert streamed == {name: data for name, (_, _, data) in merged(sft, aligned).items()}
+
+
+def test_equal_models_in_two_layouts_do_not_differ(tmp_path: Path) -> None:
+    tensors = published(1)
+    found = compare(write(tmp_path / "sft", tensors), write(tmp_path / "aligned", fused(tensors)))
+    assert found.totals.changed == 0
+    assert {(each.name, each.shape) for each in found.tensors} == {
+        (name, shape) for name, (_, shape, _) in fused(tensors).items()
+    }
+    note = next(each.note for each in found.tensors if each.name.endswith("down_proj"))
+    assert note == f"sft has it as tensors like {LAYER}experts.0.down_proj.weight"
+
+
+Change = Callable[[Tensors], None]
+
+
+def lose(tensors: Tensors) -> None:
+    del tensors[f"{LAYER}experts.2.up_proj.weight"]
+
+
+def widen(tensors: Tensors) -> None:
+    name = f"{LAYER}experts.2.up_proj.weight"
+    tensors[name] = ("F32", (INNER + 1, HIDDEN), bytes(4 * (INNER + 1) * HIDDEN))
+
+
+def add(tensors: Tensors) -> None:
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        tensors[f"{LAYER}experts.{EXPERTS}.{name}.weight"] = tensors[f"{LAYER}experts.0.{name}.weight"]
+
+
+@pytest.mark.parametrize("change", [lose, widen, add])
+@pytest.mark.parametrize("fused_side", ["sft", "aligned"])
+def test_experts_that_do_not_fit_are_refused(tmp_path: Path, change: Change, fused_side: str) -> None:
+    tensors = published(1)
+    whole = write(tmp_path / "fused", fused(tensors))
+    change(tensors)
+    other = write(tmp_path / "published", tensors)
+    pair = (whole, other) if fused_side == "sft" else (other, whole)
+    with pytest.raises(expo.PlanError, match=r"experts") as caught:
+        expo.merge(*pair, ALPHA, tmp_path / "out", quiet=True)
+    assert len(str(caught.value).splitlines()) <= 40
+
+
+def test_a_model_that_the_table_does_not_have_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "of_a_test", "architectures": ["OfATest"]}
+    pair = write(tmp_path / "sft", published(1), **config), write(tmp_path / "aligned", fused(published(2)), **config)
+    with pytest.raises(expo.PlanError, match=r"gate_up_proj"):
+        expo.merge(*pair, ALPHA, tmp_path / "out", quiet=True)
+
+
+def test_the_runs_cover_each_tensor_once(tmp_path: Path) -> None:
+    """The steps of a fused tensor follow each other in its bytes, and each reads another tensor of sft."""
+    pair = write(tmp_path / "sft", published(1)), write(tmp_path / "aligned", fused(published(2)))
+    with open_inputs(*pair) as (sft, aligned):
+        steps = match_tensors(sft, aligned, MergeOptions(alphas=(ALPHA,))).steps
+        own = [step for step in steps if step.name.endswith("gate_up_proj")]
+        ends = [aligned.tensors[own[0].name].start, *(step.aligned.stop for step in own)]
+        assert [step.aligned.start for step in own] == ends[:-1]
+        assert ends[-1] == aligned.tensors[own[0].name].stop
+        names = [step.sft.name for step in own if isinstance(step.sft, TensorInfo)]
+    assert names == [f"{LAYER}experts.{e}.{each}_proj.weight" for e in range(EXPERTS) for each in ("gate", "up")]
