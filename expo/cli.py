@@ -57,11 +57,13 @@ def signals() -> Iterator[None]:
     """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that they keep the finished part as Ctrl-C does."""
     stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     # A signal that is ignored stays ignored, such as SIGHUP under nohup.
-    before = {number: signal.getsignal(number) for number in stopping if signal.getsignal(number) is not signal.SIG_IGN}
+    before: dict[signal.Signals, Any] = {
+        number: signal.getsignal(number) for number in stopping if signal.getsignal(number) is not signal.SIG_IGN
+    }
 
     def interrupt(*_: object) -> None:
-        # The handlers are not restored: a second Ctrl-C that follows soon must neither interrupt the journal nor change
-        # the exit code. A later one ends a process that cannot stop, because a disk or a GPU does not answer.
+        # A second Ctrl-C that follows soon must neither interrupt the journal nor change the exit code. A later one
+        # ends a process that cannot stop, because a disk or a GPU does not answer.
         soon = time.monotonic() + PATIENCE
 
         def end(*_: object) -> None:
@@ -71,7 +73,7 @@ def signals() -> Iterator[None]:
 
         for number in before:
             signal.signal(number, end)
-        before.clear()
+            before[number] = signal.SIG_IGN  # for the end of the process
         raise KeyboardInterrupt
 
     for number in before:

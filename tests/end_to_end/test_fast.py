@@ -537,7 +537,8 @@ def test_a_later_signal_ends_a_process_that_cannot_stop(large: Sequence[str], tm
     finally:
         process.kill()
     assert process.stderr is not None
-    assert process.stderr.read() == b"expo: ended before the work in progress was stopped\n"
+    with process.stderr as said:
+        assert said.read() == b"expo: ended before the work in progress was stopped\n"
     assert os.listdir(tmp_path) == [staging_folder(out).name]
     assert run(*words, "--resume", cwd=tmp_path).code == 0
     out.unlink()
