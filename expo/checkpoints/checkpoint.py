@@ -202,6 +202,11 @@ def _nothing_to_read(folder: str) -> str:
     found = next((name for name in names if name.endswith(".gguf")), None)
     if found:
         return gguf_message(os.path.join(folder, found))
+    from .training_folders import explain_training_folder  # a rare case, which other merges need not import
+
+    training = explain_training_folder(folder, names)
+    if training:
+        return f"{folder}: {training}"
     other = next((name for name in names if name.endswith((*PICKLED, ".h5", ".msgpack", ".npz"))), None)
     hint = ""
     if other:

@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from .safetensors_header import element_count, is_unicode
 from .unpickler import DTYPES, FIX, PARAMETERS, TENSORS, TORCH_ITEMSIZE, Call, Reference, Storage, are_naturals, kind_of
 
+HOLDERS = ("state_dict", "model", "module")  # the names under which trainers save a state dict
 MAX_DIMS = 64  # most dimensions of a tensor, as in torch
 MAX_STRIDED_DIMS = 32  # most dimensions of a tensor whose elements have to be gathered: the limit of NumPy 1
 
@@ -39,6 +40,7 @@ class View(NamedTuple):
 
 def read_views(path: str, top: Any) -> list[View]:
     """Return the tensors of the dict that a pickle builds. Raises CheckpointError for any other value."""
+    top = _find_weights(path, top)
     if type(top) is not dict:
         raise CheckpointError(f"{path}: not plain weights: it holds {kind_of(top)}, not a dict of tensors; {FIX}")
     views = []
@@ -53,6 +55,22 @@ def read_views(path: str, top: Any) -> list[View]:
             raise CheckpointError(f"{path}: tensor {name!r} has a name that safetensors cannot hold")
         views.append(_read_view(path, name, value))
     return views
+
+
+def _find_weights(path: str, top: Any) -> Any:
+    """Return the dict of tensors inside a dict that a trainer wrote, such as {"state_dict": ..., "epoch": 3}.
+
+    A dict with tensors of its own has no other inside. Raises CheckpointError if several dicts may be the weights.
+    """
+    if type(top) is not dict or any(type(value) is Call for value in top.values()):
+        return top
+    holders = [key for key in HOLDERS if type(top.get(key)) is dict and top[key]]
+    if len(holders) > 1:
+        raise CheckpointError(
+            f"{path}: it holds dicts named {' and '.join(map(repr, holders))}, and only one may be the weights: load "
+            f"it with torch, and torch.save() that dict alone"
+        )
+    return top[holders[0]] if holders else top
 
 
 def _tensor_call(path: str, name: str, call: Call) -> Call:

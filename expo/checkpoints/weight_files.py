@@ -11,7 +11,7 @@ from .reader import FileReader, Identity, open_regular_file
 from .safetensors_header import header_length, parse
 from .shard import Shard
 
-PICKLED = (".bin", ".pt", ".pth")  # suffixes of files of PyTorch's own format
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")  # suffixes of files of PyTorch's own format
 
 
 def open_shard(path: str) -> Shard:

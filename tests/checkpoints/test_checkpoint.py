@@ -285,7 +285,7 @@ def test_empty_folder(tmp_path: Path) -> None:
     ("file", "words"),
     [
         ("pytorch_model-00001-of-00002.bin", ("none of", "save_pretrained()")),
-        ("consolidated.00.pth", ("none of", "save_pretrained()")),
+        ("consolidated.00.pth", ("the names of the model's authors", "in transformers' format")),
         ("model.Q4_K_M.gguf", ("a GGUF file, quantised as Q4_K_M", "made from", "save it with save_pretrained()")),
         ("model-f16.gguf", ("a GGUF file, most often quantised", "save it with save_pretrained()")),
         ("adapter_model.safetensors", ("a PEFT adapter without its adapter_config.json",)),

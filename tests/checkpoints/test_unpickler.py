@@ -39,7 +39,8 @@ from expo.errors import CheckpointError
 @pytest.mark.parametrize(
     ("value", "what"),
     [
-        ({"state_dict": {"x": torch.ones(2)}, "epoch": 3}, "entry 'state_dict' is a dict"),
+        ({"weights": {"x": torch.ones(2)}, "epoch": 3}, "entry 'weights' is a dict"),
+        ({"model": {"x": torch.ones(2)}, "y": torch.ones(2)}, "entry 'model' is a dict"),
         ({"x": torch.ones(2), "epoch": 3}, "entry 'epoch' is an int"),
         ({"x": torch.ones(2), "lr": 0.5}, "entry 'lr' is a float"),
         ({"x": torch.ones(2), "why": "not"}, "entry 'why' is a str"),
