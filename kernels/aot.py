@@ -94,7 +94,9 @@ def _sweep(dtype: str, alphas: int, measured: bool) -> Variant:
 
 def _whole_model(dtype: str) -> Variant:
     kinds = whole_model_module.constants(OUTPUT_DTYPES[dtype], OUTPUT_DTYPES[dtype], whole_model_module.ACCESS_BYTES)
-    constants = {**kinds, "SEGMENT": whole_model_module.SEGMENT, "BLOCK": PROGRAM_ELEMENTS}
+    constants = {
+        **kinds, "SEGMENT": whole_model_module.SEGMENT, "BLOCK": PROGRAM_ELEMENTS, "IN_MEMORY": False,
+    }  # fmt: skip
     types = {"table_ptr": "*i64", "alpha": "fp32"} | dict.fromkeys(constants, "constexpr")
     moved = 3 * ITEM[dtype] + 32 / (whole_model_module.SEGMENT * PROGRAM_ELEMENTS)
     return Variant(f"whole_model_{dtype}", whole_model_module.whole_model, types, constants, ("table_ptr",), moved)

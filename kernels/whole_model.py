@@ -29,16 +29,15 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 @triton.jit  # type: ignore[untyped-decorator]
 def whole_model(  # type: ignore[no-untyped-def]
     table_ptr, alpha, SFT: tl.constexpr, ALIGNED: tl.constexpr, ALIGNMENT: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr, IN_MEMORY: tl.constexpr = False,
 ):  # fmt: skip
     """Compute the rows of a table: int64 addresses of sft, aligned and out, and the number of elements there.
 
     The addresses are multiples of ALIGNMENT bytes. SFT and ALIGNED are the dtypes of the elements, and not types of
     pointers: Triton can neither hash such a type nor write it as JSON, as it writes constants for a compile hook.
-    The argument alpha is a number that is not 0, or the address of a number in fp32, which may be 0.
+    The argument alpha is a number that is not 0, or with IN_MEMORY the address of a number in fp32, which may be 0.
     """
-    in_memory: tl.constexpr = alpha.dtype.is_ptr()
-    if in_memory:
+    if IN_MEMORY:
         alpha = tl.load(alpha)
     program = tl.program_id(0)
     row = table_ptr + (program // SEGMENT).to(tl.int64) * 4
@@ -48,7 +47,7 @@ def whole_model(  # type: ignore[no-untyped-def]
     sft_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.constexpr(SFT).value)), ALIGNMENT)
     aligned_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
     out_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.constexpr(ALIGNED).value)), ALIGNMENT)
-    write_block(sft_ptr + start, aligned_ptr + start, out_ptr + start, left, alpha, in_memory, BLOCK, PTX)
+    write_block(sft_ptr + start, aligned_ptr + start, out_ptr + start, left, alpha, IN_MEMORY, BLOCK, PTX)
 
 
 class Group(NamedTuple):
@@ -76,8 +75,9 @@ class Group(NamedTuple):
             with launching(self.table):
                 # Constants by position: by name they would take a microsecond more on the host.
                 whole_model[self.programs,](
-                    self.table, alpha, *self.constants.values(), SEGMENT, PROGRAM_ELEMENTS, ptx(), **OPTIONS
-                )
+                    self.table, alpha, *self.constants.values(), SEGMENT, PROGRAM_ELEMENTS, ptx(),
+                    isinstance(alpha, torch.Tensor), **OPTIONS,
+                )  # fmt: skip
 
 
 class Table:
