@@ -84,13 +84,18 @@ def _find_parts(
     """
     in_memory = {rename(name): tensor for name, tensor in memory.items()}
     sets: dict[tuple[Fusion, tuple[str, ...]], dict[tuple[int, int], TensorInfo]] = {}
+    ambiguous = set()  # conversions in which two tensors have one place, such as `experts.3` and `experts.03`
     for name, tensor in files.items():
         place = places[name]
         if place is not None and all(target in in_memory for target in place.targets):
-            sets.setdefault((place.fusion, place.targets), {})[place.source, place.expert] = tensor
+            sources = sets.setdefault((place.fusion, place.targets), {})
+            if (place.source, place.expert) in sources:
+                ambiguous.add((place.fusion, place.targets))
+            sources[place.source, place.expert] = tensor
     found: list[_Part] = []
     for (fusion, targets), sources in sets.items():
-        found += _parts_of(fusion, sources, [in_memory[target] for target in targets])
+        if (fusion, targets) not in ambiguous:
+            found += _parts_of(fusion, sources, [in_memory[target] for target in targets])
     return found
 
 

@@ -122,7 +122,21 @@ def add(tensors: Tensors) -> None:
         tensors[f"{LAYER}experts.{EXPERTS}.{name}.weight"] = tensors[f"{LAYER}experts.0.{name}.weight"]
 
 
-@pytest.mark.parametrize("change", [lose, widen, add])
+def repeat(tensors: Tensors) -> None:
+    tensors[f"{LAYER}experts.02.up_proj.weight"] = tensors[f"{LAYER}experts.0.up_proj.weight"]
+
+
+def test_two_tensors_for_one_expert_are_not_paired(tmp_path: Path) -> None:
+    """Neither is chosen: with the option that keeps aligned's tensors, the fused tensor is aligned's."""
+    tensors, aligned = published(1), fused(published(2))
+    repeat(tensors)
+    pair = write(tmp_path / "sft", tensors), write(tmp_path / "aligned", aligned)
+    expo.merge(*pair, ALPHA, tmp_path / "out", quiet=True, on_unpaired="aligned")
+    name = f"{LAYER}experts.gate_up_proj"
+    assert read_folder(tmp_path / "out")[name] == aligned[name]
+
+
+@pytest.mark.parametrize("change", [lose, widen, add, repeat])
 @pytest.mark.parametrize("fused_side", ["sft", "aligned"])
 def test_experts_that_do_not_fit_are_refused(tmp_path: Path, change: Change, fused_side: str) -> None:
     tensors = published(1)
