@@ -1,4 +1,5 @@
-/* The engine cpu: out = aligned + alpha * (aligned - sft) in one pass; and the cast and low_rank of convert.py.
+/* The engine cpu: out = aligned + alpha * (aligned - sft) in one pass; and the
+ * cast, dequantize and low_rank of convert.py.
  *
  *   d = f32(a) - f32(s);  p = alpha * d;  r = f32(a) + p;  out = round-to-nearest-even(r -> dtype of a)
  *
@@ -43,8 +44,8 @@ static inline void store_BF16(BF16 *p, float r) {
     *p = r != r ? 0x7fc0 : (uint16_t)rounded;
 }
 
-enum { CODE_BF16, CODE_F16, CODE_F32 };
-static const Py_ssize_t ITEMSIZE[3] = {2, 2, 4};
+enum { CODE_BF16, CODE_F16, CODE_F32, CODE_E4M3, CODE_E2M1 }; /* the last two are quantised, and have scales */
+static const Py_ssize_t ITEMSIZE[5] = {2, 2, 4, 1, 1};
 
 /* The sums of a block: element i belongs to lane i % SUMS.  Elements whose d is not finite are left out. */
 typedef struct {
@@ -59,8 +60,17 @@ typedef struct {
 
 typedef struct { int64_t changed, non_finite; } Count;
 
+/* The scales of quantised elements, the elements of a matrix in C order: the value of an element is its number times
+ * the scale of its block, rounded once. */
+typedef struct {
+    const float *values;                           /* one for each block, in C order */
+    Py_ssize_t rows, columns, width, height, breadth; /* of the blocks; of the matrix: columns; of a block */
+    Py_ssize_t first;                              /* the number of the first element in the matrix */
+} Scales;
+
 typedef struct {
     const char *sft, *aligned;
+    Scales sft_scales, aligned_scales; /* used if the dtype is quantised */
     int sft_dtype, aligned_dtype, alphas, measure;
     Py_ssize_t n;
     char *out[MAX_ALPHAS];
@@ -110,6 +120,8 @@ typedef struct {
     void (*compute)(Job *, Py_ssize_t, Py_ssize_t);
     void (*widen)(const char *, int, float *, Py_ssize_t);
     void (*narrow)(const float *, int, char *, Py_ssize_t);
+    void (*decode)(const uint8_t *, int, float *, Py_ssize_t);                /* the numbers of quantised elements */
+    void (*scale)(float *, const float *, Py_ssize_t, Py_ssize_t, Py_ssize_t); /* by the scales of a line of blocks */
     void (*count)(const char *, const char *, Py_ssize_t, Count *); /* of fp32 elements */
     Tile *one_row, *some_rows;
     const Fused (*fused)[3]; /* indexed by [dtype of sft][dtype of aligned]; NULL where there is no such loop */
@@ -121,8 +133,8 @@ typedef struct {
 #define INLINE static inline __attribute__((always_inline))
 #define VARIANT(NAME_, SUPPORTED, FUSED_)                                                                       \
     {                                                                                                           \
-        #NAME_, SUPPORTED, JOIN(compute, NAME_), JOIN(widen, NAME_), JOIN(narrow, NAME_), JOIN(loop_count_F32, NAME_), \
-            JOIN(one_row, NAME_), JOIN(some_rows, NAME_), FUSED_                                                \
+        #NAME_, SUPPORTED, JOIN(compute, NAME_), JOIN(widen, NAME_), JOIN(narrow, NAME_), JOIN(decode, NAME_), \
+            JOIN(scale, NAME_), JOIN(loop_count_F32, NAME_), JOIN(one_row, NAME_), JOIN(some_rows, NAME_), FUSED_                                                \
     }
 
 static int always(void) { return 1; }
@@ -240,6 +252,40 @@ static void run(const Variant *variant, Job *job) {
     }
 }
 
+/* Write the values of n quantised elements from number i of an operand on. */
+static void dequantize(const Variant *variant, const char *elements, int dtype, const Scales *scales, Py_ssize_t i,
+                       Py_ssize_t n, float *out) {
+    variant->decode((const uint8_t *)elements + i, dtype, out, n);
+    for (Py_ssize_t at = scales->first + i, done = 0; done < n;) {
+        const Py_ssize_t row = (at + done) / scales->width, column = (at + done) % scales->width;
+        const Py_ssize_t some = scales->width - column < n - done ? scales->width - column : n - done;
+        variant->scale(out + done, scales->values + row / scales->height * scales->columns, scales->breadth, column, some);
+        done += some;
+    }
+}
+
+/* Run a job with quantised inputs: the values of a block of elements stay in the L1 cache. */
+static void run_quantized(const Variant *variant, Job *job) {
+    float sft[CACHE_ELEMENTS], aligned[CACHE_ELEMENTS];
+    for (Py_ssize_t i = 0; i < job->n; i += CACHE_ELEMENTS) {
+        Job part = *job; /* with the statistics so far */
+        part.n = job->n - i < CACHE_ELEMENTS ? job->n - i : CACHE_ELEMENTS;
+        part.sft += i * ITEMSIZE[job->sft_dtype], part.aligned += i * ITEMSIZE[job->aligned_dtype];
+        if (job->sft_dtype > CODE_F32) {
+            dequantize(variant, job->sft, job->sft_dtype, &job->sft_scales, i, part.n, sft);
+            part.sft = (const char *)sft, part.sft_dtype = CODE_F32;
+        }
+        if (job->aligned_dtype > CODE_F32) {
+            dequantize(variant, job->aligned, job->aligned_dtype, &job->aligned_scales, i, part.n, aligned);
+            part.aligned = (const char *)aligned, part.aligned_dtype = CODE_F32;
+        }
+        for (int k = 0; k < job->alphas; k++) part.out[k] += i * ITEMSIZE[part.aligned_dtype];
+        run(variant, &part);
+        job->distance = part.distance;
+        memcpy(job->count, part.count, sizeof part.count);
+    }
+}
+
 /* Return the memory of a buffer, or the address that an int is: cpu.py has checked the size of the memory there.
  * After a success view->obj is NULL if there is nothing to release. */
 static char *memory(PyObject *object, Py_ssize_t bytes, int writable, Py_buffer *view) {
@@ -251,6 +297,25 @@ static char *memory(PyObject *object, Py_ssize_t bytes, int writable, Py_buffer 
         return NULL;
     }
     return view->buf;
+}
+
+/* Read the scales (values, rows, columns, width, height, breadth, first) of n elements of a dtype; nothing for a dtype
+ * without scales.  Return -1 with an exception if they do not cover the elements.  convert.py has checked the shapes. */
+static int read_scales(PyObject *tuple, int dtype, Py_ssize_t n, Scales *scales, Py_buffer *view) {
+    PyObject *values;
+    view->obj = NULL;
+    if (dtype <= CODE_F32) return 0;
+    if (!PyTuple_Check(tuple)) return PyErr_SetString(PyExc_ValueError, "quantised elements need scales"), -1;
+    if (!PyArg_ParseTuple(tuple, "Onnnnnn", &values, &scales->rows, &scales->columns, &scales->width, &scales->height,
+                          &scales->breadth, &scales->first)) return -1;
+    const Py_ssize_t most = PY_SSIZE_T_MAX / 8;
+    if (scales->rows < 0 || scales->width < 1 || scales->height < 1 || scales->breadth < 1 || scales->first < 0 ||
+        scales->columns < 1 || scales->columns != (scales->width - 1) / scales->breadth + 1 || scales->first > most - n ||
+        scales->rows > most / scales->columns ||
+        (n && (scales->first + n - 1) / scales->width / scales->height >= scales->rows))
+        return PyErr_SetString(PyExc_ValueError, "the scales do not cover the elements"), -1;
+    scales->values = (const float *)memory(values, 4 * scales->rows * scales->columns, 0, view);
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 static PyObject *statistics(const Job *job) {
@@ -267,26 +332,29 @@ static PyObject *statistics(const Job *job) {
 
 static PyObject *extrapolate(PyObject *module, PyObject *args) {
     Job job = {0};
-    PyObject *sft, *aligned, *outs, *alphas;
-    Py_buffer views[MAX_ALPHAS + 2] = {{0}};
+    PyObject *sft, *aligned, *outs, *alphas, *sft_scales = Py_None, *aligned_scales = Py_None;
+    Py_buffer views[MAX_ALPHAS + 4] = {{0}};
     const char *name = NULL;
     int used = 0;
     PyObject *result = NULL;
     fenv_t mode;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OiOinO!O!p|z", &sft, &job.sft_dtype, &aligned, &job.aligned_dtype, &job.n, &PyTuple_Type,
-                          &outs, &PyTuple_Type, &alphas, &job.measure, &name))
+    if (!PyArg_ParseTuple(args, "OiOinO!O!p|zOO", &sft, &job.sft_dtype, &aligned, &job.aligned_dtype, &job.n, &PyTuple_Type,
+                          &outs, &PyTuple_Type, &alphas, &job.measure, &name, &sft_scales, &aligned_scales))
         return NULL;
-    if (job.sft_dtype < 0 || job.sft_dtype > 2 || job.aligned_dtype < 0 || job.aligned_dtype > 2 || job.n < 0 ||
+    if (job.sft_dtype < 0 || job.sft_dtype > 4 || job.aligned_dtype < 0 || job.aligned_dtype > 4 || job.n < 0 ||
         job.n > PY_SSIZE_T_MAX / 4 || PyTuple_GET_SIZE(outs) != PyTuple_GET_SIZE(alphas) ||
         PyTuple_GET_SIZE(outs) < 1 || PyTuple_GET_SIZE(outs) > MAX_ALPHAS) {
-        PyErr_SetString(PyExc_ValueError, "dtype codes are 0 to 2, n >= 0, and as many outputs as alphas, 1 to 64");
+        PyErr_SetString(PyExc_ValueError, "dtype codes are 0 to 4, n >= 0, and as many outputs as alphas, 1 to 64");
         return NULL;
     }
     const Variant *variant = find_variant(name);
     if (!variant) return NULL;
     job.alphas = (int)PyTuple_GET_SIZE(outs);
     const Py_ssize_t bytes = job.n * ITEMSIZE[job.aligned_dtype];
+    const Py_ssize_t out_bytes = job.n * ITEMSIZE[job.aligned_dtype > CODE_F32 ? CODE_F32 : job.aligned_dtype];
+    if (read_scales(sft_scales, job.sft_dtype, job.n, &job.sft_scales, &views[used++]) < 0) goto release;
+    if (read_scales(aligned_scales, job.aligned_dtype, job.n, &job.aligned_scales, &views[used++]) < 0) goto release;
     job.sft = memory(sft, job.n * ITEMSIZE[job.sft_dtype], 0, &views[used++]);
     if (PyErr_Occurred()) goto release;
     job.aligned = memory(aligned, bytes, 0, &views[used++]);
@@ -294,13 +362,13 @@ static PyObject *extrapolate(PyObject *module, PyObject *args) {
     for (int k = 0; k < job.alphas; k++) {
         job.alpha[k] = PyFloat_AsDouble(PyTuple_GET_ITEM(alphas, k));
         if (PyErr_Occurred()) goto release;
-        job.out[k] = memory(PyTuple_GET_ITEM(outs, k), bytes, 1, &views[used++]);
+        job.out[k] = memory(PyTuple_GET_ITEM(outs, k), out_bytes, 1, &views[used++]);
         if (PyErr_Occurred()) goto release;
     }
     Py_BEGIN_ALLOW_THREADS
     fegetenv(&mode);
     fesetenv(FE_DFL_ENV);
-    run(variant, &job);
+    (job.sft_dtype > CODE_F32 || job.aligned_dtype > CODE_F32 ? run_quantized : run)(variant, &job);
     fesetenv(&mode);
     Py_END_ALLOW_THREADS
     if (job.measure)
@@ -359,6 +427,39 @@ static PyObject *cast(PyObject *module, PyObject *args) {
     fesetenv(&mode);
     Py_END_ALLOW_THREADS
     result = against ? Py_BuildValue("(LL)", (long long)count.changed, (long long)count.non_finite) : Py_NewRef(Py_None);
+release:
+    for (int v = 0; v < 3; v++) PyBuffer_Release(&views[v]);
+    return result;
+}
+
+static PyObject *dequantize_elements(PyObject *module, PyObject *args) {
+    PyObject *elements, *tuple, *out, *result = NULL;
+    int dtype;
+    Py_ssize_t n;
+    Scales scales;
+    Py_buffer views[3] = {{0}};
+    const char *name = NULL;
+    fenv_t mode;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OinOO|z", &elements, &dtype, &n, &tuple, &out, &name)) return NULL;
+    if (dtype <= CODE_F32 || dtype > CODE_E2M1 || n < 0 || n > PY_SSIZE_T_MAX / 8) {
+        PyErr_SetString(PyExc_ValueError, "dtype codes are 3 and 4, and n >= 0");
+        return NULL;
+    }
+    const Variant *variant = find_variant(name);
+    if (!variant || read_scales(tuple, dtype, n, &scales, &views[0]) < 0) goto release;
+    const char *x = memory(elements, n, 0, &views[1]);
+    if (PyErr_Occurred()) goto release;
+    float *y = (float *)memory(out, 4 * n, 1, &views[2]);
+    if (PyErr_Occurred()) goto release;
+    Py_BEGIN_ALLOW_THREADS
+    fegetenv(&mode);
+    fesetenv(FE_DFL_ENV);
+    for (Py_ssize_t i = 0; i < n; i += CACHE_ELEMENTS)
+        dequantize(variant, x, dtype, &scales, i, n - i < CACHE_ELEMENTS ? n - i : CACHE_ELEMENTS, y + i);
+    fesetenv(&mode);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
 release:
     for (int v = 0; v < 3; v++) PyBuffer_Release(&views[v]);
     return result;
@@ -439,14 +540,19 @@ static PyObject *variants(PyObject *module, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"extrapolate", extrapolate, METH_VARARGS,
-     "extrapolate(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure, variant=None)\n--\n\n"
+     "extrapolate(sft, sft_dtype, aligned, aligned_dtype, n, outs, alphas, measure, variant=None, sft_scales=None,\n"
+     "aligned_scales=None)\n--\n\n"
      "Write aligned + alpha * (aligned - sft) into outs[k] for each alphas[k]; n elements; dtype codes 0 BF16, 1 F16,\n"
-     "2 F32; an output has aligned's dtype.  Each memory is a contiguous buffer or an address.  Returns None, or with\n"
+     "2 F32; an output has aligned's dtype.  Codes 3 F8_E4M3 and 4 F4 need scales (values in fp32, rows, columns, columns\n"
+     "of the matrix, rows and columns of a block, first element), and count as F32.  Each memory is a contiguous buffer or an address.  Returns None, or with\n"
      "measure (sum of d*d, sum of aligned*aligned, max |d|, ((changed, non-finite), ...))."},
     {"cast", cast, METH_VARARGS,
      "cast(source, source_dtype, out, out_dtype, n, before, variant=None)\n--\n\n"
      "Write n elements in another dtype, rounded once.  Returns None, or with fp32 elements to compare the result with\n"
      "(changed, non-finite)."},
+    {"dequantize", dequantize_elements, METH_VARARGS,
+     "dequantize(elements, dtype, n, scales, out, variant=None)\n--\n\n"
+     "Write the values of n quantised elements in fp32: their numbers times their scales, rounded once."},
     {"low_rank", low_rank, METH_VARARGS,
      "low_rank(left, right, scale, rows, rank, width, first, n, out, variant=None)\n--\n\n"
      "Write elements [first, first + n) of scale * left @ right, all fp32; every sum runs from the left."},

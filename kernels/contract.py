@@ -24,6 +24,9 @@ from ..dtypes import ITEMSIZE, torch_names
 from ..errors import EngineError
 
 CODES = {"BF16": 0, "F16": 1, "F32": 2}  # the numbers of the dtypes that `_cpu.c` knows
+# The dtypes of quantised elements, and their numbers in `_cpu.c`; each element takes one byte. F4 is E2M1 in the low
+# four bits of its byte.
+QUANTIZED = {"F8_E4M3": 3, "F4": 4}
 
 
 class Address(NamedTuple):
@@ -51,19 +54,49 @@ def buffer_of(memory: Any) -> Any:
     return (ctypes.c_ubyte * memory.nbytes).from_address(memory.start)
 
 
+class Scales(NamedTuple):
+    """The scales of quantised elements: the elements of a matrix, in C order, of which blocks share a scale.
+
+    The value of an element is fp32(element) * scale, rounded once to fp32.
+
+    Attributes:
+        values: The scales, in fp32, C-contiguous, of shape (rows of blocks, columns of blocks): an array of NumPy.
+        width: The number of columns of the matrix.
+        block: The rows and the columns of the matrix that share a scale; the last blocks may be smaller.
+        first: The number of the operand's first element in the matrix.
+    """
+
+    values: Any
+    width: int
+    block: tuple[int, int]
+    first: int = 0
+
+    def check(self, n: int) -> None:
+        """Raise ValueError if n elements have no place in the matrix of the scales."""
+        rows, columns = self.values.shape
+        height, width = self.block
+        fits = self.first >= 0 and self.first + n <= rows * height * self.width
+        if min(self.width, height, width) < 1 or columns != -(-self.width // width) or not fits:
+            raise ValueError(
+                f"scales of shape {rows} x {columns} for blocks of {height} x {width} do not cover elements "
+                f"{self.first} to {self.first + n} of a matrix with {self.width} columns"
+            )
+
+
 class Operand(NamedTuple):
     """One input of an engine: elements of one dtype, one after the other.
 
     Attributes:
         memory: A C-contiguous buffer of raw little-endian bytes at any address, or an `Address`; for engines that
             compute with torch, a contiguous tensor.
-        dtype: The dtype of the elements: "BF16", "F16", "F32" or "F64".
-        scales: The scales of quantised elements. No engine computes with them yet, so all refuse any but None.
+        dtype: The dtype of the elements: "BF16", "F16", "F32" or "F64"; for quantised elements a name of QUANTIZED.
+        scales: The scales of quantised elements; None for any other dtype. An engine computes with the values of such
+            elements as with elements of F32, and the outputs of a quantised anchor are F32.
     """
 
     memory: Any
     dtype: str
-    scales: Any = None
+    scales: Scales | None = None
 
     @classmethod
     def of_tensor(cls, tensor: Any) -> Operand:
@@ -72,13 +105,24 @@ class Operand(NamedTuple):
 
     def part(self, first: int, count: int) -> Operand:
         """Return elements [first, first + count) of an operand whose memory is an `Address`."""
-        item = ITEMSIZE[self.dtype]
-        return Operand(self.memory.part(first * item, count * item), self.dtype, self.scales)
+        item = self.itemsize
+        scales = self.scales and self.scales._replace(first=self.scales.first + first)
+        return Operand(self.memory.part(first * item, count * item), self.dtype, scales)
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of an element."""
+        return ITEMSIZE[self.dtype] if self.scales is None else 1
+
+    @property
+    def value_dtype(self) -> str:
+        """The dtype of the values, in which an engine gets the elements: F32 for quantised ones."""
+        return self.dtype if self.scales is None else "F32"
 
     @property
     def elements(self) -> int:
         """The number of elements in the memory. Raises ValueError if the memory ends inside an element."""
-        memory, item = self.memory, ITEMSIZE[self.dtype]
+        memory, item = self.memory, self.itemsize
         nbytes: int = memory.nbytes if hasattr(memory, "nbytes") else memoryview(memory).nbytes
         count, rest = divmod(nbytes, item)
         if rest:
@@ -140,12 +184,13 @@ def tensor_extrapolation(sft: Any, aligned: Any, alphas: Any) -> tuple[Operand, 
 
 
 def is_extrapolation(anchor: Operand, terms: Sequence[Term]) -> bool:
-    """Return True if these arguments are those of ExPO, without scales."""
+    """Return True if these arguments are those of ExPO."""
     if len(terms) != 1:
         return False
-    _, plus, minus = terms[0]
-    same = plus is anchor or (plus.memory is anchor.memory and plus.dtype == anchor.dtype and plus.scales is None)
-    return same and anchor.scales is None and minus.scales is None
+    _, plus, _ = terms[0]
+    return plus is anchor or (
+        plus.memory is anchor.memory and plus.dtype == anchor.dtype and plus.scales is anchor.scales
+    )
 
 
 def extrapolation_term(engine: str, anchor: Operand, terms: Sequence[Term]) -> Term:
@@ -161,7 +206,6 @@ def extrapolation_term(engine: str, anchor: Operand, terms: Sequence[Term]) -> T
     """
     if is_extrapolation(anchor, terms):
         return terms[0]
-    check_no_scales(anchor, terms)
     given = "another term" if len(terms) == 1 else f"{len(terms)} terms"
     raise EngineError(
         f"the engine {engine} computes only aligned + alpha * (aligned - sft), and got {given}: use the engine numpy, "
@@ -170,10 +214,10 @@ def extrapolation_term(engine: str, anchor: Operand, terms: Sequence[Term]) -> T
 
 
 def check_no_scales(anchor: Operand, terms: Sequence[Term]) -> None:
-    """Raise EngineError if an operand has scales, which no engine knows yet."""
+    """Raise EngineError if an operand has scales, for an engine that does not compute with quantised elements."""
     operands = [anchor, *(operand for term in terms for operand in (term.plus, term.minus))]
     if any(operand.scales is not None for operand in operands):
-        raise EngineError("an operand has scales, and no engine computes with quantised elements yet")
+        raise EngineError("this engine does not compute with quantised elements: dequantise them first")
 
 
 def total_statistics(parts: Iterable[Statistics], outputs: int) -> Statistics:

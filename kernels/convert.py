@@ -1,13 +1,14 @@
 """Operations besides the engines' one: conversion to another dtype, and the delta of a low-rank adapter.
 
     cast        out = round-to-nearest-even(x -> dtype of out), once; widening is exact
+    dequantize  out = fp32(element) * scale, for quantised elements
     low_rank    delta[i, j] = scale * (left[i, 0] * right[0, j] + left[i, 1] * right[1, j] + ...)
     add_delta   out = f32(base) + f32(beta) * delta, where beta is 1 for aligned and 1 + alpha for the output
 
 The arithmetic of low_rank is fp32, each multiplication and each addition rounds once, and the terms are added from left
 to right. So NumPy and C give the same bits, and a part of the matrix that is computed alone has the bits of the whole.
 The formula is LoRA's, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), section 4.1. The
-functions cast and low_rank use the compiled code where the engine cpu is built, and NumPy elsewhere; add_delta always
+functions cast, dequantize and low_rank use the compiled code where the engine cpu is built, and NumPy elsewhere; add_delta always
 uses NumPy. Bytes moved: cast reads and writes each element once; low_rank only writes, because the factors stay in the
 cache.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import numerics
-from .contract import CODES
+from .contract import CODES, QUANTIZED, Operand
 from .numerics import STORAGE, Array, check_floating_point_mode, narrow, widen
 
 try:
@@ -58,6 +59,30 @@ def cast(
     with np.errstate(all="ignore"):
         narrow(x, out_dtype, result)
         return None if before is None else numerics.count(before, result, out_dtype)
+
+
+def dequantize(operand: Operand, out: Array) -> None:
+    """Write the values of quantised elements, rounded once to fp32.
+
+    Args:
+        operand: The elements and their scales.
+        out: fp32 of as many elements.
+
+    Raises:
+        ValueError: The scales do not cover the elements.
+        RuntimeError: The floating-point mode of this thread would give other bits.
+    """
+    assert operand.scales is not None
+    if _cpu is not None:
+        from .cpu import scale_arguments
+
+        scales = scale_arguments(operand.scales, out.size)
+        assert scales is not None
+        _cpu.dequantize(operand.memory, QUANTIZED[operand.dtype], out.size, scales, out)
+        return
+    check_floating_point_mode()
+    operand.scales.check(out.size)
+    numerics.dequantize(np.frombuffer(operand.memory, np.uint8, out.size), operand.dtype, operand.scales, out)
 
 
 def low_rank(left: Array, right: Array, scale: float, first: int, out: Array) -> None:

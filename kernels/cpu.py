@@ -11,7 +11,9 @@ from typing import Any
 
 from ..dtypes import ITEMSIZE
 from . import _cpu
-from .contract import CODES, Address, Operand, Statistics, Term, extrapolation_term
+from .contract import CODES, QUANTIZED, Address, Operand, Scales, Statistics, Term, extrapolation_term
+
+NUMBERS = CODES | QUANTIZED  # of the dtypes, in `_cpu.c`
 
 
 def variants() -> list[str]:
@@ -34,19 +36,29 @@ def extrapolate(
 
         return numerics.extrapolate(anchor, terms, outputs, measure)
     n = anchor.elements
-    size = n * ITEMSIZE[anchor.dtype]
+    size = n * ITEMSIZE[anchor.value_dtype]
     statistics = _cpu.extrapolate(
-        _memory(sft.memory, n * ITEMSIZE[sft.dtype]),
-        CODES[sft.dtype],
-        _memory(anchor.memory, size),
-        CODES[anchor.dtype],
+        _memory(sft.memory, n * sft.itemsize),
+        NUMBERS[sft.dtype],
+        _memory(anchor.memory, n * anchor.itemsize),
+        NUMBERS[anchor.dtype],
         n,
         tuple([_memory(output, size) for output in outputs]),
         tuple(alphas),
         measure,
         variant,
+        scale_arguments(sft.scales, n),
+        scale_arguments(anchor.scales, n),
     )
     return Statistics(*statistics) if statistics else None
+
+
+def scale_arguments(scales: Scales | None, n: int) -> tuple[Any, ...] | None:
+    """Return the scales of n elements in the form that `_cpu.c` takes. Raises ValueError if they do not cover them."""
+    if scales is None:
+        return None
+    scales.check(n)
+    return scales.values, *scales.values.shape, scales.width, *scales.block, scales.first
 
 
 def _memory(memory: Any, needed: int) -> Any:

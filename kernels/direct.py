@@ -18,8 +18,8 @@ import triton
 
 from ..dtypes import ITEMSIZE
 from ..memory import page_aligned
-from . import numerics, sweep
-from .contract import Operand, Statistics, Term, buffer_of, extrapolation_term
+from . import convert, numerics, sweep
+from .contract import Operand, Statistics, Term, buffer_of, extrapolation, extrapolation_term
 from .extrapolate import OPTIONS, launching, ptx
 from .whole_model import ACCESS_BYTES, constants
 
@@ -61,6 +61,9 @@ class DirectEngine:
         """
         alphas, _, sft = extrapolation_term("triton", anchor, terms)
         n = anchor.elements
+        if anchor.scales is not None or sft.scales is not None:  # the values take the place of quantised elements
+            values = [_values(operand, n) for operand in (sft, anchor)]
+            return self(*extrapolation(values[0], values[1], alphas), outputs, measure)
         if not n or "F64" in (sft.dtype, anchor.dtype):
             return numerics.extrapolate(anchor, terms, outputs, measure)
         size = n * ITEMSIZE[anchor.dtype]
@@ -100,6 +103,15 @@ class DirectEngine:
 def _bytes_of(memory: Any) -> Any:
     """Return a buffer's bytes as an array of uint8, without a copy."""
     return np.frombuffer(buffer_of(memory), np.uint8)
+
+
+def _values(operand: Operand, n: int) -> Operand:
+    """Return the values of the first n elements, in fp32, of a quantised operand; any other operand as it is."""
+    if operand.scales is None:
+        return operand
+    values = np.empty(n, np.float32)
+    convert.dequantize(operand, values)
+    return Operand(values, "F32")
 
 
 def _elements(operand: Operand, n: int) -> Any:

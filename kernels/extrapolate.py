@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .contract import Operand, Term, extrapolation_term
+from .contract import Operand, Term, check_no_scales, extrapolation_term
 
 # A kernel takes this number as BLOCK: 16 elements for each of 128 threads, two 128-bit accesses for a bf16 operand.
 PROGRAM_ELEMENTS = 2048
@@ -110,6 +110,7 @@ def launch(anchor: Operand, terms: Sequence[Term], outputs: Sequence[torch.Tenso
         EngineError: The arguments are not those of ExPO.
     """
     (alpha,), _, sft = extrapolation_term("triton", anchor, terms)
+    check_no_scales(anchor, terms)
     (out,) = outputs
     launch_tensors(sft.memory, anchor.memory, alpha, out)
 

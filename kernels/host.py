@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..dtypes import ITEMSIZE, torch_dtypes
-from . import numerics
+from ..dtypes import torch_dtypes
+from . import dequantize, numerics
 from .contract import Operand, Statistics, Term, buffer_of, extrapolation, extrapolation_term
 from .extrapolate import interpreted, why_unavailable
 from .sweep import Partials, launch, statistics
@@ -62,8 +62,14 @@ class HostEngine:
         return statistics(Partials(*(x.cpu() for x in partials))) if partials else None
 
     def _upload(self, operand: Operand, n: int) -> Operand:
-        """Return the first n elements of an operand as a tensor on the device."""
-        size = n * ITEMSIZE[operand.dtype]
+        """Return the first n elements of an operand, or the values of quantised ones, as a tensor on the device."""
+        size = n * operand.itemsize
         host = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         host.numpy()[:] = np.frombuffer(buffer_of(operand.memory), np.uint8, size)
-        return operand._replace(memory=host.to(self.device).view(torch_dtypes()[operand.dtype]))
+        elements = host.to(self.device)
+        if operand.scales is None:
+            return operand._replace(memory=elements.view(torch_dtypes()[operand.dtype]))
+        values = torch.from_numpy(np.ascontiguousarray(operand.scales.values)).to(self.device)
+        out = torch.empty(n, dtype=torch.float32, device=self.device)
+        dequantize.launch(operand._replace(memory=elements), values, out)
+        return Operand(out, "F32")

@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EngineError
-from .contract import Operand, Statistics, Term, buffer_of, check_no_scales
+from .contract import Operand, Scales, Statistics, Term, buffer_of
 
 Array = npt.NDArray[Any]
 
 # The NumPy dtype in which the elements of a safetensors dtype are stored.
-STORAGE: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+STORAGE: dict[str, type[np.generic]] = {
+    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "F8_E4M3": np.uint8, "F4": np.uint8,
+}  # fmt: skip
 # The number of elements that are summed in fp32; an fp32 sum of more equal terms would have an error above 1e-5.
 SUM_ELEMENTS = 1 << 12
 CACHE_ELEMENTS = 1 << 15  # the elements that are computed at a time; their fp32 temporaries fit into a 1 MiB cache
@@ -36,11 +38,10 @@ def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], 
         measure: True to return the statistics, which are defined for a single term.
 
     Raises:
-        EngineError: An operand has scales, or statistics are asked for with another number of terms.
+        EngineError: Statistics are asked for with another number of terms than one.
         RuntimeError: The floating-point mode of this thread would give other bits.
         ValueError: A memory is too small, or the number of a term's coefficients is not the number of outputs.
     """
-    check_no_scales(anchor, terms)
     if measure and len(terms) != 1:
         raise EngineError(f"statistics are defined for one term, and there are {len(terms)}")
     if any(len(term.coefficients) != len(outputs) for term in terms):
@@ -48,21 +49,27 @@ def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], 
     check_floating_point_mode()
     n = anchor.elements
     operands = [anchor, *(operand for term in terms for operand in (term.plus, term.minus))]
-    stored = {_key(operand): _array(operand.memory, operand.dtype, n) for operand in operands}
-    outs = [_array(output, anchor.dtype, n) for output in outputs]
+    stored = {_key(operand): (operand, _array(operand.memory, operand.dtype, n)) for operand in operands}
+    for operand, _ in stored.values():
+        if operand.scales is not None:
+            operand.scales.check(n)
+    out_dtype = anchor.value_dtype
+    outs = [_array(output, out_dtype, n) for output in outputs]
     work: Any = np.float64 if any(operand.dtype == "F64" for operand in operands) else np.float32
     rows = [[work(term.coefficients[k]) for term in terms] for k in range(len(outs))]
     totals, counts = [0.0, 0.0, 0.0], np.zeros((len(outs), 2), np.int64)
     with np.errstate(all="ignore"):
         for i in range(0, n, CACHE_ELEMENTS):
             run = slice(i, i + CACHE_ELEMENTS)
-            wide: dict[Any, Array] = {key: widen(x[run], key[1]).astype(work, copy=False) for key, x in stored.items()}
+            wide: dict[Any, Array] = {
+                key: _values(operand, x[run], i).astype(work, copy=False) for key, (operand, x) in stored.items()
+            }
             o = wide[_key(anchor)]
             differences = [wide[_key(term.plus)] - wide[_key(term.minus)] for term in terms]
             for k, out in enumerate(outs):
-                narrow(_sum(o, rows[k], differences), anchor.dtype, out[run])
+                narrow(_sum(o, rows[k], differences), out_dtype, out[run])
                 if measure:
-                    counts[k] += count(o, out[run], anchor.dtype)
+                    counts[k] += count(o, out[run], out_dtype)
             if measure:
                 accumulate(totals, o, differences[0])
     if not measure:
@@ -70,9 +77,18 @@ def extrapolate(anchor: Operand, terms: Sequence[Term], outputs: Sequence[Any], 
     return Statistics(totals[0], totals[1], totals[2], tuple((int(c), int(f)) for c, f in counts))
 
 
-def _key(operand: Operand) -> tuple[int, str]:
-    """Return the same key for two operands of the same memory and dtype, so that their elements are read once."""
-    return id(operand.memory), operand.dtype
+def _key(operand: Operand) -> tuple[int, str, int]:
+    """Return the same key for two operands of the same memory, dtype and scales: their elements are read once."""
+    return id(operand.memory), operand.dtype, id(operand.scales)
+
+
+def _values(operand: Operand, x: Array, first: int) -> Array:
+    """Return the values of elements x of an operand, from its element number `first` on, in fp32 or fp64."""
+    if operand.scales is None:
+        return widen(x, operand.dtype)
+    out = np.empty(x.size, np.float32)
+    dequantize(x, operand.dtype, operand.scales._replace(first=operand.scales.first + first), out)
+    return out
 
 
 def _array(memory: Any, dtype: str, n: int) -> Array:
@@ -97,6 +113,39 @@ def widen(x: Array, dtype: str) -> Array:
         bits <<= np.uint32(16)
         return bits.view(np.float32)
     return x.astype(np.float32) if dtype == "F16" else x
+
+
+def _number(bits: int, exponent_bits: int, mantissa_bits: int) -> float:
+    """Return the number of a small format with a sign, these bits, the usual bias, and no infinity."""
+    sign = -1.0 if bits >> (exponent_bits + mantissa_bits) else 1.0
+    exponent = bits >> mantissa_bits & ((1 << exponent_bits) - 1)
+    mantissa = bits & ((1 << mantissa_bits) - 1)
+    bias = (1 << (exponent_bits - 1)) - 1
+    leading = int(exponent > 0)  # subnormal numbers have no leading one, and the exponent 1
+    return sign * (leading + mantissa / (1 << mantissa_bits)) * 2.0 ** (max(exponent, 1) - bias)
+
+
+# The numbers of all codes, in fp32. E4M3 has NaN where all bits but the sign are set, and E2M1 has no NaN. Sources:
+# "FP8 Formats for Deep Learning" (arXiv 2209.05433), and the OCP Microscaling Formats specification, version 1.0.
+NUMBERS = {
+    "F8_E4M3": np.array([_number(k, 4, 3) if k & 0x7F < 0x7F else np.nan for k in range(256)], np.float32),
+    "F4": np.array([_number(k & 15, 2, 1) for k in range(256)], np.float32),
+}
+
+
+def dequantize(codes: Array, dtype: str, scales: Scales, out: Array) -> None:
+    """Write fp32(code) * scale, rounded once.
+
+    Args:
+        codes: The elements, in uint8.
+        dtype: A name of `contract.QUANTIZED`.
+        scales: The scales; `Scales.first` is the number of the first of these elements.
+        out: fp32 of the same size.
+    """
+    row, column = np.divmod(np.arange(scales.first, scales.first + codes.size), scales.width)
+    height, width = scales.block
+    with np.errstate(all="ignore"):
+        np.multiply(NUMBERS[dtype][codes], scales.values[row // height, column // width], out=out)
 
 
 def narrow(r: Array, dtype: str, out: Array) -> None:

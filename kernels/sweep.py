@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..dtypes import torch_dtypes
-from .contract import Operand, Statistics, Term, extrapolation_term, tensor_extrapolation
+from .contract import Operand, Statistics, Term, check_no_scales, extrapolation_term, tensor_extrapolation
 from .extrapolate import OPTIONS, TAIL_ELEMENTS, launching, ptx, rounded, widen
 
 PART_ELEMENTS = 2048  # the elements that a program computes at a time: 16 for each of 128 threads
@@ -177,6 +177,7 @@ def launch(anchor: Operand, terms: Sequence[Term], outputs: torch.Tensor, partia
         EngineError: The arguments are not those of ExPO.
     """
     alphas, _, sft = extrapolation_term("triton", anchor, terms)
+    check_no_scales(anchor, terms)
     aligned, n = anchor.memory, anchor.elements
     sums, counts = partials or (None, None)
     if n:

@@ -62,6 +62,9 @@ class Checkpoint:
         stored: The name of a tensor in its file, for each tensor that has another name here: the file has a wrapper's
             longer name, or the head is stored in the file only as the embedding.
         notes: Sentences for the user about oddities of the files that do no harm.
+        views: The reader of each tensor whose numbers are not stored as its TensorInfo says, by its stored name.
+        dequantized: The names of the tensors whose numbers are computed from quantised ones.
+        config_changed: True if `config` is not the object in config.json, because it lost an entry.
     """
 
     path: str
@@ -77,6 +80,9 @@ class Checkpoint:
     adapter: Adapter | None = None
     stored: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    views: Mapping[str, ByteReader] = field(default_factory=dict)
+    dequantized: frozenset[str] = frozenset()
+    config_changed: bool = False
 
     @property
     def name(self) -> str:
@@ -95,7 +101,8 @@ class Checkpoint:
         """Return the reader of the bytes [start, stop) of a tensor's TensorInfo, by the tensor's name."""
         if self.adapter is not None and tensor in self.adapter.full:
             return self.adapter.shard.reader_of(self.tensors[tensor].name)
-        return self.shards[self.weight_map[tensor]].reader_of(self.stored.get(tensor, tensor))
+        stored = self.stored.get(tensor, tensor)
+        return self.views.get(stored) or self.shards[self.weight_map[tensor]].reader_of(stored)
 
     def close(self) -> None:
         """Close all files."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ class ModelTensors(Protocol):
         files: The paths of the folder's other files by name; {} for a model in memory.
         adapter: The adapter over these tensors; None for a whole model.
         notes: Sentences for the user about oddities that do no harm.
+        dequantized: The names of the tensors whose numbers are computed from quantised ones, in fp32.
     """
 
     @property
@@ -34,3 +35,5 @@ class ModelTensors(Protocol):
     def adapter(self) -> Adapter | None: ...
     @property
     def notes(self) -> tuple[str, ...]: ...
+    @property
+    def dequantized(self) -> Collection[str]: ...

@@ -3,7 +3,7 @@
 A quantised weight has codes, which are small integers, in place of its numbers. Companions of the weight, such as
 scales, decode the codes. config.json, a file of the scheme's own, or the names of the tensors show the scheme. If all
 of them are unknown here, the tensors still show codes: a weight of integers, or integers beside a scale. This module
-reads no file.
+reads no file. `quantized_tensors.py` finds the tensors whose values can be computed, which are not refused.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .files import QUANTIZATION_FILES
 from .model_parts import is_buffer
 from .model_tensors import ModelTensors
 from .naming import mask_numbers
+from .quantized_tensors import SHOWN, QuantizedTensors, find_quantized
 from .safetensors_header import TensorInfo
 
 ORIGINAL = "use the checkpoint that it was quantised from"
@@ -58,6 +59,10 @@ CODED = (
 )
 
 
+COMPUTED = {"fp8", "compressed-tensors", "fbgemm_fp8", "mxfp4"}  # methods with tensors whose values can be computed
+TRAINED = {"bitnet"}  # methods whose models have plain weights, and round them whenever they compute
+
+
 class Codes(NamedTuple):
     """A tensor that has codes in place of numbers.
 
@@ -74,23 +79,59 @@ class Codes(NamedTuple):
         return f"{self.tensor.name!r} is {self.tensor.dtype} {list(self.tensor.shape)}{near}"
 
 
-def find_scheme(checkpoint: ModelTensors) -> str | None:
-    """Return the name of the quantisation scheme; None for a checkpoint of plain numbers."""
-    config: Any = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
-    if config:
-        return str((config.get("quant_method") or "unknown") if isinstance(config, dict) else config)
-    if isinstance(checkpoint.config.get("quantization"), dict):
-        return "MLX"
-    for name, found in QUANTIZATION_FILES.items():
-        if name in checkpoint.files:
-            return found
+def config_entry(config: Mapping[str, Any]) -> str | None:
+    """Return the method that config.json names; None if it has no entry of a quantisation."""
+    entry: Any = config.get("quantization_config") or config.get("compression_config")
+    inner = config.get("text_config")
+    if not entry and isinstance(inner, Mapping):
+        entry = inner.get("quantization_config") or inner.get("compression_config")
+    if entry:
+        return str((entry.get("quant_method") or "unknown") if isinstance(entry, dict) else entry)
+    return "MLX" if isinstance(config.get("quantization"), dict) else None
+
+
+def find_scheme(checkpoint: ModelTensors, quantized: QuantizedTensors | None = None) -> str | None:
+    """Return the name of the quantisation scheme; None for a checkpoint of plain numbers.
+
+    Args:
+        checkpoint: The checkpoint.
+        quantized: The tensors whose values can be computed, which count as plain numbers here.
+    """
+    entry = config_entry(checkpoint.config)
     tensors = checkpoint.tensors
+    if quantized is not None and quantized.found and entry in (None, *COMPUTED):
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in quantized.companions}
+    elif entry is not None:
+        return entry
+    else:
+        for name, found in QUANTIZATION_FILES.items():
+            if name in checkpoint.files:
+                return found
+    return _scheme_of(tensors)
+
+
+def _scheme_of(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Return the name of the scheme that tensors show; None for plain numbers."""
     for pattern, found in SCHEME_NAMES:
         if any(pattern.search(name) and _is_companion(name, tensors) for name in tensors):
             return found
     if find_codes(tensors) is None:
         return None
     return next((found for pattern, found in CODED if any(map(pattern.search, tensors))), "unknown")
+
+
+def is_left_over(checkpoint: ModelTensors) -> bool:
+    """Return True if config.json has an entry of a quantisation and all weights are plain numbers.
+
+    Such an entry is left when a model was dequantised, or when an adapter was trained on a quantised copy of its base.
+    """
+    entry = config_entry(checkpoint.config)
+    if entry is None or entry in TRAINED or any(name in checkpoint.files for name in QUANTIZATION_FILES):
+        return False
+    tensors = checkpoint.tensors
+    if any(tensor.dtype.startswith(("F8", "F6", "F4")) for tensor in tensors.values()):
+        return False
+    return _scheme_of(tensors) is None
 
 
 def _is_companion(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
@@ -177,6 +218,10 @@ def describe_problem(role: str, checkpoint: ModelTensors) -> str | None:
         return None
     codes = find_codes(checkpoint.tensors)
     shown = f" ({codes})" if codes else ""
+    problems = find_quantized(checkpoint.tensors, checkpoint.config).problems if found in COMPUTED else []
+    if problems:
+        more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        shown = f" ({'; '.join(problems[:SHOWN])}{more})"
     return (
         f"{role} {checkpoint.path} is quantised (quant_method {found}): its numbers are codes{shown} that cannot be "
         f"extrapolated; {WAYS_OUT.get(found, ORIGINAL)}"

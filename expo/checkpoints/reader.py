@@ -56,7 +56,13 @@ class Identity(NamedTuple):
 
 
 class ByteReader(Protocol):
-    """A reader of bytes that are numbered as if they were contiguous: those of a file, or those of one tensor."""
+    """A reader of bytes that are numbered as if they were contiguous: those of a file, or those of one tensor.
+
+    Attributes:
+        scattered: True if the bytes are spread over a file, so that few of them take as long to read as many.
+    """
+
+    scattered: bool
 
     def read(self, start: int, into: Any) -> None:
         """Fill a buffer with the bytes from `start` on. Raises CheckpointError."""
@@ -79,6 +85,8 @@ def open_regular_file(path: str) -> Iterator[BinaryIO]:
 
 class FileReader:
     """A reader of one file, which it opens at the first read. Any number of threads may use it."""
+
+    scattered = False
 
     def __init__(self, path: str, identity: Identity) -> None:
         """Set the path, and the identity that the file had when its header was read."""

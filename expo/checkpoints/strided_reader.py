@@ -16,6 +16,8 @@ GAP = 1 << 13  # bytes between two elements: a shorter gap is read, a longer one
 class StridedReader:
     """A reader of one tensor whose elements are spread over a file; it numbers the bytes as if they were contiguous."""
 
+    scattered = True
+
     def __init__(self, reader: FileReader, start: int, dims: tuple[tuple[int, int], ...], item: int) -> None:
         """Describe the tensor.
 

@@ -41,6 +41,7 @@ def remove_wrapper(aligned: Checkpoint, sft: Checkpoint) -> Checkpoint:
         tensors={shorter[name]: tensor._replace(name=shorter[name]) for name, tensor in aligned.tensors.items()},
         weight_map={shorter[name]: shard for name, shard in aligned.weight_map.items()},
         stored={new: name for name, new in shorter.items() if new != name},
+        dequantized=frozenset(shorter[name] for name in aligned.dequantized),
         notes=(*aligned.notes, _note(shorter)),
     )
 

@@ -33,14 +33,14 @@ def factor_in_fp32(factor: Array, dtype: str) -> Array:
 class Conversion:
     """The conversion of elements [first, first + n) of a step's output."""
 
-    def __init__(self, step: Step, first: int, n: int, inputs: Sequence[Any], factors: Factors | None) -> None:
+    def __init__(self, step: Step, first: int, n: int, inputs: Sequence[Operand], factors: Factors | None) -> None:
         """Compute aligned in the dtype of the arithmetic, fp32 or fp64.
 
         Args:
             step: The step.
             first: The number of the first element, counted from the first element of the step's output.
             n: The number of elements.
-            inputs: The bytes of aligned and of sft; of aligned alone for a copy; of the base alone with a delta.
+            inputs: The elements of aligned and of sft; of aligned alone for a copy; of the base alone with a delta.
             factors: The adapter's matrices and their scale; None without a delta.
         """
         self._step = step
@@ -49,7 +49,12 @@ class Conversion:
         dtypes = [step.aligned.dtype, *([step.sft.dtype] if step.sft else [])]
         self._arithmetic = "F64" if "F64" in dtypes else "F32"
         self._base = np.empty(n, STORAGE[self._arithmetic])
-        convert.cast(inputs[0], step.aligned.dtype, self._base, self._arithmetic, n)
+        if inputs[0].scales is None:
+            convert.cast(inputs[0].memory, inputs[0].dtype, self._base, self._arithmetic, n)
+        else:
+            values = self._base if self._arithmetic == "F32" else np.empty(n, np.float32)
+            convert.dequantize(inputs[0], values)
+            self._base[...] = values
         self._delta: Array | None = None
         self._aligned = self._base
         if factors is not None:
@@ -87,8 +92,8 @@ class Conversion:
             assert step.sft is not None
             # If there is a delta, only the sums need the engine, and they are the same for every alpha.
             if self._delta is None or (measure and not sums.aligned_squared):
-                sft, aligned = Operand(self._sft, step.sft.dtype), Operand(self._aligned, self._arithmetic)
-                sums = engine.run(*extrapolation(sft, aligned, (alpha,)), [result], measure) or sums
+                aligned = Operand(self._aligned, self._arithmetic)
+                sums = engine.run(*extrapolation(self._sft, aligned, (alpha,)), [result], measure) or sums
             if self._delta is not None:
                 beta = working_alpha(1.0 + alpha, self._arithmetic)
                 convert.add_delta(self._base, self._delta, beta, result)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoints.reader import ByteReader, FileReader
+from ..checkpoints.scaled_reader import ScaledReader, TransposedReader
 from ..dtypes import BITS
 from ..errors import EngineError
 from ..kernels.contract import Operand, Statistics, extrapolation, total_statistics
@@ -48,6 +49,42 @@ class Span(NamedTuple):
     def mapped(self) -> AbstractContextManager[memoryview | None]:
         """Return a context with the bytes mapped into memory, or with None if they cannot be mapped safely."""
         return self.reader.mapped(self.start, self.stop)
+
+
+class Elements:
+    """The elements of one input's span, which are read block by block, or all at once if they are scattered."""
+
+    def __init__(self, span: Span, dtype: str, buffer: memoryview) -> None:
+        """Describe the elements.
+
+        Args:
+            span: The place of the elements.
+            dtype: The dtype of the elements; F32 if they are values that are computed from quantised ones.
+            buffer: Memory for a block.
+        """
+        self._span, self._dtype, self._buffer = span, dtype, buffer
+        self._item = BITS[dtype] // 8
+        self._whole: Operand | None = None
+
+    def block(self, first: int, count: int) -> Operand:
+        """Return elements [first, first + count) of the span. Raises CheckpointError."""
+        if not self._span.reader.scattered:
+            return self._read(first, count, self._buffer)
+        if self._whole is None:
+            n = (self._span.stop - self._span.start) // self._item
+            self._whole = self._read(0, n, memoryview(bytearray(n * self._item)))
+        memory, dtype, scales = self._whole
+        item = self._whole.itemsize
+        moved = scales and scales._replace(first=scales.first + first)
+        return Operand(memory[first * item : (first + count) * item], dtype, moved)
+
+    def _read(self, first: int, count: int, buffer: memoryview) -> Operand:
+        reader, start = self._span.reader, self._span.start + first * self._item
+        if isinstance(reader, ScaledReader | TransposedReader):
+            return reader.operand(start // self._item, count, buffer)
+        memory = buffer[: count * self._item]
+        reader.read(start, memory)
+        return Operand(memory, self._dtype)
 
 
 class TensorSource:
@@ -129,21 +166,25 @@ class TensorSource:
             return None
         call = EngineCall(engine, step, active, [outs[k] for k in active], measure)
         with aligned.mapped() as a, sft[0].mapped() as s:
-            return call(s, a, 0) if a is not None and s is not None else self._call_in_blocks(call, sft[0], aligned)
+            if a is None or s is None:
+                return self._call_in_blocks(call, sft[0], aligned)
+            assert step.sft is not None
+            return call(Operand(s, step.sft.dtype), Operand(a, step.aligned.dtype), 0)
 
     def _call_in_blocks(self, call: EngineCall, sft: Span, aligned: Span) -> Statistics | None:
         """Call the engine for spans that are not mapped: read block by block into buffers that stay in the cache."""
-        sizes = sft.stop - sft.start, aligned.stop - aligned.start
-        n = sizes[1] * 8 // BITS[call.step.aligned.dtype]
-        items = [size // max(n, 1) for size in sizes]
-        most = READ_BYTES // max(items)  # elements of a block; items has the bytes of an element of each input
+        assert call.step.sft is not None
+        dtypes = call.step.sft.dtype, call.step.aligned.dtype
+        item = BITS[dtypes[1]] // 8
+        n = (aligned.stop - aligned.start) // item
+        most = READ_BYTES // max(BITS[dtype] // 8 for dtype in dtypes)  # elements of a block
+        inputs = [
+            Elements(*each) for each in zip((sft, aligned), dtypes, self._buffers(READ_BYTES), strict=True)
+        ]
         parts = []
         for at in range(0, n, most):
-            views = []
-            for span, item, buffer in zip((sft, aligned), items, self._buffers(READ_BYTES), strict=True):
-                views.append(buffer[: min(most, n - at) * item])
-                span.reader.read(span.start + at * item, views[-1])
-            parts.append(call(views[0], views[1], at * items[1]))
+            blocks = [each.block(at, min(most, n - at)) for each in inputs]
+            parts.append(call(blocks[0], blocks[1], at * item))
         measured = [part for part in parts if part is not None]
         return total_statistics(measured, len(call.active)) if call.measure else None
 
@@ -165,13 +206,13 @@ class TensorSource:
         item, buffers = BITS[step.dtype] // 8, self._buffers(CONVERTED_ELEMENTS * WIDEST_BYTES)
         with self._factors_lock:
             factors = None if step.delta is None else self._factors(step.delta)
+        dtypes = step.aligned.dtype, (step.sft or step.aligned).dtype
+        spans = self.spans(step, start, stop)
+        elements = [Elements(*each) for each in zip(spans, dtypes, buffers, strict=False)]
         parts = []
         for low in range(start, stop, CONVERTED_ELEMENTS * item):
             high = min(low + CONVERTED_ELEMENTS * item, stop)
-            inputs = []
-            for span, buffer in zip(self.spans(step, low, high), buffers, strict=False):
-                inputs.append(buffer[: span.stop - span.start])
-                span.reader.read(span.start, inputs[-1])
+            inputs = [each.block((low - start) // item, (high - low) // item) for each in elements]
             views = [out[low - start : high - start] for out in outs]
             try:
                 conversion = Conversion(step, low // item, (high - low) // item, inputs, factors)
@@ -207,18 +248,16 @@ class EngineCall(NamedTuple):
     outs: Sequence[Any]
     measure: bool
 
-    def __call__(self, sft: memoryview, aligned: memoryview, at: int) -> Statistics | None:
-        """Compute the elements of these bytes of both inputs, and write them from byte `at` of each output on.
+    def __call__(self, sft: Operand, aligned: Operand, at: int) -> Statistics | None:
+        """Compute the elements of both inputs, and write them from byte `at` of each output on.
 
         Raises:
             EngineError: The engine failed.
         """
         step = self.step
-        assert step.sft is not None
-        outs = [out[at : at + len(aligned)] for out in self.outs]
+        outs = [out[at : at + len(aligned.memory)] for out in self.outs]
         alphas = [step.alphas[k] for k in self.active]
-        operands = Operand(sft, step.sft.dtype), Operand(aligned, step.aligned.dtype)
         try:
-            return self.engine.run(*extrapolation(*operands, alphas), outs, self.measure)
+            return self.engine.run(*extrapolation(sft, aligned, alphas), outs, self.measure)
         except RuntimeError as error:
             raise EngineError(f"`engine={self.engine.name!r}` failed on {step.name}: {error}") from error

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint, Origin, open_checkpoint
+from ..checkpoints.dequantized import dequantized
 from ..checkpoints.files import ADAPTER_CONFIG, CONFIG, INDEX, find_other_files, find_strays
 from ..checkpoints.sidecars import TEMPLATES, TOKENIZER, VOCABULARIES
 from ..checkpoints.wrappers import remove_wrapper
@@ -168,7 +169,7 @@ def _locate(
 def _open(location: _Location) -> Checkpoint:
     """Open the checkpoint at a location. Its paths are those of the real files, also if a stand-in is opened."""
     try:
-        opened = open_checkpoint(location.path_to_open, has_data=location.stand_in is None)
+        opened = dequantized(open_checkpoint(location.path_to_open, has_data=location.stand_in is None))
     except CheckpointError as error:
         hint = explain_hidden(location.path, location.hidden) if location.hidden else None
         if hint is not None:

@@ -1,4 +1,7 @@
-"""Make an output's config.json: aligned's, with another dtype, vocabulary size or tie where the output needs it."""
+"""Make an output's config.json: aligned's, with another dtype, vocabulary size or tie where the output needs it.
+
+The entry of a quantisation is not in the config of an opened checkpoint whose values are plain numbers.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ def rewrite_config(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None
         sizes = {aligned.tensors[name].shape[0] for name in names}
         config = _with_vocabulary(config, sizes.pop()) if len(sizes) == 1 else config
         config = _untie(config) if aligned.adapter.unties else config
-    return {} if config == aligned.config else {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+    unchanged = config == aligned.config and not aligned.config_changed
+    return {} if unchanged else {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def _with_vocabulary(config: dict[str, Any], size: int) -> dict[str, Any]:

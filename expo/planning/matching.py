@@ -172,12 +172,15 @@ def _output_dtype(aligned: ModelTensors, name: str, counterpart: Counterpart | N
     """Return the safetensors name of the output tensor's dtype.
 
     A tensor that an adapter stores as a whole gets the dtype of the base, because the other tensors have that dtype.
+    The values of a quantised tensor become bf16.
     """
     tensor = aligned.tensors[name]
     if tensor.dtype not in ITEMSIZE:
         return tensor.dtype
     if dtype is not None:
         return OUTPUT_DTYPES[dtype]
+    if name in aligned.dequantized:
+        return "BF16"
     whole = aligned.adapter is not None and name in aligned.adapter.full
     if whole and counterpart is not None and counterpart.tensor.dtype in ITEMSIZE:
         return counterpart.tensor.dtype

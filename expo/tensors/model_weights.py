@@ -122,6 +122,7 @@ class ModelInMemory:
     files: Mapping[str, str] = field(default_factory=dict)
     adapter: None = None
     notes: tuple[str, ...] = ()
+    dequantized: Collection[str] = ()
 
 
 def model_tensors(model: torch.nn.Module, role: str) -> ModelInMemory:
