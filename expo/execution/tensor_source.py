@@ -255,7 +255,8 @@ class EngineCall(NamedTuple):
             EngineError: The engine failed.
         """
         step = self.step
-        outs = [out[at : at + len(aligned.memory)] for out in self.outs]
+        size = aligned.elements * BITS[step.dtype] // 8
+        outs = [out[at : at + size] for out in self.outs]
         alphas = [step.alphas[k] for k in self.active]
         try:
             return self.engine.run(*extrapolation(sft, aligned, alphas), outs, self.measure)

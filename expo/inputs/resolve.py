@@ -12,6 +12,7 @@ from ..checkpoints.checkpoint import Checkpoint, Origin, open_checkpoint
 from ..checkpoints.dequantized import dequantized
 from ..checkpoints.files import ADAPTER_CONFIG, CONFIG, INDEX, find_other_files, find_strays
 from ..checkpoints.sidecars import TEMPLATES, TOKENIZER, VOCABULARIES
+from ..checkpoints.transposed import transposed_like
 from ..checkpoints.wrappers import remove_wrapper
 from ..errors import CheckpointError, UsageError
 from .hints import explain_hidden, explain_missing, hidden_by_folder, note_hidden
@@ -114,6 +115,7 @@ def open_inputs(
         else:
             opened_aligned = stack.enter_context(closing(_open(aligned_location)))
             opened_aligned = remove_wrapper(opened_aligned, opened_sft)
+            opened_sft = transposed_like(opened_sft, opened_aligned)
         yield opened_sft, opened_aligned
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..checkpoints.layouts import Fusion, Place, find_layouts
 from ..checkpoints.model_tensors import ModelTensors
-from ..checkpoints.safetensors_header import TensorInfo
+from ..checkpoints.safetensors_header import TensorInfo, describe
 from ..dtypes import ITEMSIZE
 
 
@@ -33,6 +33,18 @@ class Run(NamedTuple):
     reason: str
 
 
+class Runs(NamedTuple):
+    """The runs of all tensors that have another layout in sft.
+
+    Attributes:
+        found: The runs of each tensor of aligned, by name, in the tensor's order.
+        problems: Messages about tensors that one conversion should have, and that are missing or do not fit.
+    """
+
+    found: dict[str, list[Run]]
+    problems: list[str]
+
+
 class _Part(NamedTuple):
     """The relation of a tensor in a file and a tensor in memory: parts of both, of one shape."""
 
@@ -42,8 +54,8 @@ class _Part(NamedTuple):
 
 def find_runs(
     unpaired: Mapping[str, TensorInfo], candidates: Mapping[str, TensorInfo], sft: ModelTensors, aligned: ModelTensors
-) -> dict[str, list[Run]]:
-    """Return the runs of each tensor of aligned whose counterpart has another layout in sft, in the tensor's order.
+) -> Runs:
+    """Return the runs of each tensor of aligned whose counterpart has another layout in sft.
 
     A tensor is paired if the table of layouts has its conversion for the model that a config names, and if the tensors
     of both sides are complete and have the shapes that the conversion gives.
@@ -56,16 +68,17 @@ def find_runs(
     """
     configs = [config for config in (aligned.config, sft.config) if config.get("model_type")]
     if not unpaired or not candidates or not configs:
-        return {}
+        return Runs({}, [])
     runs: dict[str, list[Run]] = {}
+    problems: list[str] = []
     for layout in find_layouts(*configs):
         places = {name: layout.find_place(layout.rename(name)) for name in (*unpaired, *candidates)}
-        for part in _find_parts(candidates, unpaired, places, layout.rename):
+        for part in _find_parts(candidates, unpaired, places, layout.rename, problems):
             reason = f"sft has it as tensors like {part.file.name}"
             runs.setdefault(part.memory.name, []).append(Run(part.memory, part.file, reason))
-        for part in _find_parts(unpaired, candidates, places, layout.rename):
+        for part in _find_parts(unpaired, candidates, places, layout.rename, problems):
             runs.setdefault(part.file.name, []).append(Run(part.file, part.memory, f"sft has it in {part.memory.name}"))
-    return {name: sorted(each, key=lambda run: run.aligned.start) for name, each in runs.items()}
+    return Runs({name: sorted(each, key=lambda run: run.aligned.start) for name, each in runs.items()}, problems)
 
 
 def _find_parts(
@@ -73,6 +86,7 @@ def _find_parts(
     memory: Mapping[str, TensorInfo],
     places: Mapping[str, Place | None],
     rename: Callable[[str], str],
+    problems: list[str],
 ) -> list[_Part]:
     """Return the parts of complete conversions of a file's tensors into tensors in memory.
 
@@ -81,6 +95,7 @@ def _find_parts(
         memory: The tensors that may be those in memory, by name.
         places: The place of each name in its conversion; None for a name without one.
         rename: Returns the name in memory of a published name.
+        problems: A list that gets a message for each conversion without parts.
     """
     in_memory = {rename(name): tensor for name, tensor in memory.items()}
     sets: dict[tuple[Fusion, tuple[str, ...]], dict[tuple[int, int], TensorInfo]] = {}
@@ -94,9 +109,34 @@ def _find_parts(
             sources[place.source, place.expert] = tensor
     found: list[_Part] = []
     for (fusion, targets), sources in sets.items():
-        if (fusion, targets) not in ambiguous:
-            found += _parts_of(fusion, sources, [in_memory[target] for target in targets])
+        in_model = [in_memory[target] for target in targets]
+        parts = [] if (fusion, targets) in ambiguous else _parts_of(fusion, sources, in_model)
+        found += parts
+        if not parts:
+            problems.append(_why_no_parts(fusion, sources, in_model))
     return found
+
+
+def _why_no_parts(
+    fusion: Fusion, sources: Mapping[tuple[int, int], TensorInfo], targets: Sequence[TensorInfo]
+) -> str:
+    """Return the message about a conversion that `_parts_of` has no parts for; the arguments are its arguments."""
+    first = next(iter(sources.values()))
+    pair = f"{targets[0].name} ({describe(targets[0])}) and tensors like {first.name} ({describe(first)})"
+    experts = targets[0].shape[0] if fusion.stacks and targets[0].shape else 1
+    missing = [
+        f"expert {expert} of {fusion.sources[source].pattern.split('.')[-2].rstrip(chr(92))}"
+        for expert in range(experts)
+        for source in range(len(fusion.sources))
+        if (source, expert) not in sources
+    ]
+    if fusion.stacks and missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"{pair} are the same experts in two layouts, but {missing[0]}{others} is missing: save that model again"
+    return (
+        f"{pair} are the same weights in two layouts, but their numbers or shapes do not fit together: save both models "
+        "in one layout, or save the damaged one again"
+    )
 
 
 def _parts_of(

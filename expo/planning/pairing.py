@@ -18,7 +18,7 @@ from ..checkpoints.renames import NameIndex
 from ..checkpoints.safetensors_header import TensorInfo
 from ..checkpoints.tied_weights import TiedNames
 from ..dtypes import ITEMSIZE
-from .layout_runs import Run, find_runs
+from .layout_runs import Run, Runs, find_runs
 
 
 class Counterpart(NamedTuple):
@@ -43,6 +43,7 @@ class Pairs(NamedTuple):
         only_in_aligned: The names of aligned's unpaired tensors.
         only_in_sft: The names of sft's unpaired tensors.
         runs: The runs of each tensor of aligned that has another layout in sft, by name.
+        problems: Messages about tensors of two layouts that belong together and do not fit.
     """
 
     counterparts: dict[str, Counterpart]
@@ -51,6 +52,7 @@ class Pairs(NamedTuple):
     only_in_aligned: list[str]
     only_in_sft: list[str]
     runs: dict[str, list[Run]]
+    problems: list[str]
 
 
 def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
@@ -70,7 +72,8 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
         for name, old_name in find(unpaired_aligned, unpaired_sft).items():
             counterparts[name] = Counterpart(unpaired_sft.pop(old_name), f"sft calls it {old_name}")
             del unpaired_aligned[name]
-    runs = {} if aligned.adapter else find_runs(unpaired_aligned, unpaired_sft, sft, aligned)
+    layouts = Runs({}, []) if aligned.adapter else find_runs(unpaired_aligned, unpaired_sft, sft, aligned)
+    runs = layouts.found
     unpaired_aligned = {name: tensor for name, tensor in unpaired_aligned.items() if name not in runs}
     used = {run.sft.name for each in runs.values() for run in each}
     unpaired_sft = {name: tensor for name, tensor in unpaired_sft.items() if name not in used}
@@ -90,7 +93,7 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
     dropped |= {name: f"aligned ties it to {other}" for name, other in aligned_ties.items()}
     only_in_aligned = [name for name in unpaired_aligned if name not in sft_ties]
     only_in_sft = [name for name in unpaired_sft if name not in aligned_ties]
-    return Pairs(counterparts, kept, dropped, only_in_aligned, only_in_sft, runs)
+    return Pairs(counterparts, kept, dropped, only_in_aligned, only_in_sft, runs, layouts.problems)
 
 
 def _find_memory_names(

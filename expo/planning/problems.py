@@ -90,7 +90,9 @@ def tensor_problems(
         on_unpaired: "error" or "aligned", as in `MergeOptions`.
         on_mismatch: "error", "rows" or "aligned", as in `MergeOptions`.
     """
-    problems = []
+    problems = pairs.problems[:SHOWN]
+    if len(pairs.problems) > SHOWN:
+        problems.append(f"and {len(pairs.problems) - SHOWN} more messages like these")
     unsupported = [
         f"{role}'s {name} ({tensor.dtype})"
         for role, checkpoint in (("sft", sft), ("aligned", aligned))

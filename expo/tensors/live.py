@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoints.model_tensors import ModelTensors
+from ..checkpoints.transposed import transposed_like
 from ..dtypes import torch_names
 from ..errors import EngineError, PlanError, UsageError
 from ..execution.engines import cpu_count
@@ -114,7 +115,7 @@ class Live:
             else:
                 others = {}
                 checkpoint = without_value_head(stack.enter_context(open_one(sft)), aligned)
-                other, read = fuse_like(checkpoint, aligned)
+                other, read = fuse_like(transposed_like(checkpoint, aligned), aligned)
             options = MergeOptions(alpha_for=alpha_for or {}, on_unpaired=on_unpaired, on_mismatch=on_mismatch)
             matched = match_tensors(other, aligned, options)
             _refuse(matched, by_files=not isinstance(sft, torch.nn.Module))
