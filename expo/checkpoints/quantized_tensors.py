@@ -146,7 +146,9 @@ def _mxfp4(blocks: TensorInfo, tensors: Mapping[str, TensorInfo], config: Mappin
     scales = tensors.get(f"{blocks.name.removesuffix('_blocks')}_scales")
     model = config.get("model_type", "gpt_oss")
     if model != "gpt_oss":
-        return f"{blocks.name} looks like MXFP4, of which only the layout of GPT-OSS is known, and the model is {model!r}"
+        return (
+            f"{blocks.name} looks like MXFP4, of which only the layout of GPT-OSS is known, and the model is {model!r}"
+        )
     fits = scales is not None and scales.dtype == "U8" and blocks.shape == (*scales.shape, MX_BYTES)
     if scales is None or not fits or len(scales.shape) < 2 or 0 in scales.shape:
         given = describe(scales) if scales else "not there"

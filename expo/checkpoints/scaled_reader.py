@@ -51,7 +51,9 @@ class ScaledReader:
         lines = [row // rows * each + row % rows // height for row in (begin, end - 1)]
         values = read_scales(self._scales, tensor.scales, lines[0], lines[1] + 1, -(-columns // breadth))
         if rows % height == 0:  # the blocks of all matrices are whole, and so those of all matrices together
-            return Operand(elements, tensor.dtype, Scales(values, columns, tensor.block, first - lines[0] * height * columns))
+            return Operand(
+                elements, tensor.dtype, Scales(values, columns, tensor.block, first - lines[0] * height * columns)
+            )
         every = np.arange(begin, end)
         by_row = values[every // rows * each + every % rows // height - lines[0]]
         return Operand(elements, tensor.dtype, Scales(by_row, columns, (1, breadth), first - begin * columns))

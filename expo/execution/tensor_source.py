@@ -178,9 +178,7 @@ class TensorSource:
         item = BITS[dtypes[1]] // 8
         n = (aligned.stop - aligned.start) // item
         most = READ_BYTES // max(BITS[dtype] // 8 for dtype in dtypes)  # elements of a block
-        inputs = [
-            Elements(*each) for each in zip((sft, aligned), dtypes, self._buffers(READ_BYTES), strict=True)
-        ]
+        inputs = [Elements(*each) for each in zip((sft, aligned), dtypes, self._buffers(READ_BYTES), strict=True)]
         parts = []
         for at in range(0, n, most):
             blocks = [each.block(at, min(most, n - at)) for each in inputs]

@@ -117,9 +117,7 @@ def _find_parts(
     return found
 
 
-def _why_no_parts(
-    fusion: Fusion, sources: Mapping[tuple[int, int], TensorInfo], targets: Sequence[TensorInfo]
-) -> str:
+def _why_no_parts(fusion: Fusion, sources: Mapping[tuple[int, int], TensorInfo], targets: Sequence[TensorInfo]) -> str:
     """Return the message about a conversion that `_parts_of` has no parts for; the arguments are its arguments."""
     first = next(iter(sources.values()))
     pair = f"{targets[0].name} ({describe(targets[0])}) and tensors like {first.name} ({describe(first)})"

@@ -138,6 +138,22 @@ def test_fused_multiply_add_just_below_a_tie() -> None:
 # Comparisons, selections, integers
 
 
+def test_division_rounds_towards_zero() -> None:
+    x, y = ([7, -7, 7, -7, 0], [2, 2, -2, -2, 5])
+    lanes = [np.resize(np.array(each, np.int32), THREADS).view(np.uint32) for each in (x, y)]
+    for name, expected in (("div", [3, -3, -3, 3, 0]), ("rem", [1, -1, 1, -1, 0])):
+        found = evaluate(f"{name}.s32 %r0, %r1, %r2;", *lanes)
+        assert found.view(np.int32)[:5].tolist() == expected
+    with pytest.raises(ptx.Fault, match="a division by zero"):
+        evaluate("div.s32 %r0, %r1, %r2;", [7], [0])
+
+
+def test_integers_become_singles() -> None:
+    """An unsigned number of 32 bits is rounded to nearest even."""
+    assert evaluate("cvt.rn.f32.u32 %r0, %r1;", [2**32 - 1, 2**24 + 1, 0]).tolist() == [0x4F800000, 0x4B800000, 0]
+    assert evaluate("cvt.rn.f32.s32 %r0, %r1;", [2**32 - 1]).tolist() == [0xBF800000]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),  # for (1, 2), (1, 1), (2, 1), (-0, 0), (NaN, 1), (1, NaN)
     [
@@ -309,7 +325,7 @@ def test_faults(body: str, message: str) -> None:
         "ld.global.nc.b32 %r0, [%rd1];",
         "ld.global::cta.b32 %r0, [%rd1];",
         "ld.volatile.global.b32 %r0, [%rd1];",
-        "ld.global.b8 %rs1, [%rd1];",
+        "ld.global.b8 %r1, [%rd1];",
         "ld.shared.b16 %rs1, [%r1];",
         "ld.global.b32 %r0, [%rd1+-4];",
         "ld.global.b32 %r0, [%r1];",

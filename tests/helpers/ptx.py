@@ -21,6 +21,7 @@ Array = npt.NDArray[Any]
 Compute = Callable[..., Array]
 STORED: dict[int, Any] = {
     1: np.bool_,
+    8: np.uint8,
     16: np.uint16,
     32: np.uint32,
     64: np.uint64,
@@ -34,7 +35,7 @@ TYPES: dict[str, tuple[int, Any]] = {
     **{f"{kind}{bits}": (bits, STORED[bits]) for kind in "bu" for bits in (16, 32, 64)},
     **{f"s{bits}": (bits, np.dtype(f"i{bits // 8}").type) for bits in (16, 32, 64)},
 }
-ACCESS = re.compile(r"(ld|st)\.(global|shared)(?:(?<=shared)::cta)?(?:\.v([24]))?\.b(16|32|64)")
+ACCESS = re.compile(r"(ld|st)\.(global|shared)(?:(?<=shared)::cta)?(?:\.v([24]))?\.b(8|16|32|64)")
 MATRICES = re.compile(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
 WARP, EVERY_LANE = 32, 0xFFFFFFFF
 POISON = 0xA5A5  # a finite number in fp32, so that a result from unwritten memory is wrong and not NaN
@@ -162,15 +163,26 @@ def multiply_add(x: Array, y: Array, z: Array) -> Array:
     return x * y + z
 
 
+def quotient(x: Array, y: Array) -> Array:
+    """Return x / y, rounded towards zero. Raises Fault for a division by zero, whose result PTX leaves open."""
+    if (y == 0).any():
+        raise Fault("a division by zero")
+    return (x - np.fmod(x, y)) // y
+
+
 def of_integers() -> Iterator[tuple[str, str, Compute]]:
     for to, source in (("u64", "u32"), ("u32", "u64"), ("s64", "s32"), ("u32", "u16"), ("u16", "u32"), ("u64", "u16")):
         yield f"cvt.{to}.{source}", f"{to} {source}", lambda x, to=to: x.astype(TYPES[to][1])
+    for kind in ("u16", "u32", "s32"):
+        yield f"cvt.rn.f32.{kind}", f"f32 {kind}", lambda x: x.astype(np.float32)
     for kind in ("s32", "s64"):
         yield f"neg.{kind}", f"{kind} " * 2, np.negative
         yield f"add.{kind}", f"{kind} " * 3, np.add
         yield f"sub.{kind}", f"{kind} " * 3, np.subtract
         yield f"mul.lo.{kind}", f"{kind} " * 3, np.multiply
         yield f"mad.lo.{kind}", f"{kind} " * 4, multiply_add
+        yield f"div.{kind}", f"{kind} " * 3, quotient
+        yield f"rem.{kind}", f"{kind} " * 3, np.fmod
     for kind, wide in (("u32", "u64"), ("s32", "s64")):
         to = TYPES[wide][1]
         yield f"mul.wide.{kind}", f"{wide} {kind} {kind}", lambda x, y, to=to: x.astype(to) * y.astype(to)
@@ -613,9 +625,10 @@ class Kernel:
         return self._source(found[1], "u64" if space == "global" else "u32"), int(found[2] or 0)
 
     def _access(self, operands: list[str], way: str, space: str, count: int, width: int) -> Act:
-        """Return a load or a store of `count` words."""
+        """Return a load or a store of `count` words; a word of 8 bits has a register of 16, which a load extends."""
         text, place = operands if way == "ld" else operands[::-1]
-        names = self._parts(text, width * count)
+        register = max(width, 16)
+        names = self._parts(text, register * count)
         if len(names) != count or "_" in names or (space == "shared" and width != 32):
             raise Refused("unknown operands")
         base, offset = self._place(place, space)
@@ -627,12 +640,13 @@ class Kernel:
             target: Memory | Shared = group.memory if space == "global" else group.shared
             if way == "st":
                 lanes = access.row, access.thread
-                target.store(access, np.stack([group.read(name)[lanes] for name in names], -1))
+                words = np.stack([group.read(name)[lanes] for name in names], -1)
+                target.store(access, words.astype(STORED[width]))
                 return
             words = target.load(access)
             for i, name in enumerate(names):
                 value = group.registers.get(name)  # inactive lanes keep their value, if they have one
-                value = np.full(group.shape, POISON, STORED[width]) if value is None else value.copy()
+                value = np.full(group.shape, POISON, STORED[register]) if value is None else value.copy()
                 value[access.row, access.thread] = words[:, i]
                 group.write(name, value, None)
 

@@ -25,7 +25,16 @@ from same import differing
 from expo.dtypes import ITEMSIZE, torch_dtypes
 from expo.errors import EngineError
 from expo.kernels import numerics, torch_eager
-from expo.kernels.contract import Address, EngineFunction, Operand, Statistics, Term, extrapolation, working_alpha
+from expo.kernels.contract import (
+    Address,
+    EngineFunction,
+    Operand,
+    Scales,
+    Statistics,
+    Term,
+    extrapolation,
+    working_alpha,
+)
 
 NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
@@ -862,16 +871,13 @@ def test_the_compiled_engine_refuses_other_combinations(cpu: EngineFunction, com
 
 
 @pytest.mark.parametrize("scaled", ["anchor", "minus"])
-def test_scales_are_refused(engine: EngineFunction, scaled: str) -> None:
+def test_torch_refuses_scales(scaled: str) -> None:
     plain = Operand(bytes(8), "F32")
-    other = plain._replace(scales=bytes(4))
+    other = plain._replace(scales=Scales(np.ones((1, 1), np.float32), 2, (1, 2)))
     out = bytearray([POISON]) * 8
-    with pytest.raises(EngineError, match="an operand has scales"):
-        engine(
-            *extrapolation(plain if scaled == "anchor" else other, other if scaled == "anchor" else plain, [1.0]),
-            [out],
-            False,
-        )
+    sft, aligned = (plain, other) if scaled == "anchor" else (other, plain)
+    with pytest.raises(EngineError, match="does not compute with quantised elements"):
+        torch_eager.extrapolate(*extrapolation(sft, aligned, [1.0]), [out], False)
     assert set(out) == {POISON}
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import exact
 import numpy as np
 import pytest
+import quantized
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
@@ -20,7 +21,16 @@ import expo
 from expo.demo import ALIGNED, SFT
 from expo.dtypes import ITEMSIZE, torch_dtypes
 from expo.kernels import extrapolate, host, numerics, sweep, whole_model
-from expo.kernels.contract import Operand, Statistics, Term, tensor_extrapolation, working_alpha
+from expo.kernels.contract import (
+    QUANTIZED,
+    Operand,
+    Scales,
+    Statistics,
+    Term,
+    extrapolation,
+    tensor_extrapolation,
+    working_alpha,
+)
 
 NARROW = ("BF16", "F16", "F32")
 PAIRS = list(product(NARROW, NARROW))  # (sft, aligned)
@@ -319,19 +329,39 @@ def test_host_engine_with_memory_longer_than_the_anchor() -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F64"])
 def test_other_combinations_are_refused(dtype: str) -> None:
-    """The host engine and both launchers compute the term of ExPO, from tensors without scales, and nothing else."""
+    """The host engine and both launchers compute the term of ExPO and nothing else."""
     o, x = (Operand(bytes(16), dtype) for _ in range(2))
     engine, out = host.HostEngine("cuda"), bytearray([POISON]) * 16
     for anchor, terms in ((o, []), (o, [Term([1.0], o, x)] * 2), (x, [Term([1.0], o, x)])):
         with pytest.raises(expo.EngineError, match="the engine triton computes only aligned"):
             engine(anchor, terms, [out], False)
-    with pytest.raises(expo.EngineError, match="an operand has scales"):
-        engine(o, [Term([1.0], o, x._replace(scales=bytes(4)))], [out], False)
     assert set(out) == {POISON}
     t = Operand.of_tensor(torch.zeros(4))
     for launch in (extrapolate.launch, sweep.launch):
         with pytest.raises(expo.EngineError, match="and got 2 terms"):
             launch(t, [Term(torch.ones(1), t, t)] * 2, torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_quantised_elements(dtype: str) -> None:
+    """The host engine gives the bits that the definition gives for the values of quantised elements."""
+    rng = np.random.default_rng(0)
+    codes, scales = rng.integers(0, 256, (300, 130), np.uint8), rng.standard_normal((3, 2)).astype(np.float32)
+    value = quantized.values(codes, dtype, scales, (128, 128)).ravel()[77:]
+    operand = Operand(codes.ravel()[77:].copy(), dtype, Scales(scales, 130, (128, 128), 77))
+    other = Operand(rng.integers(0, 2**16, value.size, np.uint16), "BF16")
+    for sft, aligned, plain in (
+        (operand, other, extrapolation(Operand(value, "F32"), other, [0.3])),
+        (other, operand, extrapolation(other, Operand(value, "F32"), [0.3])),
+    ):
+        out, expected = (bytearray([POISON]) * (value.size * ITEMSIZE[aligned.value_dtype]) for _ in range(2))
+        found = host.HostEngine("cuda")(*extrapolation(sft, aligned, [0.3]), [out], True)
+        wanted = numerics.extrapolate(*plain, [expected], True)
+        assert found is not None
+        assert wanted is not None
+        assert found.counts == wanted.counts
+        kind = BITS[aligned.value_dtype]
+        assert_same(np.frombuffer(out, kind), np.frombuffer(expected, kind), aligned.value_dtype)
 
 
 @pytest.mark.parametrize("engine", ["cpu", "numpy"])
