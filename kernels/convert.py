@@ -1,4 +1,4 @@
-"""Operations besides the engines' one: conversion to another dtype, and the delta of a low-rank adapter.
+"""Operations besides the engines' one: conversion, the values of quantised elements, and the delta of an adapter.
 
     cast        out = round-to-nearest-even(x -> dtype of out), once; widening is exact
     dequantize  out = fp32(element) * scale, for quantised elements
@@ -8,9 +8,9 @@
 The arithmetic of low_rank is fp32, each multiplication and each addition rounds once, and the terms are added from left
 to right. So NumPy and C give the same bits, and a part of the matrix that is computed alone has the bits of the whole.
 The formula is LoRA's, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), section 4.1. The
-functions cast, dequantize and low_rank use the compiled code where the engine cpu is built, and NumPy elsewhere; add_delta always
-uses NumPy. Bytes moved: cast reads and writes each element once; low_rank only writes, because the factors stay in the
-cache.
+functions cast, dequantize and low_rank use the compiled code where the engine cpu is built, and NumPy elsewhere;
+add_delta always uses NumPy. Bytes moved: cast and dequantize read and write each element once; low_rank only writes,
+because the factors stay in the cache.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ PROGRAM_ELEMENTS = 1024
 MOST_ELEMENTS = 1 << 31  # positions in the matrix are int32, because an int64 division is slow
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def number(element, E4M3: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the numbers of a block of elements, in uint8, without their scales: fp32, exact."""
     bits = element.to(tl.uint32)

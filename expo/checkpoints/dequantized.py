@@ -43,9 +43,10 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             tensors[name] = tensor
     weight_map = {places.get(name, name): file for name, file in checkpoint.weight_map.items()}
     views = {name: _reader(checkpoint, tensor) for name, tensor in quantized.found.items()}
+    notes = (*checkpoint.notes, _note(checkpoint, quantized.found.values()))
     return replace(
         _without_entry(checkpoint), tensors=tensors, weight_map={name: weight_map[name] for name in tensors},
-        views=views, dequantized=frozenset(views), notes=(*checkpoint.notes, _note(checkpoint, quantized.found.values())),
+        views=views, dequantized=frozenset(views), notes=notes,
     )  # fmt: skip
 
 
@@ -64,8 +65,8 @@ def _note(checkpoint: Checkpoint, found: Iterable[QuantizedTensor]) -> str:
     kinds = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
     total = counts.total()
     return (
-        f"{checkpoint.path}: {total} quantised tensor{'s' * (total != 1)} ({kinds}) are extrapolated from their values, "
-        "element times scale in fp32; the output has bf16 in their place and no quantisation"
+        f"{checkpoint.path}: {total} quantised tensor{'s' * (total != 1)} ({kinds}), extrapolated from the values, "
+        "element times scale in fp32; an output has bf16 in their place and no quantisation"
     )
 
 

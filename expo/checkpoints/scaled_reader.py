@@ -74,7 +74,7 @@ class ScaledReader:
 
 
 class TransposedReader:
-    """The reader of one MXFP4 tensor, whose values are transposed: elements of a column lie in many rows of the file."""
+    """The reader of one MXFP4 tensor, whose values are transposed: a row has elements of many rows of the file."""
 
     scattered = True
 

@@ -44,12 +44,13 @@ def transposed_like(sft: Checkpoint, aligned: ModelTensors) -> Checkpoint:
                 tensors[one.name] = TensorInfo(one.name, one.dtype, shape, 0, one.nbytes)
     if not tensors:
         return sft
-    note = f"{sft.path} has {len(tensors)} tensors transposed, such as {next(iter(tensors))}: they are read as aligned has them"
+    first = next(iter(tensors))
+    note = f"{sft.path} has {len(tensors)} tensors transposed, such as {first}: they are read as aligned has them"
     return replace(sft, tensors=sft.tensors | tensors, views={**sft.views, **views}, notes=(*sft.notes, note))
 
 
 def _modules(tensors: Mapping[str, TensorInfo], layout: Layout) -> Iterator[tuple[list[str], tuple[int, int]]]:
-    """Yield the names of each module's tensors that keep their name and are transposed in memory, and the dimensions."""
+    """Yield the names of each module's tensors that are transposed in memory under their name, and the dimensions."""
     modules: dict[tuple[str, tuple[int, int]], list[str]] = {}
     for name, tensor in tensors.items():
         place = layout.find_place(layout.rename(name))
@@ -58,8 +59,8 @@ def _modules(tensors: Mapping[str, TensorInfo], layout: Layout) -> Iterator[tupl
         verb, *dims = place.fusion.operations[0]
         if verb == "transpose" and max(dims) < len(tensor.shape):
             modules.setdefault((name.rpartition(".")[0], (dims[0], dims[1])), []).append(name)
-    for (_, dims), names in modules.items():
-        yield names, dims
+    for (_, swapped), names in modules.items():
+        yield names, swapped
 
 
 def _swap(values: tuple[int, ...], dims: tuple[int, int]) -> tuple[int, ...]:
@@ -71,7 +72,8 @@ def _swap(values: tuple[int, ...], dims: tuple[int, int]) -> tuple[int, ...]:
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides, in elements, of a contiguous tensor."""
-    strides, stride = [], 1
+    strides: list[int] = []
+    stride = 1
     for length in reversed(shape):
         strides.insert(0, stride)
         stride *= length

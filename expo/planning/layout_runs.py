@@ -132,8 +132,8 @@ def _why_no_parts(fusion: Fusion, sources: Mapping[tuple[int, int], TensorInfo],
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         return f"{pair} are the same experts in two layouts, but {missing[0]}{others} is missing: save that model again"
     return (
-        f"{pair} are the same weights in two layouts, but their numbers or shapes do not fit together: save both models "
-        "in one layout, or save the damaged one again"
+        f"{pair} are the same weights in two layouts, but their numbers or shapes do not fit together: save both "
+        "models in one layout, or save the damaged one again"
     )
 
 

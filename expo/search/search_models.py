@@ -42,6 +42,11 @@ def open_search_inputs(stack: ExitStack, sft: StrPath, aligned: StrPath, options
         )
     if aligned_input.folder is None:
         raise CheckpointError(f"{aligned_input.path} is a file: give the folder with its config and tokenizer")
+    if aligned_input.dequantized:
+        raise CheckpointError(
+            f"{aligned_input.path} has quantised weights, and a search rewrites the weights of a model in bf16: make "
+            "that model first, with python -m expo.fast --alpha 0, and give it as aligned"
+        )
     merge_options = MergeOptions(on_unpaired=options.on_unpaired, on_mismatch=options.on_mismatch)
     matched = match_tensors(sft_input, aligned_input, merge_options)
     matched.check()

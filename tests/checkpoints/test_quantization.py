@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_files import quiet, random_tensors, write_folder
+from checkpoint_files import random_tensors, write_folder
 from plans import ALPHA, Shapes, checkpoint, make_plan
 
-import expo
 from expo.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from expo.checkpoints.quantization import ORIGINAL, describe_problem, find_scheme
 
@@ -98,7 +97,7 @@ TENSORS: dict[str, tuple[Shapes, str]] = {
 
 
 def cases() -> list[Any]:
-    found = [pytest.param(checkpoint(PLAIN, config=config), name, id=f"config: {key}")
+    found = [pytest.param(checkpoint({**PLAIN, **CODES}, config=config), name, id=f"config: {key}")
              for key, (config, name) in CONFIGS.items()]  # fmt: skip
     found += [pytest.param(checkpoint(PLAIN, files=[file]), name, id=file) for file, name in FILES.items()]
     found += [pytest.param(checkpoint({**PLAIN, **tensors}), name, id=f"tensors: {key}")
@@ -135,7 +134,7 @@ def test_order_of_the_tensors_does_not_matter() -> None:
     ],
 )  # fmt: skip
 def test_the_way_out(name: str, ways: tuple[str, ...]) -> None:
-    text = describe_problem("sft", checkpoint(PLAIN, config={"quantization_config": {"quant_method": name}}))
+    text = describe_problem("sft", checkpoint(CODES, config={"quantization_config": {"quant_method": name}}))
     assert text is not None
     assert text.partition("extrapolated; ")[2].startswith(ORIGINAL)
     assert ("save_pretrained" in text) is bool(ways)
@@ -206,44 +205,3 @@ def test_from_the_disk(tmp_path: Path) -> None:
     assert find_scheme(opened) == "bitsandbytes"
     (tmp_path / "model" / "quantize_config.json").write_text("{}")
     assert find_scheme(open_checkpoint(tmp_path / "model")) == "gptq"
-
-
-# The ways out for transformers' own schemes: these tests follow them.
-
-
-def test_fp8_blocks_are_dequantised_by_the_advice(tmp_path: Path) -> None:
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,
-             "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 64}  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "sft")
-    state, wanted = {}, {}
-    for name, tensor in model.state_dict().items():
-        if "_proj." not in name:
-            state[name] = wanted[name] = tensor
-            continue
-        rows, columns = tensor.shape
-        scale = torch.rand(rows // 128, columns // 128) + 0.5
-        codes = (tensor.float() * 100).to(torch.float8_e4m3fn)
-        state[name], state[f"{name}_scale_inv"] = codes, scale
-        wanted[name] = codes.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-    model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    model.config.save_pretrained(tmp_path / "fp8")
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    save_file(state, tmp_path / "fp8" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(expo.PlanError, match=r"FineGrainedFP8Config\(dequantize=True\)"):
-        expo.merge(tmp_path / "sft", tmp_path / "fp8", 0.3, tmp_path / "out")
-    with quiet():
-        plain = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "fp8", quantization_config=transformers.FineGrainedFP8Config(dequantize=True), dtype="auto"
-        )
-        plain.save_pretrained(tmp_path / "plain")
-    expo.merge(tmp_path / "sft", tmp_path / "plain", 0.0, tmp_path / "out")
-    with quiet():
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "out", dtype=torch.float32, output_loading_info=True
-        )
-    assert not any(info.values()), info
-    for name, tensor in wanted.items():
-        assert torch.allclose(loaded.state_dict()[name], tensor.float(), rtol=2**-7), name

@@ -127,13 +127,12 @@ def repeat(tensors: Tensors) -> None:
 
 
 def test_two_tensors_for_one_expert_are_not_paired(tmp_path: Path) -> None:
-    """Neither is chosen: with the option that keeps aligned's tensors, the fused tensor is aligned's."""
+    """Neither is chosen, and no option copies the fused tensor in their place."""
     tensors, aligned = published(1), fused(published(2))
     repeat(tensors)
     pair = write(tmp_path / "sft", tensors), write(tmp_path / "aligned", aligned)
-    expo.merge(*pair, ALPHA, tmp_path / "out", quiet=True, on_unpaired="aligned")
-    name = f"{LAYER}experts.gate_up_proj"
-    assert read_folder(tmp_path / "out")[name] == aligned[name]
+    with pytest.raises(expo.PlanError, match="the same weights in two layouts, but their numbers or shapes"):
+        expo.merge(*pair, ALPHA, tmp_path / "out", quiet=True, on_unpaired="aligned")
 
 
 @pytest.mark.parametrize("change", [lose, widen, add, repeat])
@@ -167,3 +166,98 @@ def test_the_runs_cover_each_tensor_once(tmp_path: Path) -> None:
         assert ends[-1] == aligned.tensors[own[0].name].stop
         names = [step.sft.name for step in own if isinstance(step.sft, TensorInfo)]
     assert names == [f"{LAYER}experts.{e}.{each}_proj.weight" for e in range(EXPERTS) for each in ("gate", "up")]
+
+
+# Tensors that are transposed under one name
+
+
+TRANSPOSED = {"model_type": "qwen3_vl_moe", "text_config": {"model_type": "qwen3_vl_moe_text"}}
+
+
+def in_memory(seed: int, hidden: int, inner: int) -> Tensors:
+    """Return the experts of a model of Qwen3-VL MoE as it has them in memory, and a norm."""
+    shapes = {"gate_up_proj": (2, 2 * inner, hidden), "down_proj": (2, hidden, inner), "norm.weight": (hidden,)}
+    return {
+        f"{LAYER}experts.{name}": ("F32", shape, numbers(seed + number, *shape).tobytes())
+        for number, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def in_files(tensors: Tensors) -> Tensors:
+    """Return the same tensors as files have them: the experts are transposed."""
+    results = {}
+    for name, (dtype, shape, data) in tensors.items():
+        array = np.frombuffer(data, np.float32).reshape(shape)
+        array = array.transpose(0, 2, 1) if len(shape) == 3 else array
+        results[name] = (dtype, array.shape, np.ascontiguousarray(array).tobytes())
+    return results
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(24, 20), (32, 16), (16, 16), (1, 3)])
+@pytest.mark.parametrize("chunk", [4096, 1 << 22])
+def test_transposed_experts(
+    tmp_path: Path, hidden: int, inner: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A square tensor has one shape in both forms; the form of its neighbour, which is not square, is its own too."""
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", chunk)
+    sft, aligned = in_memory(1, hidden, inner), in_memory(50, hidden, inner)
+    results = merged(sft, aligned)
+    folders = {
+        name: write(tmp_path / name, tensors, **TRANSPOSED)
+        for name, tensors in {
+            "memory": aligned,
+            "files": in_files(aligned),
+            "sft": sft,
+            "sft files": in_files(sft),
+        }.items()
+    }
+    for first, second, expected in (
+        ("sft files", "memory", results),
+        ("sft", "files", in_files(results)),
+        ("sft files", "files", in_files(results)),
+        ("sft", "memory", results),
+    ):
+        out = tmp_path / f"out {first} {second}"
+        done = expo.merge(folders[first], folders[second], ALPHA, out, on_mismatch="aligned", on_unpaired="aligned")
+        assert read_folder(out) == expected
+        said = [note for note in done.warnings if "2 tensors transposed" in note]
+        assert bool(said) is ((first == "sft") is not (second == "memory"))
+    assert compare(folders["sft files"], folders["memory"]).totals.difference_norm == pytest.approx(
+        compare(folders["sft"], folders["memory"]).totals.difference_norm
+    )
+
+
+def test_live_over_transposed_experts(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    sft, aligned = in_memory(1, 32, 16), in_memory(50, 32, 16)
+    write(tmp_path / "sft", in_files(sft), **TRANSPOSED)
+    root = torch.nn.Module()
+    root.config = type("Config", (), {"to_dict": lambda self: TRANSPOSED})()
+    for name, (_, shape, data) in aligned.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(
+            leaf, torch.nn.Parameter(torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shape))
+        )
+    with pytest.warns(UserWarning, match="2 tensors transposed"):
+        live = expo.Live(root, tmp_path / "sft")
+    with live:
+        live.alpha = ALPHA
+        found = {name: tensor.numpy().tobytes() for name, tensor in root.state_dict().items()}
+    assert found == {name: data for name, (_, _, data) in merged(sft, aligned).items()}
+
+
+@pytest.mark.parametrize("side", ["sft", "aligned"])
+def test_a_missing_expert_is_named(tmp_path: Path, side: str) -> None:
+    """No option copies the fused tensor when an expert is missing on the other side."""
+    tensors = published(1)
+    del tensors[f"{LAYER}experts.2.up_proj.weight"]
+    other = "aligned" if side == "sft" else "sft"
+    write(tmp_path / side, tensors)
+    write(tmp_path / other, fused(published(500)))
+    with pytest.raises(expo.PlanError, match=r"in two layouts, but expert 2 of up_proj is missing"):
+        expo.merge(tmp_path / "sft", tmp_path / "aligned", ALPHA, tmp_path / "out", on_unpaired="aligned")
