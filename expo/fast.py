@@ -110,6 +110,10 @@ def _add_content(add: Callable[..., Any]) -> None:
         "--carry", action="append", default=[], metavar="PATTERN",
         help="copy further files of B's folder into the output, such as 'docs/*'; repeatable",
     )  # fmt: skip
+    add(
+        "--aligned-config", metavar="FOLDER",
+        help="the folder with config.json and tokenizer, if B is the parts that a training's processes saved",
+    )  # fmt: skip
 
 
 def _add_execution(add: Callable[..., Any]) -> None:

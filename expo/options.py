@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,7 +20,7 @@ ON_MISMATCH = ("error", "rows", "aligned")
 MAX_ALPHAS = 64
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 # The options that decide the content of an output; the others decide how the output is made.
-CONTENT = ("alpha_for", "on_unpaired", "on_mismatch", "dtype", "max_shard_size", "carry")
+CONTENT = ("alpha_for", "on_unpaired", "on_mismatch", "dtype", "max_shard_size", "carry", "aligned_config")
 
 
 class AlphaRule(NamedTuple):
@@ -47,6 +48,7 @@ class MergeOptions:
     dtype: str | None = None
     max_shard_size: str | int | None = None
     carry: Sequence[str] = ()
+    aligned_config: str | None = None
     engine: str = "auto"
     device: str = "auto"
     overwrite: bool = False
@@ -113,6 +115,8 @@ class MergeOptions:
         for pattern, value in self.alpha_for.items():
             words += ["--alpha-for", f"{pattern}={alpha_text(value)}"]
         words += [word for option, value in self.changed().items() if option != "--carry" for word in (option, value)]
+        if self.aligned_config is not None:  # the folder's name alone, as for the inputs: the rest may be private
+            words += ["--aligned-config", os.path.basename(os.path.abspath(self.aligned_config))]
         return words + [word for pattern in self.carry for word in ("--carry", pattern)]
 
 

@@ -7,7 +7,7 @@ file at the first read.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +29,7 @@ from .weight_files import PICKLED, gguf_message, open_shard
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+    from .parts import Parts
     from .reader import ByteReader
     from .safetensors_header import TensorInfo
     from .shard import Shard
@@ -64,6 +65,7 @@ class Checkpoint:
         notes: Sentences for the user about oddities of the files that do no harm.
         views: The reader of each tensor whose numbers are not stored as its TensorInfo says, by its stored name.
         dequantized: The names of the tensors whose numbers are computed from quantised ones.
+        in_parts: True if the processes of a training saved the weights in parts, which transformers does not load.
         config_changed: True if `config` is not the object in config.json, because it lost an entry.
     """
 
@@ -83,6 +85,7 @@ class Checkpoint:
     views: Mapping[str, ByteReader] = field(default_factory=dict)
     dequantized: frozenset[str] = frozenset()
     config_changed: bool = False
+    in_parts: bool = False
 
     @property
     def name(self) -> str:
@@ -138,7 +141,35 @@ def open_checkpoint(path: str | os.PathLike[str], has_data: bool = True) -> Chec
             return replace(checkpoint, notes=(note,))
         if os.path.exists(os.path.join(path, index)):
             return _open_sharded(path, config, index, has_data)
-    raise CheckpointError(_nothing_to_read(path))
+    names = _names(path)
+    if any(name.endswith((".distcp", ".pt")) for name in names):
+        from .parts import open_parts  # a rare case, which other merges need not import
+
+        parts = open_parts(path, names)
+        if parts is not None:
+            return _assemble_parts(path, parts)
+    raise CheckpointError(_nothing_to_read(path, names))
+
+
+def _assemble_parts(folder: str, parts: Parts) -> Checkpoint:
+    """Return the checkpoint of a folder with parts, with the config and the files of the folder beside."""
+    config, files = {}, {}
+    if parts.config_folder is not None:
+        config = load_json(os.path.join(parts.config_folder, CONFIG))
+        files = find_other_files(parts.config_folder, set(parts.shards))
+    weight_map = dict.fromkeys(parts.tensors, SINGLE)
+    return Checkpoint(
+        folder, folder, parts.shards, parts.tensors, weight_map, config, None, files,
+        find_strays(parts.config_folder, files) if parts.config_folder else {}, views=parts.readers, in_parts=True,
+    )  # fmt: skip
+
+
+def _names(folder: str) -> list[str]:
+    """Return the sorted names in a folder. Raises CheckpointError."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error.strerror}") from error
 
 
 def _open_sharded(folder: str, config: dict[str, Any], index_name: str, has_data: bool) -> Checkpoint:
@@ -193,12 +224,8 @@ def _why_missing(path: str) -> str:
     return "a broken link" if os.path.islink(path) else "no such file or folder"
 
 
-def _nothing_to_read(folder: str) -> str:
+def _nothing_to_read(folder: str, names: Sequence[str]) -> str:
     """Return the message about a folder without the weights of a whole model, and the way out."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        return f"{folder}: {error.strerror}"
     for name in WHOLE_MODELS:
         if name in names:  # os.listdir lists a broken link, and os.path.exists has returned False for it
             return f"{os.path.join(folder, name)}: a broken link; download it again"

@@ -46,16 +46,31 @@ def open_torch_file(path: str) -> Shard:
             views, places = read(path, file, identity.size, digest)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    reader = FileReader(path, identity)
-    tensors, readers = _place_tensors(path, reader, views, places)
-    digest.update(repr(sorted(places.items())).encode("utf-8"))  # it covers the storages' places too
-    return Shard(path, identity.size, Header(tensors, {}), digest.hexdigest(), reader, readers)
+    return place_tensors(path, identity, views, places, digest)
 
 
-def _place_tensors(
-    path: str, reader: FileReader, views: Sequence[View], places: Mapping[str, int]
-) -> tuple[tuple[TensorInfo, ...], dict[str, StridedReader]]:
-    """Return the tensors, sorted by their places in the file, and the readers of those that are not contiguous."""
+def place_tensors(
+    path: str,
+    identity: Identity,
+    views: Sequence[View],
+    places: Mapping[str, int],
+    digest: _Hash,
+    reader: FileReader | None = None,
+) -> Shard:
+    """Return the shard with these tensors, sorted by their places in the file.
+
+    Args:
+        path: The file.
+        identity: The identity that it had when it was read.
+        views: The tensors.
+        places: The byte of the file that each storage starts at, by the storage's key.
+        digest: A hash of the pickle, to which this function adds the storages' places.
+        reader: The reader of the file; None to make one.
+
+    Raises:
+        CheckpointError: A tensor ends outside its storage, or has more dimensions than NumPy can gather.
+    """
+    reader = reader or FileReader(path, identity)
     tensors, readers = [], {}
     for view in views:
         first, nbytes, dims = locate(path, view)
@@ -64,7 +79,9 @@ def _place_tensors(
             readers[view.name] = StridedReader(reader, start, dims, TORCH_ITEMSIZE[view.dtype])
             start = 0
         tensors.append(TensorInfo(view.name, FROM_TORCH[view.dtype], view.shape, start, start + nbytes))
-    return tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.name))), readers
+    header = Header(tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.name))), {})
+    digest.update(repr(sorted(places.items())).encode("utf-8"))
+    return Shard(path, identity.size, header, digest.hexdigest(), reader, readers)
 
 
 def _find_form(path: str, first: bytes, size: int) -> Form:

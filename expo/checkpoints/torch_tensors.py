@@ -40,7 +40,7 @@ class View(NamedTuple):
 
 def read_views(path: str, top: Any) -> list[View]:
     """Return the tensors of the dict that a pickle builds. Raises CheckpointError for any other value."""
-    top = _find_weights(path, top)
+    top = find_weights(path, top)
     if type(top) is not dict:
         raise CheckpointError(f"{path}: not plain weights: it holds {kind_of(top)}, not a dict of tensors; {FIX}")
     views = []
@@ -53,11 +53,11 @@ def read_views(path: str, top: Any) -> list[View]:
             )
         if name == "__metadata__" or not is_unicode(name):
             raise CheckpointError(f"{path}: tensor {name!r} has a name that safetensors cannot hold")
-        views.append(_read_view(path, name, value))
+        views.append(read_view(path, name, value))
     return views
 
 
-def _find_weights(path: str, top: Any) -> Any:
+def find_weights(path: str, top: Any) -> Any:
     """Return the dict of tensors inside a dict that a trainer wrote, such as {"state_dict": ..., "epoch": 3}.
 
     A dict with tensors of its own has no other inside. Raises CheckpointError if several dicts may be the weights.
@@ -92,7 +92,7 @@ def _tensor_call(path: str, name: str, call: Call) -> Call:
     return Call(function, arguments)
 
 
-def _read_view(path: str, name: str, call: Call) -> View:
+def read_view(path: str, name: str, call: Call) -> View:
     """Return the view that a call describes.
 
     The call is _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks[, metadata]), or

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import CheckpointError
@@ -18,17 +19,23 @@ from .unpickler import FIX, MAX_PICKLE, TORCH_ITEMSIZE, PickleStream, Unpickler
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+ReadTop = Callable[[str, Any], list[View]]  # (path, the value that a pickle builds) -> its tensors
 MAX_DIRECTORY = 1 << 24  # most bytes of a zip file's directory; an entry takes about 100
 
 
-def read_zip(path: str, file: BinaryIO, size: int, digest: _Hash) -> tuple[list[View], dict[str, int]]:
+def read_zip(
+    path: str, file: BinaryIO, size: int, digest: _Hash, read: ReadTop | None = None, start: int = 0
+) -> tuple[list[View], dict[str, int]]:
     """Read the pickle in a zip file.
 
     Args:
         path: The file, for messages.
         file: The open file.
-        size: Its size in bytes.
+        size: The size of the zip file in bytes.
         digest: A hash that the bytes of the pickle update.
+        read: Returns the tensors in the value that the pickle builds, which may have objects of any class then; None
+            for a dict of tensors.
+        start: The byte of the file that the zip file starts at.
 
     Returns:
         The tensors, and the byte of the file that each storage starts at, by the storage's key.
@@ -36,7 +43,8 @@ def read_zip(path: str, file: BinaryIO, size: int, digest: _Hash) -> tuple[list[
     Raises:
         CheckpointError: The file is damaged, or has more than plain tensors.
     """
-    entries = _read_directory(path, file)
+    entries = _read_directory(path, file, start, size)
+    size += start
     prefix = _find_prefix(path, entries)
     pickle = entries[f"{prefix}data.pkl"]
     used = {pickle.filename: (pickle.header_offset, _content_start(path, file, size, pickle) + pickle.file_size)}
@@ -50,7 +58,8 @@ def read_zip(path: str, file: BinaryIO, size: int, digest: _Hash) -> tuple[list[
             f"{path}: a pickle of {pickle.file_size} bytes, but at most {MAX_PICKLE} are read; not plain weights?"
         )
     stream = PickleStream(file, used[pickle.filename][1] - pickle.file_size, pickle.file_size, digest)
-    views = read_views(path, Unpickler(path, stream, {}).run())
+    top = Unpickler(path, stream, {}, objects=read is not None).run()
+    views = (read or read_views)(path, top)
     places: dict[str, int] = {}
     for view in views:
         if view.storage.key not in places:
@@ -62,21 +71,38 @@ def read_zip(path: str, file: BinaryIO, size: int, digest: _Hash) -> tuple[list[
 
 
 class _LimitedFile:
-    """A file for zipfile that refuses a large directory: zipfile itself would read one of any size."""
+    """Bytes [start, start + size) of a file for zipfile. A large directory is refused: zipfile would read any."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.seek, self.tell, self._file = file.seek, file.tell, file
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise OSError(f"byte {base + offset} is before the beginning")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
 
     def read(self, count: int = -1) -> bytes:
         if count > MAX_DIRECTORY:
             raise ValueError(f"a directory of {count} bytes, but at most {MAX_DIRECTORY} are read")
         # Without a count, zipfile reads the last bytes of the file, at most 65557 of them.
-        return self._file.read(count if count >= 0 else 1 << 17)
+        count = min(count if count >= 0 else 1 << 17, max(self._size - self._at, 0))
+        self._file.seek(self._start + self._at)
+        found = self._file.read(count)
+        self._at += len(found)
+        return found
 
 
-def _read_directory(path: str, file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
-    """Return the entries by name. A damaged directory may raise errors of several kinds in zipfile."""
-    limited: Any = _LimitedFile(file)
+def _read_directory(path: str, file: BinaryIO, start: int, size: int) -> dict[str, zipfile.ZipInfo]:
+    """Return the entries by name, with their places in the file.
+
+    A damaged directory may raise errors of several kinds in zipfile.
+    """
+    limited: Any = _LimitedFile(file, start, size)
     try:
         with zipfile.ZipFile(limited) as archive:
             listed = archive.infolist()
@@ -89,6 +115,7 @@ def _read_directory(path: str, file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
     for entry in listed:
         if entry.filename in entries:
             raise CheckpointError(f"{path}: {entry.filename!r} occurs twice in the zip file")
+        entry.header_offset += start
         entries[entry.filename] = entry
     return entries
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from .files import ADAPTER_CONFIG, WHOLE_MODELS
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_VERL = re.compile(r"model_world_size_\d+_rank_\d+\.pt")
 _VARIANT = re.compile(r"model\.[\w-]+\.safetensors")
 _MEGATRON = re.compile(r"iter_\d{7}|mp_rank_\d\d(_\d{3})*")
 
@@ -41,23 +40,9 @@ def _deepspeed(folder: str, names: Sequence[str]) -> str | None:
 
 
 def _distributed(folder: str, names: Sequence[str]) -> str | None:
-    if ".metadata" not in names or not any(name.endswith(".distcp") for name in names):
+    if ".metadata" in names or not any(name.endswith(".distcp") for name in names):
         return None
-    command = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
-    return (
-        f"a distributed checkpoint of torch: run {command} {shlex.quote(folder)} pytorch_model.bin, and give that "
-        "file, in a folder with config.json"
-    )
-
-
-def _verl(folder: str, names: Sequence[str]) -> str | None:
-    if not any(map(_VERL.fullmatch, names)):
-        return None
-    here, whole = shlex.quote(folder), shlex.quote(f"{folder}-merged")
-    return (
-        f"verl has left the FSDP parts of each process: run python -m verl.model_merger merge --backend fsdp "
-        f"--local_dir {here} --target_dir {whole}, and give {whole}"
-    )
+    return "a distributed checkpoint of torch without its .metadata: copy that file too, whose name begins with a dot"
 
 
 def _megatron(folder: str, names: Sequence[str]) -> str | None:
@@ -102,5 +87,5 @@ def _mistral(folder: str, names: Sequence[str]) -> str | None:
 
 
 _KINDS: tuple[Explain, ...] = (
-    _deepspeed, _distributed, _verl, _run, _megatron, _two_adapters, _variant, _mistral,
+    _deepspeed, _distributed, _run, _megatron, _two_adapters, _variant, _mistral,
 )  # fmt: skip

@@ -62,6 +62,27 @@ class Call(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+class Object:
+    """An object of a class that is not looked up, with the values that the pickle gives it.
+
+    Attributes:
+        name: The module and the name of the class, or of the function that would make the object.
+        arguments: The arguments of that call.
+        state: The state that the pickle sets, most often a dict of attributes; None without one.
+    """
+
+    __slots__ = ("arguments", "name", "state")
+
+    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
+        self.name, self.arguments, self.state = name, arguments, None
+
+    state: Any
+
+    def attribute(self, name: str) -> Any:
+        """Return an attribute; None if the state is no dict that has it."""
+        return self.state.get(name) if type(self.state) is dict else None
+
+
 class Storage(NamedTuple):
     """Elements [first, first + length) of a storage: a run of bytes that tensors are views of.
 
@@ -121,17 +142,19 @@ class Unpickler:
 
     Only strings among these values are ever hashed or compared, and no value is walked through: a pickle can nest
     values a million deep, or make a few that are larger than any memory once they are written out. For all keys that
-    are not strings, a dict here has the one key None.
+    are not strings, a dict here has the one key None; with objects, its value is the list of these (key, value).
     """
 
-    def __init__(self, path: str, stream: PickleStream, storages: dict[str, Storage]) -> None:
+    def __init__(self, path: str, stream: PickleStream, storages: dict[str, Storage], objects: bool = False) -> None:
         """Prepare to run the pickle that begins at the stream's position.
 
         Args:
             path: The file, for messages.
             stream: The bytes of the pickle.
             storages: A dict, to which `run` adds the storages that the pickle names, by their keys.
+            objects: True to build an `Object` for each call or class that is in none of the lists; False to refuse it.
         """
+        self._objects, self._most_steps = objects, MAX_STEPS * (10 if objects else 1)
         self._path, self._stream, self._storages = path, stream, storages
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stack before each mark
@@ -149,6 +172,8 @@ class Unpickler:
             "GLOBAL": self._global, "STACK_GLOBAL": self._stack_global, "REDUCE": self._reduce, "BUILD": self._build,
             "BINPERSID": self._persistent,
         }  # fmt: skip
+        if objects:
+            self._instructions["NEWOBJ"] = self._new_object
 
     def run(self) -> Any:
         """Return the value that the pickle builds. Raises CheckpointError, and OSError."""
@@ -189,8 +214,10 @@ class Unpickler:
     def _count(self, steps: int) -> None:
         """Count steps of work. Raises CheckpointError if there are too many."""
         self._steps += steps
-        if self._steps > MAX_STEPS:
-            raise CheckpointError(f"{self._path}: a pickle of over {MAX_STEPS} instructions; not plain weights? {FIX}")
+        if self._steps > self._most_steps:
+            raise CheckpointError(
+                f"{self._path}: a pickle of over {self._most_steps} instructions; not plain weights? {FIX}"
+            )
 
     def _refused(self, what: str) -> CheckpointError:
         """Return the error about a pickle that has more than tensors."""
@@ -232,7 +259,10 @@ class Unpickler:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is str and key in into:
                 raise ValueError(f"{key!r} occurs twice in a dict")
-            into[key if type(key) is str else None] = value
+            if type(key) is not str and self._objects:
+                into.setdefault(None, []).append((key, value))
+            else:
+                into[key if type(key) is str else None] = value
 
     def _put(self, number: int) -> None:
         self._memo[number] = self._stack[-1]
@@ -260,7 +290,7 @@ class Unpickler:
 
     def _refer(self, module: str, name: str) -> None:
         """Push a reference. Raises CheckpointError for a name that is in none of the lists."""
-        if f"{module} {name}" not in _GLOBALS:
+        if f"{module} {name}" not in _GLOBALS and not self._objects:
             raise self._refused(f"it refers to {_shown(module)}.{_shown(name)}")
         self._push(Reference(f"{module} {name}"))
 
@@ -277,6 +307,8 @@ class Unpickler:
             self._push(arguments[0])
         elif function.name in TENSORS or function.name in PARAMETERS:
             self._push(Call(function.name, arguments))
+        elif self._objects:
+            self._push(Object(function.name, arguments))
         else:
             raise self._refused(f"it calls {function.name.replace(' ', '.')} with {len(arguments)} arguments")
 
@@ -289,9 +321,19 @@ class Unpickler:
         self._count(len(pairs))
         return pairs
 
+    def _new_object(self, _: Any) -> None:
+        """Push an object of a class."""
+        arguments, kind = self._stack.pop(), self._stack.pop()
+        if type(kind) is not Reference or type(arguments) is not tuple:
+            raise ValueError(f"NEWOBJ of {kind_of(kind)} and {kind_of(arguments)}")
+        self._push(Object(kind.name, arguments))
+
     def _build(self, _: Any) -> None:
-        """Drop the attributes of an OrderedDict, such as a state dict's _metadata."""
+        """Set the state of an object; drop the attributes of an OrderedDict, such as a state dict's _metadata."""
         state, value = self._stack.pop(), self._stack[-1]
+        if type(value) is Object:
+            value.state = state
+            return
         if type(value) is not dict or type(state) is not dict:
             raise self._refused(f"it gives {kind_of(value)} a state that is {kind_of(state)}")
 
@@ -351,6 +393,8 @@ def kind_of(value: Any) -> str:
         return value.name.replace(" ", ".")
     if type(value) is Storage:
         return "a storage"
+    if type(value) is Object:
+        return value.name.replace(" ", ".")
     if value is None:
         return "None"
     return f"{'an' if type(value) is int else 'a'} {type(value).__name__}"

@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint, Origin, open_checkpoint
 from ..checkpoints.dequantized import dequantized
-from ..checkpoints.files import ADAPTER_CONFIG, CONFIG, INDEX, find_other_files, find_strays
+from ..checkpoints.files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    INDEX,
+    WHOLE_MODELS,
+    find_other_files,
+    find_strays,
+    load_json,
+)
 from ..checkpoints.sidecars import TEMPLATES, TOKENIZER, VOCABULARIES
 from ..checkpoints.transposed import transposed_like
 from ..checkpoints.wrappers import remove_wrapper
@@ -84,7 +92,12 @@ class _Location(NamedTuple):
 
 @contextmanager
 def open_inputs(
-    sft: StrPath, aligned: StrPath, quiet: bool = True, headers_only: bool = False, carry: Sequence[str] = ()
+    sft: StrPath,
+    aligned: StrPath,
+    quiet: bool = True,
+    headers_only: bool = False,
+    carry: Sequence[str] = (),
+    aligned_config: StrPath | None = None,
 ) -> Iterator[tuple[Checkpoint, Checkpoint]]:
     """Open both checkpoints for the time of the block. Hub ids are downloaded first; an adapter is opened over sft.
 
@@ -94,6 +107,7 @@ def open_inputs(
         quiet: Show no progress bars of downloads.
         headers_only: Download only the headers of weights that are not in the hub's cache; their data are then zeros.
         carry: Patterns of further files of aligned that the output takes over.
+        aligned_config: The folder with the config and the files of an aligned that has none; None for those beside it.
 
     Yields:
         sft and aligned. aligned, and the base of an adapter, have the tensor names of models without a wrapper.
@@ -114,9 +128,29 @@ def open_inputs(
             opened_aligned = stack.enter_context(closing(adapted))
         else:
             opened_aligned = stack.enter_context(closing(_open(aligned_location)))
+            if aligned_config is not None:
+                opened_aligned = _with_config(opened_aligned, os.fspath(aligned_config))
             opened_aligned = remove_wrapper(opened_aligned, opened_sft)
             opened_sft = transposed_like(opened_sft, opened_aligned)
         yield opened_sft, opened_aligned
+
+
+def _with_config(aligned: Checkpoint, folder: str) -> Checkpoint:
+    """Return aligned with the config and the files of a folder.
+
+    Raises:
+        UsageError: aligned has a config of its own.
+        CheckpointError: The folder has no config.
+    """
+    if not aligned.in_parts:
+        raise UsageError(
+            f"`aligned_config` is for weights in the parts that a training's processes saved, and aligned "
+            f"{aligned.path} has none: leave it out"
+        )
+    files = find_other_files(folder, {*aligned.shards, *WHOLE_MODELS})
+    if CONFIG not in files:
+        raise CheckpointError(f"{folder}: `aligned_config` needs a folder with {CONFIG}, and there is none in it")
+    return replace(aligned, config=load_json(files[CONFIG]), files=files, strays=find_strays(folder, files))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from .._version import __version__
 from ..checkpoints import tokenizer
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.custom_code import find_code
+from ..checkpoints.files import CONFIG
 from ..checkpoints.model_parts import tie_flag
 from ..checkpoints.sidecars import find_missing_modules
 from ..errors import ExpoError, OutputError, PlanError
@@ -152,7 +153,8 @@ def open_job(
     if out is not None:
         for path in fill_in(out, options.alphas):
             refuse_mount_point(path, os.path.isfile(pair.aligned))
-    with open_inputs(pair.sft, pair.aligned, options.quiet, headers_only, options.carry) as (sft, aligned):
+    inputs = open_inputs(pair.sft, pair.aligned, options.quiet, headers_only, options.carry, options.aligned_config)
+    with inputs as (sft, aligned):
         code = find_code(aligned.files)
         plan = plan_output(aligned, match_tensors(sft, aligned, options), options, code)
         input_notes = (
@@ -195,12 +197,22 @@ def _find_error(
     """
     try:
         plan.check()
+        _check_config(inputs[1])
         check_places(missing, plan.output_bytes // len(plan.alphas), inputs)
         for path in missing:
             check_free(path, inputs[1].folder is None, overwrite)
     except (PlanError, OutputError) as error:
         return error
     return None
+
+
+def _check_config(aligned: Checkpoint) -> None:
+    """Raise PlanError if aligned is in parts and has no config, without which nothing loads the output."""
+    if aligned.in_parts and CONFIG not in aligned.files:
+        raise PlanError(
+            f"aligned {aligned.path} has the parts that a training's processes saved, and no folder beside it has a "
+            f"{CONFIG}: name the folder with {CONFIG} and tokenizer by `aligned_config`"
+        )
 
 
 def _committed(outs: tuple[str, ...]) -> frozenset[str]:

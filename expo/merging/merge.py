@@ -48,6 +48,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     carry: Sequence[str] = (),
+    aligned_config: StrPath | None = None,
     engine: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
@@ -86,6 +87,8 @@ def merge(
         max_shard_size: The largest size of a file, in bytes or as "5GB"; None for aligned's own files.
         carry: Patterns (fnmatch, of paths in aligned's folder) of further files that the output gets, such as
             ["*.png"]. The files that a model is loaded with need no pattern.
+        aligned_config: A folder with the config.json and the tokenizer of an aligned that is saved in the parts of a
+            training's processes; None for the folder beside the parts.
         engine: See `expo.execution.engines.engines_for`.
         device: See `expo.execution.engines.engines_for`.
         overwrite: Replace an output that exists.
@@ -112,7 +115,8 @@ def merge(
     with ranks.together(cancel):
         pair = complete_request(sft, aligned, alpha, recipe)
         options = MergeOptions(
-            pair.alphas, alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size, carry, engine, device,
+            pair.alphas, alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size, carry,
+            None if aligned_config is None else os.fspath(aligned_config), engine, device,
             overwrite, resume, verify, digest, check, quiet,
         )  # fmt: skip
         return merge_pair(pair, out, options, ranks, progress, cancel)

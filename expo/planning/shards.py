@@ -51,8 +51,8 @@ def lay_out(aligned: Checkpoint, steps: Sequence[Step], max_bytes: int | None) -
         tensors.setdefault(step.name, []).append(step)
     if max_bytes is None:
         groups: dict[str, list[str]] = {output_name(name): [] for name in aligned.shards}
-        for name in tensors:
-            groups[output_name(aligned.weight_map[name])].append(name)
+        for name in tensors:  # a checkpoint in parts has another division than its output
+            groups.setdefault(output_name(aligned.weight_map[name]), []).append(name)
         metadata = {output_name(name): file.header.metadata for name, file in aligned.shards.items()}
     else:
         groups, metadata = _by_size(tensors, max_bytes), {}

@@ -42,6 +42,11 @@ def open_search_inputs(stack: ExitStack, sft: StrPath, aligned: StrPath, options
         )
     if aligned_input.folder is None:
         raise CheckpointError(f"{aligned_input.path} is a file: give the folder with its config and tokenizer")
+    if aligned_input.in_parts:
+        raise CheckpointError(
+            f"{aligned_input.path} has the parts that a training's processes saved: make a whole model of them first, "
+            "with python -m expo.fast --alpha 0, and give that model as aligned"
+        )
     if aligned_input.dequantized:
         raise CheckpointError(
             f"{aligned_input.path} has quantised weights, and a search rewrites the weights of a model in bf16: make "

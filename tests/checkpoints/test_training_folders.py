@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import quiet
 
 import expo
 
@@ -85,21 +82,6 @@ def write(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_a_distributed_checkpoint_and_its_conversion(tmp_path: Path, sft: Path) -> None:
-    """torch writes the folder, and the command of the message converts it, also with the weights inside of a dict."""
-    import torch.distributed.checkpoint as dcp
-
-    folder = tmp_path / "dcp"
-    with quiet():
-        dcp.save({"model": state(2), "step": 7}, checkpoint_id=folder, no_dist=True)  # type: ignore[attr-defined]
-    text = refuse(sft, folder, tmp_path)
-    _, _, command = text.partition("run python ")
-    words = command.partition(",")[0].split()
-    assert words[-2:] == [str(folder), "pytorch_model.bin"]
-    subprocess.run([sys.executable, "-W", "ignore", *words], check=True, cwd=tmp_path, capture_output=True)
-    assert_expected(merged(sft, tmp_path / "pytorch_model.bin", tmp_path / "out.safetensors"))
-
-
 def test_a_training_run(tmp_path: Path, sft: Path) -> None:
     run = tmp_path / "run"
     for step in (90, 500, 1000):
@@ -126,7 +108,7 @@ def test_a_variant_of_the_name(tmp_path: Path, sft: Path) -> None:
     ("names", "words"),
     [
         (("zero_to_fp32.py", "latest"), "run python {0}/zero_to_fp32.py {0} {0}-fp32,"),
-        (("model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"), "--local_dir {0} --target_dir {0}-merged"),
+        (("__0_0.distcp",), "without its .metadata"),
         (("latest_checkpointed_iteration.txt",), "a checkpoint of Megatron"),
         (("iter_0000100/mp_rank_00/model_optim_rng.pt",), "a checkpoint of Megatron"),
         (("train/adapter_config.json", "reference/adapter_config.json"), "give {0}/train as `aligned`"),
