@@ -11,6 +11,10 @@ reader of the file's bytes.
     wrappers           the model's own names for a checkpoint that was saved inside a wrapper
     model_parts        heads, embeddings and buffers, by the names of their tensors
     quantization       recognises quantised checkpoints, which have codes in place of numbers, and names the way out
+    dequantized        presents FP8 and MXFP4 as their values, which scaled_reader gives to the engines
+    transposed         presents experts that the other side has transposed
+    parts              makes one checkpoint of the files that a training's processes saved (rank_files,
+                       distributed_checkpoint), whose tensors piecewise_reader reads
     sidecars           decides which files beside the weights an output gets; custom_code finds the code among them
     tokenizer          compares the token ids of two checkpoints
 """

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dtypes import FROM_TORCH
 from ..errors import CheckpointError
-from .parts import StoredTensor
-from .piecewise_reader import Piece
+from .piecewise_reader import Piece, StoredTensor
 from .reader import FileReader, Identity, open_regular_file
 from .safetensors_header import Header
 from .shard import Shard
@@ -108,7 +107,9 @@ def _read_metadata(where: str, digest: _Hash) -> tuple[dict[str, _Tensor], dict[
             top = Unpickler(where, stream, {}, objects=True).run()
     except OSError as error:
         raise CheckpointError(f"{where}: {error.strerror}") from error
-    fields = [top.attribute(name) if type(top) is Object else None for name in ("state_dict_metadata", "storage_data")]
+    fields: list[Any] = [
+        top.attribute(name) if type(top) is Object else None for name in ("state_dict_metadata", "storage_data")
+    ]
     if not all(type(each) is dict for each in fields):
         raise CheckpointError(f"{where}: {kind_of(top)}, and no metadata of a distributed checkpoint")
     described, stored = fields
@@ -127,8 +128,10 @@ def _read_metadata(where: str, digest: _Hash) -> tuple[dict[str, _Tensor], dict[
 
 def _place(where: str, key: Any, value: Any) -> tuple[tuple[str, tuple[int, ...]], tuple[str, int, int]]:
     """Return the name and offsets of a chunk, and its file, offset and length."""
-    index = [key.attribute(name) if type(key) is Object else None for name in ("fqn", "offset")]
-    place = [value.attribute(name) if type(value) is Object else None for name in ("relative_path", "offset", "length")]
+    index: list[Any] = [key.attribute(name) if type(key) is Object else None for name in ("fqn", "offset")]
+    place: list[Any] = [
+        value.attribute(name) if type(value) is Object else None for name in ("relative_path", "offset", "length")
+    ]
     known = type(index[0]) is str and type(place[0]) is str and are_naturals(tuple(place[1:]))
     if not known or not (index[1] is None or are_naturals(index[1])):
         raise CheckpointError(f"{where}: a place of a chunk that is not its name, offsets, file, offset and length")
@@ -143,7 +146,7 @@ def _tensor(
     where: str, name: str, entry: Object, places: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]]
 ) -> _Tensor:
     """Return a tensor with the places of its chunks."""
-    properties, shape, chunks = (entry.attribute(each) for each in ("properties", "size", "chunks"))
+    properties, shape, chunks = entry.attribute("properties"), entry.attribute("size"), entry.attribute("chunks")
     state = properties.state if type(properties) is Object else None
     dtype = state[0] if type(state) is tuple and state else properties.attribute("dtype") if state else None
     known = DTYPES.get(dtype.name, "") if type(dtype) is Reference else ""
@@ -151,7 +154,8 @@ def _tensor(
         raise CheckpointError(f"{where}: {name!r} is described without a known dtype, a shape and chunks")
     found = []
     for chunk in chunks:
-        offsets, sizes = (chunk.attribute(each) if type(chunk) is Object else None for each in ("offsets", "sizes"))
+        offsets: Any = chunk.attribute("offsets") if type(chunk) is Object else None
+        sizes: Any = chunk.attribute("sizes") if type(chunk) is Object else None
         if not are_naturals(offsets) or not are_naturals(sizes):
             raise CheckpointError(f"{where}: {name!r} has a chunk without offsets and sizes")
         if 0 in sizes:

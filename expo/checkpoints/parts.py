@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..dtypes import BITS
 from ..errors import CheckpointError
 from .files import CONFIG
-from .piecewise_reader import Piece, PiecewiseReader, why_not_covered
+from .piecewise_reader import PiecewiseReader, why_not_covered
 from .reader import ByteReader
 from .safetensors_header import TensorInfo, element_count
 from .shard import Shard
@@ -17,14 +17,6 @@ from .shard import Shard
 # The folders, from the one with the parts, that may have the config and the tokenizer: verl's `huggingface`, and the
 # folder of the whole checkpoint, in which accelerate and others make one for the parts.
 BESIDE = (".", "huggingface", "..", os.path.join("..", "huggingface"))
-
-
-class StoredTensor(NamedTuple):
-    """A tensor in pieces."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: list[Piece]
 
 
 class Parts(NamedTuple):

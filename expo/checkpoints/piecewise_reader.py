@@ -27,6 +27,14 @@ class Piece(NamedTuple):
     start: int
 
 
+class StoredTensor(NamedTuple):
+    """A tensor in pieces."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+
+
 class _Runs:
     """A piece as runs of elements that follow each other in the whole tensor too."""
 

@@ -17,8 +17,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
-from .parts import StoredTensor
-from .piecewise_reader import Piece
+from .piecewise_reader import Piece, StoredTensor
 from .reader import Identity, open_regular_file
 from .safetensors_header import TensorInfo
 from .shard import Shard
@@ -162,9 +161,9 @@ def _read_distributed(path: str, name: str, value: Object, world: int) -> tuple[
     if type(kind) is not Reference or not DTENSOR.fullmatch(kind.name) or type(state) is not dict:
         raise tensor_error(path, name, f"it is {kind_of(kind or value)}, and no DTensor; {FIX}")
     local, spec, made = state.get("_local_tensor"), state.get("_spec"), arguments[2]
-    placements = spec.attribute("placements") if type(spec) is Object else None
-    shape = made[2] if type(made) is tuple and len(made) > 2 else None
-    if type(placements) is not tuple or not are_naturals(shape):
+    placements: Any = spec.attribute("placements") if type(spec) is Object else None
+    shape: Any = made[2] if type(made) is tuple and len(made) > 2 else None
+    if type(spec) is not Object or type(placements) is not tuple or not are_naturals(shape):
         raise tensor_error(path, name, f"a DTensor in a form that is not known; {FIX}")
     dims = tuple(_dimension(path, name, placement, len(shape)) for placement in placements)
     mesh = _mesh_shape(spec.attribute("mesh")) or ((world,) if len(dims) == 1 else ())
@@ -205,5 +204,5 @@ def _mesh_shape(mesh: Any) -> tuple[int, ...]:
 
 def _axis(axis: Any) -> Any:
     """Return the number of processes along one dimension of a mesh."""
-    shape = axis.attribute("shape") if type(axis) is Object else None
+    shape: Any = axis.attribute("shape") if type(axis) is Object else None
     return prod(shape) if are_naturals(shape) else shape

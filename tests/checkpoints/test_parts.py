@@ -33,6 +33,7 @@ ALPHA = 0.3
 
 def run(folder: Path, world: int, *more: str) -> Path:
     """Let processes save a model in parts, and return the folder."""
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, "-W", "ignore", saved_parts.__file__, str(folder / "store")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     processes = [
