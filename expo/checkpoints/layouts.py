@@ -94,7 +94,8 @@ class Layout(NamedTuple):
                 continue
             if r"\1" in text and match.lastgroup is not None:
                 text = text.replace(r"\1", match.group(pattern.groupindex[match.lastgroup] + 1))
-            name = name.replace(match.group(0), text, 1)
+            if not _has_around(name, text, match):
+                name = name.replace(match.group(0), text, 1)
         return name
 
     def find_place(self, name: str) -> Place | None:
@@ -106,6 +107,16 @@ class Layout(NamedTuple):
                     targets = tuple(name.replace(match.group(0), text, 1) for text in fusion.targets)
                     return Place(fusion, targets, source, int(match.groupdict().get("expert") or 0))
         return None
+
+
+def _has_around(name: str, text: str, match: re.Match[str]) -> bool:
+    """Return True if a name already has the text that would replace a match, around the match, as names in memory do.
+
+    The expression `post_norm` also matches in `mlp.post_norm`, which replaces it, and `shared_expert.` in
+    `shared_experts`, because its point is any character.
+    """
+    at = name.find(text, max(match.start() - len(text) + 1, 0))
+    return 0 <= at < match.end()
 
 
 def find_layouts(*configs: Mapping[str, Any]) -> list[Layout]:

@@ -21,29 +21,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoints.model_tensors import ModelTensors
-from ..checkpoints.transposed import transposed_like
 from ..dtypes import torch_names
-from ..errors import EngineError, PlanError, UsageError
+from ..errors import EngineError, UsageError
 from ..execution.engines import cpu_count
-from ..inputs.resolve import StrPath, open_one
+from ..inputs.resolve import StrPath
 from ..kernels.contract import Address, Operand, working_alpha
 from ..options import MergeOptions
-from ..planning.matching import Matched, match_tensors
-from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT
 from . import gpu_tensors
 from .arrays import MOST_THREADS, compute_on_cpu
 from .distributed_tensors import fsdp_modules, local_part, reshard
-from .fused_files import fuse_like
-from .model_weights import MOVED, WeightPositions, model_tensors, saved_weights, without_value_head
+from .model_weights import MOVED, WeightPositions, model_tensors, saved_weights
 from .originals import (
     KEEP,
     LiveWeight,
     keep_originals,
     local_steps,
-    read_from_tensors,
     read_parts,
 )
+from .sft_tensors import open_sft
 from .versions import count_writes
 
 CPU_ELEMENTS = 1 << 21  # elements that a thread of the CPU computes at a time
@@ -104,29 +99,17 @@ class Live:
         self._fsdp_modules = fsdp_modules(model)
         reshard(self._fsdp_modules)
         aligned = model_tensors(model, "model")
-        sft_weights: dict[str, torch.Tensor] | None = None
+        options = MergeOptions(alpha_for=alpha_for or {}, on_unpaired=on_unpaired, on_mismatch=on_mismatch)
         with ExitStack() as stack:
-            if isinstance(sft, torch.nn.Module):
-                reshard(fsdp_modules(sft))
-                other: ModelTensors = model_tensors(sft, "sft")
-                sft_weights = saved_weights(sft)
-                others = {name: local_part(tensor.detach()) for name, tensor in sft_weights.items()}
-                read = read_from_tensors(others)
-            else:
-                others = {}
-                checkpoint = without_value_head(stack.enter_context(open_one(sft)), aligned)
-                other, read = fuse_like(transposed_like(checkpoint, aligned), aligned)
-            options = MergeOptions(alpha_for=alpha_for or {}, on_unpaired=on_unpaired, on_mismatch=on_mismatch)
-            matched = match_tensors(other, aligned, options)
-            _refuse(matched, by_files=not isinstance(sft, torch.nn.Module))
-            for note in matched.notes:
+            others = open_sft(stack, sft, model, aligned, options)
+            for note in others.matched.notes:
                 warnings.warn(note, stacklevel=2)
             weights = saved_weights(model)
-            extrapolated = [step for step in matched.steps if step.sft is not None]
-            steps, parts = local_steps(extrapolated, weights, sft_weights)
+            extrapolated = [step for step in others.matched.steps if step.sft is not None]
+            steps, parts = local_steps(extrapolated, weights, others.weights)
             local = {name: local_part(tensor) for name, tensor in weights.items()}
-            usable = others if keep == "device" else {}
-            self._weights, self.memory = keep_originals(steps, local, read_parts(read, parts), keep, usable)
+            usable = others.local if keep == "device" else {}
+            self._weights, self.memory = keep_originals(steps, local, read_parts(others.read, parts), keep, usable)
         self._positions = WeightPositions(model, {step.name for step in steps})
         self._jobs = [job for weight in self._weights if _on_cpu(weight) for job in _make_jobs(weight)]
         self._threads = min(cpu_count(), MOST_THREADS)
@@ -273,18 +256,6 @@ def _number(value: Any) -> float:
 def _tensors_at(weights: Sequence[LiveWeight], place: int) -> tuple[Any, Any, Any]:
     """Return the tensors (sft, aligned, out) of the weight at a position."""
     return weights[place].sft, weights[place].aligned, weights[place].out
-
-
-def _refuse(matched: Matched, by_files: bool) -> None:
-    """Raise PlanError with every problem, and with advice if the model's names are not those of sft's files."""
-    only_in_sft = any(reason == ONLY_IN_SFT for reason in matched.dropped.values())
-    if matched.problems and by_files and only_in_sft and any(step.reason == NOT_IN_SFT for step in matched.steps):
-        raise PlanError(
-            "the names of the model's tensors are not those of sft's files; if the library that loads a model changes "
-            "names, as transformers does when it fuses experts, load sft with the same library and give that model "
-            "instead of the files\n" + "\n".join(matched.problems)
-        )
-    matched.check()
 
 
 def _on_cpu(weight: LiveWeight) -> bool:

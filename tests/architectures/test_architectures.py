@@ -58,3 +58,12 @@ def test_the_page_lists_the_results() -> None:
         assert {kind: list(found) for kind, found in data["results"].items()} == {
             kind: tiny_pairs.model_types(kind) for kind in sweep.KINDS
         }
+
+
+def test_live_over_files_in_another_form(tmp_path: Path) -> None:
+    """The table of layouts does not have this conversion, so transformers loads sft's files as a model too."""
+    with quiet():
+        pair = tiny_pairs.make_pair("causal", "lara_mini", tmp_path)
+        assert sweep.check_files(pair) == []
+    with pytest.warns(UserWarning, match="has loaded it as a model too, on the CPU"):
+        assert sweep.check_live(pair) == []
