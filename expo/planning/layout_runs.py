@@ -18,6 +18,8 @@ from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.safetensors_header import TensorInfo, describe
 from ..dtypes import ITEMSIZE
 
+MOST_OUTER = 4096  # parts of a tensor for each tensor that it is made of
+
 
 class Run(NamedTuple):
     """A part of a tensor of aligned, and the part of a tensor of sft that belongs to it, of one shape.
@@ -112,7 +114,7 @@ def _find_parts(
         in_model = [in_memory[target] for target in targets]
         parts = [] if (fusion, targets) in ambiguous else _parts_of(fusion, sources, in_model)
         found += parts
-        if not parts:
+        if not parts and fusion.stacks:
             problems.append(_why_no_parts(fusion, sources, in_model))
     return found
 
@@ -156,6 +158,8 @@ def _parts_of(
     if fusion.operations == (("chunk", 0),) and len(ordered) == 1:
         parts = _cut(ordered[0], targets)
         return [_Part(target, part) for part, target in zip(parts, targets, strict=False)]
+    if len(targets) == 1 and [verb for verb, *_ in fusion.operations] == ["concatenate"] and fusion.operations[0][1]:
+        return _cut_inside(targets[0], ordered, fusion.operations[0][1])
     stacked = fusion.operations[:1] == (("stack", 0),)
     joined = (("concatenate", int(stacked)),)
     if len(targets) != 1 or fusion.operations[int(stacked) :] not in ((), joined):
@@ -182,6 +186,26 @@ def _cut(whole: TensorInfo, parts: Sequence[TensorInfo], experts: int | None = N
         return []
     starts = accumulate(map(prod, shapes[:-1]), initial=0)
     return [_run(whole, start, shape) for start, shape in zip(starts, shapes, strict=True)]
+
+
+def _cut_inside(whole: TensorInfo, sources: Sequence[TensorInfo], dim: int) -> list[_Part]:
+    """Return the parts of a tensor that is made of others, one behind the other along a dimension but the first.
+
+    The others have all experts, for example: then each of the parts belongs to one expert. There are no parts if the
+    shapes do not fit, or if there are too many.
+    """
+    outer, inner = whole.shape[:dim], whole.shape[dim + 1 :]
+    lengths = [source.shape[dim] for source in sources if len(source.shape) > dim]
+    fits = all(source.shape == (*outer, length, *inner) for source, length in zip(sources, lengths, strict=False))
+    if len(lengths) < len(sources) or not fits or sum(lengths) != whole.shape[dim] or prod(outer) > MOST_OUTER:
+        return []
+    found, at = [], 0
+    for number in range(prod(outer)):
+        for source, length in zip(sources, lengths, strict=True):
+            shape = (length, *inner)
+            found.append(_Part(_run(whole, at, shape), _run(source, number * prod(shape), shape)))
+            at += prod(shape)
+    return found
 
 
 def _run(tensor: TensorInfo, first: int, shape: tuple[int, ...]) -> TensorInfo:

@@ -261,3 +261,33 @@ def test_a_missing_expert_is_named(tmp_path: Path, side: str) -> None:
     write(tmp_path / other, fused(published(500)))
     with pytest.raises(expo.PlanError, match=r"in two layouts, but expert 2 of up_proj is missing"):
         expo.merge(tmp_path / "sft", tmp_path / "aligned", ALPHA, tmp_path / "out", on_unpaired="aligned")
+
+
+# Experts that are stacked in the files already
+
+
+STACKED = {"model_type": "step3p7"}
+
+
+def stacked(tensors: Tensors) -> Tensors:
+    """Return the tensors of `published` with one tensor for the gates of all experts, and so on, as in Step 3.7."""
+    found: Tensors = {f"{LAYER}gate.weight": tensors[f"{LAYER}gate.weight"]}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        parts = [tensors[f"{LAYER}experts.{expert}.{name}.weight"] for expert in range(EXPERTS)]
+        where = LAYER.replace("mlp.", f"moe.{name}.weight")
+        found[where] = ("F32", (EXPERTS, *parts[0][1]), b"".join(data for _, _, data in parts))
+    return found
+
+
+@pytest.mark.parametrize("chunk", [4096, 1 << 22])
+def test_experts_that_are_stacked_and_not_fused(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate of an expert and its up-projection follow each other in memory, and lie in two tensors of the files."""
+    monkeypatch.setattr("expo.execution.worker_pool.CHUNK", chunk)
+    sft, aligned = published(1), published(500)
+    results = merged(sft, aligned)
+    for first, second, expected in (
+        (fused(sft), stacked(aligned), stacked(results)), (stacked(sft), fused(aligned), fused(results)),
+    ):  # fmt: skip
+        expo.merge(write(tmp_path / "sft", first, **STACKED), write(tmp_path / "aligned", second, **STACKED), ALPHA,
+                   tmp_path / "out", overwrite=True)  # fmt: skip
+        assert read_folder(tmp_path / "out") == expected
