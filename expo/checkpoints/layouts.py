@@ -116,7 +116,7 @@ def _has_around(name: str, text: str, match: re.Match[str]) -> bool:
     `shared_experts`, because its point is any character.
     """
     at = name.find(text, max(match.start() - len(text) + 1, 0))
-    return 0 <= at < match.end()
+    return 0 <= at <= match.start() and at + len(text) >= match.end()
 
 
 def find_layouts(*configs: Mapping[str, Any]) -> list[Layout]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,7 +170,9 @@ def other_shapes(world: World, _: pytest.MonkeyPatch) -> World:
 
 def quantised(world: World, _: pytest.MonkeyPatch) -> None:
     config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}
-    (world.sft / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(world.sft)
+    codes = {"layer.qweight": ("I32", (1, 4), bytes(16))}
+    write_folder(world.sft, {**random_tensors(SHAPES, 1), **codes}, config=config)
 
 
 def eight_bit_floats(world: World, _: pytest.MonkeyPatch) -> World:

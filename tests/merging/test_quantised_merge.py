@@ -205,6 +205,7 @@ def test_another_dtype(tmp_path: Path, form: str) -> None:
         check(tmp_path / "out", expected(sft, aligned, alpha), "F32")
 
 
+@pytest.mark.exhaustive  # the interpreter starts in a process of its own
 @pytest.mark.parametrize("form", ["blocks with edges", "MXFP4"])
 def test_no_engine_shows(tmp_path: Path, form: str) -> None:
     """The engine for GPUs, which Triton's interpreter runs, writes the same fp32 files; it truncates bf16 results."""
