@@ -100,7 +100,7 @@ def _open_file(
 
 
 def _read_metadata(where: str, digest: _Hash) -> tuple[dict[str, _Tensor], dict[str, tuple[str, ...]]]:
-    """Return all tensors by their flat names, and the path in nested dicts that each flat name stands for."""
+    """Return all tensors by their flat names, and the path of each of them in nested dicts."""
     try:
         with open_regular_file(where) as file:
             stream = PickleStream(file, 0, min(Identity.of(file.fileno()).size, MAX_PICKLE), digest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from ..checkpoints.files import (
 )
 from ..checkpoints.sidecars import CARD, OTHER_WEIGHTS, Code, sort_files
 from ..errors import CheckpointError
+from .downloads import Download, download
 from .hub_errors import error_line, explain_hub_errors, explain_unreachable, is_unreachable, list_names
 from .hub_headers import fill_stand_in
 from .hub_ids import HubId, Snapshot
@@ -67,6 +68,7 @@ def fetch(
     quiet: bool = False,
     headers_folder: str | None = None,
     carry: Sequence[str] = (),
+    later: list[Download] | None = None,
 ) -> Snapshot:
     """Download the files of a repository that a merge needs and the cache does not have.
 
@@ -81,6 +83,7 @@ def fetch(
         headers_folder: An empty folder. Weights that the cache does not have are then not downloaded: the folder
             receives a stand-in for the snapshot (see hub_headers.py), or stays empty if the cache has all weights.
         carry: Patterns of further files that the output takes over from aligned.
+        later: A list that receives the download of the weights, for `complete`; None to download them in this call.
 
     Returns:
         The folder of the cache with the revision's files.
@@ -88,18 +91,13 @@ def fetch(
     Raises:
         CheckpointError: The files are not there or cannot be downloaded; the message names repository and revision.
     """
-    try:
-        from huggingface_hub import HfApi, constants
-    except Exception as error:  # the library is not installed, or one of its environment variables has a bad value
-        raise CheckpointError(
-            f"{hub_id}: hub ids need huggingface_hub 0.34 or later, which cannot be imported ({error_line(error)}); "
-            "pip install -U huggingface_hub, or download it by other means and give the folder"
-        ) from error
+    _check_library(hub_id)
+    from huggingface_hub import HfApi, constants
+
     with explain_hub_errors(hub_id), _progress_bars(quiet):
         try:
             timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-            with_sizes = headers_folder is not None
-            info = HfApi().model_info(hub_id.repo, revision=hub_id.revision, timeout=timeout, files_metadata=with_sizes)
+            info = HfApi().model_info(hub_id.repo, revision=hub_id.revision, timeout=timeout, files_metadata=True)
         except Exception as error:
             if not is_unreachable(error):
                 raise
@@ -107,7 +105,45 @@ def fetch(
         sizes = {file.rfilename: file.size for file in info.siblings or ()}
         if info.sha is None:
             raise CheckpointError(f"{hub_id}: {constants.ENDPOINT} does not name the revision's commit; is it a hub?")
-        return _download(hub_id, info.sha, sizes, weights_only, headers_folder, carry)
+        now: list[Download] = []
+        pending = now if later is None else later
+        snapshot = _download(hub_id, info.sha, sizes, weights_only, headers_folder, carry, pending)
+    complete(now, quiet)
+    return snapshot
+
+
+def _check_library(hub_id: HubId) -> None:
+    """Raise CheckpointError if huggingface_hub cannot be imported."""
+    try:
+        from huggingface_hub import HfApi, constants  # noqa: F401
+    except Exception as error:  # the library is not installed, or one of its environment variables has a bad value
+        raise CheckpointError(
+            f"{hub_id}: hub ids need huggingface_hub 0.34 or later, which cannot be imported ({error_line(error)}); "
+            "pip install -U huggingface_hub, or download it by other means and give the folder"
+        ) from error
+
+
+def complete(downloads: Sequence[Download], quiet: bool) -> None:
+    """Download the weights of all repositories at the same time.
+
+    Args:
+        downloads: What `fetch` has left for later.
+        quiet: Show no progress.
+
+    Raises:
+        CheckpointError: A file cannot be downloaded; the message names the repository.
+    """
+    if not downloads:
+        return
+    from huggingface_hub import hf_hub_download
+
+    missing = [each for each in downloads if each.sizes]
+    if missing:
+        download(missing, quiet)
+    for each in downloads:
+        # This call records the revision's commit in the cache. It comes last, so a recorded revision is complete.
+        with contextlib.suppress(Exception), _progress_bars(quiet):
+            hf_hub_download(each.hub_id.repo, each.first, revision=each.hub_id.revision)
 
 
 def choose_files(
@@ -154,8 +190,9 @@ def _download(
     weights_only: bool,
     headers_folder: str | None,
     carry: Sequence[str],
+    later: list[Download],
 ) -> Snapshot:
-    """Download a commit's files; see `fetch`.
+    """Download a commit's files except its weights; see `fetch`.
 
     Args:
         hub_id: The repository.
@@ -164,9 +201,8 @@ def _download(
         weights_only: As for `fetch`.
         headers_folder: As for `fetch`.
         carry: As for `fetch`.
+        later: The list that receives the download of the weights.
     """
-    from huggingface_hub import hf_hub_download
-
     repo, names = hub_id.repo, list(sizes)
     files = choose_files(hub_id, names, weights_only, carry)
     first = files.others or files.weights
@@ -176,10 +212,7 @@ def _download(
     if headers_folder is not None and missing:
         fill_stand_in(hub_id, commit, folder, {name: sizes[name] for name in missing}, headers_folder)
         return Snapshot(folder, repo, commit)
-    _download_weights(repo, commit, weights)
-    # This call records the revision's commit in the cache. It comes last, so a recorded revision is complete.
-    with contextlib.suppress(Exception):
-        hf_hub_download(repo, first[0], revision=hub_id.revision)
+    later.append(Download(hub_id, commit, folder, first[0], {name: sizes[name] for name in missing}))
     return Snapshot(folder, repo, commit)
 
 
@@ -196,20 +229,6 @@ def _download_small_files(repo: str, commit: str, files: Sequence[str], names: I
         folder = snapshot_download(repo, revision=commit, allow_patterns=[glob.escape(name) for name in needed])
         needed = [name for name in _missing_code(folder, names) if name not in requested]
     return folder
-
-
-def _download_weights(repo: str, commit: str, weights: Sequence[str]) -> None:
-    """Download weight files, one after another.
-
-    The downloads run in this thread, where Ctrl-C ends one at once; snapshot_download would first finish every file
-    that it has begun.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils.tqdm import tqdm
-
-    bar: Callable[..., Iterable[str]] = tqdm
-    for name in bar(weights, desc=f"Fetching the weights of {repo}", unit="file"):
-        hf_hub_download(repo, name, revision=commit)
 
 
 def _missing(folder: str, names: Iterable[str]) -> list[str]:

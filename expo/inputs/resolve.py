@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint, Origin, open_checkpoint
 from ..checkpoints.dequantized import dequantized
@@ -25,6 +25,9 @@ from ..checkpoints.wrappers import remove_wrapper
 from ..errors import CheckpointError, UsageError
 from .hints import explain_hidden, explain_missing, hidden_by_folder, note_hidden
 from .hub_ids import HubId, parse_hub_id, snapshot_origin
+
+if TYPE_CHECKING:
+    from .downloads import Download
 
 StrPath = str | os.PathLike[str]
 
@@ -117,10 +120,15 @@ def open_inputs(
     """
     with ExitStack() as stack:
         stand_ins = stack if headers_only else None
-        aligned_location = _locate(aligned, False, quiet, stand_ins, carry)
+        later: list[Download] = []  # the weights of both are downloaded at the same time
+        aligned_location = _locate(aligned, False, quiet, stand_ins, carry, later)
         has_adapter = _is_adapter(aligned_location.path_to_open)
         # The tokenizer and the config of an adapter's output may be those of its base, so all files of sft are needed.
-        sft_location = _locate(sft, not has_adapter, quiet, stand_ins, carry)
+        sft_location = _locate(sft, not has_adapter, quiet, stand_ins, carry, later)
+        if later:
+            from .hub import complete
+
+            complete(later, quiet)
         opened_sft = stack.enter_context(closing(_open(sft_location)))
         if has_adapter:
             opened_sft = remove_wrapper(opened_sft, opened_sft)
@@ -164,7 +172,12 @@ def open_one(path: StrPath, quiet: bool = True) -> Iterator[Checkpoint]:
 
 
 def _locate(
-    name: StrPath, weights_only: bool, quiet: bool, stand_ins: ExitStack | None = None, carry: Sequence[str] = ()
+    name: StrPath,
+    weights_only: bool,
+    quiet: bool,
+    stand_ins: ExitStack | None = None,
+    carry: Sequence[str] = (),
+    later: list[Download] | None = None,
 ) -> _Location:
     """Find the files that a name means, and download them if the name is no path but a hub id.
 
@@ -175,6 +188,7 @@ def _locate(
         stand_ins: A stack, if headers are to be downloaded in place of weights: it removes their temporary folder at
             its end. None to download the weights.
         carry: Patterns of further files to download.
+        later: A list that receives the downloads of weights; None to download them in this call.
 
     Raises:
         CheckpointError: The hub id's files cannot be downloaded, or the name is an address or has a `~`.
@@ -195,7 +209,7 @@ def _locate(
 
     try:
         stand_in = stand_ins.enter_context(hub_headers.stand_in_folder(hub_id)) if stand_ins else None
-        snapshot = hub.fetch(hub_id, weights_only, quiet, stand_in, carry)
+        snapshot = hub.fetch(hub_id, weights_only, quiet, stand_in, carry, later)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: no such file or folder; as a hub id: {error}") from error
     is_used = stand_in is not None and bool(os.listdir(stand_in))
