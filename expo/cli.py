@@ -26,8 +26,8 @@ MAX_BAR_WIDTH = 30  # characters
 LOG_INTERVAL = 10.0  # seconds between two lines of progress if stderr is no terminal
 # The library's messages name parameters between backticks, as Python has them; the command line prints its options.
 PARAMETERS = {each.name for each in fields(MergeOptions)} | {
-    "aligned", "alpha", "batch_size", "budget", "keep", "limit", "max_new_tokens", "out", "recipe", "reward", "sft",
-    "trust_remote_code",
+    "adapter_over", "aligned", "alpha", "base", "batch_size", "budget", "keep", "limit", "max_new_tokens", "out",
+    "recipe", "reward", "sft", "trust_remote_code",
 }  # fmt: skip
 _PARAMETER = re.compile(r"`([a-z_]+)(?:=(?:\{r'([^`]*)': ([^`}]*)\}|\[?'?([^`'\]]*)'?\]?))?`")
 
@@ -97,6 +97,16 @@ def with_options(text: str) -> str:
         return f"--{name.replace('_', '-')}" + (f" {value}" if value not in (None, "True") else "")
 
     return _PARAMETER.sub(option, text)
+
+
+def add_base(add: Callable[..., Any]) -> None:
+    """Add the options of two adapters over one base."""
+    add("--base", metavar="M", help="the checkpoint under two LoRA adapters, if both A and B are adapters")
+    add(
+        "--adapter-over", choices=("base", "sft"),
+        help="the model that B's adapter was trained on: M itself, or the model that A's adapter makes of M "
+        "(default: the one that the config of B's adapter names)",
+    )  # fmt: skip
 
 
 def show(text: str) -> None:

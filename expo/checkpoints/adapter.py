@@ -1,7 +1,11 @@
-"""A LoRA adapter as its header describes it: the changes that turn its base into the trained checkpoint."""
+"""A LoRA adapter as its header describes it: the changes that turn its base into the trained checkpoint.
+
+An adapter may lie over another adapter: the later one was then trained on the model that the earlier one makes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +23,7 @@ class LowRank(NamedTuple):
         left_transposed: True if the left factor is stored as [r, M].
         right_transposed: True if the right factor is stored as [N, r].
         scale: The number that the product is multiplied by.
+        path: Path of the file with both factors.
     """
 
     left: TensorInfo
@@ -26,6 +31,7 @@ class LowRank(NamedTuple):
     left_transposed: bool
     right_transposed: bool
     scale: float
+    path: str
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +57,7 @@ class Adapter:
         shard: The file with the weights. Every TensorInfo here has the name that the tensor has in this file.
         low_rank: The deltas, by the base's name for the tensor.
         full: The tensors that were trained as a whole, by the base's name for the tensor.
+        base_dtypes: The dtypes that the base has for the tensors of `full`, by the base's name.
         copies: The base's tensors that the adapter repeats beside a delta, by the base's name; see `check_copies`.
         unties: True if the head and the embedding of the trained model are two tensors, and those of its base are one.
         note: A sentence for the user about the untied head; None if the adapter unties nothing.
@@ -62,5 +69,20 @@ class Adapter:
     low_rank: dict[str, LowRank]
     full: dict[str, TensorInfo]
     copies: dict[str, TensorInfo] = field(default_factory=dict)
+    base_dtypes: dict[str, str] = field(default_factory=dict)
     unties: bool = False
     note: str | None = None
+
+
+def find_whole(adapters: Sequence[Adapter], name: str) -> Adapter | None:
+    """Return the last of these adapters that has a tensor of the base as a whole; None if none of them has it."""
+    return next((adapter for adapter in reversed(adapters) if name in adapter.full), None)
+
+
+def find_deltas(adapters: Sequence[Adapter], name: str) -> tuple[LowRank, ...]:
+    """Return the deltas that these adapters add to a tensor, in their order; a whole tensor replaces earlier deltas."""
+    found: tuple[LowRank, ...] = ()
+    for adapter in adapters:
+        found = () if name in adapter.full else found
+        found += (adapter.low_rank[name],) if name in adapter.low_rank else ()
+    return found

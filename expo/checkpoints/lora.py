@@ -121,7 +121,7 @@ def _low_rank(
         transposed = _is_transposed(path, config, target, shown)
         if transposed:  # (B @ A).T = A.T @ B.T
             left, right = right, left
-        found[name] = LowRank(left, right, transposed, transposed, scales.scale_of(target.factors.module))
+        found[name] = LowRank(left, right, transposed, transposed, scales.scale_of(target.factors.module), path)
     return found
 
 

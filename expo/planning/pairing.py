@@ -70,7 +70,7 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
         for name, old_name in find(unpaired_aligned, unpaired_sft).items():
             counterparts[name] = Counterpart(unpaired_sft.pop(old_name), f"sft calls it {old_name}")
             del unpaired_aligned[name]
-    runs = {} if aligned.adapter else find_runs(unpaired_aligned, unpaired_sft, sft, aligned)
+    runs = {} if aligned.adapters else find_runs(unpaired_aligned, unpaired_sft, sft, aligned)
     unpaired_aligned = {name: tensor for name, tensor in unpaired_aligned.items() if name not in runs}
     used = {run.sft.name for each in runs.values() for run in each}
     unpaired_sft = {name: tensor for name, tensor in unpaired_sft.items() if name not in used}

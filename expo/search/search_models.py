@@ -35,7 +35,7 @@ def open_search_inputs(stack: ExitStack, sft: StrPath, aligned: StrPath, options
         PlanError: The checkpoints cannot be merged.
     """
     sft_input, aligned_input = stack.enter_context(open_inputs(sft, aligned, options.quiet))
-    if aligned_input.adapter is not None:
+    if aligned_input.adapters:
         raise CheckpointError(
             f"{aligned_input.path} is an adapter: make a whole model of it first, with python -m expo.fast --alpha 0, "
             "and give that model as aligned"
