@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -93,8 +94,8 @@ def with_options(text: str) -> str:
         if name not in PARAMETERS:
             return found[0]
         if pattern is not None:
-            value = f"'{pattern}={alpha}'"
-        return f"--{name.replace('_', '-')}" + (f" {value}" if value not in (None, "True") else "")
+            return f"--alpha-for '{pattern}={alpha}'"
+        return f"--{name.replace('_', '-')}" + (f" {shlex.quote(value)}" if value not in (None, "True") else "")
 
     return _PARAMETER.sub(option, text)
 

@@ -32,7 +32,7 @@ def check_inputs(base: StrPath | None, names: Sequence[StrPath], locations: Sequ
     Raises:
         CheckpointError: There is no base, or an input is a whole model. The message has the fix.
     """
-    sft, aligned = map(os.fspath, names)
+    sft, aligned = (os.fspath(name) for name in names)
     has_sft, has_aligned = (is_adapter_folder(location.path_to_open) for location in locations)
     if has_sft and has_aligned and base is not None:
         return base

@@ -286,7 +286,6 @@ def _card(job: MergeJob, tally: Tally, k: int) -> bytes:
     facts = CardFacts(
         sft=job.sft.origin or Origin(job.sft.name),
         aligned=aligned.origin or Origin(aligned.name),
-        base=aligned.common_base,
         alpha=alpha,
         rules=job.options.alpha_for,
         options=job.options.changed(),
@@ -303,6 +302,7 @@ def _card(job: MergeJob, tally: Tally, k: int) -> bytes:
         tokenizer=has_tokenizer(plan.carried),
         code=any(name.endswith(".py") for name in plan.carried),
         auto_class=auto_class(aligned.config),
+        base=aligned.common_base,
     )
     return card_text(facts).encode()
 

@@ -35,7 +35,6 @@ class CardFacts:
     Attributes:
         sft: The origin of sft.
         aligned: The origin of aligned.
-        base: The base of two adapters; None for all other inputs.
         alpha: The alpha of this output.
         rules: The alphas of `--alpha-for`, by regular expression.
         options: The values of the other options that differ from their defaults, by name.
@@ -53,11 +52,11 @@ class CardFacts:
         tokenizer: True if the output has a tokenizer.
         code: True if the output has Python files.
         auto_class: The name of the class of transformers that loads the output.
+        base: The base of two adapters; None for all other inputs.
     """
 
     sft: Origin
     aligned: Origin
-    base: CommonBase | None
     alpha: float
     rules: Mapping[str, float]
     options: Mapping[str, str]
@@ -74,6 +73,7 @@ class CardFacts:
     tokenizer: bool
     code: bool
     auto_class: str
+    base: CommonBase | None = None
 
 
 def card_text(facts: CardFacts) -> str:

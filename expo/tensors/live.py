@@ -31,6 +31,7 @@ from ..options import MergeOptions
 from ..planning.matching import Matched, match_tensors
 from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT
 from . import gpu_tensors
+from .adapted_files import with_merged_adapters
 from .arrays import MOST_THREADS, compute_on_cpu
 from .distributed_tensors import fsdp_modules, local_part, reshard
 from .fused_files import fuse_like
@@ -75,6 +76,7 @@ class Live:
         sft: torch.nn.Module | StrPath,
         *,
         keep: str = "device",
+        base: StrPath | None = None,
         alpha_for: Mapping[str, float] | None = None,
         on_unpaired: str = "error",
         on_mismatch: str = "error",
@@ -89,6 +91,8 @@ class Live:
             keep: The place of the originals: the "device" of each weight, the "host"'s memory, or the "disk", in an
                 unnamed temporary file (TMPDIR says where). They take the bytes of both models. With "device" a model
                 given as sft is used where it is, and must not change meanwhile.
+            base: The checkpoint under sft, if that is a LoRA adapter, in the forms of `sft`. Live then takes the
+                weights that a merge of the base and the adapter at alpha 0 writes.
             alpha_for, on_unpaired, on_mismatch: As for merge(). If they leave most of the weights as aligned has them,
                 a UserWarning says so.
 
@@ -100,6 +104,8 @@ class Live:
         """
         if keep not in KEEP:
             raise UsageError(f"`keep` must be one of {', '.join(KEEP)}, got {keep!r}")
+        if base is not None and isinstance(sft, torch.nn.Module):
+            raise UsageError("`base` is for an adapter in files, but sft is a model in memory")
         self._fsdp_modules = fsdp_modules(model)
         reshard(self._fsdp_modules)
         aligned = model_tensors(model, "model")
@@ -113,8 +119,8 @@ class Live:
                 read = read_from_tensors(others)
             else:
                 others = {}
-                checkpoint = without_value_head(stack.enter_context(open_one(sft)), aligned)
-                other, read = fuse_like(checkpoint, aligned)
+                checkpoint = without_value_head(stack.enter_context(open_one(sft, base=base)), aligned)
+                other, read = fuse_like(*with_merged_adapters(checkpoint), aligned)
             options = MergeOptions(alpha_for=alpha_for or {}, on_unpaired=on_unpaired, on_mismatch=on_mismatch)
             matched = match_tensors(other, aligned, options)
             _refuse(matched, by_files=not isinstance(sft, torch.nn.Module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -19,6 +20,10 @@ import expo
 from expo.diff import compare
 from expo.errors import CheckpointError, UsageError
 from expo.fast import main
+from expo.inputs.resolve import complete_request
+from expo.merging.job import open_job
+from expo.merging.process_group import SingleProcess
+from expo.options import MergeOptions
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -80,6 +85,10 @@ class Made(NamedTuple):
     @property
     def pair(self) -> tuple[Path, Path]:
         return self.sft, self.aligned
+
+    @property
+    def unties(self) -> bool:
+        return json.loads((self.base / "config.json").read_text())["tie_word_embeddings"]
 
     @property
     def words(self) -> list[str]:
@@ -248,3 +257,211 @@ def test_the_command_gives_the_same_and_the_output_loads(made: Made, tmp_path: P
     assert main(arguments) == 0
     assert_equal(read_folder(tmp_path / "out"), expected(made, 0.3))
     assert not staging_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("alpha", [0.3])
+def test_stream_gives_the_same(made: Made, monkeypatch: pytest.MonkeyPatch, alpha: float) -> None:
+    monkeypatch.setattr("expo.tensors.streaming.CHUNK", 1000)
+    monkeypatch.setattr("expo.execution.tensor_source.CONVERTED_ELEMENTS", 333)
+    names = {np.dtype(kind): dtype for dtype, kind in KINDS.items()}
+    with pytest.warns(UserWarning, match="apart") if made.unties else contextlib.nullcontext():
+        arrays = expo.stream(*made.pair, alpha, framework="numpy", base=made.base)
+    assert_equal({name: (names[x.dtype], x.shape, x.tobytes()) for name, x in arrays}, expected(made, alpha))
+
+
+def test_diff_compares_the_sums_that_are_not_rounded(made: Made) -> None:
+    found = compare(*made.pair, base=made.base)
+    both = [
+        {name: array(tensor).astype(np.float64) for name, tensor in expected(made, alpha, "F32").items()}
+        for alpha in (-1.0, 0.0)
+    ]
+    for tensor in found.tensors:
+        sft, aligned = (side[tensor.name] for side in both)
+        norm = np.linalg.norm(aligned - sft)
+        assert tensor.difference_norm == pytest.approx(norm, rel=1e-4, abs=1e-6 * np.linalg.norm(sft)), tensor.name
+    assert {tensor.name for tensor in found.tensors} == set(both[0])
+
+
+def test_live_takes_the_weights_that_a_merge_of_sft_writes(made: Made, tmp_path: Path) -> None:
+    expo.merge(made.base, made.sft, 0, tmp_path / "sft")
+    expo.merge(*made.pair, 0, tmp_path / "aligned", base=made.base)
+    expo.merge(tmp_path / "sft", tmp_path / "aligned", 0.3, tmp_path / "out", on_unpaired="aligned")
+    wanted = read_folder(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "aligned", dtype=torch.bfloat16)
+    with expo.Live(model, made.sft, base=made.base, on_unpaired="aligned") as live:
+        live.alpha = 0.3
+        state = model.state_dict()
+        for name, (_, _, data) in wanted.items():
+            assert state[name].view(torch.int16).numpy().tobytes() == data, name
+
+
+# The place of aligned's adapter
+
+
+def copy(made: Made, folder: Path, **names: str | None) -> Made:
+    """Return copies of the folders, with other names of the models that the adapters were trained on."""
+    folders = [Path(shutil.copytree(each, folder / each.name)) for each in (made.base, *made.pair)]
+    for role, name in names.items():
+        path = folder / role / "adapter_config.json"
+        config = json.loads(path.read_text()) | {"base_model_name_or_path": name}
+        path.write_text(json.dumps(config))
+    return made._replace(base=folders[0], sft=folders[1], aligned=folders[2])
+
+
+def plan(made: Made, *more: str) -> list[str]:
+    return [*made.words, "--alpha", "0.3", "--plan", *more]
+
+
+@pytest.mark.parametrize("name", ["{base}", "{base}/", "{sft}", "{sft}/merged", "org/model", None, "elsewhere"])
+def test_the_config_says_where_the_adapter_belongs(
+    make: Callable[..., Made], name: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = "sft" if name and "sft" in name else "base"
+    made = make("other modules", over)
+    text = name and name.format(base=tmp_path / "base", sft=tmp_path / "sft")
+    made = copy(made, tmp_path, sft=str(made.base), aligned=text)
+    if name and "{" in name:
+        assert main(plan(made)) == 0
+        model = "the base" if over == "base" else "the model that sft's adapter makes of the base"
+        line = f"base {made.base}: aligned's adapter was trained on {model}, because its config names {text!r}"
+        assert line in capsys.readouterr().out
+        assert_equal(merged(made, tmp_path / "out"), expected(made, 0.3))
+        return
+    assert main(plan(made)) == 3
+    message = capsys.readouterr().err
+    assert f"base_model_name_or_path is {text!r}, which is neither" in message
+    assert main(plan(made, "--adapter-over", "base", "--json")) == 0
+    said = json.loads(capsys.readouterr().out)["base"]
+    assert said == f"base {made.base}: aligned's adapter was trained on the base, as --adapter-over says"
+    for over, option in (("base", "--adapter-over base"), ("sft", "--adapter-over sft")):
+        assert option in message
+        out = tmp_path / f"over {over}"
+        assert main([*made.words, "--alpha", "0.3", "--out", str(out), *option.split(), "--quiet"]) == 0
+        assert_equal(read_folder(out), expected(made._replace(over=over), 0.3))
+
+
+def merged(made: Made, out: Path) -> Tensors:
+    expo.merge(*made.pair, 0.3, out, base=made.base)
+    return read_folder(out)
+
+
+@pytest.mark.parametrize("names", [("org/model", "org/model"), ("org/model", "org/model@main")])
+def test_two_configs_that_name_one_repository(plain: Made, tmp_path: Path, names: tuple[str, str]) -> None:
+    made = copy(plain, tmp_path, sft=names[0], aligned=names[1])
+    assert_equal(merged(made, tmp_path / "out"), expected(made, 0.3))
+
+
+def test_the_option_counts_before_the_config(plain: Made, tmp_path: Path) -> None:
+    expo.merge(*plain.pair, 0.3, tmp_path / "out", base=plain.base, adapter_over="sft")
+    assert_equal(read_folder(tmp_path / "out"), expected(plain._replace(over="sft"), 0.3))
+
+
+@pytest.mark.parametrize("over", OVER)
+def test_the_card_says_the_place_and_its_command_makes_the_same(
+    make: Callable[..., Made], over: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make("patterns", over)
+    wanted = merged(made, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"- base of both adapters: `{made.base.name}`" in card
+    model = "the base" if made.over == "base" else "the model that sft's adapter makes of the base"
+    assert f"- aligned's adapter was trained on {model}, because its config names" in card
+    assert "- base\n" in card.split("---")[1]
+    command = next(line for line in card.splitlines() if line.startswith("$ python -m expo.fast"))
+    monkeypatch.chdir(made.base.parent)
+    out = tmp_path / "again"
+    assert main([*shlex.split(command)[4:], "--out", str(out), "--quiet"]) == 0
+    assert_equal(read_folder(out), wanted)
+
+
+# Refusals, and what their advice does
+
+
+def test_without_a_base_the_message_has_the_option_that_works(
+    plain: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*plain.words[2:], "--alpha", "0.3", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 3
+    message = capsys.readouterr().err
+    option = shlex.split(message.rpartition("so add ")[2])
+    assert option == ["--base", str(plain.base)]
+    assert f"its config names {str(plain.base)!r}" in message
+    assert main([*arguments, *option, "--quiet"]) == 0
+    assert_equal(read_folder(tmp_path / "out"), expected(plain, 0.3))
+
+
+def test_without_a_base_that_is_here(plain: Made, tmp_path: Path) -> None:
+    made = copy(plain, tmp_path, sft="/nowhere/at all", aligned=None)
+    with pytest.raises(CheckpointError, match=r"its config names '/nowhere/at all', which is not here$"):
+        expo.merge(*made.pair, 0.3, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"`base` must name the checkpoint that sft's adapter was trained from$"):
+        expo.merge(made.aligned, made.sft, 0.3, tmp_path / "out")
+
+
+def test_a_whole_model_beside_an_adapter(
+    plain: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expo.merge(*plain.pair, 0, tmp_path / "whole", base=plain.base)
+    for base in ([], ["--base", str(plain.base)]):
+        words = ["--sft", str(plain.sft), "--aligned", str(tmp_path / "whole"), *base, "--alpha", "0.3", "--plan"]
+        assert main(words) == 3
+        message = capsys.readouterr().err
+        command = message.partition("with python -m expo.fast ")[2].partition(" --out FOLDER")[0]
+        folder = tmp_path / f"sft-{len(base)}"
+        assert main([*shlex.split(command), "--out", str(folder), "--quiet"]) == 0
+        assert main(["--sft", str(folder), "--aligned", str(tmp_path / "whole"), "--alpha", "0.3", "--plan"]) == 0
+        capsys.readouterr()
+    for sft, aligned in ((plain.base, plain.sft), (plain.base, tmp_path / "whole")):
+        with pytest.raises(CheckpointError, match=r"no PEFT adapter, and `base` is for two adapters .* leave it out"):
+            expo.merge(sft, aligned, 0.3, tmp_path / "out", base=plain.base)
+        expo.merge(sft, aligned, 0.3, tmp_path / "out", overwrite=True)
+    with pytest.raises(CheckpointError, match="a PEFT adapter; only"):
+        expo.merge(*plain.pair, 0.3, tmp_path / "out", base=plain.sft, overwrite=True)
+
+
+def test_options_that_make_no_sense(plain: Made, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="`adapter_over` must be one of base, sft, got 'aligned'"):
+        expo.merge(*plain.pair, 0.3, tmp_path / "out", base=plain.base, adapter_over="aligned")
+    with pytest.raises(UsageError, match="which must be given too"):
+        expo.merge(*plain.pair, 0.3, tmp_path / "out", adapter_over="sft")
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(UsageError, match="sft is a model in memory"):
+        expo.Live(model, model, base=plain.base)
+    with pytest.raises(CheckpointError, match="no PEFT adapter, so it has no `base`"):
+        expo.Live(model, plain.base, base=plain.base)
+
+
+def test_a_kind_that_is_not_read_is_refused_on_both_sides(plain: Made, tmp_path: Path) -> None:
+    for role in ("sft", "aligned"):
+        made = copy(plain, tmp_path / role)
+        path = tmp_path / role / role / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+        with pytest.raises(CheckpointError, match=rf"{role}/adapter_config.json: use_dora is True: DoRA"):
+            expo.merge(*made.pair, 0.3, tmp_path / "out", base=made.base)
+
+
+def test_an_interrupted_merge_of_another_place_is_not_continued(plain: Made, tmp_path: Path) -> None:
+    with open_job_of(plain, tmp_path, None) as one, open_job_of(plain, tmp_path, "sft") as other:
+        assert one.identity != other.identity
+        assert all("adapter_model.safetensors" in one.identity[role] for role in ("sft", "aligned"))
+        assert "adapter below: adapter_model.safetensors" in other.identity["aligned"]
+
+
+def open_job_of(made: Made, folder: Path, over: str | None) -> Any:
+    pair = complete_request(*made.pair, 0.3, None, made.base, over)
+    return open_job(pair, folder / "out", MergeOptions((0.3,)), SingleProcess())
+
+
+def test_both_adapters_are_read_once_for_several_alphas(plain: Made, tmp_path: Path) -> None:
+    result = expo.merge(*plain.pair, (0.0, 0.3), tmp_path / "at-{alpha}", base=plain.base)
+    for alpha in (0.0, 0.3):
+        assert_equal(read_folder(tmp_path / f"at-{alpha:g}"), expected(plain, alpha))
+    tensors = (read_folder(plain.base), *(read_file(each / "adapter_model.safetensors") for each in plain.pair))
+    assert result.bytes_read == sum(len(data) for each in tensors for _, _, data in each.values())
+    reasons = dict(result.noted)
+    names = ("q_proj", "v_proj", "up_proj")
+    found = [next(reason for name, reason in reasons.items() if part in name) for part in names]
+    assert found == [
+        "sft's adapter of rank 5 and aligned's adapter of rank 2", "aligned's adapter of rank 2",
+        "sft's adapter of rank 5",
+    ]  # fmt: skip
