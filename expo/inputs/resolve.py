@@ -116,14 +116,9 @@ def open_inputs(
         if base is not None or is_adapter_folder(sft_location.path_to_open):
             from .two_adapters import check_inputs, open_two_adapters
 
-            locations = sft_location, aligned_location
-            base = check_inputs(base, (sft, aligned), locations)
+            base = check_inputs(base, (sft, aligned), locations := (sft_location, aligned_location))
             base_location = locate(base, False, quiet, stand_ins, carry)
-            opened_base = stack.enter_context(closing(open_location(base_location)))
-            opened = open_two_adapters(opened_base, os.fspath(base), base_location, locations, adapter_over)
-            for checkpoint in opened:
-                stack.callback(checkpoint.close)
-            yield opened
+            yield stack.enter_context(open_two_adapters(os.fspath(base), base_location, locations, adapter_over))
             return
         opened_sft = stack.enter_context(closing(open_location(sft_location)))
         if has_adapter:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
 from ..checkpoints.checkpoint import Checkpoint, CommonBase, Origin
@@ -18,7 +19,20 @@ from ..checkpoints.wrappers import remove_wrapper
 from ..errors import CheckpointError
 from .adapted import open_adapted
 from .hub_ids import parse_hub_id, snapshot_origin
-from .locations import Location, StrPath, is_adapter_folder
+from .locations import Location, StrPath, is_adapter_folder, open_location
+
+
+class NeedsBase(CheckpointError):
+    """An error for two adapters without a base.
+
+    Attributes:
+        known: The base that the config of sft's adapter names, if it can be used here; else None.
+    """
+
+    def __init__(self, message: str, known: str | None) -> None:
+        """Keep the message and the base."""
+        super().__init__(message)
+        self.known = known
 
 
 def check_inputs(base: StrPath | None, names: Sequence[StrPath], locations: Sequence[Location]) -> StrPath:
@@ -30,7 +44,8 @@ def check_inputs(base: StrPath | None, names: Sequence[StrPath], locations: Sequ
         locations: The places of both.
 
     Raises:
-        CheckpointError: There is no base, or an input is a whole model. The message has the fix.
+        NeedsBase: There is no base.
+        CheckpointError: An input is a whole model. Both messages have the fix.
     """
     sft, aligned = (os.fspath(name) for name in names)
     has_sft, has_aligned = (is_adapter_folder(location.path_to_open) for location in locations)
@@ -51,9 +66,10 @@ def check_inputs(base: StrPath | None, names: Sequence[StrPath], locations: Sequ
         )
     named = f": its config names {trained_on!r}" if trained_on else ""
     fix = f", so add `base={known!r}`" if known else ", which is not here" * bool(trained_on)
-    raise CheckpointError(
+    raise NeedsBase(
         f"{sft}: a PEFT adapter, and so is aligned {aligned}; `base` must name the checkpoint that sft's adapter was "
-        f"trained from{named}{fix}"
+        f"trained from{named}{fix}",
+        known,
     )
 
 
@@ -63,13 +79,13 @@ def check_adapter(name: StrPath, location: Location) -> None:
         raise CheckpointError(f"{os.fspath(name)}: no PEFT adapter, so it has no `base`: leave that out")
 
 
+@contextmanager
 def open_two_adapters(
-    base: Checkpoint, name: str, location: Location, adapters: Sequence[Location], adapter_over: str | None
-) -> tuple[Checkpoint, Checkpoint]:
-    """Open sft and aligned as adapters over one base.
+    name: str, location: Location, adapters: Sequence[Location], adapter_over: str | None
+) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    """Open sft and aligned as adapters over one base, for the time of the block.
 
     Args:
-        base: The base.
         name: The base as the user named it.
         location: The place of the base.
         adapters: The places of sft's adapter and of aligned's.
@@ -78,22 +94,21 @@ def open_two_adapters(
     Raises:
         CheckpointError: An adapter cannot be read, or its config does not say which model it was trained on.
     """
-    problem = describe_problem("base", base)
-    if problem is not None:
-        raise CheckpointError(problem)
-    base, has_data = remove_wrapper(base, base), location.stand_in is None
-    over, reason = (adapter_over, "as `adapter_over` says") if adapter_over else _find_place(location, adapters)
-    common = CommonBase(name, base.origin or Origin(base.name), over, reason)
-    sft = open_adapted(base, adapters[0], has_data)
-    try:
+    with ExitStack() as stack:
+        base = stack.enter_context(closing(open_location(location)))
+        problem = describe_problem("base", base)
+        if problem is not None:
+            raise CheckpointError(problem)
+        base, has_data = remove_wrapper(base, base), location.stand_in is None
+        over, reason = (adapter_over, "as `adapter_over` says") if adapter_over else _find_place(location, adapters)
+        common = CommonBase(name, base.origin or Origin(base.name), over, reason)
+        sft = stack.enter_context(closing(open_adapted(base, adapters[0], has_data)))
         if over == "sft":
             aligned = open_adapted(sft, adapters[1], has_data and adapters[0].stand_in is None)
         else:
             aligned = open_adapted(base, adapters[1], has_data, unties=sft.adapters[0].unties)
-    except BaseException:
-        sft.close()
-        raise
-    return replace(sft, common_base=common), replace(aligned, common_base=common)
+        stack.callback(aligned.close)
+        yield replace(sft, common_base=common), replace(aligned, common_base=common)
 
 
 def _find_place(base: Location, adapters: Sequence[Location]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from expo.inputs.resolve import complete_request
 from expo.merging.job import open_job
 from expo.merging.process_group import SingleProcess
 from expo.options import MergeOptions
+from expo.search import search_alpha
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -465,3 +467,16 @@ def test_both_adapters_are_read_once_for_several_alphas(plain: Made, tmp_path: P
         "sft's adapter of rank 5 and aligned's adapter of rank 2", "aligned's adapter of rank 2",
         "sft's adapter of rank 5",
     ]  # fmt: skip
+
+
+def test_a_search_names_the_commands_that_make_whole_models(
+    plain: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        search_alpha(*plain.pair, ["a"], "taste:plain", out=tmp_path / "search")
+    commands = re.findall(r"python -m expo\.fast (.*? --out \w+)", str(raised.value))
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert main([*shlex.split(command), "--quiet"]) == 0
+    assert_equal(read_folder(tmp_path / "SFT"), expected(plain, -1))
+    assert_equal(read_folder(tmp_path / "ALIGNED"), expected(plain, 0))
