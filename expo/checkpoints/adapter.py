@@ -14,6 +14,22 @@ if TYPE_CHECKING:
     from .shard import Shard
 
 
+class FactorPart(NamedTuple):
+    """The part of two factors that belongs to one tensor of one expert; see `lora_experts`.
+
+    Attributes:
+        experts: The number of experts that the factors have.
+        expert: The number of the expert.
+        start: The first row of the left factor.
+        stop: The row after the last.
+    """
+
+    experts: int
+    expert: int
+    start: int
+    stop: int
+
+
 class LowRank(NamedTuple):
     """The delta of a base tensor [M, N]: scale * left @ right, where left is [M, r] and right is [r, N].
 
@@ -24,6 +40,7 @@ class LowRank(NamedTuple):
         right_transposed: True if the right factor is stored as [N, r].
         scale: The number that the product is multiplied by.
         path: Path of the file with both factors.
+        part: The part of the factors that counts; None for both factors as they are.
     """
 
     left: TensorInfo
@@ -32,16 +49,22 @@ class LowRank(NamedTuple):
     right_transposed: bool
     scale: float
     path: str
+    part: FactorPart | None = None
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of both factors as they are stored."""
-        return self.left.nbytes + self.right.nbytes
+        """Return the bytes of both factors as they are stored, or of the part that counts."""
+        if self.part is None:
+            return self.left.nbytes + self.right.nbytes
+        rows = self.part.stop - self.part.start
+        left = self.left.nbytes * rows // self.left.shape[0]
+        return (left + self.right.nbytes) // self.part.experts
 
     @property
     def rank(self) -> int:
         """Return r, the length of the dimension that both factors share."""
-        return self.left.shape[0 if self.left_transposed else 1]
+        both = self.left.shape[0 if self.left_transposed else 1]
+        return both if self.part is None else both // self.part.experts
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from .adapter import Adapter, LowRank
 from .files import ADAPTER, ADAPTER_BIN, ADAPTER_CONFIG, WHOLE_MODELS, load_json
 from .lora_config import BASE, MERGE, TIED_ELSEWHERE, Scales, check_config, shortened
 from .lora_data import are_equal
+from .lora_experts import find_expert_deltas
 from .lora_file import ModuleFactors, names_without_wrappers, sort_tensors
 from .memory_names import MemoryNames
 from .renames import NameIndex, names_with_other_prefixes
@@ -72,8 +73,10 @@ def open_adapter(folder: str, base: Mapping[str, TensorInfo], base_config: Mappi
     check_config(config_path, config)
     shard = _open_weights(folder)
     all_factors, others = sort_tensors(shard)
+    scales = Scales(config_path, config)
+    experts, all_factors = find_expert_deltas(shard.path, config, scales, all_factors, base, base_config or {})
     index = _BaseNames(base, MemoryNames(base_config or {}))
-    low_rank = _low_rank(config_path, shard.path, config, all_factors, index)
+    low_rank = _low_rank(shard.path, config, scales, all_factors, index) | experts
     try:
         whole = _whole_tensors(shard, config, others, index)
     finally:
@@ -100,15 +103,14 @@ def _open_weights(folder: str) -> Shard:
 
 
 def _low_rank(
-    config_path: str,
     path: str,
     config: Mapping[str, Any],
+    scales: Scales,
     all_factors: Sequence[ModuleFactors],
     index: _BaseNames,
 ) -> dict[str, LowRank]:
     """Return the deltas by the base's names of the tensors. Raises CheckpointError."""
     targets = _find_targets(path, config, all_factors, index)
-    scales = Scales(config_path, config)
     # Shapes show for most modules whether the delta is transposed. Modules with the same last part of the name agree.
     shown: dict[str, set[bool]] = defaultdict(set)
     for factors, _, fits in targets.values():
