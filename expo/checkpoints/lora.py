@@ -25,6 +25,7 @@ from .lora_data import are_equal
 from .lora_experts import find_expert_deltas
 from .lora_file import ModuleFactors, names_without_wrappers, sort_tensors
 from .memory_names import MemoryNames
+from .naming import unwrap
 from .renames import NameIndex, names_with_other_prefixes
 from .safetensors_header import TensorInfo
 from .shard import Shard
@@ -273,9 +274,11 @@ class _BaseNames:
         found = next((each for each in _likely_names(name) if each in self.base), None)
         if found is not None:
             return found
-        same = self._by_memory_name.get(self._memory_names.find(name), [])
-        if len(same) == 1:
-            return same[0]
+        # A rename may match its own result, so the name is looked up as it is before it is renamed.
+        for memory_name in (unwrap(name), self._memory_names.find(name)):
+            same = self._by_memory_name.get(memory_name, [])
+            if len(same) == 1:
+                return same[0]
         self._index = self._index or NameIndex(self.base)
         fits = self._index.find(name)
         return fits.pop() if len(fits) == 1 else None
