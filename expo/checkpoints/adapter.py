@@ -41,6 +41,9 @@ class LowRank(NamedTuple):
         scale: The number that the product is multiplied by.
         path: Path of the file with both factors.
         part: The part of the factors that counts; None for both factors as they are.
+        blocks: The first row and the delta of each run of rows that has factors of its own; `left` and `right` are then
+            those of the first run. () for a delta with one pair of factors.
+        rows: M, if there are such runs.
     """
 
     left: TensorInfo
@@ -50,10 +53,14 @@ class LowRank(NamedTuple):
     scale: float
     path: str
     part: FactorPart | None = None
+    blocks: tuple[tuple[int, LowRank], ...] = ()
+    rows: int = 0
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of both factors as they are stored, or of the part that counts."""
+        if self.blocks:
+            return sum(delta.nbytes for _, delta in self.blocks)
         if self.part is None:
             return self.left.nbytes + self.right.nbytes
         rows = self.part.stop - self.part.start
@@ -63,6 +70,8 @@ class LowRank(NamedTuple):
     @property
     def rank(self) -> int:
         """Return r, the length of the dimension that both factors share."""
+        if self.blocks:
+            return sum(delta.rank for _, delta in self.blocks)
         both = self.left.shape[0 if self.left_transposed else 1]
         return both if self.part is None else both // self.part.experts
 

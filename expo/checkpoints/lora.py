@@ -23,7 +23,8 @@ from .files import ADAPTER, ADAPTER_BIN, ADAPTER_CONFIG, WHOLE_MODELS, load_json
 from .lora_config import BASE, MERGE, TIED_ELSEWHERE, Scales, check_config, shortened
 from .lora_data import are_equal
 from .lora_experts import find_expert_deltas
-from .lora_file import ModuleFactors, names_without_wrappers, sort_tensors
+from .lora_file import ModuleFactors, check_rank, names_without_wrappers, sort_tensors
+from .lora_rows import find_row_deltas
 from .memory_names import MemoryNames
 from .naming import unwrap
 from .renames import NameIndex, names_with_other_prefixes
@@ -31,6 +32,7 @@ from .safetensors_header import TensorInfo
 from .shard import Shard
 from .weight_files import open_shard
 
+TWICE = "both change sft's"
 SHOWN = 5  # names that a message lists
 
 
@@ -74,10 +76,8 @@ def open_adapter(folder: str, base: Mapping[str, TensorInfo], base_config: Mappi
     check_config(config_path, config)
     shard = _open_weights(folder)
     all_factors, others = sort_tensors(shard)
-    scales = Scales(config_path, config)
-    experts, all_factors = find_expert_deltas(shard.path, config, scales, all_factors, base, base_config or {})
     index = _BaseNames(base, MemoryNames(base_config or {}))
-    low_rank = _low_rank(shard.path, config, scales, all_factors, index) | experts
+    low_rank = _all_deltas(shard.path, config_path, config, all_factors, index, base_config or {})
     try:
         whole = _whole_tensors(shard, config, others, index)
     finally:
@@ -103,6 +103,32 @@ def _open_weights(folder: str) -> Shard:
     return open_shard(pickled)
 
 
+def _all_deltas(
+    path: str,
+    config_path: str,
+    config: Mapping[str, Any],
+    all_factors: Sequence[ModuleFactors],
+    index: _BaseNames,
+    base_config: Mapping[str, Any],
+) -> dict[str, LowRank]:
+    """Return the deltas by the base's names of the tensors, also of those that transformers fuses as it loads a model.
+
+    Raises CheckpointError.
+    """
+    scales = Scales(config_path, config)
+    experts, all_factors = find_expert_deltas(path, config, scales, all_factors, index.base, base_config)
+    missing = [factors for factors in all_factors if index.find(f"{factors.module}.weight") is None]
+    rows, unknown = find_row_deltas(path, scales, missing, index.base, base_config)
+    found_rows = {factors.module for factors in missing} - {factors.module for factors in unknown}
+    plain = [factors for factors in all_factors if factors.module not in found_rows]
+    found: dict[str, LowRank] = {}
+    for deltas in (_low_rank(path, config, scales, plain, index), rows, experts):
+        for name in found.keys() & deltas.keys():
+            raise CheckpointError(f"{path}: {found[name].left.name!r} and {deltas[name].left.name!r} {TWICE} {name!r}")
+        found |= deltas
+    return found
+
+
 def _low_rank(
     path: str,
     config: Mapping[str, Any],
@@ -119,7 +145,7 @@ def _low_rank(
             shown[_last_part(factors)] |= fits
     found = {}
     for name, target in targets.items():
-        _check_rank(path, target.factors, scales)
+        check_rank(path, target.factors, scales)
         left, right = target.factors.b, target.factors.a
         transposed = _is_transposed(path, config, target, shown)
         if transposed:  # (B @ A).T = A.T @ B.T
@@ -141,8 +167,8 @@ def _find_targets(
         name = names[factors.module] or ""
         if name in targets:
             raise CheckpointError(
-                f"{path}: {targets[name].factors.a.name!r} and {factors.a.name!r} both change sft's {name!r}: two "
-                "adapters in one file; save them apart"
+                f"{path}: {targets[name].factors.a.name!r} and {factors.a.name!r} {TWICE} {name!r}: two adapters in "
+                "one file; save them apart"
             )
         tensor = index.base[name]
         targets[name] = _Target(factors, tensor, _forms_that_fit(path, factors, tensor))
@@ -174,17 +200,6 @@ def _forms_that_fit(path: str, factors: ModuleFactors, tensor: TensorInfo) -> fr
             f"{BASE}"
         )
     return frozenset(fits)
-
-
-def _check_rank(path: str, factors: ModuleFactors, scales: Scales) -> None:
-    """Raise CheckpointError where a factor in the file `path` has another rank than the config gives its module."""
-    rank = scales.rank_of(factors.module)
-    for tensor, found in ((factors.a, factors.a.shape[0]), (factors.b, factors.b.shape[1])):
-        if found != rank:
-            raise CheckpointError(
-                f"{path}: {tensor.name!r} {list(tensor.shape)} has the rank {found}, but {scales.path} gives "
-                f"{factors.module!r} the rank {rank:g}; is it the config that was saved with the file?"
-            )
 
 
 def _is_transposed(path: str, config: Mapping[str, Any], target: _Target, shown: Mapping[str, set[bool]]) -> bool:

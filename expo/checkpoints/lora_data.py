@@ -24,10 +24,23 @@ def read_factors(shard: Shard, delta: LowRank) -> tuple[np.ndarray[Any, Any], np
 
     A factor that is stored the other way round is a transposed view.
     """
+    if delta.blocks:
+        return _read_blocks(shard, delta)
     if delta.part is not None:
         return _read_part(shard, delta, delta.part)
     left, right = (_read_matrix(shard, tensor) for tensor in (delta.left, delta.right))
     return left.T if delta.left_transposed else left, right.T if delta.right_transposed else right
+
+
+def _read_blocks(shard: Shard, delta: LowRank) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the factors of all runs of rows as one pair, whose left factor is 0 outside of the blocks."""
+    pairs = [read_factors(shard, block) for _, block in delta.blocks]
+    left = np.zeros((delta.rows, delta.rank), pairs[0][0].dtype)
+    column = 0
+    for (row, _), (block, _) in zip(delta.blocks, pairs, strict=True):
+        left[row : row + block.shape[0], column : column + block.shape[1]] = block
+        column += block.shape[1]
+    return left, np.concatenate([right for _, right in pairs])
 
 
 def _read_part(shard: Shard, delta: LowRank, part: FactorPart) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

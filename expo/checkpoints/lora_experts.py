@@ -74,6 +74,8 @@ def find_expert_deltas(
             others.append(factors)
             continue
         parameter = _choose(path, factors, fits)
+        if parameter.name in used:
+            raise CheckpointError(f"{path}: two factors for {parameter.name!r}: save two adapters apart")
         used.add(parameter.name)
         found |= _deltas(path, factors, f"{module}.{parameter.name.rpartition('.')[2]}", parameter, scales)
     unknown = [
