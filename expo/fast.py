@@ -69,7 +69,8 @@ def _add_inputs(add: Callable[..., Any]) -> None:
     """Add the options that name the inputs, the alphas and the output."""
     add(
         "--sft", metavar="A",
-        help="the checkpoint before alignment: a folder, a .safetensors or .bin file, or org/name[@revision]",
+        help="the checkpoint before alignment: a folder, a .safetensors or .bin file, org/name[@revision], or a LoRA "
+        "adapter for M",
     )  # fmt: skip
     add(
         "--aligned",

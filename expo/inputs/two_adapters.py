@@ -21,6 +21,13 @@ from .adapted import open_adapted
 from .hub_ids import parse_hub_id, snapshot_origin
 from .locations import Location, StrPath, is_adapter_folder, open_location
 
+LEAST_COSINE = 0.5  # of two lora_A, one of which was trained further
+MERGED_IN_MEMORY = (
+    "the training of aligned's adapter did not start from the numbers of sft's adapter, though its config names the "
+    "base: if it started from the model that sft's adapter makes, merged in memory, add `adapter_over='sft'`; else "
+    "`adapter_over='base'` says so"
+)
+
 
 class NeedsBase(CheckpointError):
     """An error for two adapters without a base.
@@ -102,13 +109,51 @@ def open_two_adapters(
         base, has_data = remove_wrapper(base, base), location.stand_in is None
         over, reason = (adapter_over, "as `adapter_over` says") if adapter_over else _find_place(location, adapters)
         common = CommonBase(name, base.origin or Origin(base.name), over, reason)
-        sft = stack.enter_context(closing(open_adapted(base, adapters[0], has_data)))
+        sft = stack.enter_context(closing(_open_over_base(base, name, adapters[0], has_data)))
         if over == "sft":
             aligned = open_adapted(sft, adapters[1], has_data and adapters[0].stand_in is None)
         else:
-            aligned = open_adapted(base, adapters[1], has_data, unties=sft.adapters[0].unties)
+            aligned = _open_over_base(base, name, adapters[1], has_data, sft.adapters[0].unties)
         stack.callback(aligned.close)
+        all_have_data = has_data and all(each.stand_in is None for each in adapters)
+        if adapter_over is None and over == "base" and _started_apart(sft, aligned, all_have_data):
+            aligned = replace(aligned, notes=(*aligned.notes, MERGED_IN_MEMORY))
         yield replace(sft, common_base=common), replace(aligned, common_base=common)
+
+
+def _open_over_base(
+    base: Checkpoint, name: str, adapter: Location, base_has_data: bool, unties: bool = False
+) -> Checkpoint:
+    """Open an adapter over the base; see `open_adapted`. Raises CheckpointError, whose message calls the base sft."""
+    try:
+        return open_adapted(base, adapter, base_has_data, unties)
+    except CheckpointError as error:
+        error.add_hints(f"sft is the base {name} in this message")
+        raise
+
+
+def _started_apart(sft: Checkpoint, aligned: Checkpoint, has_data: bool) -> bool:
+    """Return True if the training of aligned's adapter did not start from the numbers of sft's.
+
+    Such trainings keep the ranks and modules, and hardly change the direction of lora_A, which two adapters that start
+    with random numbers do not share.
+    """
+    one, other = sft.adapters[0], aligned.adapters[0]
+    shapes = [{name: (delta.left.shape, delta.right.shape) for name, delta in each.low_rank.items()}
+              for each in (one, other)]  # fmt: skip
+    if shapes[0] != shapes[1] or not has_data:
+        return shapes[0] != shapes[1]
+    from ..checkpoints.lora_data import read_factors
+
+    name = next(iter(one.low_rank), None)
+    if name is None:
+        return False
+    try:
+        a, b = (read_factors(each.shard, each.low_rank[name])[1].astype(float).ravel() for each in (one, other))
+    finally:
+        for each in (one, other):
+            each.shard.reader.close()  # an open reader keeps other processes from writing to the file
+    return bool(abs(a @ b) < LEAST_COSINE * (a @ a) ** 0.5 * (b @ b) ** 0.5)
 
 
 def _find_place(base: Location, adapters: Sequence[Location]) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_files import fingerprint, quiet, read_file, read_folder, staging_folder
+from checkpoint_files import fingerprint, quiet, read_file, read_folder, safetensors_bytes, staging_folder
 
 import expo
 from expo.diff import compare
@@ -267,7 +267,7 @@ def test_stream_gives_the_same(made: Made, monkeypatch: pytest.MonkeyPatch, alph
     monkeypatch.setattr("expo.execution.tensor_source.CONVERTED_ELEMENTS", 333)
     names = {np.dtype(kind): dtype for dtype, kind in KINDS.items()}
     with pytest.warns(UserWarning, match="apart") if made.unties else contextlib.nullcontext():
-        arrays = expo.stream(*made.pair, alpha, framework="numpy", base=made.base)
+        arrays = expo.stream(*made.pair, alpha, framework="numpy", base=made.base, adapter_over=made.over)
     assert_equal({name: (names[x.dtype], x.shape, x.tobytes()) for name, x in arrays}, expected(made, alpha))
 
 
@@ -376,6 +376,33 @@ def test_the_card_says_the_place_and_its_command_makes_the_same(
     assert_equal(read_folder(out), wanted)
 
 
+@pytest.mark.parametrize("name", ["other modules", "patterns"])
+def test_an_adapter_that_did_not_start_from_sfts_has_a_note(
+    make: Callable[..., Made], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make(name, "base")
+    note = "did not start from the numbers of sft's adapter"
+    assert main(plan(made)) == 0
+    printed = capsys.readouterr().out
+    assert note in printed
+    for over in OVER:
+        assert f"--adapter-over {over}" in printed
+        assert main(plan(made, "--adapter-over", over)) == 0
+        assert note not in capsys.readouterr().out
+    assert main(plan(make(name, "sft"))) == 0
+    assert note not in capsys.readouterr().out
+    # Both adapters have the same modules and ranks, and one of them was trained further or is new.
+    further, new = (Path(shutil.copytree(made.sft, tmp_path / each)) for each in ("further", "new"))
+    stored = read_file(made.sft / "adapter_model.safetensors")
+    generator = np.random.default_rng(1)
+    for folder, share in ((further, 0.9), (new, 0)):
+        values = {key: share * array(each) + 0.02 * generator.normal(size=each[1]) for key, each in stored.items()}
+        tensors = {key: ("F32", x.shape, x.astype(np.float32).tobytes()) for key, x in values.items()}
+        (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(tensors))
+        assert main(plan(made._replace(aligned=folder))) == 0
+        assert (note in capsys.readouterr().out) is (folder is new)
+
+
 # Refusals, and what their advice does
 
 
@@ -440,6 +467,15 @@ def test_a_kind_that_is_not_read_is_refused_on_both_sides(plain: Made, tmp_path:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
         with pytest.raises(CheckpointError, match=rf"{role}/adapter_config.json: use_dora is True: DoRA"):
             expo.merge(*made.pair, 0.3, tmp_path / "out", base=made.base)
+
+
+def test_a_base_that_the_adapters_do_not_fit(plain: Made, tmp_path: Path) -> None:
+    with quiet():
+        config = transformers.LlamaConfig(**LLAMA | {"hidden_size": 48})
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    message = rf"sft/adapter_model.* sft's .* is \[56, 48\].*; sft is the base {tmp_path}/other in this message$"
+    with pytest.raises(CheckpointError, match=message):
+        expo.merge(*plain.pair, 0.3, tmp_path / "out", base=tmp_path / "other", adapter_over="base")
 
 
 def test_an_interrupted_merge_of_another_place_is_not_continued(plain: Made, tmp_path: Path) -> None:
