@@ -478,6 +478,14 @@ def test_a_base_that_the_adapters_do_not_fit(plain: Made, tmp_path: Path) -> Non
         expo.merge(*plain.pair, 0.3, tmp_path / "out", base=tmp_path / "other", adapter_over="base")
 
 
+@pytest.mark.parametrize("role", ["base", "sft", "aligned"])
+def test_no_output_is_written_into_an_input(plain: Made, role: str) -> None:
+    out = getattr(plain, role) / "out"
+    with pytest.raises(expo.OutputError, match=rf"lies inside the input .*/{role}; choose another `out`"):
+        expo.merge(*plain.pair, 0.3, out, base=plain.base)
+    assert not out.exists()
+
+
 def test_an_interrupted_merge_of_another_place_is_not_continued(plain: Made, tmp_path: Path) -> None:
     with open_job_of(plain, tmp_path, None) as one, open_job_of(plain, tmp_path, "sft") as other:
         assert one.identity != other.identity
