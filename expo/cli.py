@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -26,8 +27,8 @@ MAX_BAR_WIDTH = 30  # characters
 LOG_INTERVAL = 10.0  # seconds between two lines of progress if stderr is no terminal
 # The library's messages name parameters between backticks, as Python has them; the command line prints its options.
 PARAMETERS = {each.name for each in fields(MergeOptions)} | {
-    "aligned", "alpha", "batch_size", "budget", "keep", "limit", "max_new_tokens", "out", "recipe", "reward", "sft",
-    "trust_remote_code",
+    "adapter_over", "aligned", "alpha", "base", "batch_size", "budget", "keep", "limit", "max_new_tokens", "out",
+    "recipe", "reward", "sft", "trust_remote_code",
 }  # fmt: skip
 _PARAMETER = re.compile(r"`([a-z_]+)(?:=(?:\{r'([^`]*)': ([^`}]*)\}|\[?'?([^`'\]]*)'?\]?))?`")
 
@@ -93,10 +94,20 @@ def with_options(text: str) -> str:
         if name not in PARAMETERS:
             return found[0]
         if pattern is not None:
-            value = f"'{pattern}={alpha}'"
-        return f"--{name.replace('_', '-')}" + (f" {value}" if value not in (None, "True") else "")
+            return f"--alpha-for '{pattern}={alpha}'"
+        return f"--{name.replace('_', '-')}" + (f" {shlex.quote(value)}" if value not in (None, "True") else "")
 
     return _PARAMETER.sub(option, text)
+
+
+def add_base(add: Callable[..., Any]) -> None:
+    """Add the options of two adapters over one base."""
+    add("--base", metavar="M", help="the checkpoint under two LoRA adapters, if both A and B are adapters")
+    add(
+        "--adapter-over", choices=("base", "sft"),
+        help="the model that B's adapter was trained on: M itself, or the model that A's adapter makes of M "
+        "(default: the one that the config of B's adapter names)",
+    )  # fmt: skip
 
 
 def show(text: str) -> None:

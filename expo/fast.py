@@ -15,7 +15,7 @@ from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .cli import Bar, as_json, run, show, warn, with_options
+from .cli import Bar, add_base, as_json, run, show, warn, with_options
 from .dtypes import OUTPUT_DTYPES
 from .errors import UsageError
 from .options import ENGINES, ON_MISMATCH, ON_UNPAIRED, MergeOptions
@@ -69,13 +69,15 @@ def _add_inputs(add: Callable[..., Any]) -> None:
     """Add the options that name the inputs, the alphas and the output."""
     add(
         "--sft", metavar="A",
-        help="the checkpoint before alignment: a folder, a .safetensors or .bin file, or org/name[@revision]",
+        help="the checkpoint before alignment: a folder, a .safetensors or .bin file, org/name[@revision], or a LoRA "
+        "adapter for M",
     )  # fmt: skip
     add(
         "--aligned",
         metavar="B",
         help="the checkpoint that was trained from A, in the same forms, or a LoRA adapter for A",
     )
+    add_base(add)
     add("--alpha", nargs="+", type=float, help="how far the output goes past B; one output is made for each alpha")
     add(
         "--recipe",
@@ -156,7 +158,9 @@ def _request(options: argparse.Namespace) -> tuple[PairRequest, MergeOptions]:
     """Return the pair to merge, and the options. Raises UsageError."""
     from .inputs.resolve import complete_request
 
-    pair = complete_request(options.sft, options.aligned, options.alpha, options.recipe)
+    pair = complete_request(
+        options.sft, options.aligned, options.alpha, options.recipe, options.base, options.adapter_over
+    )
     given = vars(options) | {"alphas": pair.alphas, "alpha_for": _rules(options.alpha_for)}
     return pair, MergeOptions(**{each.name: given[each.name] for each in fields(MergeOptions)})
 
@@ -268,10 +272,18 @@ def _plan_text(job: MergeJob) -> Iterator[str]:
     moved = f"reads {size_text(plan.input_bytes)}, writes {size_text(plan.output_bytes)}"
     yield f"{moved}; {size_text(job.free)} are free"
     yield f"memory about {size_text(job.memory)}; engine {engine.name}, {len(job.engines)} workers ({engine.why})"
+    if (base := _describe_base(job)) is not None:
+        yield base
     for note in job.notes:
         yield f"note: {with_options(note)}"
     for out in job.outs:
         yield f"-> {out}"
+
+
+def _describe_base(job: MergeJob) -> str | None:
+    """Return the sentence about the base of two adapters; None for all other inputs."""
+    base = job.aligned.common_base
+    return None if base is None else f"base {base.name}: {with_options(base.sentence)}"
 
 
 def _plan_object(job: MergeJob) -> dict[str, Any]:
@@ -290,6 +302,7 @@ def _plan_object(job: MergeJob) -> dict[str, Any]:
         "dropped": plan.dropped, "rewritten": list(plan.rewritten), "carried": plan.carried,
         "left_out": dict(plan.left_out), "outputs": job.outs, "bytes_read": plan.input_bytes,
         "bytes_written": plan.output_bytes, "bytes_free": job.free, "memory": job.memory,
+        "base": _describe_base(job),
         "notes": list(map(with_options, job.notes)),
         "engine": engine.name, "why": engine.why, "workers": len(job.engines),
         "problems": list(map(with_options, [str(job.error)] if job.error and not plan.problems else plan.problems)),

@@ -31,6 +31,7 @@ LARGE = {
     "expo.merging.merge.merge": "its parameters are the options that users name, and its docstring explains each",
     "expo.tensors.streaming.stream": "its parameters are the options that users name",
     "expo.search.alpha_search.search_alpha": "its parameters are the options that users name, all explained",
+    "expo.diff.comparison.compare": "its parameters are the options that users name",
     "expo.tensors.live.Live.__init__": "its parameters are the options that users name",
 }
 

@@ -6,7 +6,8 @@ reader of the file's bytes.
     checkpoint         opens a folder or a file and returns a Checkpoint
     weight_files       opens one shard: safetensors_header parses a .safetensors file, torch_file reads PyTorch's form
     reader             reads bytes while other processes may change the file
-    lora               opens an adapter over its base; lora_ties settles whether head and embedding stay one tensor
+    lora               opens an adapter over its base; lora_ties settles whether head and embedding stay one tensor;
+                       lora_experts and lora_rows find the files' tensors that transformers fuses as it loads them
     naming, renames    names of tensors as text, and the one table of names that mean the same
     wrappers           the model's own names for a checkpoint that was saved inside a wrapper
     model_parts        heads, embeddings and buffers, by the names of their tensors

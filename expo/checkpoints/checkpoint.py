@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import CheckpointError
+from .adapter import Adapter, find_whole
 from .files import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -28,7 +29,6 @@ from .index_check import compare_with_index
 from .weight_files import PICKLED, gguf_message, open_shard
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
     from .parts import Parts
     from .reader import ByteReader
     from .safetensors_header import TensorInfo
@@ -42,6 +42,29 @@ class Origin(NamedTuple):
     commit: str | None = None
 
 
+class CommonBase(NamedTuple):
+    """The base of two adapters.
+
+    Attributes:
+        name: The base as the user named it.
+        origin: The place that the base comes from.
+        adapter_over: "base" if aligned's adapter was trained on the base, "sft" if it was trained on the model that
+            sft's adapter makes.
+        reason: The end of a sentence that says what shows this.
+    """
+
+    name: str
+    origin: Origin
+    adapter_over: str
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """Return the sentence about the model that aligned's adapter was trained on."""
+        model = "the base" if self.adapter_over == "base" else "the model that sft's adapter makes of the base"
+        return f"aligned's adapter was trained on {model}, {self.reason}"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint as its headers and JSON files describe it.
@@ -50,16 +73,17 @@ class Checkpoint:
         path: Path of the folder or of the file.
         folder: Path of the folder; None for a file without one.
         shards: The shards by file name, in the order of the names.
-        tensors: The tensors by name. With an adapter, a tensor that was trained as a whole is the adapter's, and every
-            other one is the base's.
+        tensors: The tensors by name. With adapters, a tensor that was trained as a whole is the last adapter's that has
+            it, and every other one is the base's.
         weight_map: The file name of each tensor's shard.
         config: The object in config.json; {} if there is no such file.
         index: The object in the index file; None without an index.
         files: The path of every other regular file of the folder, sorted by the path inside the folder.
         strays: The place that a link leads to, for each of these files that is a link out of the folder.
         origin: The place that the checkpoint comes from; None if that is the path alone.
-        adapter: The adapter whose deltas turn these tensors into the trained checkpoint; None for a checkpoint saved as
-            a whole.
+        adapters: The adapters whose deltas turn these tensors into the trained checkpoint, each trained on the model
+            that the adapters before it make; () for a checkpoint saved as a whole.
+        common_base: The base that both inputs are adapters over; None for all other inputs.
         stored: The name of a tensor in its file, for each tensor that has another name here: the file has a wrapper's
             longer name, or the head is stored in the file only as the embedding.
         notes: Sentences for the user about oddities of the files that do no harm.
@@ -79,7 +103,8 @@ class Checkpoint:
     files: dict[str, str] = field(default_factory=dict)
     strays: dict[str, str] = field(default_factory=dict)
     origin: Origin | None = None
-    adapter: Adapter | None = None
+    adapters: tuple[Adapter, ...] = ()
+    common_base: CommonBase | None = None
     stored: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     views: Mapping[str, ByteReader] = field(default_factory=dict)
@@ -96,14 +121,17 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> dict[str, Shard]:
-        """Return all shards by file name, and the adapter's weight file among them."""
-        own = {os.path.basename(self.adapter.shard.path): self.adapter.shard} if self.adapter else {}
+        """Return all shards by file name, and the adapters' weight files among them."""
+        own = {}
+        for below, adapter in enumerate(reversed(self.adapters)):
+            own["adapter below: " * below + os.path.basename(adapter.shard.path)] = adapter.shard
         return {**self.shards, **own}
 
     def reader(self, tensor: str) -> ByteReader:
         """Return the reader of the bytes [start, stop) of a tensor's TensorInfo, by the tensor's name."""
-        if self.adapter is not None and tensor in self.adapter.full:
-            return self.adapter.shard.reader_of(self.tensors[tensor].name)
+        whole = find_whole(self.adapters, tensor) if self.adapters else None
+        if whole is not None:
+            return whole.shard.reader_of(whole.full[tensor].name)
         stored = self.stored.get(tensor, tensor)
         return self.views.get(stored) or self.shards[self.weight_map[tensor]].reader_of(stored)
 
@@ -230,7 +258,10 @@ def _nothing_to_read(folder: str, names: Sequence[str]) -> str:
         if name in names:  # os.listdir lists a broken link, and os.path.exists has returned False for it
             return f"{os.path.join(folder, name)}: a broken link; download it again"
     if ADAPTER_CONFIG in names:
-        return f"{folder}: a PEFT adapter; only `aligned` may be one, over the checkpoint that `sft` names"
+        return (
+            f"{folder}: a PEFT adapter; only `aligned` may be one, over the checkpoint that `sft` names, or both over "
+            "a `base`"
+        )
     if any(name.startswith("adapter_model.") for name in names):
         return f"{folder}: a PEFT adapter without its {ADAPTER_CONFIG}; download it again"
     found = next((name for name in names if name.endswith(".gguf")), None)

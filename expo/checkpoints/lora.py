@@ -22,13 +22,17 @@ from .adapter import Adapter, LowRank
 from .files import ADAPTER, ADAPTER_BIN, ADAPTER_CONFIG, WHOLE_MODELS, load_json
 from .lora_config import BASE, MERGE, TIED_ELSEWHERE, Scales, check_config, shortened
 from .lora_data import are_equal
-from .lora_file import ModuleFactors, names_without_wrappers, sort_tensors
+from .lora_experts import find_expert_deltas
+from .lora_file import ModuleFactors, check_rank, names_without_wrappers, sort_tensors
+from .lora_rows import find_row_deltas
 from .memory_names import MemoryNames
+from .naming import unwrap
 from .renames import NameIndex, names_with_other_prefixes
 from .safetensors_header import TensorInfo
 from .shard import Shard
 from .weight_files import open_shard
 
+TWICE = "both change sft's"
 SHOWN = 5  # names that a message lists
 
 
@@ -73,7 +77,7 @@ def open_adapter(folder: str, base: Mapping[str, TensorInfo], base_config: Mappi
     shard = _open_weights(folder)
     all_factors, others = sort_tensors(shard)
     index = _BaseNames(base, MemoryNames(base_config or {}))
-    low_rank = _low_rank(config_path, shard.path, config, all_factors, index)
+    low_rank = _all_deltas(shard.path, config_path, config, all_factors, index, base_config or {})
     try:
         whole = _whole_tensors(shard, config, others, index)
     finally:
@@ -99,16 +103,41 @@ def _open_weights(folder: str) -> Shard:
     return open_shard(pickled)
 
 
-def _low_rank(
+def _all_deltas(
+    path: str,
     config_path: str,
+    config: Mapping[str, Any],
+    all_factors: Sequence[ModuleFactors],
+    index: _BaseNames,
+    base_config: Mapping[str, Any],
+) -> dict[str, LowRank]:
+    """Return the deltas by the base's names of the tensors, also of those that transformers fuses as it loads a model.
+
+    Raises CheckpointError.
+    """
+    scales = Scales(config_path, config)
+    experts, all_factors = find_expert_deltas(path, config, scales, all_factors, index.base, base_config)
+    missing = [factors for factors in all_factors if index.find(f"{factors.module}.weight") is None]
+    rows, unknown = find_row_deltas(path, scales, missing, index.base, base_config)
+    found_rows = {factors.module for factors in missing} - {factors.module for factors in unknown}
+    plain = [factors for factors in all_factors if factors.module not in found_rows]
+    found: dict[str, LowRank] = {}
+    for deltas in (_low_rank(path, config, scales, plain, index), rows, experts):
+        for name in found.keys() & deltas.keys():
+            raise CheckpointError(f"{path}: {found[name].left.name!r} and {deltas[name].left.name!r} {TWICE} {name!r}")
+        found |= deltas
+    return found
+
+
+def _low_rank(
     path: str,
     config: Mapping[str, Any],
+    scales: Scales,
     all_factors: Sequence[ModuleFactors],
     index: _BaseNames,
 ) -> dict[str, LowRank]:
     """Return the deltas by the base's names of the tensors. Raises CheckpointError."""
     targets = _find_targets(path, config, all_factors, index)
-    scales = Scales(config_path, config)
     # Shapes show for most modules whether the delta is transposed. Modules with the same last part of the name agree.
     shown: dict[str, set[bool]] = defaultdict(set)
     for factors, _, fits in targets.values():
@@ -116,12 +145,12 @@ def _low_rank(
             shown[_last_part(factors)] |= fits
     found = {}
     for name, target in targets.items():
-        _check_rank(path, target.factors, scales)
+        check_rank(path, target.factors, scales)
         left, right = target.factors.b, target.factors.a
         transposed = _is_transposed(path, config, target, shown)
         if transposed:  # (B @ A).T = A.T @ B.T
             left, right = right, left
-        found[name] = LowRank(left, right, transposed, transposed, scales.scale_of(target.factors.module))
+        found[name] = LowRank(left, right, transposed, transposed, scales.scale_of(target.factors.module), path)
     return found
 
 
@@ -138,8 +167,8 @@ def _find_targets(
         name = names[factors.module] or ""
         if name in targets:
             raise CheckpointError(
-                f"{path}: {targets[name].factors.a.name!r} and {factors.a.name!r} both change sft's {name!r}: two "
-                "adapters in one file; save them apart"
+                f"{path}: {targets[name].factors.a.name!r} and {factors.a.name!r} {TWICE} {name!r}: two adapters in "
+                "one file; save them apart"
             )
         tensor = index.base[name]
         targets[name] = _Target(factors, tensor, _forms_that_fit(path, factors, tensor))
@@ -171,17 +200,6 @@ def _forms_that_fit(path: str, factors: ModuleFactors, tensor: TensorInfo) -> fr
             f"{BASE}"
         )
     return frozenset(fits)
-
-
-def _check_rank(path: str, factors: ModuleFactors, scales: Scales) -> None:
-    """Raise CheckpointError where a factor in the file `path` has another rank than the config gives its module."""
-    rank = scales.rank_of(factors.module)
-    for tensor, found in ((factors.a, factors.a.shape[0]), (factors.b, factors.b.shape[1])):
-        if found != rank:
-            raise CheckpointError(
-                f"{path}: {tensor.name!r} {list(tensor.shape)} has the rank {found}, but {scales.path} gives "
-                f"{factors.module!r} the rank {rank:g}; is it the config that was saved with the file?"
-            )
 
 
 def _is_transposed(path: str, config: Mapping[str, Any], target: _Target, shown: Mapping[str, set[bool]]) -> bool:
@@ -271,9 +289,11 @@ class _BaseNames:
         found = next((each for each in _likely_names(name) if each in self.base), None)
         if found is not None:
             return found
-        same = self._by_memory_name.get(self._memory_names.find(name), [])
-        if len(same) == 1:
-            return same[0]
+        # A rename may match its own result, so the name is looked up as it is before it is renamed.
+        for memory_name in (unwrap(name), self._memory_names.find(name)):
+            same = self._by_memory_name.get(memory_name, [])
+            if len(same) == 1:
+                return same[0]
         self._index = self._index or NameIndex(self.base)
         fits = self._index.find(name)
         return fits.pop() if len(fits) == 1 else None

@@ -27,7 +27,6 @@ OTHER_KINDS = {
     "use_dora": "DoRA, which rescales the base's weights",
     "lora_bias": "biases of lora_B (PEFT merges them into layers that have a bias of their own, and into no others)",
     "trainable_token_indices": "single trained rows of an embedding",
-    "target_parameters": "LoRA of parameters that are no module's weight, as of fused experts",
     "megatron_config": "LoRA of Megatron's parallel layers",
     "use_qalora": "QA-LoRA, whose lora_A takes pooled inputs",
     "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
@@ -47,7 +46,7 @@ KNOWN = {
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
     "merge_weights", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
 }  # fmt: skip
 # Values of init_lora_weights that leave the base as it was. PiSSA, OLoRA, CorDA and LoRA-GA subtract the initial B @ A
 # from the base's weights, and LoftQ quantises them, so their trained model is not sft + scale * B @ A. PEFT can convert

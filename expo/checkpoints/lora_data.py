@@ -9,7 +9,7 @@ import numpy as np
 
 from ..dtypes import numpy_dtypes
 from ..errors import CheckpointError
-from .adapter import Adapter, LowRank
+from .adapter import Adapter, FactorPart, LowRank
 from .lora_config import BASE
 from .reader import ByteReader
 from .safetensors_header import TensorInfo
@@ -24,14 +24,38 @@ def read_factors(shard: Shard, delta: LowRank) -> tuple[np.ndarray[Any, Any], np
 
     A factor that is stored the other way round is a transposed view.
     """
+    if delta.blocks:
+        return _read_blocks(shard, delta)
+    if delta.part is not None:
+        return _read_part(shard, delta, delta.part)
     left, right = (_read_matrix(shard, tensor) for tensor in (delta.left, delta.right))
     return left.T if delta.left_transposed else left, right.T if delta.right_transposed else right
 
 
-def _read_matrix(shard: Shard, tensor: TensorInfo) -> np.ndarray[Any, Any]:
-    data = bytearray(tensor.nbytes)
-    shard.reader_of(tensor.name).read(tensor.start, data)
-    return np.frombuffer(data, numpy_dtypes()[tensor.dtype]).reshape(tensor.shape)
+def _read_blocks(shard: Shard, delta: LowRank) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the factors of all runs of rows as one pair, whose left factor is 0 outside of the blocks."""
+    pairs = [read_factors(shard, block) for _, block in delta.blocks]
+    left = np.zeros((delta.rows, delta.rank), pairs[0][0].dtype)
+    column = 0
+    for (row, _), (block, _) in zip(delta.blocks, pairs, strict=True):
+        left[row : row + block.shape[0], column : column + block.shape[1]] = block
+        column += block.shape[1]
+    return left, np.concatenate([right for _, right in pairs])
+
+
+def _read_part(shard: Shard, delta: LowRank, part: FactorPart) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return one expert's rows of both factors; the columns of an expert are a strided view of the left one."""
+    left = _read_matrix(shard, delta.left, part.start, part.stop)[:, part.expert :: part.experts]
+    return left, _read_matrix(shard, delta.right, part.expert * delta.rank, (part.expert + 1) * delta.rank)
+
+
+def _read_matrix(shard: Shard, tensor: TensorInfo, first: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+    """Return rows [first, stop) of a matrix, or all of them."""
+    rows = (tensor.shape[0] if stop is None else stop) - first
+    row = tensor.nbytes // tensor.shape[0]
+    data = bytearray(rows * row)
+    shard.reader_of(tensor.name).read(tensor.start + first * row, data)
+    return np.frombuffer(data, numpy_dtypes()[tensor.dtype]).reshape(rows, *tensor.shape[1:])
 
 
 def are_equal(shard: Shard, one: TensorInfo | LowRank, other: TensorInfo | LowRank) -> bool:

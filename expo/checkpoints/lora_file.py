@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..dtypes import ITEMSIZE
 from ..errors import CheckpointError
-from .lora_config import MERGE, OTHER_KINDS
+from .lora_config import MERGE, OTHER_KINDS, Scales
 from .model_parts import EMPTY_HINT
 from .safetensors_header import TensorInfo
 from .shard import Shard
@@ -84,6 +84,17 @@ def _check_factors(path: str, module: str, embedding: bool, halves: Mapping[str,
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             raise CheckpointError(f"{path}: {tensor.name!r} is {list(tensor.shape)}: {_no_matrix(tensor.shape)}")
     return ModuleFactors(module.removeprefix(PREFIX), halves["A"], halves["B"], embedding)
+
+
+def check_rank(path: str, factors: ModuleFactors, scales: Scales) -> None:
+    """Raise CheckpointError where a factor in the file `path` has another rank than the config gives its module."""
+    rank = scales.rank_of(factors.module)
+    for tensor, found in ((factors.a, factors.a.shape[0]), (factors.b, factors.b.shape[1])):
+        if found != rank:
+            raise CheckpointError(
+                f"{path}: {tensor.name!r} {list(tensor.shape)} has the rank {found}, but {scales.path} gives "
+                f"{factors.module!r} the rank {rank:g}; is it the config that was saved with the file?"
+            )
 
 
 def _no_matrix(shape: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ class ModelTensors(Protocol):
         tensors: The tensors by name.
         config: The object of config.json; {} where there is none.
         files: The paths of the folder's other files by name; {} for a model in memory.
-        adapter: The adapter over these tensors; None for a whole model.
+        adapters: The adapters over these tensors; () for a whole model.
         notes: Sentences for the user about oddities that do no harm.
         dequantized: The names of the tensors whose numbers are computed from quantised ones, in fp32.
     """
@@ -32,7 +32,7 @@ class ModelTensors(Protocol):
     @property
     def files(self) -> Mapping[str, str]: ...
     @property
-    def adapter(self) -> Adapter | None: ...
+    def adapters(self) -> tuple[Adapter, ...]: ...
     @property
     def notes(self) -> tuple[str, ...]: ...
     @property

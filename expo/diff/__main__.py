@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from .._version import __version__
-from ..cli import Bar, as_json, run, show, warn
+from ..cli import Bar, add_base, as_json, run, show, warn
 from ..options import ON_MISMATCH, ON_UNPAIRED
 from ..text import size_text
 from .report import check_report, write_report
@@ -43,7 +43,8 @@ def _run(options: argparse.Namespace) -> int:
     bar = None if options.quiet else Bar()
     try:
         comparison = compare(
-            options.sft, options.aligned, recipe=options.recipe, on_unpaired=options.on_unpaired,
+            options.sft, options.aligned, recipe=options.recipe, base=options.base,
+            adapter_over=options.adapter_over, on_unpaired=options.on_unpaired,
             on_mismatch=options.on_mismatch, progress=bar, quiet=options.quiet,
         )  # fmt: skip
     finally:
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--aligned", metavar="B",
         help="the checkpoint that was trained from sft: the same, or the folder of a LoRA adapter for sft",
     )  # fmt: skip
+    add_base(add)
     add("--recipe", metavar="NAME", help="a public pair, which gives --sft and --aligned if they are left out")
     add("--out", metavar="FILE", help="a heat map as .png, .svg or .pdf (needs matplotlib), or all numbers as .json")
     add(

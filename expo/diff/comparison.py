@@ -42,6 +42,8 @@ def compare(
     aligned: StrPath | None = None,
     *,
     recipe: str | None = None,
+    base: StrPath | None = None,
+    adapter_over: str | None = None,
     on_unpaired: str = "aligned",
     on_mismatch: str = "rows",
     progress: Progress | None = None,
@@ -55,6 +57,8 @@ def compare(
         sft: As for merge().
         aligned: As for merge().
         recipe: As for merge().
+        base: As for merge().
+        adapter_over: As for merge().
         on_unpaired: "aligned" to list a tensor that one checkpoint alone has, "error" to refuse it.
         on_mismatch: "rows" to compare the common rows of two tensors that differ in the number of rows, and to list
             tensors whose shapes differ otherwise; "aligned" to list all of them; "error" to refuse them.
@@ -66,8 +70,9 @@ def compare(
         CheckpointError: A checkpoint cannot be read.
         PlanError: The checkpoints cannot be compared.
     """
-    pair = complete_request(sft, aligned, 1.0, recipe)
-    with open_inputs(pair.sft, pair.aligned, quiet) as (sft_input, aligned_input):
+    pair = complete_request(sft, aligned, 1.0, recipe, base, adapter_over)
+    inputs = open_inputs(pair.sft, pair.aligned, quiet, base=pair.base, adapter_over=pair.adapter_over)
+    with inputs as (sft_input, aligned_input):
         matched = _match(sft_input, aligned_input, on_unpaired, on_mismatch)
         source = TensorSource(sft_input, aligned_input)
         steps = matched.with_alphas((1.0,))

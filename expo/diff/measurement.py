@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from ..dtypes import BITS, ITEMSIZE
-from ..execution.engines import MOST_WORKERS, Engine, choose, cpu_count
+from ..execution.engines import MOST_WORKERS, choose, cpu_count
 from ..execution.lanes import ComputedChunk
 from ..execution.tensor_source import WIDEST_BYTES, TensorSource
 from ..execution.worker_pool import CHUNK, Progress, WorkerPool
@@ -44,7 +44,7 @@ def measure_distances(
     """
     measurements: list[Measurement] = []
     engines = (choose("numpy"),) * min(cpu_count(), MOST_WORKERS)
-    pool = WorkerPool(source, engines, lambda engine: MeasuringLane(source, engine, measurements), lambda *_: None)
+    pool = WorkerPool(source, engines, lambda engine: MeasuringLane(source, measurements), lambda *_: None)
     to_read, output = input_bytes(steps), max(sum(shard.size for shard in shards), 1)
     pool.run(cut(shards, CHUNK), lambda done: progress(to_read * done // output, to_read))
     by_name = defaultdict(list)
@@ -58,9 +58,9 @@ class MeasuringLane:
 
     depth = 1
 
-    def __init__(self, source: TensorSource, engine: Engine, measurements: list[Measurement]) -> None:
-        """Allocate buffers. The engine adds an adapter's delta to its base."""
-        self._source, self._engine, self._measurements = source, engine, measurements
+    def __init__(self, source: TensorSource, measurements: list[Measurement]) -> None:
+        """Allocate buffers."""
+        self._source, self._measurements = source, measurements
         self._meter = DistanceMeter()
         self._buffers = [page_aligned(ELEMENTS_READ * WIDEST_BYTES) for _ in range(2)]
 
@@ -68,7 +68,7 @@ class MeasuringLane:
         """Measure the pieces of a chunk."""
         for piece in chunk.pieces:
             if is_compared(piece.step):
-                blocks = self._measure_adapted(piece) if piece.step.delta is not None else self._measure(piece)
+                blocks = self._measure_adapted(piece) if piece.step.deltas is not None else self._measure(piece)
                 self._measurements.append((piece.step.name, total(blocks)))
 
     def finish(self) -> ComputedChunk:
@@ -97,15 +97,9 @@ class MeasuringLane:
             yield from self._meter.measure(views[0], dtypes[0], views[1], dtypes[1], count)
 
     def _measure_adapted(self, piece: Piece) -> Iterator[DistanceSums]:
-        """Yield the sums of the blocks of base and base + delta; base + delta is not rounded to an output's dtype."""
-        step = piece.step
-        work = "F64" if step.aligned.dtype == "F64" else "F32"
-        unrounded = step._replace(action=Action.COPY, sft=None, alphas=(0.0,), dtype=work)
-        item, wide_item = BITS[step.dtype] // 8, BITS[work] // 8
+        """Yield the sums of the blocks of two tensors with deltas, which are not rounded to an output's dtype."""
+        item = BITS[piece.step.dtype] // 8
         for start in range(piece.start // item, piece.stop // item, ELEMENTS_READ):
             stop = min(start + ELEMENTS_READ, piece.stop // item)
-            base, adapted = self._buffers[0][: (stop - start) * item], self._buffers[1][: (stop - start) * wide_item]
-            (span,) = self._source.spans(step, start * item, stop * item)
-            span.reader.read(span.start, base)
-            self._source.compute(self._engine, unrounded, start * wide_item, stop * wide_item, [adapted])
-            yield from self._meter.measure(base, step.aligned.dtype, adapted, work, stop - start)
+            made = self._source.conversion(piece.step, start, stop)
+            yield from self._meter.measure(made.sft(), made.arithmetic, made.aligned, made.arithmetic, stop - start)

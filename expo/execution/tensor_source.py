@@ -21,6 +21,7 @@ from .engines import Engine
 if TYPE_CHECKING:
     from ..checkpoints.adapter import LowRank
     from ..checkpoints.checkpoint import Checkpoint
+    from .conversion import Conversion
 
 # The size of a block of an input that is not mapped. Blocks of both inputs fit into the second-level cache.
 READ_BYTES = 256 << 10
@@ -28,8 +29,8 @@ WIDEST_BYTES = 8  # of one element of the widest dtype
 # The number of elements that a worker converts at a time, the fastest of 2^15 to 2^19: larger blocks do not fit into
 # the cache, and smaller blocks spend more time in Python.
 CONVERTED_ELEMENTS = 1 << 17
-# The memory of a worker that converts: two inputs, and at most five fp32 or fp64 arrays that are computed from them.
-CONVERSION_BYTES = 7 * CONVERTED_ELEMENTS * WIDEST_BYTES
+# The memory of a worker that converts: two inputs, and at most seven fp32 or fp64 arrays that are computed from them.
+CONVERSION_BYTES = 9 * CONVERTED_ELEMENTS * WIDEST_BYTES
 MOST_FACTORS = 8  # the number of deltas whose matrices stay in memory, because neighbouring chunks need the same ones
 
 
@@ -96,6 +97,8 @@ class TensorSource:
         self._aligned = aligned
         self._scratch = threading.local()
         self._factors = lru_cache(MOST_FACTORS)(self._read_factors)
+        adapters = {id(each): each for checkpoint in (sft, aligned) for each in checkpoint.adapters}.values()
+        self._adapter_shards = {adapter.shard.path: adapter.shard for adapter in adapters}
         # All workers need a tensor's matrices at the same time, and one of them reads the matrices for all.
         self._factors_lock = threading.Lock()
 
@@ -121,12 +124,12 @@ class TensorSource:
         """Return the inputs' bytes for bytes [start, stop) of the step's output.
 
         Returns:
-            The span of aligned, and the span of sft if the step is no copy. A step with a delta has one span, of the
-            base.
+            The span of aligned, and the span of sft if the step is no copy. A step whose deltas share a base has one
+            span, of the base.
         """
         bits = BITS[step.dtype]
         spans = []
-        for checkpoint, tensor in ((self._aligned, step.aligned), (self._sft, None if step.delta else step.sft)):
+        for checkpoint, tensor in ((self._aligned, step.aligned), (self._sft, None if step.shares_base else step.sft)):
             if tensor is not None:
                 low, high = (tensor.start + at * BITS[tensor.dtype] // bits for at in (start, stop))
                 reader = self._aligned.reader(step.name) if checkpoint is self._aligned else None
@@ -199,33 +202,48 @@ class TensorSource:
         self, engine: Engine, step: Step, start: int, stop: int, outs: Sequence[Any], measure: bool
     ) -> Statistics | None:
         """Fill the outputs of a step that needs a conversion; the arguments are those of `compute`."""
-        from .conversion import Conversion
-
-        item, buffers = BITS[step.dtype] // 8, self._buffers(CONVERTED_ELEMENTS * WIDEST_BYTES)
-        with self._factors_lock:
-            factors = None if step.delta is None else self._factors(step.delta)
-        dtypes = step.aligned.dtype, (step.sft or step.aligned).dtype
-        spans = self.spans(step, start, stop)
-        elements = [Elements(*each) for each in zip(spans, dtypes, buffers, strict=False)]
-        parts = []
+        item, parts = BITS[step.dtype] // 8, []
+        elements = self._elements(step, start, stop)
         for low in range(start, stop, CONVERTED_ELEMENTS * item):
             high = min(low + CONVERTED_ELEMENTS * item, stop)
             inputs = [each.block((low - start) // item, (high - low) // item) for each in elements]
             views = [out[low - start : high - start] for out in outs]
             try:
-                conversion = Conversion(step, low // item, (high - low) // item, inputs, factors)
-                parts.append(conversion.compute(engine, views, measure))
+                parts.append(self._conversion(step, low // item, inputs).compute(engine, views, measure))
             except RuntimeError as error:
                 raise EngineError(f"`engine={engine.name!r}` failed on {step.name}: {error}") from error
         return total_statistics([part for part in parts if part is not None], len(step.counted)) if measure else None
+
+    def conversion(self, step: Step, first: int, stop: int) -> Conversion:
+        """Read elements [first, stop) of a step, at most CONVERTED_ELEMENTS, and return their conversion.
+
+        The conversion uses buffers of this thread, so the next call ends its use.
+        """
+        item = BITS[step.dtype] // 8
+        return self._conversion(
+            step, first, [each.block(0, stop - first) for each in self._elements(step, first * item, stop * item)]
+        )
+
+    def _conversion(self, step: Step, first: int, inputs: Sequence[Operand]) -> Conversion:
+        """Return the conversion of elements of a step, from number `first` on, that are read."""
+        from .conversion import Conversion
+
+        with self._factors_lock:
+            factors = {delta: self._factors(delta) for delta in step.all_deltas}
+        return Conversion(step, first, inputs[0].elements, inputs, factors)
+
+    def _elements(self, step: Step, start: int, stop: int) -> list[Elements]:
+        """Return the elements of the inputs for bytes [start, stop) of a step's output, in buffers of this thread."""
+        dtypes = step.aligned.dtype, (step.sft or step.aligned).dtype
+        buffers = self._buffers(CONVERTED_ELEMENTS * WIDEST_BYTES)
+        return [Elements(*each) for each in zip(self.spans(step, start, stop), dtypes, buffers, strict=False)]
 
     def _read_factors(self, delta: LowRank) -> Any:
         """Return a delta's two matrices in fp32, of shapes [M, r] and [r, N], and its scale."""
         from ..checkpoints.lora_data import read_factors
         from .conversion import factor_in_fp32
 
-        assert self._aligned.adapter is not None
-        left, right = read_factors(self._aligned.adapter.shard, delta)
+        left, right = read_factors(self._adapter_shards[delta.path], delta)
         return factor_in_fp32(left, delta.left.dtype), factor_in_fp32(right, delta.right.dtype), delta.scale
 
 

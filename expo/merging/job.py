@@ -99,7 +99,7 @@ class MergeJob:
         slots = sum(1 + ring_slots(self.engines) if engine.streams else 1 for engine in self.engines)
         on_gpu = any(engine.name == "triton" for engine in self.engines)
         converts = any(not step.plain for step in self.plan.steps)
-        deltas = sorted(step.delta.nbytes for step in self.plan.steps if step.delta is not None)
+        deltas = sorted(each.nbytes for each in {each for step in self.plan.steps for each in step.all_deltas})
         factors = 2 * sum(deltas[-MOST_FACTORS:])  # in fp32
         buffers = slots * self.chunk_bytes * (len(self.outs) + 2) + len(self.engines) * converts * CONVERSION_BYTES
         return BASE_MEMORY + on_gpu * TORCH_MEMORY + buffers + factors
@@ -108,7 +108,6 @@ class MergeJob:
     def identity(self) -> dict[str, Any]:
         """The values that two merges must share so that one can continue the other, as a JSON object."""
         rules = [[pattern, float(alpha)] for pattern, alpha in self.options.alpha_for.items()]
-        adapter = self.aligned.adapter
         return {
             "version": __version__,
             "--alpha": self.plan.alphas,
@@ -117,7 +116,8 @@ class MergeJob:
             "tie_word_embeddings of sft and aligned": [tie_flag(each.config) for each in (self.sft, self.aligned)],
             "sft": _fingerprint(self.sft),
             "aligned": _fingerprint(self.aligned),
-            "the adapter's config": adapter.config if adapter else None,
+            "the adapters' configs": [each.config for side in (self.sft, self.aligned) for each in side.adapters],
+            "the place of aligned's adapter": base.adapter_over if (base := self.aligned.common_base) else None,
             "the files to write": {
                 shard.name: [shard.size, hashlib.sha256(shard.header).hexdigest()] for shard in self.plan.shards
             },
@@ -153,7 +153,10 @@ def open_job(
     if out is not None:
         for path in fill_in(out, options.alphas):
             refuse_mount_point(path, os.path.isfile(pair.aligned))
-    inputs = open_inputs(pair.sft, pair.aligned, options.quiet, headers_only, options.carry, options.aligned_config)
+    inputs = open_inputs(
+        pair.sft, pair.aligned, options.quiet, headers_only, options.carry, pair.base, pair.adapter_over,
+        options.aligned_config,
+    )  # fmt: skip
     with inputs as (sft, aligned):
         code = find_code(aligned.files)
         plan = plan_output(aligned, match_tensors(sft, aligned, options), options, code)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from ..checkpoints.auto_class import auto_class
-from ..checkpoints.checkpoint import Checkpoint, Origin
+from ..checkpoints.checkpoint import Checkpoint, CommonBase, Origin
 from ..checkpoints.sidecars import CARD, has_tokenizer
 from ..dtypes import ITEMSIZE
 from ..errors import CheckpointError, OutputError, RankError
@@ -42,6 +42,8 @@ def merge(
     out: StrPath | None = None,
     *,
     recipe: str | None = None,
+    base: StrPath | None = None,
+    adapter_over: str | None = None,
     alpha_for: Mapping[str, float] | None = None,
     on_unpaired: str = "error",
     on_mismatch: str = "error",
@@ -78,6 +80,10 @@ def merge(
         out: The output's path, which contains "{alpha}" for several alphas. The default is
             "<aligned's name>-expo-{alpha}" in the current folder.
         recipe: The name of a public pair, which gives sft, aligned and its published alpha unless they are passed.
+        base: The checkpoint that two LoRA adapters, `sft` and `aligned`, belong to, in the forms of `sft`. The output
+            is the whole model base + delta_sft + (1 + alpha) * (delta_aligned - delta_sft).
+        adapter_over: The model that aligned's adapter was trained on: "base", or "sft" for the model that sft's adapter
+            makes of the base, so that aligned - sft is the delta of aligned's adapter. None reads the adapter's config.
         alpha_for: Regular expressions on tensor names, each with the alpha of the tensors that match. If several match,
             the last one counts; alpha 0 keeps aligned's tensor.
         on_unpaired: "error", or "aligned" to keep a tensor of aligned that sft does not have.
@@ -113,7 +119,7 @@ def merge(
     """
     ranks = ranks or SingleProcess()
     with ranks.together(cancel):
-        pair = complete_request(sft, aligned, alpha, recipe)
+        pair = complete_request(sft, aligned, alpha, recipe, base, adapter_over)
         options = MergeOptions(
             pair.alphas, alpha_for or {}, on_unpaired, on_mismatch, dtype, max_shard_size, carry,
             None if aligned_config is None else os.fspath(aligned_config), engine, device,
@@ -300,6 +306,7 @@ def _card(job: MergeJob, tally: Tally, k: int) -> bytes:
         tokenizer=has_tokenizer(plan.carried),
         code=any(name.endswith(".py") for name in plan.carried),
         auto_class=auto_class(aligned.config),
+        base=aligned.common_base,
     )
     return card_text(facts).encode()
 
@@ -320,7 +327,17 @@ def _command_line(job: MergeJob, alpha: float) -> str:
     """
     words = ["python", "-m", "expo.fast", "--sft", _public_name(job.pair.sft, job.sft)]
     words += ["--aligned", _public_name(job.pair.aligned, job.aligned)]
+    base = job.aligned.common_base
+    if base is not None:
+        words += ["--base", _public_base(base), "--adapter-over", base.adapter_over]
     return shlex.join([*words, *job.options.to_argv(alpha)])
+
+
+def _public_base(base: CommonBase) -> str:
+    """Return the name of two adapters' base: a hub id as the user gave it, or the last part of a local path."""
+    if not os.path.lexists(base.name):
+        return base.name
+    return "@".join(filter(None, base.origin))
 
 
 def _public_name(name: StrPath, checkpoint: Checkpoint) -> str:

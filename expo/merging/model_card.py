@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .._version import __version__
 
 if TYPE_CHECKING:
-    from ..checkpoints.checkpoint import Origin
+    from ..checkpoints.checkpoint import CommonBase, Origin
     from .result import Output
 
 MAX_LISTED = 8  # the number of copied or dropped tensors that the card names; the card counts the others
@@ -52,6 +52,7 @@ class CardFacts:
         tokenizer: True if the output has a tokenizer.
         code: True if the output has Python files.
         auto_class: The name of the class of transformers that loads the output.
+        base: The base of two adapters; None for all other inputs.
     """
 
     sft: Origin
@@ -72,13 +73,14 @@ class CardFacts:
     tokenizer: bool
     code: bool
     auto_class: str
+    base: CommonBase | None = None
 
 
 def card_text(facts: CardFacts) -> str:
     """Return the text of README.md for one output."""
     measurements = _measurements(facts) if facts.extrapolated else []
     parts = [
-        f"---\n{_front_matter(facts.sft, facts.aligned, facts.readme)}---",
+        f"---\n{_front_matter(_models(facts), facts.readme)}---",
         f"# {_text(facts.name)}",
         _introduction(facts.sft, facts.aligned, facts.alpha),
         "## How it was made",
@@ -110,12 +112,18 @@ def _settings(facts: CardFacts) -> list[str]:
     return [
         f"aligned: {_origin(facts.aligned)}",
         f"sft: {_origin(facts.sft)}",
+        *([] if facts.base is None else [f"base of both adapters: {_origin(facts.base.origin)}", _place(facts.base)]),
         f"alpha: {_number(facts.alpha)}",
         *(f"alpha of tensors that match {_code(pattern)}: {_number(value)}" for pattern, value in facts.rules.items()),
         *(f"{_code(option)}: {_code(value)}" for option, value in facts.options.items()),
         f"dtype: {_text(facts.dtype)}",
         f"made with expo {__version__}, Python {platform.python_version()}",
     ]
+
+
+def _place(base: CommonBase) -> str:
+    """Return the sentence about the model that aligned's adapter was trained on."""
+    return _text(base.sentence)
 
 
 def _measurements(facts: CardFacts) -> list[str]:
@@ -163,12 +171,18 @@ def _remarks(tokenizer: bool, code: bool) -> list[str]:
     return remarks
 
 
-def _front_matter(sft: Origin, aligned: Origin, readme: str | None) -> str:
+def _models(facts: CardFacts) -> list[str]:
+    """Return the ids of the models that the output was computed from."""
+    origins = [facts.aligned, facts.sft, *([facts.base.origin] if facts.base else [])]
+    return list(dict.fromkeys(_model_id(origin.name) for origin in origins))
+
+
+def _front_matter(models: list[str], readme: str | None) -> str:
     """Return the YAML lines of the front matter."""
     import yaml  # type: ignore[import-untyped]
 
     fields: dict[str, Any] = {
-        "base_model": list(dict.fromkeys((_model_id(aligned.name), _model_id(sft.name)))),
+        "base_model": models,
         "base_model_relation": "merge",
         "library_name": "transformers",
         **_inherited(_parse_front_matter(readme or "")),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import OutputError, UsageError
-from ..inputs.resolve import StrPath
+from ..inputs.locations import StrPath
 from ..output.staging import staged_bytes
 from ..text import alpha_text, size_text
 
@@ -63,7 +63,9 @@ def _check_apart(out: str, checkpoint: Checkpoint) -> None:
     """Raise OutputError if an output is, contains or lies inside the checkpoint's folder or one of its weight files."""
     target = os.path.realpath(out)
     # A shard may be a link to a file outside the checkpoint's folder, so each file is compared too.
-    for path in (checkpoint.path, *(file.path for file in checkpoint.weight_files.values())):
+    # The folder of an adapter is that of its base, which the paths of two adapters do not name.
+    files = (file.path for file in checkpoint.weight_files.values())
+    for path in dict.fromkeys(filter(None, (checkpoint.path, checkpoint.folder, *files))):
         source = os.path.realpath(path)
         if os.path.commonpath((target, source)) in (target, source):
             raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another `out`")

@@ -32,11 +32,12 @@ def rewrite_config(aligned: Checkpoint, steps: Sequence[Step], dtype: str | None
         config = _with_dtype(
             config if {"dtype", "torch_dtype"} & set(config) else {**config, "torch_dtype": None}, name
         )
-    if aligned.adapter is not None:
-        names = {step.name for step in steps if is_embedding(step.name)} & set(aligned.adapter.full)
+    if aligned.adapters:
+        whole = {name for adapter in aligned.adapters for name in adapter.full}
+        names = {step.name for step in steps if is_embedding(step.name)} & whole
         sizes = {aligned.tensors[name].shape[0] for name in names}
         config = _with_vocabulary(config, sizes.pop()) if len(sizes) == 1 else config
-        config = _untie(config) if aligned.adapter.unties else config
+        config = _untie(config) if any(adapter.unties for adapter in aligned.adapters) else config
     unchanged = config == aligned.config and not aligned.config_changed
     return {} if unchanged else {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ..checkpoints.adapter import find_deltas, find_whole
 from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.safetensors_header import TensorInfo, describe
 from ..dtypes import ITEMSIZE, OUTPUT_DTYPES
@@ -19,10 +19,7 @@ from ..options import MergeOptions
 from .layout_runs import Run
 from .pairing import Counterpart, mismatched, pair, rows_in_common
 from .problems import float_bytes, model_problems, tensor_problems
-from .steps import NOT_IN_SFT, ONLY_IN_SFT, SFT_HAS, UNTOUCHED, Action, Step, some_rows, why_zero
-
-if TYPE_CHECKING:
-    from ..checkpoints.adapter import Adapter
+from .steps import NOT_IN_SFT, ONLY_IN_SFT, SFT_HAS, UNTOUCHED, Action, Deltas, Step, some_rows, why_zero
 
 MOST_LINES = 40  # the largest number of lines in an error's message
 
@@ -86,7 +83,7 @@ def match_tensors(sft: ModelTensors, aligned: ModelTensors, options: MergeOption
         if name in pairs.runs:
             new = [_run_step(tensor, run, dtype) for run in pairs.runs[name]]
         else:
-            new = _steps_of(aligned, name, counterpart, dtype, options.on_mismatch == "rows")
+            new = _steps_of((sft, aligned), name, counterpart, dtype, options.on_mismatch == "rows")
         steps += [_with_own_alpha(step, options.alpha_of(name)) for step in new]
     problems = model_problems(sft, aligned)
     problems += tensor_problems(sft, aligned, pairs, options.on_unpaired, options.on_mismatch)
@@ -98,37 +95,41 @@ def match_tensors(sft: ModelTensors, aligned: ModelTensors, options: MergeOption
 
 
 def _steps_of(
-    aligned: ModelTensors, name: str, counterpart: Counterpart | None, dtype: str, by_rows: bool
+    models: tuple[ModelTensors, ModelTensors], name: str, counterpart: Counterpart | None, dtype: str, by_rows: bool
 ) -> list[Step]:
     """Return the steps of one tensor: two if the common rows are extrapolated and the other rows copied, else one.
 
     A tensor that cannot be extrapolated gets a copy. `tensor_problems` reports the tensor if no option allows the copy.
 
     Args:
-        aligned: The model that has the tensor.
+        models: sft and aligned.
         name: The tensor's name in aligned.
         counterpart: The tensor's counterpart in sft; None if there is none.
         dtype: The safetensors name of the output's dtype.
         by_rows: True to extrapolate the common rows of two tensors that differ only in the number of rows.
     """
-    tensor = aligned.tensors[name]
+    tensor = models[1].tensors[name]
     if counterpart is None:
         return [_copy_step(name, tensor, dtype, NOT_IN_SFT)]
-    if aligned.adapter is not None and name not in aligned.adapter.full:
-        return [_adapter_step(name, aligned.adapter, tensor, dtype)]
+    summed = _adapters_step(models, name, counterpart, dtype) if models[1].adapters else None
     other = counterpart.tensor
+    if summed is not None and (summed.sft is None or not mismatched(tensor, other) or summed.shares_base):
+        return [summed]
     if not mismatched(tensor, other):
         return [_extrapolation_step(name, tensor, other, dtype, counterpart.reason)]
     common = rows_in_common(tensor, other) if by_rows else 0
     reason = f"{SFT_HAS}{describe(other)}"
+    deltas = summed.deltas if summed else None
+    copied = Deltas(deltas.aligned) if deltas and deltas.aligned else None
     if not common:
-        return [_copy_step(name, tensor, dtype, reason)]
+        return [_copy_step(name, tensor, dtype, reason)._replace(deltas=copied)]
     both = some_rows(tensor, 0, common), some_rows(other, 0, common)
     rows = tensor.shape[0]
-    first = _extrapolation_step(name, *both, dtype, "; ".join(filter(None, [counterpart.reason, reason])))
+    remark = "; ".join(filter(None, [counterpart.reason, reason]))
+    first = _extrapolation_step(name, *both, dtype, remark)._replace(deltas=deltas)
     if common == rows:
         return [first]
-    rest = _copy_step(name, some_rows(tensor, common, rows), dtype, reason)
+    rest = _copy_step(name, some_rows(tensor, common, rows), dtype, reason)._replace(deltas=copied)
     return [first._replace(rows=(0, common)), rest._replace(rows=(common, rows))]
 
 
@@ -146,12 +147,36 @@ def _run_step(tensor: TensorInfo, run: Run, dtype: str) -> Step:
     return Step(tensor.name, Action.EXTRAPOLATE, reason, run.aligned, run.sft, dtype, whole=whole)
 
 
-def _adapter_step(name: str, adapter: Adapter, base: TensorInfo, dtype: str) -> Step:
-    """Return the step of a tensor of the base: an extrapolation if the adapter changes the tensor, else a copy."""
-    delta = adapter.low_rank.get(name)
-    if delta is None:
-        return _copy_step(name, base, dtype, UNTOUCHED)
-    return Step(name, Action.EXTRAPOLATE, f"adapter of rank {delta.rank}", base, base, dtype, delta=delta)
+def _adapters_step(
+    models: tuple[ModelTensors, ModelTensors], name: str, counterpart: Counterpart, dtype: str
+) -> Step | None:
+    """Return the step of a tensor to which adapters add deltas, or that they leave as it is.
+
+    Returns:
+        None if both tensors are stored as they are and differ, so that no delta takes part.
+    """
+    sft, aligned = models
+    tensor, other = aligned.tensors[name], counterpart.tensor
+    whole, other_whole = find_whole(aligned.adapters, name), find_whole(sft.adapters, other.name)
+    own, theirs = find_deltas(aligned.adapters, name), find_deltas(sft.adapters, other.name)
+    if whole is other_whole and own == theirs:
+        return _copy_step(name, tensor, dtype, UNTOUCHED)._replace(deltas=Deltas(own) if own else None)
+    if not own and not theirs:
+        return None
+    # Without an adapter of its own, sft is the base, also where it ties the tensor to another one.
+    share_base = whole is other_whole and (tensor == other or not sft.adapters)
+    deltas = Deltas(own, theirs, share_base)
+    reason = _describe_deltas(deltas, bool(sft.adapters))
+    return Step(name, Action.EXTRAPOLATE, reason, tensor, tensor if share_base else other, dtype, deltas=deltas)
+
+
+def _describe_deltas(deltas: Deltas, two_adapters: bool) -> str:
+    """Return the remark about the adapters that change a tensor."""
+    new = [delta.rank for delta in deltas.aligned if delta not in deltas.sft]
+    if not two_adapters:
+        return f"adapter of rank {new[0]}"
+    sides = (("sft", [delta.rank for delta in deltas.sft]), ("aligned", new))
+    return " and ".join(f"{side}'s adapter of rank {ranks[0]}" for side, ranks in sides if ranks)
 
 
 def _copy_step(name: str, tensor: TensorInfo, dtype: str, reason: str) -> Step:
@@ -164,7 +189,7 @@ def _with_own_alpha(step: Step, alpha: float | None) -> Step:
         return step
     if working_alpha(alpha, step.aligned.dtype, step.sft.dtype):
         return step._replace(own_alpha=alpha)
-    reason = why_zero(rounded=alpha != 0, adapted=step.delta is not None)
+    reason = why_zero(rounded=alpha != 0, adapted=bool(step.deltas))
     return step._replace(action=Action.COPY, reason=reason, sft=None)
 
 
@@ -181,22 +206,20 @@ def _output_dtype(aligned: ModelTensors, name: str, counterpart: Counterpart | N
         return OUTPUT_DTYPES[dtype]
     if name in aligned.dequantized:
         return "BF16"
-    whole = aligned.adapter is not None and name in aligned.adapter.full
-    if whole and counterpart is not None and counterpart.tensor.dtype in ITEMSIZE:
-        return counterpart.tensor.dtype
-    return tensor.dtype
+    whole = find_whole(aligned.adapters, name) if aligned.adapters else None
+    in_base = whole.base_dtypes.get(name) if whole and counterpart is not None else None
+    return in_base if in_base in ITEMSIZE else tensor.dtype
 
 
 def _notes(sft: ModelTensors, aligned: ModelTensors, steps: Sequence[Step]) -> tuple[str, ...]:
     """Return the notes of both models and of their matching, each once."""
-    adapter = aligned.adapter.note if aligned.adapter else None
-    own = [adapter, _warn_of_copies(aligned, steps)]
-    return (*dict.fromkeys((*sft.notes, *aligned.notes)), *filter(None, own))
+    own = [adapter.note for model in (sft, aligned) for adapter in model.adapters] + [_warn_of_copies(aligned, steps)]
+    return tuple(dict.fromkeys((*sft.notes, *aligned.notes, *filter(None, own))))
 
 
 def _warn_of_copies(aligned: ModelTensors, steps: Sequence[Step]) -> str | None:
     """Return a warning if `on_unpaired` and `on_mismatch` copy most floating-point bytes from aligned; else None."""
-    if aligned.adapter is not None:  # an adapter changes few tensors, so its merge may copy most of the model
+    if aligned.adapters:  # an adapter changes few tensors, so its merge may copy most of the model
         return None
     copied = [step for step in steps if step.action is Action.COPY]
     kept = float_bytes(step.aligned for step in copied if step.reason.startswith((NOT_IN_SFT, SFT_HAS)))

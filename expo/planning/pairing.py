@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..checkpoints.memory_names import MemoryNames
 from ..checkpoints.model_parts import EMBEDDING, HEAD, SHARED, is_buffer, tie_flag
 from ..checkpoints.model_tensors import ModelTensors
+from ..checkpoints.naming import unwrap
 from ..checkpoints.renames import NameIndex
 from ..checkpoints.safetensors_header import TensorInfo
 from ..checkpoints.tied_weights import TiedNames
@@ -72,7 +73,7 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
         for name, old_name in find(unpaired_aligned, unpaired_sft).items():
             counterparts[name] = Counterpart(unpaired_sft.pop(old_name), f"sft calls it {old_name}")
             del unpaired_aligned[name]
-    layouts = Runs({}, []) if aligned.adapter else find_runs(unpaired_aligned, unpaired_sft, sft, aligned)
+    layouts = Runs({}, []) if aligned.adapters else find_runs(unpaired_aligned, unpaired_sft, sft, aligned)
     runs = layouts.found
     unpaired_aligned = {name: tensor for name, tensor in unpaired_aligned.items() if name not in runs}
     used = {run.sft.name for each in runs.values() for run in each}
@@ -110,16 +111,18 @@ def _find_memory_names(
     """
     if not unpaired or not candidates or not any(names):
         return {}
-    of_sft: dict[str, list[str]] = {}
+    # A rename may match its own result. So each name counts as it is too, because it may be the name in memory.
+    of_sft: dict[str, set[str]] = {}
     for other in candidates:
-        of_sft.setdefault(names[0].find(other), []).append(other)
-    of_aligned: dict[str, list[str]] = {}
-    for name in unpaired:
-        of_aligned.setdefault(names[1].find(name), []).append(name)
+        for form in (unwrap(other), names[0].find(other)):
+            of_sft.setdefault(form, set()).add(other)
+    fits = {name: of_sft.get(unwrap(name), set()) | of_sft.get(names[1].find(name), set()) for name in unpaired}
+    uses = Counter(other for others in fits.values() for other in others)
+    found = {name: next(iter(others)) for name, others in fits.items() if len(others) == 1}
     return {
-        own[0]: of_sft[key][0]
-        for key, own in of_aligned.items()
-        if len(own) == len(of_sft.get(key, ())) == 1 and unpaired[own[0]].shape == candidates[of_sft[key][0]].shape
+        name: other
+        for name, other in found.items()
+        if uses[other] == 1 and unpaired[name].shape == candidates[other].shape
     }
 
 

@@ -55,7 +55,7 @@ class Plan:
     def copied(self, k: int | None = None) -> tuple[tuple[str, str], ...]:
         """Return (label, reason) of each step that is a copy in output k (None: in all outputs)."""
         return tuple(
-            (step.label, step.reason if step.action is Action.COPY else why_zero(adapted=step.delta is not None))
+            (step.label, step.reason if step.action is Action.COPY else why_zero(adapted=bool(step.deltas)))
             for step in self.steps
             if not _is_extrapolated(step, k)
         )

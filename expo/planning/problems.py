@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
+from ..checkpoints.adapter import find_whole
 from ..checkpoints.model_parts import EMPTY_HINT, HEAD, generates, is_embedding, language_model_type, tie_flag
 from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.naming import find_wrapper_prefix, mask_numbers, unwrap
@@ -30,7 +32,7 @@ _EXPERTS = re.compile(r"(^|\.)\w*experts?\.")
 def model_problems(sft: ModelTensors, aligned: ModelTensors) -> list[str]:
     """Return the problems of either model as a whole, and of the two together."""
     roles = (("sft", sft), ("aligned", aligned))
-    checked = roles[: 1 if aligned.adapter else 2]  # an adapter has sft's config
+    checked = roles[: 1 if aligned.adapters else 2]  # an adapter has sft's config
     problems = [text for role, checkpoint in checked if (text := describe_problem(role, checkpoint))]
     problems += [text for role, checkpoint in roles if (text := _empty_problem(role, checkpoint, sft, aligned))]
     types = [checkpoint.config.get("model_type") for checkpoint in (sft, aligned)]
@@ -46,8 +48,8 @@ def model_problems(sft: ModelTensors, aligned: ModelTensors) -> list[str]:
 
 def _empty_problem(role: str, checkpoint: ModelTensors, sft: ModelTensors, aligned: ModelTensors) -> str | None:
     """Return the problem of a model with empty weights, which were not gathered before saving; None without one."""
-    stored = checkpoint.adapter.full if checkpoint.adapter else checkpoint.tensors
-    names = [name for name in checkpoint.tensors if name in stored and _lacks_elements(name, sft, aligned, checkpoint)]
+    is_stored = partial(find_whole, checkpoint.adapters) if checkpoint.adapters else checkpoint.tensors.get
+    names = [name for name in checkpoint.tensors if is_stored(name) and _lacks_elements(name, sft, aligned, checkpoint)]
     if not names:
         return None
     first = checkpoint.tensors[names[0]]

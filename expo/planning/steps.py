@@ -10,6 +10,11 @@ If aligned is an adapter, its delta changes the base, and the formulas are:
 
     EXTRAPOLATE   out = base + (1 + alpha) * delta
     COPY          out = base + delta
+
+If both are adapters over one base, sft's delta changes the base, and the formulas are:
+
+    EXTRAPOLATE   out = base + delta_sft + (1 + alpha) * (delta_aligned - delta_sft)
+    COPY          out = base + delta_aligned
 """
 
 from __future__ import annotations
@@ -37,6 +42,20 @@ class Action(str, Enum):
     COPY = "copy"
 
 
+class Deltas(NamedTuple):
+    """The products by which adapters change a tensor.
+
+    Attributes:
+        aligned: The deltas that are added to the tensor of aligned, in their order.
+        sft: The deltas that are added to the tensor of sft, in their order.
+        share_base: True if the tensors of aligned and sft, to which the deltas are added, are one tensor of the base.
+    """
+
+    aligned: tuple[LowRank, ...] = ()
+    sft: tuple[LowRank, ...] = ()
+    share_base: bool = True
+
+
 class Step(NamedTuple):
     """One tensor of the output, or a run of its rows, with aligned's name and shape.
 
@@ -51,7 +70,7 @@ class Step(NamedTuple):
         alphas: One alpha for each output, 0 if the step is a copy in that output; empty until `with_alphas` sets
             them.
         rows: The first row, and the row after the last; None for the whole tensor.
-        delta: The product of two matrices by which an adapter changes the tensor; None without an adapter.
+        deltas: The products by which adapters change the tensor; None if no adapter does.
         whole: The shape of the tensor, if the step is a run of its elements and not of its rows; else None.
     """
 
@@ -64,7 +83,7 @@ class Step(NamedTuple):
     own_alpha: float | None = None
     alphas: tuple[float, ...] = ()
     rows: tuple[int, int] | None = None
-    delta: LowRank | None = None
+    deltas: Deltas | None = None
     whole: tuple[int, ...] | None = None
 
     def with_alphas(self, alphas: Sequence[float]) -> Step:
@@ -76,7 +95,7 @@ class Step(NamedTuple):
         working = tuple(alpha if working_alpha(alpha, *dtypes) else 0.0 for alpha in chosen)
         if any(working):
             return self._replace(alphas=working)
-        reason = why_zero(rounded=any(chosen), adapted=self.delta is not None)
+        reason = why_zero(rounded=any(chosen), adapted=bool(self.deltas))
         return self._replace(action=Action.COPY, reason=reason, sft=None, alphas=working)
 
     @property
@@ -95,7 +114,7 @@ class Step(NamedTuple):
     @property
     def plain(self) -> bool:
         """True if the step needs no conversion: an engine or a copy of aligned's bytes makes the output directly."""
-        return self.delta is None and self.dtype == self.aligned.dtype
+        return self.deltas is None and self.dtype == self.aligned.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,9 +128,25 @@ class Step(NamedTuple):
     @property
     def input_bytes(self) -> int:
         """The number of bytes of both inputs that the step reads."""
-        if self.delta is not None:
-            return self.aligned.nbytes + self.delta.nbytes
-        return self.aligned.nbytes + (self.sft.nbytes if self.sft else 0)
+        other = self.sft.nbytes if self.sft and not self.shares_base else 0
+        return self.aligned.nbytes + other + sum(delta.nbytes for delta in self.all_deltas)
+
+    @property
+    def shares_base(self) -> bool:
+        """True if adapters change one tensor of the base, which is read once."""
+        return self.deltas is not None and self.deltas.share_base
+
+    @property
+    def all_deltas(self) -> tuple[LowRank, ...]:
+        """The deltas that the step reads, each once."""
+        if self.deltas is None:
+            return ()
+        return tuple(dict.fromkeys((*self.deltas.aligned, *(self.deltas.sft if self.sft else ()))))
+
+    @property
+    def first_element(self) -> int:
+        """The number of the step's first element in its tensor, in which a delta counts its elements."""
+        return 0 if self.rows is None else self.rows[0] * element_count(self.shape[1:])
 
     @property
     def label(self) -> str:

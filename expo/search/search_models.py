@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,6 +11,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..cli import print_message
 from ..errors import CheckpointError
 from ..inputs.resolve import StrPath, open_inputs
+from ..inputs.two_adapters import NeedsBase
 from ..options import MergeOptions
 from ..planning.matching import Matched, match_tensors
 from .rewards import Reward, load_reward
@@ -34,8 +37,11 @@ def open_search_inputs(stack: ExitStack, sft: StrPath, aligned: StrPath, options
         CheckpointError: A checkpoint cannot be read, or aligned is not a whole model with its config and tokenizer.
         PlanError: The checkpoints cannot be merged.
     """
-    sft_input, aligned_input = stack.enter_context(open_inputs(sft, aligned, options.quiet))
-    if aligned_input.adapter is not None:
+    try:
+        sft_input, aligned_input = stack.enter_context(open_inputs(sft, aligned, options.quiet))
+    except NeedsBase as error:
+        raise CheckpointError(_explain_adapters(os.fspath(sft), os.fspath(aligned), error.known or "BASE")) from error
+    if aligned_input.adapters:
         raise CheckpointError(
             f"{aligned_input.path} is an adapter: make a whole model of it first, with python -m expo.fast --alpha 0, "
             "and give that model as aligned"
@@ -56,6 +62,17 @@ def open_search_inputs(stack: ExitStack, sft: StrPath, aligned: StrPath, options
     matched = match_tensors(sft_input, aligned_input, merge_options)
     matched.check()
     return Inputs(sft_input, aligned_input, matched)
+
+
+def _explain_adapters(sft: str, aligned: str, base: str) -> str:
+    """Return the message about two adapters over one base, with the commands that make whole models of them."""
+    command, words = "python -m expo.fast", [shlex.quote(each) for each in (base, sft, aligned)]
+    return (
+        f"{sft} and {aligned} are adapters, and a search loads whole models: make them with "
+        f"{command} --sft {words[0]} --aligned {words[1]} --alpha 0 --out SFT and "
+        f"{command} --base {words[0]} --sft {words[1]} --aligned {words[2]} --alpha 0 --out ALIGNED, and search with "
+        "--sft SFT --aligned ALIGNED"
+    )
 
 
 class SearchModels:

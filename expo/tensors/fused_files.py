@@ -19,7 +19,7 @@ from ..checkpoints.naming import unwrap
 from ..checkpoints.safetensors_header import TensorInfo, element_count
 from ..dtypes import ITEMSIZE, torch_dtypes
 from .model_weights import ModelInMemory
-from .originals import ReadTensor, read_from_checkpoint
+from .originals import ReadTensor
 
 
 class _Assembly(NamedTuple):
@@ -53,12 +53,16 @@ class _Assembly(NamedTuple):
         return tensors[self.target]
 
 
-def fuse_like(checkpoint: Checkpoint, model: ModelInMemory) -> tuple[Checkpoint, ReadTensor]:
+def fuse_like(checkpoint: Checkpoint, read: ReadTensor, model: ModelInMemory) -> tuple[Checkpoint, ReadTensor]:
     """Return a checkpoint with the fused tensors of a model, and the function that reads bytes of its tensors.
 
     Tensors stay as they are in the files if the model does not have the fused tensor in the same shape.
+
+    Args:
+        checkpoint: The checkpoint.
+        read: Reads bytes of its tensors.
+        model: The model.
     """
-    read = read_from_checkpoint(checkpoint)
     configs = [config for config in (model.config, checkpoint.config) if config.get("model_type")]
     layout = next(iter(find_layouts(*configs)), None) if configs else None
     if layout is None or not layout.fusions:

@@ -71,6 +71,7 @@ class Live:
         sft: torch.nn.Module | StrPath,
         *,
         keep: str = "device",
+        base: StrPath | None = None,
         alpha_for: Mapping[str, float] | None = None,
         on_unpaired: str = "error",
         on_mismatch: str = "error",
@@ -85,6 +86,8 @@ class Live:
             keep: The place of the originals: the "device" of each weight, the "host"'s memory, or the "disk", in an
                 unnamed temporary file (TMPDIR says where). They take the bytes of both models. With "device" a model
                 given as sft is used where it is, and must not change meanwhile.
+            base: The checkpoint under sft, if that is a LoRA adapter, in the forms of `sft`. Live then takes the
+                weights that a merge of the base and the adapter at alpha 0 writes.
             alpha_for, on_unpaired, on_mismatch: As for merge(). If they leave most of the weights as aligned has them,
                 a UserWarning says so.
 
@@ -96,12 +99,14 @@ class Live:
         """
         if keep not in KEEP:
             raise UsageError(f"`keep` must be one of {', '.join(KEEP)}, got {keep!r}")
+        if base is not None and isinstance(sft, torch.nn.Module):
+            raise UsageError("`base` is for an adapter in files, but sft is a model in memory")
         self._fsdp_modules = fsdp_modules(model)
         reshard(self._fsdp_modules)
         aligned = model_tensors(model, "model")
         options = MergeOptions(alpha_for=alpha_for or {}, on_unpaired=on_unpaired, on_mismatch=on_mismatch)
         with ExitStack() as stack:
-            others = open_sft(stack, sft, model, aligned, options)
+            others = open_sft(stack, sft, model, aligned, options, base)
             for note in others.matched.notes:
                 warnings.warn(note, stacklevel=2)
             weights = saved_weights(model)

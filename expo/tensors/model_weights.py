@@ -120,7 +120,7 @@ class ModelInMemory:
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
-    adapter: None = None
+    adapters: tuple[()] = ()
     notes: tuple[str, ...] = ()
     dequantized: Collection[str] = ()
 

@@ -21,6 +21,7 @@ from ..inputs.resolve import StrPath, open_one
 from ..options import MergeOptions
 from ..planning.matching import Matched, match_tensors
 from ..planning.steps import NOT_IN_SFT, ONLY_IN_SFT
+from .adapted_files import with_merged_adapters
 from .distributed_tensors import fsdp_modules, local_part, reshard
 from .fused_files import fuse_like
 from .model_weights import ModelInMemory, model_tensors, saved_weights, without_value_head
@@ -49,6 +50,7 @@ def open_sft(
     model: torch.nn.Module,
     aligned: ModelInMemory,
     options: MergeOptions,
+    base: StrPath | None,
 ) -> SftTensors:
     """Return the tensors of sft for a model.
 
@@ -58,6 +60,7 @@ def open_sft(
         model: The model with the aligned weights.
         aligned: The tensors of that model.
         options: The options of the matching.
+        base: The checkpoint under sft, if that is an adapter; else None.
 
     Raises:
         CheckpointError: The files cannot be read.
@@ -67,9 +70,9 @@ def open_sft(
         found = _of_model(sft, aligned, options)
         found.matched.check()
         return found
-    checkpoint = stack.enter_context(open_one(sft))
-    plain = without_value_head(checkpoint, aligned)
-    other, read = fuse_like(transposed_like(plain, aligned), aligned)
+    checkpoint = stack.enter_context(open_one(sft, base=base))
+    plain = transposed_like(without_value_head(checkpoint, aligned), aligned)
+    other, read = fuse_like(*with_merged_adapters(plain), aligned)
     matched = match_tensors(other, aligned, options)
     if not matched.problems:
         return SftTensors(matched, None, {}, read)
@@ -108,7 +111,8 @@ def _load_like(model: torch.nn.Module, checkpoint: Checkpoint) -> torch.nn.Modul
     The weights have the dtype of the files, or fp32, which is exact, if the files have several.
     """
     transformers: Any = sys.modules.get("transformers")
-    is_loadable = checkpoint.folder is not None and not checkpoint.dequantized and not checkpoint.in_parts
+    is_computed = checkpoint.dequantized or checkpoint.in_parts or checkpoint.adapters
+    is_loadable = checkpoint.folder is not None and not is_computed
     if transformers is None or not isinstance(model, transformers.PreTrainedModel) or not is_loadable:
         return None
     dtypes = {tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in ITEMSIZE}

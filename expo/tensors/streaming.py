@@ -34,6 +34,8 @@ def stream(
     alpha: float | Iterable[float] | None = None,
     *,
     recipe: str | None = None,
+    base: StrPath | None = None,
+    adapter_over: str | None = None,
     framework: str = "torch",
     to: Any = None,
     alpha_for: Mapping[str, float] | None = None,
@@ -56,6 +58,8 @@ def stream(
         alpha: As for merge(). With several alphas every item is (name, tuple of tensors), with a tensor for each alpha,
             from one read of the inputs.
         recipe: As for merge().
+        base: As for merge().
+        adapter_over: As for merge().
         framework: "torch" for torch.Tensor, or "numpy" for numpy.ndarray, which has bf16 as ml_dtypes.bfloat16.
         to: The torch device that tensors are copied to; the CPU by default.
         alpha_for: As for merge().
@@ -72,11 +76,12 @@ def stream(
         raise UsageError(f"framework must be torch or numpy, got {framework!r}")
     if to is not None and framework != "torch":
         raise UsageError(f"to={to!r} is a device of torch, but framework is {framework!r}")
-    pair = complete_request(sft, aligned, alpha, recipe)
+    pair = complete_request(sft, aligned, alpha, recipe, base, adapter_over)
     options = MergeOptions(pair.alphas, alpha_for or {}, on_unpaired, on_mismatch, dtype)
     chosen = choose(engine, device)
     with ExitStack() as stack:
-        first, second = stack.enter_context(open_inputs(pair.sft, pair.aligned))
+        inputs = open_inputs(pair.sft, pair.aligned, base=pair.base, adapter_over=pair.adapter_over)
+        first, second = stack.enter_context(inputs)
         matched = match_tensors(first, second, options)
         matched.check()
         note = tokens.compare(first, second)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ _KINDS = {
 }
 
 
-def page_text(data: Mapping[str, Any]) -> str:
-    """Return the text of the page for the results of a sweep."""
+def page_text(data: Mapping[str, Any], adapters: Mapping[str, Any]) -> str:
+    """Return the text of the page for the results of a sweep, and of the sweep of adapters."""
     results: Mapping[str, Mapping[str, str]] = data["results"]
     passed, checked = (sum(map(count, results.values())) for count in (_passed, len))
     rows = [f"| {_KINDS[kind]} | {len(found)} | {_passed(found)} |" for kind, found in results.items()]
@@ -34,7 +35,25 @@ def page_text(data: Mapping[str, Any]) -> str:
         "- the whole state dict of one model, as FSDP and `zero_to_fp32.py` save it, merges with the other's folder.",
         "", "| kind | model types | passed |", "|---|---|---|", *rows, "",
         *[line for kind, found in results.items() for line in _section(_KINDS[kind], found)],
+        *_adapters_section(adapters["results"]),
     ])  # fmt: skip
+
+
+def _adapters_section(results: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return the lines about the sweep of adapters: the numbers, and a row for each model type that did not pass."""
+    passed, checked = (sum(map(count, results.values())) for count in (_passed, len))
+    failed = [
+        f"| {_KINDS[kind]} | `{name}` | {_short(result)} |"
+        for kind, found in results.items()
+        for name, result in found.items()
+        if result != PASSED
+    ]
+    return [
+        "## Adapters", "",
+        "For each model type `python tests/architectures/adapters.py` makes a LoRA adapter of all linear modules with",
+        f"PEFT, and compares a merge at alpha 0 with PEFT's own merge: {passed} of {checked} passed.", "",
+        "| kind | model type | result |", "|---|---|---|", *failed, "",
+    ]  # fmt: skip
 
 
 def _passed(found: Mapping[str, str]) -> int:
@@ -53,6 +72,7 @@ def _short(result: str) -> str:
     """Return a result as one cell of a table."""
     line = result.splitlines()[-1 if result.startswith("not checked") else 0].strip()
     line = f"not checked: {line}" if result.startswith("not checked") and not line.startswith("not checked") else line
+    line = re.sub(r"/tmp/\S*/", "", line)
     return line[:200].replace("|", "\\|").replace("<", "\\<")
 
 

@@ -34,10 +34,11 @@ from tiny_pairs import ALPHA, Pair, check_same, formula, load, make_pair, model_
 
 import expo  # noqa: E402
 
-RESULTS = HERE / "results.json"
+RESULTS, ADAPTERS = HERE / "results.json", HERE / "adapters.json"
 KINDS = ("causal", "seq2seq", "vision-language", "encoder")
 SECONDS, MEMORY = 120, 8 << 30  # the limits of one child
 PASSED = "passed"
+Check = Callable[[str, str, Path], list[str]]
 _LARGE = "its tokens of images have a model of their own, which has no small config"
 _CLASS = "its config is not the one of the class that the automatic class makes"
 _TIMM = "its tower is timm's, which is not installed"
@@ -146,19 +147,19 @@ CHECKS: Mapping[str, Callable[[Pair], list[str]]] = {
 }
 
 
-def check_in_child(kind: str, model_type: str) -> str:
+def check_in_child(kind: str, model_type: str, check: Check = check) -> str:
     """Check a model type in a forked child and return its result in one text."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as report:
         child = os.fork()
         if child == 0:
-            _work(kind, model_type, Path(folder), report)
+            _work(kind, model_type, Path(folder), report, check)
         _, status = os.waitpid(child, 0)
         report.seek(0)
         text = report.read()
     return text or f"the process ended with status {status}"
 
 
-def _work(kind: str, model_type: str, folder: Path, report: Any) -> None:
+def _work(kind: str, model_type: str, folder: Path, report: Any, check: Check) -> None:
     """Check a model type in this process, write the result and end the process."""
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -210,7 +211,7 @@ def write_results(results: Mapping[str, Mapping[str, str]], path: Path) -> None:
     unfinished.write_text(json.dumps(data, indent=1) + "\n")
     os.replace(unfinished, path)
     if path == RESULTS:
-        architectures_page.PAGE.write_text(architectures_page.page_text(data))
+        architectures_page.PAGE.write_text(architectures_page.page_text(data, json.loads(ADAPTERS.read_text())))
 
 
 def main() -> None:

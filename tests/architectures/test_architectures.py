@@ -14,6 +14,7 @@ from checkpoint_files import quiet
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import adapters  # noqa: E402
 import architectures_page  # noqa: E402
 import sweep  # noqa: E402
 import tiny_pairs  # noqa: E402
@@ -36,6 +37,16 @@ def test_a_model_type(kind: str, model_type: str, tmp_path: Path) -> None:
         assert sweep.check(kind, model_type, tmp_path) == []
 
 
+# Model types whose modules are cut, joined, fused or renamed as transformers loads the files.
+@pytest.mark.parametrize(
+    ("kind", "model_type"),
+    [("causal", "laguna"), ("vision-language", "minimax_m3_vl"), ("encoder", "nomic_bert"), ("encoder", "gte")],
+)
+def test_an_adapter_of_a_model_type(kind: str, model_type: str, tmp_path: Path) -> None:
+    with quiet():
+        assert adapters.check_adapter(kind, model_type, tmp_path) == []
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("kind", sweep.KINDS)
@@ -52,7 +63,9 @@ def test_all_model_types(kind: str, part: int, tmp_path: Path) -> None:
 
 def test_the_page_lists_the_results() -> None:
     data = json.loads(sweep.RESULTS.read_text())
-    assert architectures_page.PAGE.read_text() == architectures_page.page_text(data)
+    assert architectures_page.PAGE.read_text() == architectures_page.page_text(
+        data, json.loads(sweep.ADAPTERS.read_text())
+    )
     assert list(data["results"]) == list(sweep.KINDS)
     if data["transformers"] == transformers.__version__:
         assert {kind: list(found) for kind, found in data["results"].items()} == {

@@ -407,7 +407,7 @@ class TestRefusedConfigs:
             ),
             ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'"),
             ({"peft_type": None}, "peft_type is None"),
-            ({"target_parameters": ["experts.w"]}, r"target_parameters is \['experts.w'\]: LoRA of parameters"),
+            ({"target_parameters": ["experts.w"]}, r"target_parameters has 'experts.w': LoRA of a parameter"),
             ({"use_qalora": True}, "use_qalora is True"),
             ({"megatron_config": {"x": 1}}, "megatron_config is {'x': 1}"),
             ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16', .*convert the"),

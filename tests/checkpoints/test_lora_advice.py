@@ -21,10 +21,9 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 LLAMA = transformers.LlamaConfig(**SMALL, tie_word_embeddings=False)
 BIASED = transformers.LlamaConfig(**SMALL, tie_word_embeddings=False, attention_bias=True)
-MIXTURE = transformers.Qwen3MoeConfig(
-    **SMALL, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1,
-    tie_word_embeddings=False,
-)  # fmt: skip
+FUSED_IN_FILES = transformers.GptOssConfig(
+    **SMALL, head_dim=8, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False
+)
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -35,7 +34,7 @@ REFUSED: dict[str, tuple[Any, Any]] = {
     "LoHa": (LLAMA, lambda: peft.LoHaConfig(**LORA)),
     "IA3": (LLAMA, lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"],
                                           feedforward_modules=["down_proj"])),
-    "experts": (MIXTURE, lambda: peft.LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS)),
+    "experts": (FUSED_IN_FILES, lambda: peft.LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS)),
 }  # fmt: skip
 
 

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from tiny_models import pair_of
 
 import expo
+from expo.checkpoints.lora import _BaseNames
 from expo.checkpoints.memory_names import MemoryNames
+from expo.checkpoints.safetensors_header import TensorInfo
 
 ALPHA = 0.3
 CASES = [
@@ -55,6 +57,19 @@ def test_a_name_in_memory_and_its_name_in_the_file(kind: str, in_file: str, in_m
         plan.check()
         assert plan.noted == ((name, f"sft calls it {sft_name}"),)
         assert plan.dropped == {}
+
+
+def test_a_rename_that_matches_its_own_result() -> None:
+    """The name in memory is no published name, although the expression for published names matches it."""
+    config = config_of("LagunaForCausalLM laguna")
+    names = [f"model.layers.1.mlp.{module}.up_proj.weight" for module in ("shared_expert", "shared_experts")]
+    assert MemoryNames(config).find(names[0]) == names[1] != MemoryNames(config).find(names[1])
+    for one, other in (names, names[::-1]):
+        plan = make_plan(*(checkpoint({name: ("BF16", (6, 4))}, config=config) for name in (one, other)), [ALPHA])
+        plan.check()
+        assert plan.noted == ((other, f"sft calls it {one}"),)
+    found = {names[0]: TensorInfo(names[0], "BF16", (6, 4), 0, 48)}
+    assert _BaseNames(found, MemoryNames(config)).find(names[1]) == names[0]
 
 
 @pytest.mark.parametrize("architectures", [None, [], [7], ["LlamaForCausalLM"], "LlavaForConditionalGeneration"])

@@ -701,7 +701,7 @@ def test_workers_who_come_to_a_tensor_together_read_its_factors_once(
     monkeypatch.setattr(TensorSource, "_read_factors", slow)
     with open_inputs(*lora.pair) as (sft, aligned), ThreadPoolExecutor(4) as pool:
         plan, source = make_plan(sft, aligned, (0.3,)), TensorSource(sft, aligned)
-        step = next(step for step in plan.steps if step.delta is not None)
+        step = next(step for step in plan.steps if step.deltas is not None)
         outs = [bytearray(1000) for _ in range(4)]
         list(pool.map(lambda out: source.compute(choose("auto", "cpu"), step, 0, 1000, [out]), outs))
     assert len(seen) == 1
@@ -710,7 +710,7 @@ def test_workers_who_come_to_a_tensor_together_read_its_factors_once(
 
 def test_the_base_below_a_delta_is_read_once(lora: Made) -> None:
     with open_inputs(*lora.pair) as (sft, aligned):
-        step = next(step for step in make_plan(sft, aligned, (0.3,)).steps if step.delta is not None)
+        step = next(step for step in make_plan(sft, aligned, (0.3,)).steps if step.deltas is not None)
         assert len(TensorSource(sft, aligned).spans(step, 0, step.nbytes)) == 1
 
 
