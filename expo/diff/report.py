@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from ..cli import as_json
 from ..errors import OutputError, UsageError
-from ..inputs.resolve import StrPath
+from ..inputs.locations import StrPath
 from ..output.os_errors import output_errors
 from .heatmap import INSTALL, draw_heat_map
 from .records import Comparison

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..cli import Bar, print_message
-from ..inputs.resolve import StrPath
+from ..inputs.locations import StrPath
 from .probing import BUDGET, next_probe
 from .ranking import errors_from_best, has_collapsed
 from .replies import Reply, ReplyStore

@@ -12,7 +12,7 @@ import torch
 
 from ..checkpoints.files import CONFIG, load_json
 from ..errors import CheckpointError
-from ..inputs.resolve import StrPath
+from ..inputs.locations import StrPath
 from ..tensors.model_weights import saved_weights
 from .models import generating_class, load_model
 

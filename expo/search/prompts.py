@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import UsageError
-from ..inputs.resolve import StrPath
+from ..inputs.locations import StrPath
 
 PROMPT_KEYS = ("prompt", "instruction")
 

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from ..errors import OutputError
-from ..inputs.resolve import StrPath
+from ..inputs.locations import StrPath
 
 SETTINGS = "settings.json"
 REPLIES = "replies.jsonl"

@@ -24,7 +24,7 @@ import torch
 from ..dtypes import torch_names
 from ..errors import EngineError, UsageError
 from ..execution.engines import cpu_count
-from ..inputs.resolve import StrPath
+from ..inputs.locations import StrPath
 from ..kernels.contract import Address, Operand, working_alpha
 from ..options import MergeOptions
 from . import gpu_tensors

@@ -48,7 +48,7 @@ def check_adapter(kind: str, model_type: str, folder: Path) -> list[str]:
     try:
         expo.merge(folder / "base", folder / "adapter", 0, folder / "out")
     except expo.ExpoError as error:
-        return [f"{type(error).__name__}: {error}"]
+        return [f"{type(error).__name__}: {error}".replace(f"{folder}/", "")]
     found, _ = load(loads, folder / "out")
     return _differences(found.state_dict(), wanted)
 
