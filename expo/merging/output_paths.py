@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.files import CONFIG
 from ..errors import OutputError, UsageError
 from ..inputs.locations import StrPath
 from ..output.staging import staged_bytes
@@ -69,6 +70,10 @@ def _check_apart(out: str, checkpoint: Checkpoint) -> None:
         source = os.path.realpath(path)
         if os.path.commonpath((target, source)) in (target, source):
             raise OutputError(f"{out} is, contains or lies inside the input {path}; choose another `out`")
+    config = checkpoint.files.get(CONFIG)
+    folder = os.path.realpath(os.path.dirname(config)) if config and checkpoint.in_parts else None
+    if folder is not None and os.path.commonpath((target, folder)) == target:
+        raise OutputError(f"{out} is or contains {folder}, which has aligned's {CONFIG}; choose another `out`")
 
 
 def free_bytes(out: str) -> int:

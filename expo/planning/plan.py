@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..options import MergeOptions
 from .config import rewrite_config
 from .matching import Matched, refuse
-from .shards import OutputShard, lay_out, make_index
+from .shards import PARTS_SHARD_BYTES, OutputShard, lay_out, make_index
 from .steps import Action, Step, why_zero
 
 
@@ -115,9 +115,10 @@ def plan_output(aligned: Checkpoint, matched: Matched, options: MergeOptions, co
         for name in carried
         if name in aligned.strays
     ]
-    shards = lay_out(aligned, steps, options.shard_bytes)
+    shard_bytes = options.shard_bytes or (PARTS_SHARD_BYTES if aligned.in_parts else None)
+    shards = lay_out(aligned, steps, shard_bytes)
     return Plan(
-        options.alphas, steps, matched.dropped, shards, make_index(aligned, shards, options.shard_bytes is not None),
+        options.alphas, steps, matched.dropped, shards, make_index(aligned, shards, shard_bytes is not None),
         new_files, carried, left_out, (*matched.problems, *unmet, *strays), matched.notes,
     )  # fmt: skip
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
 
 
+PARTS_SHARD_BYTES = 5 * 10**9  # of tensors in a file, if aligned is in parts, whose division no output has
+
+
 class OutputShard(NamedTuple):
     """One weight file of the output.
 

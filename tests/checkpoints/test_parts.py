@@ -188,6 +188,22 @@ def test_the_option_for_other_inputs(saved: Path, tmp_path: Path) -> None:
         merge(saved, "flat", tmp_path / "out", aligned_config=saved / "store")
 
 
+def test_the_output_may_not_replace_the_config(saved: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    shutil.copytree(saved / "whole", config)
+    for out in (config, tmp_path):
+        with pytest.raises(expo.OutputError, match=r"is or contains .*config, which has aligned's config.json"):
+            merge(saved, "flat", out, aligned_config=config, overwrite=True)
+    merge(saved, "flat", config / "merged", aligned_config=config)
+
+
+def test_large_outputs_are_divided(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expo.planning.plan.PARTS_SHARD_BYTES", 500)
+    merge(saved, "actor", tmp_path / "out", check=True)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+
+
 def test_a_search_asks_for_a_whole_model(saved: Path, tmp_path: Path) -> None:
     from expo.search import search_alpha
 
