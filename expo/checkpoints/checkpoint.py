@@ -135,6 +135,12 @@ class Checkpoint:
         stored = self.stored.get(tensor, tensor)
         return self.views.get(stored) or self.shards[self.weight_map[tensor]].reader_of(stored)
 
+    @property
+    def is_scattered(self) -> bool:
+        """True if the elements of a tensor are spread over its file."""
+        stored = (reader for shard in self.shards.values() for reader in shard.readers.values())
+        return any(reader.scattered for reader in (*self.views.values(), *stored))
+
     def close(self) -> None:
         """Close all files."""
         for shard in self.weight_files.values():

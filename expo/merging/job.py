@@ -102,6 +102,9 @@ class MergeJob:
         deltas = sorted(each.nbytes for each in {each for step in self.plan.steps for each in step.all_deltas})
         factors = 2 * sum(deltas[-MOST_FACTORS:])  # in fp32
         buffers = slots * self.chunk_bytes * (len(self.outs) + 2) + len(self.engines) * converts * CONVERSION_BYTES
+        # Elements that are spread over a file are read for a whole chunk at once, in up to twice the output's bytes.
+        spread = sum(checkpoint.is_scattered for checkpoint in (self.sft, self.aligned))
+        buffers += len(self.engines) * spread * 2 * self.chunk_bytes
         return BASE_MEMORY + on_gpu * TORCH_MEMORY + buffers + factors
 
     @cached_property

@@ -541,3 +541,16 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in ("sft", "aligned", "out")]
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=120, check=True)
     assert int(done.stdout) < 200e6, done.stdout
+
+
+def test_the_plan_counts_the_memory_of_transposed_elements(tmp_path: Path) -> None:
+    """A worker reads the elements of a whole chunk at once if a row of the output has elements of many rows."""
+    found = []
+    for name, make in (("rows", deepseek), ("transposed", mxfp4)):
+        write(tmp_path / name, make(1))
+        write(tmp_path / f"{name} sft", make(2))
+        words = ["--sft", tmp_path / f"{name} sft", "--aligned", tmp_path / name, "--alpha", "0.3", "--plan", "--json"]
+        command = [sys.executable, "-m", "expo.fast", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        found.append(json.loads(done.stdout)["memory"])
+    assert found[1] > found[0]
