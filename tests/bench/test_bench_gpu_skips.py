@@ -31,6 +31,7 @@ def reasons(cases: list[ElementTree.Element]) -> list[str]:
     return ["" if skip is None else skip.get("message", "") for skip in skips]
 
 
+@pytest.mark.exhaustive  # pytest collects everything in a process of its own
 def test_all_tests_are_skipped_without_a_gpu(tmp_path: Path) -> None:
     cases = run(tmp_path / "report.xml", "tests/execution/test_gpu.py")
     assert len(cases) >= CONTESTANTS * DTYPES

@@ -177,6 +177,7 @@ def texts(value: ast.expr) -> set[str]:
     return {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
 
 
+@pytest.mark.exhaustive  # it parses all of transformers
 def test_every_file_name_of_transformers_is_known(assignments: list[tuple[str, ast.expr]]) -> None:
     label = re.compile(r"(?i:vocab_files_names|extra_config_files)|[A-Z0-9_]+_(NAME|FILE)")
     names = {name for key, value in assignments if label.fullmatch(key) for name in texts(value)}

@@ -308,6 +308,7 @@ def test_launch_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 # The command
 
 
+@pytest.mark.exhaustive  # it compiles every variant
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     few = ["extrapolate_bf16", "statistics1_bf16", "whole_model_bf16"]
     monkeypatch.setattr(aot, "variants", lambda: {name: VARIANTS[name] for name in few})

@@ -722,6 +722,7 @@ def test_two_processes_under_torchrun_make_the_same_bytes(pair: Pair, tmp_path: 
     assert json.loads(planned.stdout)["outputs"] == [str(tmp_path / "new")]
 
 
+@pytest.mark.exhaustive  # four processes start
 def test_a_killed_process_of_four_stops_all_and_resume_goes_on(
     pair: Pair, tmp_path: Path, whole: dict[str, bytes], slow: list[str]
 ) -> None:
@@ -801,6 +802,7 @@ def namespaces() -> Iterator[list[str]]:
                 subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
+@pytest.mark.exhaustive  # two launchers start
 def test_two_hosts_by_two_network_namespaces(
     pair: Pair, tmp_path: Path, whole: dict[str, bytes], namespaces: list[str]
 ) -> None:
