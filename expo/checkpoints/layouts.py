@@ -15,6 +15,9 @@ each set of models with the same conversions:
                  ["concatenate", dim] the sources, ["transpose", dim, dim] each, or ["chunk", dim] into the targets
     others       expressions for the names to which conversions apply that are in neither list
 
+The object `bases` has the class of the model without a head, for each model type whose conversions only this class has;
+they apply where a model of this type is inside another one.
+
 All of these operations are views: no number changes. A conversion that is no view has its names in `others`: what the
 tensor is in memory cannot be said, so it has no name in memory. A rename applies
 to any part of a name; the renames of a model inside the model (`text_config`, `vision_config`) apply too, except those
@@ -146,7 +149,9 @@ def _parts(config: Mapping[str, Any]) -> Iterator[tuple[bool, list[str]]]:
     for is_whole, each in [(True, config), *((False, each) for each in inner)]:
         classes = each.get("architectures")
         names = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
-        yield is_whole, [*names, str(each.get("model_type"))]
+        model_type = str(each.get("model_type"))
+        base = [] if is_whole else [_data()["bases"].get(model_type)]
+        yield is_whole, [*names, model_type, *filter(None, base)]
 
 
 def _part(is_whole: bool, names: list[str]) -> Layout | None:
@@ -159,16 +164,16 @@ def _part(is_whole: bool, names: list[str]) -> Layout | None:
 
 
 @cache
-def _rows() -> list[dict[str, Any]]:
+def _data() -> dict[str, Any]:
     with open(TABLE, encoding="utf-8") as file:
-        rows: list[dict[str, Any]] = json.load(file)["rows"]
-    return rows
+        data: dict[str, Any] = json.load(file)
+    return data
 
 
 @cache
 def _names() -> dict[str, int]:
     """Return the number of each model's row."""
-    return {name: number for number, row in enumerate(_rows()) for name in row["models"]}
+    return {name: number for number, row in enumerate(_data()["rows"]) for name in row["models"]}
 
 
 @cache
@@ -187,5 +192,5 @@ def _layouts() -> dict[int, Layout]:
             ),
             tuple(map(re.compile, row["others"])),
         )
-        for number, row in enumerate(_rows())
+        for number, row in enumerate(_data()["rows"])
     }

@@ -50,6 +50,9 @@ def is_embedding(name: str) -> bool:
     return bool(HEAD.search(name) or EMBEDDING.search(name))
 
 
+_SINUSOIDS = re.compile(r"(model\.)?(en|de)coder\.embed_positions\.weight")
+
+
 def is_buffer(tensor: TensorInfo) -> bool:
     """Return True for a table or mask that the model computes from its config, and that is no weight."""
     if MASK.search(tensor.name):
@@ -57,13 +60,22 @@ def is_buffer(tensor: TensorInfo) -> bool:
     return BUFFERS.search(tensor.name) is not None
 
 
+def is_computed(config: Mapping[str, Any], name: str) -> bool:
+    """Return True for the sinusoids that Marian computes: a state dict has them, and save_pretrained omits them."""
+    return config.get("model_type") == "marian" and _SINUSOIDS.fullmatch(name) is not None
+
+
 def tie_flag(config: Mapping[str, Any]) -> bool | None:
     """Return tie_word_embeddings of a config, or of its text_config if the config itself says nothing.
 
-    None means that neither has the setting, so that the tensors in the files decide. The outer setting counts because
-    transformers reads the one of the config that belongs to the whole model.
+    In a model that was put together of an encoder and a decoder, the decoder's setting counts for its own head. The
+    result is None if no config has the setting, so that the tensors in the files decide. The outer setting counts
+    because transformers reads the one of the config that belongs to the whole model.
     """
-    inner = config.get("text_config")
+    inner, decoder, named = config.get("text_config"), config.get("decoder"), config.get("architectures")
+    is_pair = isinstance(named, list) and any(str(name).endswith("EncoderDecoderModel") for name in named)
+    if is_pair and isinstance(decoder, dict):
+        config = decoder
     said = (each.get("tie_word_embeddings") for each in (config, inner if isinstance(inner, dict) else {}))
     return next((flag for flag in said if isinstance(flag, bool)), None)
 

@@ -102,7 +102,19 @@ def _rules_of(config: Mapping[str, Any]) -> list[_Rule]:
         inner = _table().get(f"decoder {decoder.get('model_type')}", {})
         ties = {f"decoder.{target}": f"decoder.{source}" for target, source in inner.items()}
     rules = (_make_rule(target, source.strip("^$")) for target, source in ties.items())
-    return [rule for rule in rules if rule is not None]
+    return [*(rule for rule in rules if rule is not None), *_shared_layers(config)]
+
+
+def _shared_layers(config: Mapping[str, Any]) -> list[_Rule]:
+    """Return the rule of Zamba, whose hybrid layers share the transformer of the first one; [] for other models.
+
+    Its class makes the tie for each model, so the table does not have it.
+    """
+    kinds = config.get("layers_block_type")
+    if config.get("model_type") != "zamba" or not isinstance(kinds, list) or "hybrid" not in kinds:
+        return []
+    pattern = re.compile(r"(model\.)?layers\.\d+\.shared_transf\.")
+    return [_Rule(pattern, None, f"model.layers.{kinds.index('hybrid')}.shared_transf.")]
 
 
 def _make_rule(target: str, source: str) -> _Rule | None:

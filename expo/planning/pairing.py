@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..checkpoints.memory_names import MemoryNames
-from ..checkpoints.model_parts import EMBEDDING, HEAD, SHARED, is_buffer, tie_flag
+from ..checkpoints.model_parts import EMBEDDING, HEAD, SHARED, is_buffer, is_computed, tie_flag
 from ..checkpoints.model_tensors import ModelTensors
 from ..checkpoints.naming import unwrap
 from ..checkpoints.renames import NameIndex
@@ -63,6 +63,11 @@ def pair(sft: ModelTensors, aligned: ModelTensors) -> Pairs:
             if is_buffer(tensor) and is_buffer(of_sft.get(name, tensor))}  # fmt: skip
     dropped = {name: "a buffer, which the model computes" for name, tensor in of_sft.items()
                if is_buffer(tensor) and name not in of_aligned}  # fmt: skip
+    config = aligned.config or sft.config
+    kept |= {name: "positions, which the model computes" for name in of_aligned
+             if name not in of_sft and is_computed(config, name)}  # fmt: skip
+    dropped |= {name: "positions, which the model computes" for name in of_sft
+                if name not in of_aligned and is_computed(config, name)}  # fmt: skip
     counterparts = {name: Counterpart(of_sft[name], "") for name in of_aligned if name in of_sft and name not in kept}
     unpaired_aligned = {
         name: tensor for name, tensor in of_aligned.items() if name not in counterparts and name not in kept

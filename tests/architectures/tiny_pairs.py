@@ -109,11 +109,15 @@ def _floating(tensors: Any) -> Iterator[torch.Tensor]:
 
 
 def _trained(model: Any) -> Iterator[torch.Tensor]:
-    """Yield the parameters, and the buffers in the state dict that no config decides, each once."""
+    """Yield the parameters, and the buffers in the state dict that no config decides, each once.
+
+    Parameters that the model computes, and that it does not save, are not trained.
+    """
     done: set[int] = set()
     own = dict(model.named_parameters(remove_duplicate=False))
+    computed = set(model._keys_to_ignore_on_save or ())
     for name, tensor in model.state_dict().items():
-        is_table = name not in own and _COMPUTED.search(name)
+        is_table = (name not in own and _COMPUTED.search(name)) or name in computed
         if tensor.is_floating_point() and not is_table and tensor.data_ptr() not in done:
             done.add(tensor.data_ptr())
             yield tensor

@@ -49,6 +49,15 @@ def test_an_inner_model_has_its_own_layout() -> None:
     assert place.targets == ("model.language_model.layers.0.mlp.experts.down_proj",)
 
 
+def test_an_inner_model_has_the_layout_of_its_base_class() -> None:
+    """The conversions of a ViT belong to a class, and the config of a ViT inside of another model names no class."""
+    outer = {"architectures": ["VisionEncoderDecoderModel"], "encoder": {"model_type": "vit"}}
+    layout = layout_of("vision-encoder-decoder", **outer)
+    name = "encoder.encoder.layer.0.attention.attention.query.weight"
+    assert layout.rename(name) == "encoder.layers.0.attention.q_proj.weight"
+    assert find_layouts({"model_type": "vit"}) == []
+
+
 def test_a_class_takes_precedence() -> None:
     assert layout_of("mixtral", architectures=["LlavaModel"]) != layout_of("mixtral")
 

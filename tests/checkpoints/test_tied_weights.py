@@ -120,3 +120,44 @@ def test_the_table_is_that_of_the_installed_transformers() -> None:
             f"the table is of transformers {table['transformers']}, and {transformers.__version__} is installed"
         )
     assert Path(TABLE).read_text() == module.table_text(module.declared_ties())
+
+
+def test_zamba_shares_the_transformer_of_its_first_hybrid_layer() -> None:
+    config = {"model_type": "zamba", "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]}
+    first, third = (f"model.layers.{layer}.shared_transf.pre_ff_layernorm.weight" for layer in (1, 3))
+    one, both = {first: ("BF16", (6,))}, {first: ("BF16", (6,)), third: ("BF16", (6,))}
+    plan = make_plan(checkpoint(one, config=config), checkpoint(both, config=config), [0.3])
+    plan.check()
+    assert {step.name: step.sft.name for step in plan.steps if step.sft} == {first: first, third: first}
+    plan = make_plan(checkpoint(both, config=config), checkpoint(one, config=config), [0.3])
+    plan.check()
+    assert plan.dropped == {third: f"aligned ties it to {first}"}
+    other = {**config, "layers_block_type": ["mamba"] * 4}
+    assert make_plan(checkpoint(one, config=other), checkpoint(both, config=other), [0.3]).problems
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_setting_of_a_decoder_counts_for_its_own_head(flag: bool) -> None:
+    """The outer setting is about another tie, that of an encoder's and a decoder's embeddings."""
+    config = {
+        "architectures": ["VisionEncoderDecoderModel"], "tie_word_embeddings": not flag,
+        "decoder": {"model_type": "bert", "tie_word_embeddings": flag},
+    }  # fmt: skip
+    source, tied = "decoder.cls.predictions.bias", "decoder.cls.predictions.decoder.bias"
+    one, both = {source: ("BF16", (6,))}, {source: ("BF16", (6,)), tied: ("BF16", (6,))}
+    plan = make_plan(checkpoint(one, config=config), checkpoint(both, config=config), [0.3])
+    assert (plan.problems == ()) is flag
+
+
+def test_sinusoids_of_marian_are_no_weights() -> None:
+    """A state dict has them, and save_pretrained leaves them out, as the class says."""
+    names = ["model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"]
+    assert transformers.MarianMTModel._keys_to_ignore_on_save == names
+    weight = {"model.shared.weight": ("BF16", (6, 4))}
+    state = {**weight, **dict.fromkeys(names, ("BF16", (8, 4)))}
+    for config, fits in (({"model_type": "marian"}, True), ({"model_type": "bart"}, False)):
+        plan = make_plan(checkpoint(state, config=config), checkpoint(weight, config=config), [0.3])
+        assert (plan.problems == ()) is fits
+        assert (plan.dropped == dict.fromkeys(names, "positions, which the model computes")) is fits
+        plan = make_plan(checkpoint(weight, config=config), checkpoint(state, config=config), [0.3])
+        assert (plan.problems == ()) is fits

@@ -25,6 +25,7 @@ def make_table() -> dict[str, Any]:
     """Return the table as an object for JSON: see the docstring of expo/checkpoints/layouts.py."""
     import transformers
     from transformers import conversion_mapping
+    from transformers.models.auto import modeling_auto
 
     rows: dict[str, list[str]] = {}
     for name, transforms in conversion_mapping._build_checkpoint_conversion_mapping().items():
@@ -35,7 +36,17 @@ def make_table() -> dict[str, Any]:
             row = {"renames": renames, "fusions": fusions, "others": sorted(set(others))}
             rows.setdefault(json.dumps(row), []).append(name)
     table = [{"models": sorted(names), **json.loads(row)} for row, names in rows.items()]
-    return {"transformers": transformers.__version__, "rows": sorted(table, key=lambda row: row["models"])}
+    known = {name for names in rows.values() for name in names}
+    bases = {
+        model_type: kind
+        for model_type, kind in modeling_auto.MODEL_MAPPING_NAMES.items()
+        if model_type not in known and isinstance(kind, str) and kind in known
+    }
+    return {
+        "transformers": transformers.__version__,
+        "bases": dict(sorted(bases.items())),
+        "rows": sorted(table, key=lambda row: row["models"]),
+    }
 
 
 def _rename(transform: Any) -> list[str]:
@@ -76,7 +87,8 @@ def _expression(pattern: str) -> str:
 def text(table: dict[str, Any]) -> str:
     """Return the table as text, with a line for each row."""
     rows = ",\n".join("  " + json.dumps(row) for row in table["rows"])
-    return f'{{"transformers": {json.dumps(table["transformers"])}, "rows": [\n{rows}\n]}}\n'
+    first = f'{{"transformers": {json.dumps(table["transformers"])}, "bases": {json.dumps(table["bases"])}, "rows": ['
+    return f"{first}\n{rows}\n]}}\n"
 
 
 if __name__ == "__main__":
