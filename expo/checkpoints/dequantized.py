@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from .checkpoint import Checkpoint
 from .quantization import config_entry, find_scheme, is_left_over
-from .quantized_tensors import QuantizedTensor, find_quantized
+from .quantized_tensors import QuantizedTensor, QuantizedTensors, find_quantized
 from .reader import ByteReader, FileReader
 from .safetensors_header import TensorInfo, element_count
 from .scaled_reader import ITEM, ScaledReader, TransposedReader
@@ -43,7 +43,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             tensors[name] = tensor
     weight_map = {places.get(name, name): file for name, file in checkpoint.weight_map.items()}
     views = {name: _reader(checkpoint, tensor) for name, tensor in quantized.found.items()}
-    notes = (*checkpoint.notes, _note(checkpoint, quantized.found.values()))
+    notes = (*checkpoint.notes, _note(checkpoint, quantized))
     return replace(
         _without_entry(checkpoint), tensors=tensors, weight_map={name: weight_map[name] for name in tensors},
         views=views, dequantized=frozenset(views), notes=notes,
@@ -59,14 +59,17 @@ def _reader(checkpoint: Checkpoint, tensor: QuantizedTensor) -> ByteReader:
     return TransposedReader(tensor, codes, scales)
 
 
-def _note(checkpoint: Checkpoint, found: Iterable[QuantizedTensor]) -> str:
-    """Return the sentence for the user about the tensors that are dequantised."""
-    counts = Counter(map(str, found))
+def _note(checkpoint: Checkpoint, quantized: QuantizedTensors) -> str:
+    """Return the sentence for the user about the tensors that are dequantised, and about scales that nothing needs."""
+    counts = Counter(map(str, quantized.found.values()))
+    used = {part.name for tensor in quantized.found.values() for part in (tensor.codes, tensor.scales)}
+    others = sorted(quantized.companions - used)
+    left_out = f"; scales of activations are left out: {len(others)}, such as {others[0]}" if others else ""
     kinds = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
     total = counts.total()
     return (
         f"{checkpoint.path}: {total} quantised tensor{'s' * (total != 1)} ({kinds}), extrapolated from the values, "
-        "element times scale in fp32; an output has bf16 in their place and no quantisation"
+        f"element times scale in fp32; an output has bf16 in their place and no quantisation{left_out}"
     )
 
 
